@@ -1,0 +1,158 @@
+"""Configuration of the trainer core: TRL's `GRPOConfig` plus what self-distillation and sample routing need.
+
+The names are those of TRL's `GRPOConfig` and `SDPOConfig`; the defaults are the published settings of SRPO
+(arXiv:2604.02288, Table 3) and SDPO (arXiv:2601.20802, Table 12), so any key you set is visibly your own choice.
+Three defaults of TRL's differ here on purpose: `scale_rewards="none"` (both papers' baselines do not divide by the
+standard deviation), `epsilon_high=0.28`, and token-truncated importance weights of the sampler, at most 2.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from trl import GRPOConfig
+
+OBJECTIVE_NAMES = ("grpo", "sdpo", "srpo")
+TEACHER_KINDS = ("ema", "trust_region", "frozen", "live")
+DISTILLATION_MODES = ("topk_logits", "full_logits", "sampled_token")
+DEMONSTRATIONS = ("first", "random", "best")
+AGGREGATIONS = ("token", "sequence_mean")
+
+# GRPO settings of TRL's that act inside its own loss function, which only `objective="grpo"` runs.
+_GRPO_ONLY = {
+    "loss_type": "dapo",
+    "top_entropy_quantile": 1.0,
+    "entropy_coef": 0.0,
+    "use_adaptive_entropy": False,
+    "off_policy_mask_threshold": None,
+}
+
+
+def _help(text: str) -> dict[str, str]:
+    return {"help": text}
+
+
+@dataclass
+class SRPOConfig(GRPOConfig):
+    """Arguments of [`SRPOTrainer`]: every argument of TRL's `GRPOConfig`, and the ones below."""
+
+    scale_rewards: str = field(default="none", metadata=_help("As in TRL; the papers' baselines do not scale."))
+    epsilon_high: float | None = field(default=0.28, metadata=_help("Upper clip range of the GRPO branch."))
+    vllm_importance_sampling_mode: str = field(default="token_truncate", metadata=_help("As in TRL (eq. 2.3)."))
+    vllm_importance_sampling_clip_max: float | None = field(default=2.0, metadata=_help("As in TRL (eq. 2.3)."))
+
+    objective: str = field(
+        default="srpo",
+        metadata=_help("grpo: TRL's GRPO, any loss_type. sdpo: self-distillation. srpo: routed per sample."),
+    )
+
+    # Self-teacher
+    teacher_model_kind: str = field(
+        default="ema",
+        metadata=_help(
+            "ema: fp32 moving average. trust_region: geometric mix of the first and the current weights. frozen: the "
+            "first weights. live: the current weights (diverges in the SDPO paper, Table 4)."
+        ),
+    )
+    teacher_update_rate: float = field(
+        default=0.05, metadata=_help("tau: EMA rate per generation batch; share of the student in trust_region.")
+    )
+
+    # Divergence
+    distillation_mode: str = field(
+        default="topk_logits", metadata=_help("Support of the divergence: topk_logits, full_logits or sampled_token.")
+    )
+    distillation_alpha: float = field(
+        default=0.5, metadata=_help("0: KL(teacher||student), 1: KL(student||teacher), 0.5: Jensen-Shannon.")
+    )
+    distillation_topk: int = field(default=100, metadata=_help("Support size of topk_logits."))
+    distillation_add_tail: bool = field(
+        default=True, metadata=_help("Keep the mass outside the top k as one bucket (else renormalise over the k).")
+    )
+    distillation_is_clip: float | None = field(
+        default=2.0, metadata=_help("Cap on the detached ratio pi/pi_old of the distilled tokens; None: no ratio.")
+    )
+    distillation_aggregation: str = field(
+        default="token",
+        metadata=_help("token: one mean over tokens. sequence_mean: mean of per-sequence means, as lasgroup's code."),
+    )
+    entropy_weight_beta: float = field(
+        default=1.0, metadata=_help("beta in w = exp(-beta * teacher entropy), normalised to mean 1; 0: no weights.")
+    )
+
+    # Routing and teacher information
+    success_reward_threshold: float = field(
+        default=0.5, metadata=_help("A rollout is correct when its reward reaches this, unless you pass `correctness`.")
+    )
+    demonstration: str = field(
+        default="first", metadata=_help("Which correct sibling is shown: first, random, or best (highest reward).")
+    )
+    remove_thinking_from_demonstration: bool = field(
+        default=True, metadata=_help("Strip <think>...</think> from the demonstration.")
+    )
+    include_environment_feedback: bool = field(
+        default=False, metadata=_help("Show the `feedback` column (or one logged by a reward) to the teacher.")
+    )
+    environment_feedback_only_without_solution: bool = field(
+        default=True, metadata=_help("Use feedback only where no correct sibling exists.")
+    )
+    max_reprompt_len: int = field(
+        default=10240, metadata=_help("Tokens of the teacher's prompt; only demonstration and feedback are cut.")
+    )
+    reprompt_template: str = field(
+        default="{prompt}{solution}{feedback}\n\nCorrectly solve the original question.",
+        metadata=_help("The teacher's last user turn, as published."),
+    )
+    solution_template: str = field(
+        default="\nCorrect solution:\n\n{successful_previous_attempt}", metadata=_help("As published.")
+    )
+    feedback_template: str = field(
+        default="\nThe following is feedback from your unsuccessful earlier attempt:\n\n{feedback_raw}",
+        metadata=_help("As published."),
+    )
+
+    # Alarms
+    diagnostics_warning_interval: int = field(
+        default=10, metadata=_help("Steps of one degenerate state (no teacher, flat rewards, ...) before one warning.")
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _choice("objective", self.objective, OBJECTIVE_NAMES)
+        _choice("teacher_model_kind", self.teacher_model_kind, TEACHER_KINDS)
+        _choice("distillation_mode", self.distillation_mode, DISTILLATION_MODES)
+        _choice("demonstration", self.demonstration, DEMONSTRATIONS)
+        _choice("distillation_aggregation", self.distillation_aggregation, AGGREGATIONS)
+        _unit("teacher_update_rate", self.teacher_update_rate)
+        _unit("distillation_alpha", self.distillation_alpha)
+        if self.distillation_topk < 1:
+            raise ValueError(f"distillation_topk={self.distillation_topk}: at least 1; use distillation_mode: full_logits")
+        if self.entropy_weight_beta < 0:
+            raise ValueError(f"entropy_weight_beta={self.entropy_weight_beta}: must not be negative")
+        if self.distillation_mode == "sampled_token" and self.distillation_alpha != 1.0:
+            raise ValueError(
+                "distillation_mode: sampled_token estimates the reverse KL only; set distillation_alpha: 1.0"
+            )
+        for template, slot in (
+            (self.reprompt_template, "{prompt}"),
+            (self.solution_template, "{successful_previous_attempt}"),
+            (self.feedback_template, "{feedback_raw}"),
+        ):
+            if slot not in template:
+                raise ValueError(f"the template {template!r} lacks its slot {slot}")
+        if self.objective != "grpo":
+            for name, neutral in _GRPO_ONLY.items():
+                if getattr(self, name) != neutral:
+                    raise ValueError(
+                        f"{name}={getattr(self, name)!r} acts inside TRL's own loss and has no meaning for objective: "
+                        f"{self.objective}; leave it at {neutral!r} or use objective: grpo"
+                    )
+
+
+def _choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is not one of {', '.join(choices)}")
+
+
+def _unit(name: str, value: float) -> None:
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"{name}={value} must lie in [0, 1]")
