@@ -1,0 +1,12 @@
+"""Reward functions with TRL's signature ``f(completions, **columns) -> list[float | None]``.
+
+Each is one part; the weights of ``GRPOConfig.reward_weights`` make the sum ``correct + w_f * format + lambda * cost``.
+The columns come from the world that the policy acts in. With binary correctness, non-negative weights and
+``lambda < 1``, a right answer always earns more than a wrong one, whatever both cost.
+"""
+
+from rewards.correctness import correctness_reward
+from rewards.cost import make_cost_reward
+from rewards.format import format_reward
+
+__all__ = ["correctness_reward", "format_reward", "make_cost_reward"]
