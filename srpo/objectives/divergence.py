@@ -1,0 +1,145 @@
+"""Divergence of the student from its self-teacher, per token.
+
+Over a support S with student log-probs s and teacher log-probs t (a constant), eq. 3.4:
+
+    alpha = 0       D = sum_v e^t (t - s)                          KL(teacher || student), "forward"
+    alpha = 1       D = sum_v e^s (s - t)                          KL(student || teacher), "reverse"
+    0 < alpha < 1   m = log[ (1-alpha) e^s + alpha e^t ]
+                    D = (1-alpha) KL(student || m) + alpha KL(teacher || m);  alpha = 1/2: Jensen-Shannon, D <= ln 2
+
+Support: the whole vocabulary (exact), or the K tokens that the *student* ranks highest now, plus one bucket that holds
+the rest of the mass (`tail`), or renormalised over the K. With the tail D is never above the exact value.
+
+    hidden [N,D], [N,D']   weight [V,D], [V,D']   logits [N,V]   D [N]   (N = scored tokens, V = vocabulary)
+
+Source: P-SDPO section 2 and A.3 (top-K and tail), the alpha family as in the released code (spec section 3.2).
+Differs: computed in chunks of tokens that are recomputed in the backward pass, so neither student nor teacher logits
+of all N tokens ever exist; log-probs are floored at -1e4 nats, so a token that a model forbids (-inf) gives a large
+finite penalty instead of NaN; K >= V is the exact divergence (the code would add an empty tail).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+MIN_LOGP = -1e4  # e^-1e4 = 0 in every dtype, and 1e4 * probability stays finite
+
+
+@dataclass(frozen=True, eq=False)
+class Head:
+    """An output projection: logits = softcap * tanh(scale * (W h + b) / softcap), or scale * (W h + b)."""
+
+    weight: Tensor  # [V,D]
+    bias: Tensor | None = None  # [V]
+    softcap: float | None = None
+    scale: float = 1.0
+    # Entered around every read of the weight, in forward and again in recomputation: gathers a sharded weight.
+    gather: Callable[[], AbstractContextManager[object]] = nullcontext
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [N,D] -> logits [N,V], float32 (float64 stays float64), before the temperature."""
+        logits = _upcast(F.linear(hidden.to(self.weight.dtype), self.weight, self.bias)) * self.scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+def divergence(student_logp: Tensor, teacher_logp: Tensor, alpha: float) -> Tensor:
+    """D of eq. 3.4 over the last dimension: [..., S], [..., S] -> [...]. Only `student_logp` gets gradient."""
+    if not 0.0 <= alpha <= 1.0:
+        raise ValueError(f"alpha must lie in [0, 1], got {alpha}")
+    s = student_logp.clamp(min=MIN_LOGP)
+    t = teacher_logp.detach().clamp(min=MIN_LOGP)
+    if alpha == 0.0:
+        return _kl(t, s)
+    if alpha == 1.0:
+        return _kl(s, t)
+    m = torch.logsumexp(torch.stack([s + math.log(1 - alpha), t + math.log(alpha)]), dim=0)
+    return (1 - alpha) * _kl(s, m) + alpha * _kl(t, m)
+
+
+def with_tail(logp: Tensor) -> Tensor:
+    """Log-probs of K tokens [..., K] -> [..., K+1]: appends log(1 - sum of their probabilities)."""
+    # The captured mass may round to 1 or above; below the clamp the gradient is zero, as it should be for no tail.
+    captured = torch.logsumexp(logp, dim=-1, keepdim=True).clamp(max=-1e-7)
+    return torch.cat([logp, torch.log(-torch.expm1(captured))], dim=-1)
+
+
+def topk_divergence(
+    student_logits: Tensor, teacher_logits: Tensor, k: int | None, alpha: float, tail: bool = True
+) -> Tensor:
+    """D on the student's top-k support: logits [..., V] -> [...]. `k` None or >= V is the exact divergence."""
+    student_logits, teacher_logits = _upcast(student_logits), _upcast(teacher_logits.detach())
+    if k is None or k >= student_logits.shape[-1]:
+        return divergence(student_logits.log_softmax(-1), teacher_logits.log_softmax(-1), alpha)
+    if k < 1:
+        raise ValueError(f"top-k must be at least 1, got {k}")
+    top, index = student_logits.topk(k, dim=-1)
+    s = top - student_logits.logsumexp(-1, keepdim=True)
+    t = (teacher_logits.gather(-1, index) - teacher_logits.logsumexp(-1, keepdim=True)).clamp(min=MIN_LOGP)
+    s, t = (with_tail(s), with_tail(t)) if tail else (s.log_softmax(-1), t.log_softmax(-1))
+    return divergence(s, t, alpha)
+
+
+def hidden_divergence(
+    student_hidden: Tensor,
+    student_head: Head,
+    teacher_hidden: Tensor,
+    teacher_head: Head,
+    *,
+    alpha: float,
+    top_k: int | None,
+    tail: bool = True,
+    temperature: float = 1.0,
+    chunk_tokens: int = 512,
+) -> Tensor:
+    """D per token from the last hidden states, without ever holding the logits of all tokens.
+
+    `student_hidden` [N,D] and `teacher_hidden` [N,D'] are the states that predict the same N sampled tokens; the two
+    heads share V but not necessarily D (a trust-region teacher concatenates two hidden states). Both logits are
+    divided by `temperature`. Gradient reaches `student_hidden` and the student head. N = 0 gives an empty result that
+    is connected to the graph. Returns [N], float32 (float64 for float64 inputs).
+    """
+    if student_hidden.shape[0] != teacher_hidden.shape[0]:
+        raise ValueError(f"{student_hidden.shape[0]} student tokens but {teacher_hidden.shape[0]} teacher tokens")
+    if temperature <= 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
+
+    def chunk(student: Tensor, teacher: Tensor) -> Tensor:
+        with student_head.gather():
+            student_logits = student_head.logits(student) / temperature
+        with torch.no_grad(), teacher_head.gather():
+            teacher_logits = teacher_head.logits(teacher) / temperature
+        return topk_divergence(student_logits, teacher_logits, top_k, alpha, tail)
+
+    teacher_hidden = teacher_hidden.detach()
+    parts: list[Tensor] = []
+    for start in range(0, max(student_hidden.shape[0], 1), chunk_tokens):
+        rows = slice(start, start + chunk_tokens)
+        part = checkpoint(
+            chunk, student_hidden[rows], teacher_hidden[rows], use_reentrant=False, preserve_rng_state=False
+        )
+        parts.append(part)
+    return torch.cat(parts)
+
+
+def sampled_token_divergence(logp: Tensor, teacher_logp: Tensor) -> Tensor:
+    """Estimator from the sampled token alone: sg(log pi(y) - log q(y)) * log pi(y), elementwise.
+
+    Its gradient is an unbiased sample of the gradient of the reverse KL (eq. 3.2); its value is not a divergence.
+    """
+    return (logp - teacher_logp).detach() * logp
+
+
+def _kl(p: Tensor, q: Tensor) -> Tensor:
+    return (p.exp() * (p - q)).sum(-1)
+
+
+def _upcast(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()

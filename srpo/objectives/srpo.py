@@ -1,0 +1,66 @@
+"""SRPO: correct completions follow their reward, failed ones with teacher information are distilled.
+
+    l_it = ( z_i w_it l^S_it + (1 - z_i) l^G_it ) w^TIS_it  +  beta k3_it
+    L    = sum_{i,t} M_it l_it / N                                                                     (eq. 4.3)
+
+    z [B] routed (eq. 4.1)    l^G [B,T] grpo.token_loss    l^S [B,T] sdpo.token_loss    w [B,T] weights (eq. 4.2)
+    w^TIS [B,T] sampler correction, on both branches       N trained tokens of the whole step: one joint denominator
+
+Source: P-SRPO section 3.3. Differs: the paper has no KL penalty (beta = 0, the default). "sequence_mean" replaces the
+token mean by the mean over completions of their token means. With nothing routed the loss and its gradient equal TRL's
+`dapo` bit for bit.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from . import grpo, sdpo
+from .batch import LossConfig, LossOutput, TokenBatch
+from .normaliser import reducer
+
+
+def loss(batch: TokenBatch, cfg: LossConfig) -> LossOutput:
+    """The objective above on one micro-batch; always connected to the graph, also when no token is trained.
+
+    Metrics: `loss/grpo`, `loss/sdpo` and `loss/kl` are the parts that sum to the loss. `clip_ratio/low`,
+    `clip_ratio/high`, `is_clipped` are shares of all trained tokens (each can only be hit in its own branch);
+    `is_ratio` is the mean pi_theta/pi_old of all trained tokens.
+    """
+    routed = batch.routed.unsqueeze(1)
+    mean = reducer(batch.mask, batch.counts.tokens, batch.counts, cfg)
+    # Routed rows take ratio 1 here: their surrogate is not used, and an overflow in it would turn into 0 * inf = NaN.
+    old_logp = torch.where(routed, batch.logp.detach(), batch.old_logp)
+    eps = {"epsilon_low": cfg.epsilon_low, "epsilon_high": cfg.epsilon_high}
+    reward = grpo.token_loss(
+        batch.logp, old_logp, batch.advantages, batch.mask, **eps, delta=cfg.delta, level=cfg.level
+    )
+    if batch.divergence is None:
+        per_token = reward
+    else:
+        distil = batch.weights * sdpo.token_loss(batch.divergence, batch.logp, batch.old_logp, is_clip=cfg.is_clip)
+        per_token = torch.where(routed, distil, reward)
+    if batch.sampler_ratio is not None:
+        per_token = per_token * batch.sampler_ratio
+
+    metrics = {}
+    with torch.no_grad():
+        metrics["loss/grpo"] = mean(torch.where(routed, 0.0, per_token))
+        metrics["loss/sdpo"] = mean(torch.where(routed, per_token, 0.0))
+        low, high = grpo.clipped_tokens(
+            grpo.ratio(batch.logp, old_logp, batch.mask, cfg.level), batch.advantages, **eps
+        )
+        rho = sdpo.importance(batch.logp, batch.old_logp)
+        metrics["clip_ratio/low"] = mean(low.to(rho.dtype).expand_as(rho))
+        metrics["clip_ratio/high"] = mean(high.to(rho.dtype).expand_as(rho))
+        metrics["is_ratio"] = mean(rho)
+        if cfg.is_clip is not None:
+            metrics["is_clipped"] = mean(torch.where(routed, (rho > cfg.is_clip).to(rho.dtype), 0.0))
+
+    if cfg.beta:
+        if batch.ref_logp is None:
+            raise ValueError("beta > 0 needs ref_logp, the reference policy's log-probs")
+        penalty = cfg.beta * grpo.kl_penalty(batch.logp, batch.ref_logp)
+        metrics["loss/kl"] = mean(penalty.detach())
+        per_token = per_token + penalty
+    return LossOutput(mean(per_token), metrics)
