@@ -1,0 +1,215 @@
+"""Checks that run before step 1 (dataset rows) and on every batch (what reward functions return).
+
+A bad row is named, written to a quarantine file and left out; a bad reward stops the run and names its function and
+row. Neither may turn into a training signal.
+"""
+
+import functools
+import inspect
+import json
+import logging
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+logger = logging.getLogger(__name__)
+
+_ROLES = ("system", "user", "assistant", "tool", "developer")
+_SHOWN_ROWS = 5
+_EXCERPT = 200
+
+
+class BadRows(ValueError):
+    """Rows that cannot be trained on, in strict mode, or a dataset without a single good one."""
+
+
+def check_rows(
+    dataset: "Dataset",
+    *,
+    tokenizer: Any = None,
+    max_prompt_length: int | None = None,
+    id_column: str = "query_id",
+    quarantine_path: str | Path,
+    strict: bool = False,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> "Dataset":
+    """The rows that can be trained on.
+
+    Args:
+        dataset: rows with a `prompt`: a text, or chat messages `[{"role": ..., "content": ...}, ...]`.
+        tokenizer: counts prompt tokens, after its chat template for messages; None: lengths are not checked.
+        max_prompt_length: tokens; None: any length.
+        id_column: must be unique and not null, where the dataset has it. The first row of an id is kept.
+        quarantine_path: JSON lines `{"row", "reason", "detail", "content"}`, one per bad row; removed when there is none.
+        strict: raise instead of leaving rows out.
+        chat_template_kwargs: as training passes them to the chat template.
+
+    Raises:
+        BadRows: strict and at least one bad row, or no good row at all.
+    """
+    ids: dict[Any, int] = {}
+    bad: list[dict[str, Any]] = []
+    good: list[int] = []
+    columns = set(dataset.column_names)
+    for index, row in enumerate(dataset):
+        problem = _prompt_problem(row, columns) or _id_problem(row, columns, id_column, ids)
+        if problem is None and tokenizer is not None and max_prompt_length is not None:
+            length = _prompt_length(row["prompt"], tokenizer, chat_template_kwargs or {})
+            if length > max_prompt_length:
+                problem = ("over-long prompt", f"{length} tokens, at most {max_prompt_length}")
+        if problem is None:
+            good.append(index)
+            if id_column in columns:
+                ids[row[id_column]] = index
+        else:
+            excerpt = repr(row.get("prompt"))
+            bad.append({"row": index, "reason": problem[0], "detail": problem[1], "content": excerpt[:_EXCERPT]})
+
+    _write_quarantine(bad, Path(quarantine_path))
+    if not bad:
+        return dataset
+    summary = _summary(bad, len(good) + len(bad))
+    if strict:
+        raise BadRows(f"{summary}; all of them are in {quarantine_path}")
+    if not good:
+        raise BadRows(f"no row can be used: {summary}; all of them are in {quarantine_path}")
+    logger.warning("%s; they are left out and written to %s", summary, quarantine_path)
+    return dataset.select(good)
+
+
+def checked_reward(func: Callable[..., Any]) -> Callable[..., Any]:
+    """A TRL reward function whose values are checked: a list with one finite number, or None, per completion.
+
+    None means that the reward does not apply to that row, as in TRL. Synchronous and asynchronous functions are both
+    wrapped, and keep their name (TRL logs rewards under it).
+
+    Raises:
+        ValueError: when called; names function, row, `query_id` where there is one, and the value.
+    """
+    name = getattr(func, "__name__", type(func).__name__)
+    if inspect.iscoroutinefunction(func):
+
+        @functools.wraps(func)
+        async def checked_async(*args: Any, **kwargs: Any) -> list[float | None]:
+            return _checked_values(name, await func(*args, **kwargs), args, kwargs)
+
+        return checked_async
+
+    def checked(*args: Any, **kwargs: Any) -> list[float | None]:
+        return _checked_values(name, func(*args, **kwargs), args, kwargs)
+
+    functools.update_wrapper(checked, func)
+    checked.__name__ = name  # callable objects and partials have none of their own
+    return checked
+
+
+def _prompt_problem(row: Mapping[str, Any], columns: set[str]) -> tuple[str, str] | None:
+    if "prompt" not in columns:
+        return "missing prompt", f"the dataset has the columns {', '.join(sorted(columns))}"
+    prompt = row["prompt"]
+    if prompt is None:
+        return "null prompt", "prompt is null"
+    if isinstance(prompt, str):
+        return _text_problem("prompt", prompt)
+    if not isinstance(prompt, Sequence) or isinstance(prompt, (bytes, bytearray)):
+        return "wrong type", f"prompt is a {type(prompt).__name__}, not a text or a list of messages"
+    if not prompt:
+        return "empty prompt", "prompt has no messages"
+    for position, message in enumerate(prompt):
+        where = f"message {position}"
+        if not isinstance(message, Mapping):
+            return "malformed messages", f"{where} is a {type(message).__name__}, not a mapping with role and content"
+        role, content = message.get("role"), message.get("content")
+        if role not in _ROLES:
+            return "malformed messages", f"{where} has the role {role!r}, not one of {', '.join(_ROLES)}"
+        if isinstance(content, list) and content:  # multimodal parts: the processor checks them
+            continue
+        if not isinstance(content, str):
+            return "malformed messages", f"{where} has content of type {type(content).__name__}, not a text"
+        problem = _text_problem(where, content)
+        if problem is not None:
+            return problem
+    if prompt[-1]["role"] == "assistant":
+        return "malformed messages", "the last message is the assistant's: nothing is left to answer"
+    return None
+
+
+def _text_problem(where: str, text: str) -> tuple[str, str] | None:
+    if not text.strip():
+        return "empty prompt", f"{where} holds no text"
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        return "invalid text", f"{where} is not valid Unicode at character {error.start}"
+    return None
+
+
+def _id_problem(
+    row: Mapping[str, Any], columns: set[str], id_column: str, seen: Mapping[Any, int]
+) -> tuple[str, str] | None:
+    if id_column not in columns:
+        return None
+    value = row[id_column]
+    if value is None:
+        return "null id", f"{id_column} is null"
+    if not isinstance(value, (str, int)):
+        return "wrong type", f"{id_column} is a {type(value).__name__}, not a text or an integer"
+    if value in seen:
+        return "duplicate id", f"{id_column} {value!r} is already in row {seen[value]}"
+    return None
+
+
+def _prompt_length(prompt: Any, tokenizer: Any, template_kwargs: Mapping[str, Any]) -> int:
+    if isinstance(prompt, str):
+        return len(tokenizer(prompt)["input_ids"])
+    ids = tokenizer.apply_chat_template(
+        prompt, add_generation_prompt=True, tokenize=True, return_dict=True, **template_kwargs
+    )["input_ids"]
+    return len(ids)
+
+
+def _write_quarantine(bad: list[dict[str, Any]], path: Path) -> None:
+    if not bad:
+        path.unlink(missing_ok=True)  # the file of an earlier run would accuse this one's rows
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # ASCII escapes, so that a lone surrogate in a bad row can be written at all.
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in bad), encoding="utf-8")
+
+
+def _summary(bad: list[dict[str, Any]], total: int) -> str:
+    counts = Counter(entry["reason"] for entry in bad)
+    reasons = ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
+    first = "; ".join(f"row {entry['row']}: {entry['detail']}" for entry in bad[:_SHOWN_ROWS])
+    more = "; ..." if len(bad) > _SHOWN_ROWS else ""
+    return f"{len(bad)} of {total} dataset rows are bad ({reasons}): {first}{more}"
+
+
+def _checked_values(name: str, values: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[float | None]:
+    if hasattr(values, "tolist"):  # a tensor or an array
+        values = values.tolist()
+    if isinstance(values, (str, bytes)) or not isinstance(values, Sequence):
+        raise ValueError(f"reward function {name!r} returned {type(values).__name__}, not a list with one value per row")
+    completions = kwargs.get("completions", args[1] if len(args) > 1 else args[0] if args else None)
+    if completions is not None and len(values) != len(completions):
+        raise ValueError(f"reward function {name!r} returned {len(values)} values for {len(completions)} completions")
+    return [_checked_value(name, row, value, kwargs.get("query_id")) for row, value in enumerate(values)]
+
+
+def _checked_value(name: str, row: int, value: Any, query_ids: Sequence[Any] | None) -> float | None:
+    if value is None:
+        return None
+    problem = None
+    if isinstance(value, str) or not hasattr(value, "__float__"):
+        problem = f"{value!r} of type {type(value).__name__}, not a number"
+    elif not math.isfinite(value):
+        problem = f"{float(value)}; return None where the reward does not apply"
+    if problem is not None:
+        where = f"row {row}" if query_ids is None else f"row {row} (query_id {query_ids[row]!r})"
+        raise ValueError(f"reward function {name!r} returned for {where} {problem}")
+    return float(value)
