@@ -29,7 +29,7 @@ class BadRows(ValueError):
 
 
 def check_rows(
-    dataset: "Dataset",
+    dataset: "Dataset | Sequence[Mapping[str, Any]]",
     *,
     tokenizer: Any = None,
     max_prompt_length: int | None = None,
@@ -41,11 +41,12 @@ def check_rows(
     """The rows that can be trained on.
 
     Args:
-        dataset: rows with a `prompt`: a text, or chat messages `[{"role": ..., "content": ...}, ...]`.
+        dataset: rows with a `prompt`: a text, or chat messages `[{"role": ..., "content": ...}, ...]`. A list of
+            mappings is taken too: rows read from a file, of which one has the wrong type, cannot become a Dataset.
         tokenizer: counts prompt tokens, after its chat template for messages; None: lengths are not checked.
         max_prompt_length: tokens; None: any length.
         id_column: must be unique and not null, where the dataset has it. The first row of an id is kept.
-        quarantine_path: JSON lines `{"row", "reason", "detail", "content"}`, one per bad row; removed when there is none.
+        quarantine_path: JSON lines with `row`, `reason`, `detail`, `content`; removed if there is no bad row.
         strict: raise instead of leaving rows out.
         chat_template_kwargs: as training passes them to the chat template.
 
@@ -55,31 +56,30 @@ def check_rows(
     ids: dict[Any, int] = {}
     bad: list[dict[str, Any]] = []
     good: list[int] = []
-    columns = set(dataset.column_names)
     for index, row in enumerate(dataset):
-        problem = _prompt_problem(row, columns) or _id_problem(row, columns, id_column, ids)
+        problem = _prompt_problem(row) or _id_problem(row, id_column, ids)
         if problem is None and tokenizer is not None and max_prompt_length is not None:
             length = _prompt_length(row["prompt"], tokenizer, chat_template_kwargs or {})
             if length > max_prompt_length:
                 problem = ("over-long prompt", f"{length} tokens, at most {max_prompt_length}")
         if problem is None:
             good.append(index)
-            if id_column in columns:
+            if id_column in row:
                 ids[row[id_column]] = index
         else:
-            excerpt = repr(row.get("prompt"))
+            excerpt = repr(row.get("prompt") if isinstance(row, Mapping) else row)
             bad.append({"row": index, "reason": problem[0], "detail": problem[1], "content": excerpt[:_EXCERPT]})
 
     _write_quarantine(bad, Path(quarantine_path))
     if not bad:
-        return dataset
+        return _selected(dataset, good)
     summary = _summary(bad, len(good) + len(bad))
     if strict:
         raise BadRows(f"{summary}; all of them are in {quarantine_path}")
     if not good:
         raise BadRows(f"no row can be used: {summary}; all of them are in {quarantine_path}")
     logger.warning("%s; they are left out and written to %s", summary, quarantine_path)
-    return dataset.select(good)
+    return _selected(dataset, good)
 
 
 def checked_reward(func: Callable[..., Any]) -> Callable[..., Any]:
@@ -108,9 +108,19 @@ def checked_reward(func: Callable[..., Any]) -> Callable[..., Any]:
     return checked
 
 
-def _prompt_problem(row: Mapping[str, Any], columns: set[str]) -> tuple[str, str] | None:
-    if "prompt" not in columns:
-        return "missing prompt", f"the dataset has the columns {', '.join(sorted(columns))}"
+def _selected(dataset: Any, rows: list[int]) -> "Dataset":
+    from datasets import Dataset  # here, because importing it takes a second
+
+    if not isinstance(dataset, Dataset):
+        return Dataset.from_list([dict(dataset[row]) for row in rows])
+    return dataset if len(rows) == len(dataset) else dataset.select(rows)
+
+
+def _prompt_problem(row: Any) -> tuple[str, str] | None:
+    if not isinstance(row, Mapping):
+        return "wrong type", f"the row is a {type(row).__name__}, not a mapping"
+    if "prompt" not in row:
+        return "missing prompt", f"the row has only {', '.join(sorted(map(str, row)))}"
     prompt = row["prompt"]
     if prompt is None:
         return "null prompt", "prompt is null"
@@ -127,8 +137,8 @@ def _prompt_problem(row: Mapping[str, Any], columns: set[str]) -> tuple[str, str
         role, content = message.get("role"), message.get("content")
         if role not in _ROLES:
             return "malformed messages", f"{where} has the role {role!r}, not one of {', '.join(_ROLES)}"
-        if isinstance(content, list) and content:  # multimodal parts: the processor checks them
-            continue
+        if (isinstance(content, list) and content) or message.get("tool_calls"):
+            continue  # parts of a multimodal message, or a call: the chat template checks them
         if not isinstance(content, str):
             return "malformed messages", f"{where} has content of type {type(content).__name__}, not a text"
         problem = _text_problem(where, content)
@@ -149,10 +159,8 @@ def _text_problem(where: str, text: str) -> tuple[str, str] | None:
     return None
 
 
-def _id_problem(
-    row: Mapping[str, Any], columns: set[str], id_column: str, seen: Mapping[Any, int]
-) -> tuple[str, str] | None:
-    if id_column not in columns:
+def _id_problem(row: Mapping[str, Any], id_column: str, seen: Mapping[Any, int]) -> tuple[str, str] | None:
+    if id_column not in row:
         return None
     value = row[id_column]
     if value is None:
@@ -194,7 +202,7 @@ def _checked_values(name: str, values: Any, args: Sequence[Any], kwargs: Mapping
     if hasattr(values, "tolist"):  # a tensor or an array
         values = values.tolist()
     if isinstance(values, (str, bytes)) or not isinstance(values, Sequence):
-        raise ValueError(f"reward function {name!r} returned {type(values).__name__}, not a list with one value per row")
+        raise ValueError(f"reward function {name!r} returned a {type(values).__name__}, not a list of values")
     completions = kwargs.get("completions", args[1] if len(args) > 1 else args[0] if args else None)
     if completions is not None and len(values) != len(completions):
         raise ValueError(f"reward function {name!r} returned {len(values)} values for {len(completions)} completions")
