@@ -1,0 +1,41 @@
+"""RL post-training of routing policies: GRPO, SDPO and SRPO in one trainer core on TRL.
+
+The trainer classes are imported on first use, so that the pure parts (`srpo.objectives`, `srpo.types`) stay light.
+"""
+
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+
+__version__ = "0.1.0"
+
+TRL_SERIES = "1.16"
+"""The one TRL minor version whose hooks the trainer core overrides (see tests/test_trl_hooks.py)."""
+
+_LAZY = {
+    "SRPOConfig": "srpo.config",
+    "SRPOTrainer": "srpo.trainer",
+    "SDPOTrainer": "srpo.trainer",
+    "GRPOTrainer": "srpo.trainer",
+}
+
+__all__ = ["TRL_SERIES", "GRPOTrainer", "SDPOTrainer", "SRPOConfig", "SRPOTrainer", "__version__"]
+
+
+def _check_trl() -> None:
+    try:
+        found = version("trl")
+    except PackageNotFoundError:
+        found = "none"
+    if found.split(".")[:2] != TRL_SERIES.split("."):
+        raise ImportError(
+            f"srpo {__version__} works with trl {TRL_SERIES}.x, found {found}: pip install 'trl=={TRL_SERIES}.*'"
+        )
+
+
+_check_trl()
+
+
+def __getattr__(name: str):  # noqa: ANN202 (module __getattr__: any export)
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'srpo' has no attribute {name!r}")

@@ -1,0 +1,512 @@
+"""The trainer core: one training step, told in order, on top of TRL's GRPOTrainer.
+
+    rows -> rollout (TRL) -> world's columns -> rewards (TRL) -> advantages (TRL)
+         -> who is distilled -> teacher re-scores those rows -> weights            [_generate_and_score_completions]
+         -> one student forward -> objective -> backward                           [_compute_loss]
+         -> teacher moves, once per generation batch
+
+`objective="grpo"` runs TRL's own loss untouched. Each hook of TRL's that is overridden here has a test that fails when
+TRL moves it (tests/test_trl_hooks.py).
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object, is_peft_model
+from datasets import Dataset
+from torch import Tensor
+from transformers import PreTrainedModel, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
+from trl import GRPOTrainer as TRLGRPOTrainer
+from trl.trainer.utils import create_model_from_path, pad
+
+from srpo.checks import checked_reward
+from srpo.config import SRPOConfig
+from srpo.heads import Divergence, TeacherTargets, add_distillation_head, hidden_entropy, hidden_logp
+from srpo.hub import HubMixin
+from srpo.objectives import (
+    OBJECTIVES,
+    Counts,
+    LossConfig,
+    TokenBatch,
+    entropy_weights,
+    route,
+    sampled_token_divergence,
+)
+from srpo.objectives.normaliser import per_step
+from srpo.records import Alarms, world_metrics
+from srpo.reprompt import Rollout, Templates, choose_demonstrations, strip_thinking, teacher_prompt_ids
+from srpo.teacher import Teacher, unpatched_copy
+from srpo.types import FEEDBACK, Columns, World
+
+logger = logging.get_logger(__name__)
+
+Correctness = Callable[[Tensor, Columns], Tensor]
+"""(rewards [B] summed with their weights, columns) -> correct [B] bool."""
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Who is distilled from what: one entry per completion of this rank."""
+
+    routed: Tensor  # [B] bool
+    demonstrations: list[str | None]
+    feedback: list[str | None]
+
+
+class SRPOTrainer(HubMixin, TRLGRPOTrainer):
+    """GRPO, SDPO and SRPO in one trainer; every argument of `trl.GRPOTrainer`, and three more.
+
+    Args:
+        world: called once per batch with (rows, completion texts); its columns reach the reward functions, the
+            completions table and the metrics (see `srpo.types`).
+        correctness: which completions count as correct, from the summed rewards [B] and the columns. Default: the
+            reward reaches `success_reward_threshold`. Truncated completions never count as correct.
+        recipe: the resolved recipe, for the model card.
+
+    Raises:
+        ValueError: for vision-language models with a distilling objective, and for arguments that contradict.
+    """
+
+    _tag_names = ("trl", "srpo")
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        reward_funcs: Any = None,
+        args: SRPOConfig | None = None,
+        train_dataset: Dataset | None = None,
+        *,
+        world: World | None = None,
+        correctness: Correctness | None = None,
+        recipe: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ):
+        if args is None:
+            args = SRPOConfig(output_dir="srpo-output")
+        self.objective = args.objective
+        self.recipe = recipe
+        self.heldout_table: str | None = None
+        self.world = world
+        self.correctness = correctness
+        self.teacher: Teacher | None = None
+        distils = self.objective in OBJECTIVES
+
+        if isinstance(model, str) and distils:
+            options = dict(args.model_init_kwargs or {})
+            options.setdefault("trust_remote_code", args.trust_remote_code)
+            if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
+                options["device_map"] = None
+            model = create_model_from_path(model, **options)
+            args.model_init_kwargs = None  # used up; TRL warns when it sees them beside an instance
+        has_adapter = kwargs.get("peft_config") is not None or is_peft_model(model)
+        needs_copy = distils and args.teacher_model_kind != "live" and not has_adapter
+        twin = unpatched_copy(model, args.teacher_model_kind) if needs_copy else None
+
+        if callable(reward_funcs) and not isinstance(reward_funcs, torch.nn.Module):
+            reward_funcs = [reward_funcs]
+        if isinstance(reward_funcs, list):
+            plain = (str, torch.nn.Module)
+            reward_funcs = [f if isinstance(f, plain) else checked_reward(f) for f in reward_funcs]
+        super().__init__(model, reward_funcs, args, train_dataset, **kwargs)
+
+        self.alarms = Alarms(args.diagnostics_warning_interval, logger.warning)
+        self._columns: Columns = {}
+        self._local_rewards = torch.empty(0)
+        self._completion_tokens: list[Any] = []
+        self._truncated: list[bool] = []
+        self.add_callback(_GenerationClock(self))
+        if not distils:
+            return
+        if self._is_vlm:
+            raise ValueError(f"objective: {self.objective} distils text models only; use objective: grpo")
+        base = self.model.get_base_model() if is_peft_model(self.model) else self.model
+        add_distillation_head(base)
+        steps_per_batch = args.steps_per_generation // args.gradient_accumulation_steps * args.num_iterations
+        self.teacher = Teacher(
+            args.teacher_model_kind,
+            self.model,
+            twin,
+            args.teacher_update_rate,
+            self.accelerator,
+            snapshot_head=steps_per_batch > 1,
+        )
+        self._divergence = Divergence(
+            alpha=args.distillation_alpha,
+            top_k=args.distillation_topk if args.distillation_mode == "topk_logits" else None,
+            tail=args.distillation_add_tail,
+            temperature=self.temperature,
+        )
+        self._loss_config = LossConfig(
+            epsilon_low=self.epsilon_low,
+            epsilon_high=self.epsilon_high,
+            delta=args.delta,
+            level=self.importance_sampling_level,
+            beta=self.beta,
+            is_clip=args.distillation_is_clip,
+            aggregation=args.distillation_aggregation,
+        )
+        self._templates = Templates(args.reprompt_template, args.solution_template, args.feedback_template)
+        self._branch_gradients = torch.zeros(2, device=self.accelerator.device)  # squared norms: distilled, rewarded
+
+    # ------------------------------------------------------------------------------------------------ rewards
+
+    def _calculate_rewards(
+        self, inputs: list[dict[str, Any]], prompts: list[Any], completions: list[Any], completion_ids_list: list[Any]
+    ) -> Tensor:
+        texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
+        self._columns = {} if self.world is None else self._ask_world(inputs, texts)
+        rows = [{**row, **{k: v[i] for k, v in self._columns.items()}} for i, row in enumerate(inputs)]
+        rewards_per_func = super()._calculate_rewards(rows, prompts, completions, completion_ids_list)
+        # A reward function may give feedback too, through TRL's `log_extra`; it wins over the world's.
+        if FEEDBACK in self._pending_extra_logs:
+            self._columns[FEEDBACK] = list(self._pending_extra_logs[FEEDBACK])
+        for name, values in self._columns.items():
+            self._pending_extra_logs[name] = list(values)
+
+        self._completion_tokens = completion_ids_list
+        ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
+        self._truncated = [not len(ids) or int(ids[-1]) not in ends for ids in completion_ids_list]
+        start = self.accelerator.process_index * len(prompts)
+        local = rewards_per_func[start : start + len(prompts)]
+        total = (local * self.reward_weights.to(local.device)).nansum(dim=1)
+        self._local_rewards = total.masked_fill(torch.isnan(local).all(dim=1), torch.nan)
+        self._log_world()
+        return rewards_per_func
+
+    def _ask_world(self, inputs: list[dict[str, Any]], texts: Sequence[str]) -> Columns:
+        columns = self.world(inputs, texts)
+        for name, values in columns.items():
+            if len(values) != len(texts):
+                raise ValueError(
+                    f"the world returned {len(values)} values in column {name!r} for {len(texts)} completions; "
+                    "it must return one per completion"
+                )
+        return columns
+
+    def _log_world(self) -> None:
+        mode = "train" if self.model.training else "eval"
+        gathered = {name: gather_object(list(values)) for name, values in sorted(self._columns.items())}
+        for name, value in world_metrics(gathered).items():
+            self._metrics[mode][name].append(value)
+
+    # ----------------------------------------------------------------------------- routing and the teacher's pass
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = super()._generate_and_score_completions(inputs)
+        branches: list[str | None] = ["grpo"] * len(inputs)
+        if self.teacher is not None and self.model.training:
+            mask = _loss_mask(batch)
+            plan = self._route(mask)
+            batch.update(self._distillation_targets(inputs, batch, mask, plan))
+            rewarded = None if self.objective == "sdpo" else "grpo"
+            branches = ["sdpo" if z else rewarded for z in plan.routed.tolist()]
+        self._logs["extra"]["branch"].extend(gather_object(branches))
+        return batch
+
+    def _route(self, mask: Tensor) -> _Plan:
+        """Decide on all ranks' completions together, since a group may straddle ranks; keep this rank's part."""
+        args, device = self.args, mask.device
+        rewards, n = self._local_rewards, mask.size(0)
+        if self.correctness is None:
+            correct = rewards >= args.success_reward_threshold
+        else:
+            correct = self.correctness(rewards, self._columns)
+        scored = ~torch.isnan(rewards)
+        correct = correct.to(device) & scored & ~torch.tensor(self._truncated, device=device)
+        texts = self._tokenizer.batch_decode(self._completion_tokens, skip_special_tokens=True)
+        feedback = self._columns.get(FEEDBACK) or [""] * n
+        rollouts = gather_object(
+            [
+                Rollout(text if ok else "", ok, cut, float(reward), str(note or ""))
+                for text, ok, cut, reward, note in zip(
+                    texts, correct.tolist(), self._truncated, rewards.tolist(), feedback, strict=True
+                )
+            ]
+        )
+        chosen = choose_demonstrations(
+            rollouts, self.num_generations, args.demonstration, f"{args.seed}:{self.state.global_step}"
+        )
+        start = self.accelerator.process_index * n
+        demonstrations, notes = [], []
+        for i in range(start, start + n):
+            sibling = None if chosen[i] is None else rollouts[chosen[i]].text
+            if sibling is not None and args.remove_thinking_from_demonstration:
+                sibling = strip_thinking(sibling)
+            wanted = args.include_environment_feedback and rollouts[i].feedback.strip() != ""
+            if sibling is not None and args.environment_feedback_only_without_solution:
+                wanted = False
+            demonstrations.append(sibling)
+            notes.append(rollouts[i].feedback if wanted else None)
+        available = torch.tensor(
+            [d is not None or f is not None for d, f in zip(demonstrations, notes, strict=True)], device=device
+        )
+        trainable = scored & (mask.sum(dim=1) > 0)
+        routed = route(self.objective, correct, available) & trainable
+        self._log_routing(routed, correct, available)
+        return _Plan(routed, demonstrations, notes)
+
+    def _log_routing(self, routed: Tensor, correct: Tensor, available: Tensor) -> None:
+        failed = ~correct
+        shares = torch.stack([routed.float(), failed.float(), (failed & available).float()], dim=1)
+        totals = self.accelerator.gather(shares).sum(dim=0)
+        count = routed.numel() * self.accelerator.num_processes
+        metrics = self._metrics["train"]
+        metrics["srpo/routed_share"].append((totals[0] / count).item())
+        metrics["srpo/failed_share"].append((totals[1] / count).item())
+        metrics["srpo/teacher_available"].append((totals[2] / totals[1].clamp(min=1)).item())
+
+    def _distillation_targets(
+        self, inputs: list[dict[str, Any]], batch: dict[str, Any], mask: Tensor, plan: _Plan
+    ) -> dict[str, Any]:
+        """Score the routed rows with the teacher. Everything per row has length B, so TRL can shuffle and split it."""
+        rows = plan.routed.nonzero().flatten().tolist()
+        omega = mask.bool() & plan.routed.unsqueeze(1)
+        entropy = torch.zeros(mask.shape, device=mask.device)
+        sampled = self.args.distillation_mode == "sampled_token"
+        teacher_logp = torch.zeros(mask.shape, device=mask.device)
+        hidden: list[Tensor | None] = [None] * mask.size(0)
+
+        prompts = {
+            i: teacher_prompt_ids(
+                inputs[i]["prompt"],
+                plan.demonstrations[i],
+                plan.feedback[i],
+                self._templates,
+                lambda prompt: self._tokenize_prompts([prompt])[0][0],
+                self._tokenizer,
+                self.args.max_reprompt_len,
+            )
+            for i in rows
+        }
+        head = None
+        for chunk in self._teacher_chunks(rows):
+            real = [i for i in chunk if i in prompts]
+            states = self._teacher_forward([prompts.get(i, [self._tokenizer.pad_token_id]) for i in chunk], chunk, batch)
+            head = head or self.teacher.head()
+            if not real:  # a rank without rows only keeps a sharded teacher's collectives in step
+                continue
+            keep = omega[chunk][:, : states.size(1)]
+            flat = states[keep]
+            entropy[chunk] = entropy[chunk].masked_scatter(
+                omega[chunk], hidden_entropy(flat, head, self.temperature)
+            )
+            if sampled:
+                tokens = batch["completion_ids"][chunk][omega[chunk]]
+                teacher_logp[chunk] = teacher_logp[chunk].masked_scatter(
+                    omega[chunk], hidden_logp(flat, head, tokens, self.temperature)
+                )
+            else:
+                for i, states_i in zip(chunk, flat.split(keep.sum(dim=1).tolist()), strict=True):
+                    hidden[i] = states_i
+        self._teacher_head = head
+
+        weights = entropy_weights(entropy, omega, self.args.entropy_weight_beta, self._sum_over_ranks)
+        distilled = self._log_teacher(entropy, weights, omega)
+        targets: dict[str, Any] = {"routed": plan.routed, "distillation_weights": weights, "distilled_tokens": distilled}
+        if sampled:
+            targets["teacher_logps"] = teacher_logp
+        else:
+            targets["teacher_hidden"] = hidden
+        return targets
+
+    def _teacher_chunks(self, rows: list[int]) -> list[list[int]]:
+        size = self.args.per_device_train_batch_size
+        chunks = [rows[i : i + size] for i in range(0, len(rows), size)]
+        if self.teacher.sharded:  # every rank must enter every forward of a sharded model
+            longest = int(self.accelerator.gather(torch.tensor([len(chunks)], device=self.accelerator.device)).max())
+            chunks += [[0]] * (longest - len(chunks))
+        return chunks
+
+    def _teacher_forward(self, prompts: list[list[int]], rows: list[int], batch: dict[str, Any]) -> Tensor:
+        """[n, L, D'] hidden states that predict the first L completion tokens, L the longest of these rows."""
+        device = batch["completion_ids"].device
+        attention = batch["completion_mask"][rows]
+        length = max(int(attention.sum(dim=1).max()), 1)
+        ids = [torch.tensor(p, device=device) for p in prompts]
+        prompt_ids = pad(ids, padding_value=self._tokenizer.pad_token_id, padding_side="left")
+        prompt_mask = pad([torch.ones_like(p) for p in ids], padding_value=0, padding_side="left")
+        ids = torch.cat([prompt_ids, batch["completion_ids"][rows][:, :length]], dim=1)
+        mask = torch.cat([prompt_mask, attention[:, :length]], dim=1)
+        with self.accelerator.autocast():
+            return self.teacher.score(ids, mask, length)
+
+    def _sum_over_ranks(self, values: Tensor) -> Tensor:
+        return self.accelerator.reduce(values, reduction="sum")
+
+    def _log_teacher(self, entropy: Tensor, weights: Tensor, omega: Tensor) -> Tensor:
+        """Log the weights of this generation batch; returns the number of distilled tokens on all ranks, 0-d."""
+        sums = torch.stack([omega.sum().float(), weights.sum(), weights.square().sum(), (entropy * omega).sum()])
+        count, total, squares, nats = self._sum_over_ranks(sums)
+        largest = self.accelerator.gather(weights.amax() if weights.numel() else weights.new_zeros(())).max()
+        if count > 0:
+            metrics = self._metrics["train"]
+            metrics["srpo/weight_mean"].append((total / count).item())
+            metrics["srpo/weight_max"].append(largest.item())
+            metrics["srpo/weight_ess"].append((total**2 / (count * squares.clamp(min=1e-12))).item())
+            metrics["srpo/teacher_entropy"].append((nats / count).item())
+        return count
+
+    # --------------------------------------------------------------------------------------------------- loss
+
+    def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> Tensor:
+        if "routed" not in inputs:  # objective: grpo, and evaluation, where there is no teacher
+            return super()._compute_loss(model, inputs)
+        mask, routed = _loss_mask(inputs), inputs["routed"]
+        logp, entropy, divergence, aux_loss = self._policy_forward(model, inputs, mask)
+        old_logp = inputs.get("old_per_token_logps")
+        batch = TokenBatch(
+            logp=logp,
+            old_logp=logp.detach() if old_logp is None else old_logp,
+            mask=mask,
+            advantages=inputs["advantages"],
+            routed=routed,
+            divergence=divergence,
+            weights=inputs["distillation_weights"],
+            counts=self._counts(inputs, mask.size(0)),
+            sampler_ratio=inputs.get("importance_sampling_ratio"),
+            ref_logp=inputs.get("ref_per_token_logps"),
+        )
+        output = OBJECTIVES[self.objective](batch, self._loss_config)
+        self._log_loss(output.metrics, entropy, mask)
+        loss = output.loss
+        if self.aux_loss_enabled:
+            loss = loss + self.router_aux_loss_coef * aux_loss / self.current_gradient_accumulation_steps
+            self._metrics["train"]["aux_loss"].append(self.accelerator.gather(aux_loss.detach()).mean().item())
+        return loss
+
+    def _counts(self, inputs: dict[str, Any], rows: int) -> Counts:
+        """Denominators of one optimiser step; a generation batch may feed several (normaliser.per_step)."""
+        args, ranks = self.args, self.accelerator.num_processes
+
+        def share(total: Tensor) -> Tensor:
+            return per_step(
+                total,
+                ranks=ranks,
+                accumulation=self.current_gradient_accumulation_steps,
+                steps_per_generation=args.steps_per_generation,
+            )
+
+        completions = torch.tensor(float(rows * args.steps_per_generation * ranks), device=inputs["routed"].device)
+        return Counts(share(inputs["num_items_in_batch"]), share(inputs["distilled_tokens"]), share(completions))
+
+    def _policy_forward(
+        self, model: torch.nn.Module, inputs: dict[str, Any], mask: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """One forward of the student: log-probs, entropies, divergences [B, T], and the MoE auxiliary loss."""
+        length = inputs["completion_ids"].size(1)
+        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+        attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+        labels = ids.masked_fill(attention == 0, -100)  # completion tokens only, as in TRL
+        labels[:, :-length] = -100
+        routed, targets = inputs["routed"], None
+        omega = mask.bool() & routed.unsqueeze(1)
+        if "teacher_hidden" in inputs and omega.any():
+            hidden = torch.cat([h for h in inputs["teacher_hidden"] if h is not None])
+            targets = TeacherTargets(omega, hidden, self._teacher_head, self._divergence)
+
+        def probe(gradient: Tensor) -> None:
+            squares = gradient.float().square().sum(dim=(1, 2))
+            self._branch_gradients += torch.stack([squares[routed].sum(), squares[~routed].sum()])
+
+        extra = {"output_router_logits": True} if self.aux_loss_enabled else {}
+        with self.accelerator.autocast():
+            output = model(
+                input_ids=ids,
+                attention_mask=attention,
+                labels=labels,
+                fused_lm_head=True,
+                targets=targets,
+                gradient_probe=probe,
+                **extra,
+            )
+        logp, entropy = output.log_probs[:, -length:], output.entropy[:, -length:]
+        divergence = output.divergence
+        if "teacher_logps" in inputs and omega.any():
+            divergence = sampled_token_divergence(logp, inputs["teacher_logps"]) * omega
+        return logp, entropy, divergence, output.aux_loss
+
+    def _log_loss(self, metrics: dict[str, Tensor], entropy: Tensor, mask: Tensor) -> None:
+        # The objective's metrics add up over micro-batches; TRL averages what is appended here.
+        scaled = torch.stack(list(metrics.values())).detach() * self.current_gradient_accumulation_steps
+        means = self.accelerator.gather(scaled.unsqueeze(0)).mean(dim=0)
+        for name, value in zip(metrics, means.tolist(), strict=True):
+            self._metrics["train"][name].append(value)
+        nats, count = self._sum_over_ranks(torch.stack([(entropy * mask).sum(), mask.sum().float()]).detach())
+        self._metrics["train"]["entropy"].append((nats / count.clamp(min=1)).item())
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().training_step(*args, **kwargs)
+        if self.teacher is not None and self.accelerator.sync_gradients:
+            norms = self._sum_over_ranks(self._branch_gradients).sqrt()
+            if norms.sum() > 0:
+                self._metrics["train"]["srpo/gradient_share"].append((norms[0] / norms.sum()).item())
+            self._branch_gradients.zero_()
+        return loss
+
+    # --------------------------------------------------------------------------------- records and checkpoints
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        super().log(logs, start_time)  # adds the averaged metrics to `logs`
+        numbers = {name: value for name, value in logs.items() if isinstance(value, float)}
+        if self.model.training:
+            self.alarms.observe_step(numbers, self.max_completion_length)
+        elif "eval_reward" in numbers:
+            self.alarms.observe_evaluation(numbers["eval_reward"])
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.teacher is not None:
+            folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            self.teacher.save(os.path.join(self._get_output_dir(trial=trial), folder))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.teacher is not None and checkpoint is not None:
+            self.teacher.load(checkpoint)
+
+
+class SDPOTrainer(SRPOTrainer):
+    """[`SRPOTrainer`] with `objective="sdpo"`: every completion with teacher information is distilled."""
+
+    def __init__(self, model: Any, reward_funcs: Any = None, args: SRPOConfig | None = None, *rest: Any, **kwargs: Any):
+        super().__init__(model, reward_funcs, _with_objective(args, "sdpo"), *rest, **kwargs)
+
+
+class GRPOTrainer(SRPOTrainer):
+    """[`SRPOTrainer`] with `objective="grpo"`: TRL's GRPO, any loss type, with this library's world and records."""
+
+    def __init__(self, model: Any, reward_funcs: Any = None, args: SRPOConfig | None = None, *rest: Any, **kwargs: Any):
+        super().__init__(model, reward_funcs, _with_objective(args, "grpo"), *rest, **kwargs)
+
+
+class _GenerationClock(TrainerCallback):
+    """Moves the teacher after the last optimiser step of a generation batch, and sets the clock on resume."""
+
+    def __init__(self, trainer: SRPOTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args: SRPOConfig, state: Any, control: Any, **kwargs: Any) -> None:
+        # TRL counts micro-steps from 0 in each process; a resumed run must know where in a generation batch it is.
+        self.trainer._step = state.global_step * args.gradient_accumulation_steps
+
+    def on_step_end(self, args: SRPOConfig, state: Any, control: Any, **kwargs: Any) -> None:
+        trainer = self.trainer
+        if trainer.teacher is not None and trainer._step % (args.steps_per_generation * args.num_iterations) == 0:
+            trainer.teacher.update()
+
+
+def _loss_mask(batch: dict[str, Any]) -> Tensor:
+    """[B, T]: completion tokens that the policy sampled and that are trained on."""
+    return batch["completion_mask"] * batch["tool_mask"] if "tool_mask" in batch else batch["completion_mask"]
+
+
+def _with_objective(args: SRPOConfig | None, objective: str) -> SRPOConfig:
+    if args is None:
+        return SRPOConfig(output_dir=f"{objective}-output", objective=objective)
+    args.objective = objective
+    return args
