@@ -1,0 +1,297 @@
+"""Publishing on the Hugging Face Hub, under one rule: whatever goes wrong there is told in words and training goes on.
+
+TRL's trainers contact the Hub when they are constructed, at every save and at the end, and an error there ends the
+run. [`HubMixin`], placed before the trainer's class, keeps the arguments and strategies (`push_to_hub`, `hub_model_id`,
+`hub_strategy`, ...) and replaces those calls. Saving itself stays outside the rule: a full disk is not the Hub's fault.
+"""
+
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+from srpo.card import model_card
+from srpo.redact import scrubbed
+
+logger = logging.getLogger(__name__)
+
+_STAGING = "_hub"  # upload_folder leaves out names that begin with "_"
+_ADVICE = "log in with `hf auth login`, or set HF_TOKEN to a token that may write"
+# What never goes up: pickles (training_args.bin holds the token if one was passed), other checkpoints, local records.
+_LOCAL_ONLY = ["_*", "checkpoint-*", "training_args.bin", "runs/*", "wandb/*", "completions/*", "quarantine.jsonl"]
+# What only resuming needs.
+_RESUME_ONLY = ["optimizer*", "scheduler*", "rng_state*", "scaler*", "trainer_state.json", "teacher.*", "global_step*/*"]
+
+
+def push_checkpoint(
+    folder: str | os.PathLike[str],
+    repo_id: str,
+    *,
+    path_in_repo: str | None = None,
+    commit_message: str = "Upload model",
+    token: str | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    resumable: bool = False,
+) -> str:
+    """Creates the repository where it is missing and uploads a folder; returns the URL of the commit.
+
+    Args:
+        folder: a saved model, or a checkpoint of a run.
+        repo_id: `name` or `owner/name`.
+        path_in_repo: folder in the repository; None: its root.
+        commit_message: as the Hub shows it.
+        token: None: the logged-in user's, or HF_TOKEN.
+        private: only for a repository that is created.
+        revision: branch to commit to; None: main.
+        resumable: also upload optimiser, scheduler, random state and teacher.
+
+    Raises:
+        Any error of `huggingface_hub`. Inside a run, wrap it in [`safe_push`].
+    """
+    from transformers.utils.hub import hf_api
+
+    url = hf_api().create_repo(repo_id, token=token, private=private, exist_ok=True)
+    return str(
+        hf_api().upload_folder(
+            repo_id=url.repo_id,
+            folder_path=folder,
+            path_in_repo=path_in_repo,
+            commit_message=commit_message,
+            token=token,
+            revision=revision,
+            ignore_patterns=_LOCAL_ONLY if resumable else _LOCAL_ONLY + _RESUME_ONLY,
+        )
+    )
+
+
+def safe_push(push: Callable[[], object], *, what: str = "the push to the Hub", retry: str = "") -> bool:
+    """Runs `push`; an error is logged with its cause and how to try again, and never raised.
+
+    Only `Exception`s are caught: Ctrl-C and a scheduler's exit still end the run.
+
+    Returns:
+        Whether it succeeded.
+    """
+    try:
+        push()
+    except Exception as error:
+        _report(error, what, retry)
+        return False
+    return True
+
+
+def explain(error: BaseException) -> str:
+    """One sentence on what failed, free of credentials."""
+    chain = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
+        chain.append(cause)
+    statuses = [getattr(getattr(e, "response", None), "status_code", None) for e in chain]
+    status = next((s for s in statuses if isinstance(s, int)), None)
+    names = {kind.__name__ for e in chain for kind in type(e).__mro__}
+    if status in (401, 403):
+        cause_text = f"the Hub refused the credentials (HTTP {status}): {_ADVICE}"
+    elif status == 404:
+        cause_text = f"the Hub does not know the repository, or hides it from this account (HTTP 404): {_ADVICE}"
+    elif status == 429:
+        cause_text = "the Hub's rate limit or storage quota is reached (HTTP 429)"
+    elif status is not None and status >= 500:
+        cause_text = f"the Hub has a problem of its own (HTTP {status}), which usually passes"
+    elif "OfflineModeIsEnabled" in names:
+        cause_text = "HF_HUB_OFFLINE is set"
+    elif "LocalTokenNotFoundError" in names:
+        cause_text = f"nobody is logged in to the Hub: {_ADVICE}"
+    elif names & {"ConnectionError", "ConnectError", "NetworkError", "TimeoutError", "TimeoutException"}:
+        cause_text = "the Hub cannot be reached"
+    else:
+        cause_text = "unexpected error"
+    return scrubbed(f"{cause_text} [{type(error).__name__}: {str(error).strip()[:300]}]")
+
+
+def _report(error: BaseException, what: str, retry: str) -> None:
+    logger.warning("%s failed: %s. Training goes on.%s", what, explain(error), f" {retry}" if retry else "")
+
+
+class HubMixin:
+    """Makes a `transformers.Trainer` subclass survive the Hub. Put it first: `class T(HubMixin, GRPOTrainer)`.
+
+    Reads, where the trainer has them: `objective` (str), `recipe` (dict or None), `heldout_table` (markdown or None).
+    """
+
+    hub_model_id: str | None
+    push_in_progress: Any
+    args: Any
+    model: Any
+    state: Any
+    callback_handler: Any
+    control: Any
+    processing_class: Any
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Creates the repository; on failure `hub_model_id` stays None and the next push tries again."""
+        self.push_in_progress = None
+        safe_push(
+            lambda: super(HubMixin, self).init_hf_repo(token=token, private=private),  # type: ignore[misc]
+            what="creating the repository on the Hub",
+            retry="The next push tries again.",
+        )
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | Sequence[str] | None = None
+    ) -> None:
+        """Writes README.md into the output folder (see [`srpo.card.model_card`])."""
+        if not self.is_world_process_zero():  # type: ignore[attr-defined]
+            return
+        output_dir = Path(self.args.output_dir)
+        own_tags = [tags] if isinstance(tags, str) else list(tags or ())
+        source = getattr(self.model.config, "_name_or_path", None)
+        card = model_card(
+            objective=getattr(self, "objective", "grpo"),
+            model_name=model_name or output_dir.name,
+            base_model=source if source and not os.path.isdir(source) else None,
+            adapter=hasattr(self.model, "peft_config"),
+            repo_id=self.hub_model_id,
+            recipe=getattr(self, "recipe", None),
+            command=sys.argv,
+            heldout_table=getattr(self, "heldout_table", None),
+            dataset_name=dataset_name,
+            tags=own_tags,
+        )
+        output_dir.mkdir(parents=True, exist_ok=True)
+        (output_dir / "README.md").write_text(card, encoding="utf-8")
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **card: Any,
+    ) -> bool:
+        """Saves the model and uploads the output folder. Arguments as in `Trainer.push_to_hub`.
+
+        Returns:
+            Whether it is on the Hub; always True with `blocking=False`, where a failure is logged later, and on every
+            process but the first.
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        self.save_model(_internal_call=True)  # type: ignore[attr-defined]  # all ranks take part
+        if not self.is_world_process_zero():  # type: ignore[attr-defined]
+            return True
+        self.create_model_card(**{"model_name": (self.args.hub_model_id or "").split("/")[-1] or None} | card)
+        folder = str(self.args.output_dir)
+        if not self._have_repo(token, private):
+            self._say_how_to_retry(folder)
+            return False
+        self._finish_current_push()  # type: ignore[attr-defined]
+        return self._upload(
+            folder, commit_message or "Upload model", wait=blocking, token=token, revision=revision, retry_from=folder
+        )
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        strategy = str(getattr(self.args.hub_strategy, "value", self.args.hub_strategy))
+        if not self.is_world_process_zero() or strategy == "end":  # type: ignore[attr-defined]
+            return
+        busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        if busy and not self.args.hub_always_push:
+            return
+        if not self._have_repo(None, None):
+            self._say_how_to_retry(checkpoint_folder)
+            return
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        message = f"Training in progress, step {self.state.global_step}"
+        staged = self._stage(checkpoint_folder)
+        self._upload(staged, message, retry_from=checkpoint_folder, cleanup=strategy == "every_save")
+        if strategy in ("checkpoint", "all_checkpoints"):
+            name = "last-checkpoint" if strategy == "checkpoint" else Path(checkpoint_folder).name
+            self._upload(
+                staged, message + ", checkpoint", retry_from=checkpoint_folder, path_in_repo=name, cleanup=True
+            )
+
+    def _have_repo(self, token: str | None, private: bool | None) -> bool:
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        return self.hub_model_id is not None
+
+    def _stage(self, checkpoint_folder: str) -> str:
+        """Hard links to the checkpoint's files: the upload survives the deletion of old checkpoints, at no cost."""
+        source = Path(checkpoint_folder)
+        staged = Path(self.args.output_dir) / _STAGING / source.name
+        shutil.rmtree(staged, ignore_errors=True)
+        shutil.copytree(source, staged, copy_function=_link_or_copy)
+        card = Path(self.args.output_dir) / "README.md"
+        if card.is_file():
+            shutil.copy(card, staged / "README.md")
+        return str(staged)
+
+    def _upload(
+        self,
+        folder: str,
+        message: str,
+        *,
+        retry_from: str,
+        wait: bool = False,
+        token: str | None = None,
+        revision: str | None = None,
+        path_in_repo: str | None = None,
+        cleanup: bool = False,
+    ) -> bool:
+        """Uploads in a background thread, and waits for it if asked to."""
+        from transformers.utils.hub import PushInProgress, hf_api
+
+        jobs: list[Future[Any]] = []
+
+        def start() -> None:
+            jobs.append(
+                hf_api().run_as_future(
+                    push_checkpoint,
+                    folder,
+                    self.hub_model_id,
+                    path_in_repo=path_in_repo,
+                    commit_message=message,
+                    token=token or self.args.hub_token,
+                    private=self.args.hub_private_repo,
+                    revision=revision or self.args.hub_revision,
+                    resumable=path_in_repo is not None,
+                )
+            )
+
+        if not safe_push(start, retry=_retry_command(self.hub_model_id, retry_from)):
+            return False
+
+        def finished(job: "Future[Any]") -> None:
+            error = job.exception()
+            if error is not None:
+                _report(error, f"the push of {retry_from}", _retry_command(self.hub_model_id, retry_from))
+            if cleanup:
+                shutil.rmtree(folder, ignore_errors=True)
+
+        jobs[0].add_done_callback(finished)
+        if wait:
+            return jobs[0].exception() is None
+        if self.push_in_progress is None or self.push_in_progress.is_done():
+            self.push_in_progress = PushInProgress(jobs)
+        else:
+            self.push_in_progress.jobs.extend(jobs)
+        return True
+
+    def _say_how_to_retry(self, folder: str) -> None:
+        repo = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
+        logger.warning("%s was not pushed. %s", folder, _retry_command(repo, folder))
+
+
+def _retry_command(repo_id: str | None, folder: str) -> str:
+    return f'By hand: python -c "from srpo.hub import push_checkpoint; push_checkpoint({folder!r}, {repo_id!r})"'
+
+
+def _link_or_copy(source: str, target: str) -> str:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+    return target
