@@ -71,10 +71,11 @@ def model_card(
     if objective not in _OBJECTIVES:
         raise ValueError(f"unknown objective {objective!r}; one of {', '.join(_OBJECTIVES)}")
     papers, sentence = _OBJECTIVES[objective]
+    all_tags = [*sorted(tags), "trl", "srpo", "llm-routing", "reinforcement-learning", objective]
     metadata: dict[str, Any] = {
         "library_name": "peft" if adapter else "transformers",
         "pipeline_tag": "text-generation",
-        "tags": list(dict.fromkeys([*sorted(tags), "trl", "srpo", "llm-routing", "reinforcement-learning", objective])),
+        "tags": list(dict.fromkeys(all_tags)),
     }
     if base_model:
         metadata["base_model"] = base_model
@@ -120,7 +121,7 @@ def _training(recipe: Mapping[str, Any] | None, command: Sequence[str] | None) -
     lines = ["## How it was trained", "", "```bash", shlex.join(words), "```", ""]
     if recipe:
         dumped = yaml.safe_dump(redacted(recipe), sort_keys=False, allow_unicode=True)
-        lines += ["The keys that were set; all others are the defaults of `SRPOConfig`:", "", "```yaml", dumped + "```"]
+        lines += ["The keys that were set; the others are defaults of `SRPOConfig`:", "", "```yaml", dumped + "```"]
     else:
         lines.append("Not trained from a recipe file: the settings were given in Python.")
     return "\n".join([*lines, "", f"Versions: {_versions()}.", ""])

@@ -1,8 +1,9 @@
 """Publishing on the Hugging Face Hub, under one rule: whatever goes wrong there is told in words and training goes on.
 
 TRL's trainers contact the Hub when they are constructed, at every save and at the end, and an error there ends the
-run. [`HubMixin`], placed before the trainer's class, keeps the arguments and strategies (`push_to_hub`, `hub_model_id`,
-`hub_strategy`, ...) and replaces those calls. Saving itself stays outside the rule: a full disk is not the Hub's fault.
+run. [`HubMixin`], placed before the trainer's class, keeps the arguments and strategies (`push_to_hub`,
+`hub_model_id`, `hub_strategy`, ...) and replaces those calls. Saving itself stays outside the rule: a full disk is not
+the Hub's fault.
 """
 
 import logging
@@ -24,7 +25,7 @@ _ADVICE = "log in with `hf auth login`, or set HF_TOKEN to a token that may writ
 # What never goes up: pickles (training_args.bin holds the token if one was passed), other checkpoints, local records.
 _LOCAL_ONLY = ["_*", "checkpoint-*", "training_args.bin", "runs/*", "wandb/*", "completions/*", "quarantine.jsonl"]
 # What only resuming needs.
-_RESUME_ONLY = ["optimizer*", "scheduler*", "rng_state*", "scaler*", "trainer_state.json", "teacher.*", "global_step*/*"]
+_RESUME_ONLY = ["optimizer*", "scheduler*", "rng_state*", "scaler*", "trainer_state.json", "teacher*", "global_step*"]
 
 
 def push_checkpoint(
