@@ -1,0 +1,173 @@
+"""Recipes are read strictly, and every recipe of the repository parses into the dataclasses that run it."""
+
+import importlib.util
+import sys
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+import pytest
+import yaml
+
+from srpo.recipe import RecipeError, load_recipe, resolved_recipe
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPES = sorted(path for path in (ROOT / "recipes").rglob("*.yaml") if path.parent.name != "accelerate")
+
+
+class Schedule(Enum):
+    CONSTANT = "constant"
+    COSINE = "cosine"
+
+
+@dataclass
+class Training:
+    learning_rate: float = 1e-6
+    num_generations: int = 8
+    use_vllm: bool = False
+    gradient_checkpointing: bool = True
+    run_name: str | None = None
+    schedule: Schedule | str = "constant"
+    reward_weights: list[float] | None = None
+    extra: dict[str, Any] | str | None = None
+    mode: Literal["a", "b"] = "a"
+    hub_token: str | None = None
+    model_revision: str = "main"
+    eos_token: str | None = None
+
+
+@dataclass
+class Task:
+    table: str
+    cost_weight: float = 0.3
+    members: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.cost_weight < 0:
+            raise ValueError(f"cost_weight={self.cost_weight}: must not be negative")
+
+
+def read(tmp_path: Path, text: str, *argv: str) -> Any:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    return load_recipe((Training, Task), ["--config", str(path), *argv])
+
+
+def test_file_then_command_line(tmp_path: Path) -> None:
+    training, task = recipe = read(
+        tmp_path,
+        "table: pool.jsonl\nlearning_rate: 5e-6\nuse_vllm: true\nmembers: [a, b]\nschedule: cosine\n",
+        "--num_generations", "4", "--learning-rate=1e-5", "--no_gradient_checkpointing", "--members", "c", "d",
+    )  # fmt: skip
+    assert (training.learning_rate, training.num_generations, training.use_vllm) == (1e-5, 4, True)
+    assert training.gradient_checkpointing is False
+    assert (task.table, task.members, task.cost_weight) == ("pool.jsonl", ["c", "d"], 0.3)
+    assert resolved_recipe(recipe) == {
+        "table": "pool.jsonl", "learning_rate": 1e-5, "use_vllm": True, "members": ["c", "d"], "schedule": "cosine",
+        "num_generations": 4, "gradient_checkpointing": False,
+    }  # fmt: skip
+
+
+def test_what_is_resolved_reproduces_the_run(tmp_path: Path) -> None:
+    first = read(tmp_path, "table: t\nreward_weights: [1, 0.5]\nextra:\n  dtype: float32\n", "--mode", "b")
+    assert read(tmp_path, yaml.safe_dump(resolved_recipe(first))) == first
+
+
+def test_yaml_writes_small_numbers_as_text_and_we_read_them_as_numbers(tmp_path: Path) -> None:
+    assert yaml.safe_load("x: 5e-6") == {"x": "5e-6"}  # YAML 1.1 wants a dot
+    assert read(tmp_path, "table: t\nlearning_rate: 5e-6\n")[0].learning_rate == 5e-6
+
+
+@pytest.mark.parametrize(
+    ("text", "argv", "message"),
+    [
+        ("table: t\nlearning_rat: 1\n", [], r"recipe.yaml:2: unknown key 'learning_rat'; .* 'learning_rate'"),
+        ("table: t\nnum_generation: 1\n", [], r"'num_generations'"),
+        ("table: t\nenv: {A: b}\n", [], r"recipe.yaml:2: unknown key 'env'"),
+        ("table: t\n", ["--cost-weigth", "1"], r"command line: unknown option '--cost_weigth'; .* 'cost_weight'"),
+        ("table: t\n", ["--learning", "1"], r"unknown option '--learning'; .* 'learning_rate'"),  # no abbreviations
+        ("table: t\n", ["stray"], r"'stray' belongs to no option"),
+        ("table: t\ntable: u\n", [], r"recipe.yaml:2: the key 'table' was already written in line 1"),
+        ("table: t\nextra:\n  a: 1\n  a: 2\n", [], r"recipe.yaml:4: the key 'a' .* line 3"),
+        ("table: t\nnum_generations: 8.5\n", [], r"recipe.yaml:2: num_generations must be an integer, not 8.5"),
+        ("table: t\nnum_generations: true\n", [], r"num_generations must be an integer"),
+        ("table: t\nuse_vllm: 'yes'\n", [], r"use_vllm must be true or false, not 'yes' of type str"),
+        ("table: t\nlearning_rate: fast\n", [], r"learning_rate must be a number"),
+        ("table: t\nlearning_rate:\n", [], r"learning_rate must be a number.*the line is empty"),
+        ("table: 7\n", [], r"table must be a text, not 7 .*put it in quotes"),
+        ("table: no\n", [], r"table must be a text, not False .*YAML reads yes, no"),
+        ("table: t\nschedule: cosinus\n", [], r"schedule must be one of constant, cosine"),
+        ("table: t\nmode: c\n", [], r"mode must be one of 'a', 'b'"),
+        ("table: t\nmembers: calculator\n", [], r"members must be a list \(a text each\)"),
+        ("table: t\nreward_weights: [1, x]\n", [], r"reward_weights must be a list \(a number each\)"),
+        ("table: t\n", ["--num_generations", "x"], r"command line: .*--num_generations.* 'x'"),
+        ("cost_weight: 1\n", [], r"missing table \(of Task\)"),
+        ("table: t\ncost_weight: -1\n", [], r"recipe.yaml: cost_weight=-1.0: must not be negative"),
+        ("- table\n", [], r"a recipe is a list of `key: value` lines"),
+        ("table: [t\n", [], r"not valid YAML"),
+        ("table: !!python/object/apply:os.system ['true']\n", [], r"not valid YAML"),
+        ("table: t\n", ["--config", "b.yaml"], r"--config is given 2 times"),
+    ],
+)
+def test_mistakes_are_named(tmp_path: Path, text: str, argv: list[str], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        read(tmp_path, text, *argv)
+
+
+def test_missing_file_is_named() -> None:
+    with pytest.raises(RecipeError, match=r"nowhere\.yaml: No such file"):
+        load_recipe(Training, ["--config", "nowhere.yaml"])
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "hub_token: anything",
+        "run_name: hf_" + "aB3" * 10,
+        "run_name: sk-proj-" + "x1" * 12,
+        "extra: {nested: [{api_key: short}]}",
+        "extra: {url: 'https://user:ghp_" + "a1B2" * 9 + "@host'}",
+        "run_name: " + "0a1b" * 10,  # 40 letters and digits: a W&B key
+    ],
+)
+def test_secrets_are_refused_without_being_repeated(tmp_path: Path, line: str) -> None:
+    with pytest.raises(RecipeError, match=r"recipe.yaml:2: .*looks like a secret.*environment variable") as caught:
+        read(tmp_path, f"table: t\n{line}\n")
+    for word in ("anything", "aB3aB3", "x1x1", "a1B2", "0a1b0a1b", "short"):
+        assert word not in str(caught.value)
+
+
+def test_what_only_resembles_a_secret_is_allowed(tmp_path: Path) -> None:
+    commit = "0a1b" * 10
+    training, _ = read(
+        tmp_path,
+        f"table: cache/snapshots/{commit}/pool.jsonl\nmodel_revision: {commit}\neos_token: <|im_end|>\n"
+        "run_name: task-of-disk-space-and-half_hf_models\n",
+    )
+    assert training.model_revision == commit
+
+
+def test_an_anonymous_recipe_is_only_a_command_line() -> None:
+    recipe = load_recipe(Task, ["--table", "x"])
+    assert recipe[0] == Task("x") and recipe.path is None and recipe.given == {"table": "x"}
+
+
+# ------------------------------------------------------------------------------------- the repository's recipes
+
+
+def train_script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("train_script", ROOT / "scripts" / "train.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["train_script"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_there_are_recipes_for_every_objective_and_model() -> None:
+    have = {path.relative_to(ROOT / "recipes").parts[:2] for path in RECIPES}
+    for model in ("Qwen3-4B", "Qwen3-8B"):
+        for objective in ("grpo", "sdpo", "srpo"):
+            assert (model, objective) in have
