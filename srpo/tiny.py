@@ -1,0 +1,101 @@
+"""A language model small enough to be trained from nothing on a CPU in a minute: tokenizer and Qwen3-type network.
+
+Meant for quickstarts and tests. Both are ordinary transformers objects: they save, reload and train like any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+PAD, START, END = "<|pad|>", "<|im_start|>", "<|im_end|>"
+# ChatML. A prompt with its generation prompt is a prefix of the whole conversation, as supervised training needs it.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int = 1500, whole: Sequence[str] = ()
+) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer with a ChatML template: any text encodes, and decodes to itself.
+
+    Digits stand alone, so that the few merges go into words. The same texts give the same tokenizer.
+
+    Args:
+        texts: what the model will read and write; training texts only.
+        vocab_size: tokens in all. Fewer if the texts hold fewer merges; at least 256 bytes plus the specials are needed.
+        whole: strings that are always one token (the tags of a grammar). They are not special: decoding keeps them.
+
+    Raises:
+        ValueError: the vocabulary is too small for the bytes and the whole tokens.
+    """
+    floor = 256 + 3 + len(whole)
+    if vocab_size < floor:
+        raise ValueError(f"vocab_size {vocab_size} is too small; bytes and whole tokens alone are {floor}")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(whole),
+        special_tokens=[PAD, START, END],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    # The frame of the template occurs once per message: make its words cheap.
+    tokenizer.train_from_iterator((part for text in texts for part in ("user\n", text, "assistant\n")), trainer)
+    tokenizer.add_tokens([AddedToken(text, normalized=False, special=False) for text in whole])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=PAD, bos_token=START, eos_token=END, padding_side="left"
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def tiny_causal_lm(
+    tokenizer: PreTrainedTokenizerFast,
+    hidden: int = 256,
+    layers: int = 4,
+    heads: int = 4,
+    intermediate: int = 512,
+    positions: int = 1024,
+    seed: int = 0,
+) -> Qwen3ForCausalLM:
+    """A Qwen3 with random weights in fp32 and tied embeddings; the defaults give about 3M parameters.
+
+    Args:
+        tokenizer: gives the vocabulary and the special ids.
+        hidden: width, divisible by ``heads``.
+        layers, heads, intermediate: depth, attention heads (half as many key/value heads), width of the MLP.
+        positions: longest sequence, tokens.
+        seed: of the weights. The global random state is left as it was.
+
+    Raises:
+        ValueError: widths that do not fit.
+    """
+    if hidden % heads or heads % 2:
+        raise ValueError(f"hidden {hidden} must be a multiple of heads {heads}, and heads even")
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads // 2,
+        head_dim=hidden // heads,
+        max_position_embeddings=positions,
+        tie_word_embeddings=True,
+        dtype="float32",
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Qwen3ForCausalLM(config)
