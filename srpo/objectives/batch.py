@@ -50,6 +50,10 @@ class TokenBatch:
     sampler_ratio: Tensor | None = None  # [B,T] or [B,1]: w^TIS, truncated pi_old / pi_sampler; None = 1
     ref_logp: Tensor | None = None  # [B,T] log pi_ref(y_t), needed when LossConfig.beta > 0
 
+    def __post_init__(self) -> None:
+        if self.divergence is None and bool(self.routed.any()):
+            raise ValueError("completions are routed to the teacher but there is no divergence for them")
+
 
 @dataclass(frozen=True)
 class LossConfig:

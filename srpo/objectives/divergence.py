@@ -54,8 +54,8 @@ def divergence(student_logp: Tensor, teacher_logp: Tensor, alpha: float) -> Tens
     """D of eq. 3.4 over the last dimension: [..., S], [..., S] -> [...]. Only `student_logp` gets gradient."""
     if not 0.0 <= alpha <= 1.0:
         raise ValueError(f"alpha must lie in [0, 1], got {alpha}")
-    s = student_logp.clamp(min=MIN_LOGP)
-    t = teacher_logp.detach().clamp(min=MIN_LOGP)
+    s = _upcast(student_logp).clamp(min=MIN_LOGP)
+    t = _upcast(teacher_logp.detach()).clamp(min=MIN_LOGP)
     if alpha == 0.0:
         return _kl(t, s)
     if alpha == 1.0:

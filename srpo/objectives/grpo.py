@@ -41,14 +41,14 @@ def token_loss(
     delta: float | None = None,
     level: str = "token",
 ) -> Tensor:
-    """l^G [B,T], unmasked. `advantages` [B] or [B,T]; `mask` is read only for level "sequence"."""
+    """l^G, unmasked: [B,T], or [B,1] at level "sequence" with `advantages` [B]. `mask` is read only at that level."""
     rho = ratio(logp, old_logp, mask, level)
     if advantages.dim() == 1:
         advantages = advantages.unsqueeze(1)
     clipped = torch.clamp(rho, 1 - epsilon_low, 1 + epsilon_high)
     if delta is not None:
         rho = torch.clamp(rho, max=delta)
-    return -torch.min(rho * advantages, clipped * advantages).expand_as(logp)
+    return -torch.min(rho * advantages, clipped * advantages)
 
 
 def clipped_tokens(

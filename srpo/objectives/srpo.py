@@ -35,13 +35,13 @@ def loss(batch: TokenBatch, cfg: LossConfig) -> LossOutput:
     reward = grpo.token_loss(
         batch.logp, old_logp, batch.advantages, batch.mask, **eps, delta=cfg.delta, level=cfg.level
     )
-    if batch.divergence is None:
-        per_token = reward
-    else:
+    # [B,1] at sequence level; spread over the tokens as late as TRL does it, which fixes the bits of the gradient.
+    per_token = reward if batch.sampler_ratio is None else reward * batch.sampler_ratio
+    if batch.divergence is not None:
         distil = batch.weights * sdpo.token_loss(batch.divergence, batch.logp, batch.old_logp, is_clip=cfg.is_clip)
-        per_token = torch.where(routed, distil, reward)
-    if batch.sampler_ratio is not None:
-        per_token = per_token * batch.sampler_ratio
+        if batch.sampler_ratio is not None:
+            distil = distil * batch.sampler_ratio
+        per_token = torch.where(routed, distil, per_token)
 
     metrics = {}
     with torch.no_grad():
