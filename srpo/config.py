@@ -81,7 +81,7 @@ class SRPOConfig(GRPOConfig):
 
     # Routing and teacher information
     success_reward_threshold: float = field(
-        default=0.5, metadata=_help("A rollout is correct when its reward reaches this, unless you pass `correctness`.")
+        default=0.5, metadata=_help("A rollout is correct when its reward reaches this, or ask `correctness`.")
     )
     demonstration: str = field(
         default="first", metadata=_help("Which correct sibling is shown: first, random, or best (highest reward).")
@@ -125,7 +125,7 @@ class SRPOConfig(GRPOConfig):
         _unit("teacher_update_rate", self.teacher_update_rate)
         _unit("distillation_alpha", self.distillation_alpha)
         if self.distillation_topk < 1:
-            raise ValueError(f"distillation_topk={self.distillation_topk}: at least 1; use distillation_mode: full_logits")
+            raise ValueError(f"distillation_topk={self.distillation_topk}: at least 1; or distillation_mode: full_logits")
         if self.entropy_weight_beta < 0:
             raise ValueError(f"entropy_weight_beta={self.entropy_weight_beta}: must not be negative")
         if self.distillation_mode == "sampled_token" and self.distillation_alpha != 1.0:

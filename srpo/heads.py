@@ -1,8 +1,8 @@
 """One student forward that yields log-probabilities, entropies and divergences to the teacher.
 
 The divergence needs the student's last hidden states and its LM head. Both are read *inside* the model's own forward,
-so DDP, FSDP and ZeRO see a single ordinary forward pass, and no `[B, T, V]` logits are ever made: the log-probabilities
-come from TRL's fused head, the divergences from `srpo.objectives.divergence`, chunk by chunk.
+so DDP, FSDP and ZeRO see one ordinary forward pass, and no `[B, T, V]` logits are ever made: the log-probabilities come
+from TRL's fused head, the divergences from `srpo.objectives.divergence`, chunk by chunk.
 """
 
 import functools

@@ -69,7 +69,7 @@ class Teacher:
                 raise ValueError(f"teacher_model_kind={kind!r} needs a copy of the policy taken before it was patched")
             self.model = _prepare(twin, accelerator)
         if kind == "trust_region" and head_of(_base(student)).softcap is not None:
-            raise ValueError("trust_region mixes logits linearly, which a model with soft-capped logits does not allow")
+            raise ValueError("trust_region mixes logits linearly; a model with soft-capped logits does not allow it")
 
     def score(self, ids: Tensor, mask: Tensor, length: int) -> Tensor:
         """Teacher hidden states that predict the last `length` tokens: [n, length, D'] (see `head` for D')."""
@@ -143,7 +143,8 @@ class Teacher:
                 "resume with the recipe that wrote it, or start a new run from its weights"
             )
         if self.is_adapter:
-            set_peft_model_state_dict(self.accelerator.unwrap_model(self.student), load_file(path), adapter_name=ADAPTER)
+            student = self.accelerator.unwrap_model(self.student)
+            set_peft_model_state_dict(student, load_file(path), adapter_name=ADAPTER)
         elif self.sharded and self.accelerator.distributed_type == "FSDP":
             raise NotImplementedError("resuming a full-weight teacher under FSDP is not supported; use LoRA or ZeRO-2")
         else:

