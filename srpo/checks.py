@@ -91,21 +91,31 @@ def checked_reward(func: Callable[..., Any]) -> Callable[..., Any]:
     Raises:
         ValueError: when called; names function, row, `query_id` where there is one, and the value.
     """
-    name = getattr(func, "__name__", type(func).__name__)
-    if inspect.iscoroutinefunction(func):
+    inner = func.func if isinstance(func, functools.partial) else func
+    name = getattr(inner, "__name__", type(inner).__name__)
+    if _is_async(func):
 
-        @functools.wraps(func)
         async def checked_async(*args: Any, **kwargs: Any) -> list[float | None]:
             return _checked_values(name, await func(*args, **kwargs), args, kwargs)
 
-        return checked_async
+        return _named_like(checked_async, func, name)
 
     def checked(*args: Any, **kwargs: Any) -> list[float | None]:
         return _checked_values(name, func(*args, **kwargs), args, kwargs)
 
-    functools.update_wrapper(checked, func)
-    checked.__name__ = name  # callable objects and partials have none of their own
-    return checked
+    return _named_like(checked, func, name)
+
+
+def _named_like(wrapper: Callable[..., Any], func: Callable[..., Any], name: str) -> Callable[..., Any]:
+    functools.update_wrapper(wrapper, func)
+    wrapper.__name__ = name  # callable objects and partials have none of their own
+    return wrapper
+
+
+def _is_async(func: Callable[..., Any]) -> bool:
+    while isinstance(func, functools.partial):
+        func = func.func
+    return inspect.iscoroutinefunction(func) or inspect.iscoroutinefunction(func.__call__)  # an object's own method
 
 
 def _selected(dataset: Any, rows: list[int]) -> "Dataset":

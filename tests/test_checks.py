@@ -185,4 +185,16 @@ def test_callables_without_a_name_get_one() -> None:
             return [1.0]
 
     assert checked_reward(Judge()).__name__ == "Judge"
-    assert checked_reward(partial(reward_of([1.0])))(completions=["a"]) == [1.0]
+    part = checked_reward(partial(reward_of([1.0])))
+    assert part.__name__ == "my_reward" and part(completions=["a"]) == [1.0]
+
+
+def test_an_object_with_an_async_call_is_awaited() -> None:
+    class Judge:
+        async def __call__(self, completions: list[str], **kwargs: Any) -> list[float]:
+            return [math.inf]
+
+    checked = checked_reward(Judge())
+    assert inspect.iscoroutinefunction(checked)
+    with pytest.raises(ValueError, match="'Judge' returned for row 0 inf"):
+        asyncio.run(checked(completions=["a"]))

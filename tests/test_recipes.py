@@ -1,11 +1,8 @@
 """Recipes are read strictly, and every recipe of the repository parses into the dataclasses that run it."""
 
-import importlib.util
-import sys
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Literal
 
 import pytest
@@ -157,17 +154,90 @@ def test_an_anonymous_recipe_is_only_a_command_line() -> None:
 # ------------------------------------------------------------------------------------- the repository's recipes
 
 
-def train_script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("train_script", ROOT / "scripts" / "train.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["train_script"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_there_are_recipes_for_every_objective_and_model() -> None:
     have = {path.relative_to(ROOT / "recipes").parts[:2] for path in RECIPES}
     for model in ("Qwen3-4B", "Qwen3-8B"):
         for objective in ("grpo", "sdpo", "srpo"):
             assert (model, objective) in have
+    assert (ROOT / "recipes" / "quickstart" / "srpo.yaml").is_file()
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(ROOT / "recipes")))
+def test_every_recipe_parses(path: Path, tmp_path: Path) -> None:
+    from train import TaskArguments  # scripts/train.py
+
+    from srpo.config import SRPOConfig
+
+    _, args = load_recipe(
+        (TaskArguments, SRPOConfig),
+        ["--config", str(path), "--use_cpu", "true", "--bf16", "false", "--output_dir", str(tmp_path)],
+    )
+    parts = path.relative_to(ROOT / "recipes").parts
+    objective = parts[1] if parts[0].startswith("Qwen3") else args.objective
+    assert args.objective == objective
+    assert args.max_steps > 0 or args.num_train_epochs > 0
+    assert args.num_generations >= 2
+
+
+def paper_settings(path: Path) -> dict[str, Any]:
+    return yaml.safe_load(path.read_text())
+
+
+@pytest.mark.parametrize("model", ["Qwen3-4B", "Qwen3-8B"])
+@pytest.mark.parametrize(
+    # SRPO paper, Table 3 (specification, section 4.4): learning rate, prompts per optimiser step.
+    ("objective", "learning_rate", "mini_batch"),
+    [("grpo", 1e-6, 8), ("sdpo", 1e-5, 32), ("srpo", 5e-6, 32)],
+)
+def test_the_paper_s_settings_are_in_the_recipes(
+    model: str, objective: str, learning_rate: float, mini_batch: int
+) -> None:
+    recipe = paper_settings(ROOT / "recipes" / model / objective / "routing.yaml")
+    gpus = 8
+    batch = recipe["per_device_train_batch_size"] * gpus * recipe["steps_per_generation"]
+    step = recipe["per_device_train_batch_size"] * gpus * recipe["gradient_accumulation_steps"]
+    assert batch == 32 * 8 and recipe["num_generations"] == 8
+    assert step == mini_batch * 8
+    assert recipe["learning_rate"] == learning_rate
+    assert (recipe["warmup_steps"], recipe["weight_decay"], recipe["max_grad_norm"]) == (10, 0.01, 1.0)
+    assert recipe["lr_scheduler_type"] == "constant_with_warmup"
+    assert recipe["chat_template_kwargs"] == {"enable_thinking": False}
+    assert recipe["vllm_importance_sampling_clip_max"] == 2.0
+    if objective != "sdpo":
+        assert (recipe["epsilon_high"], recipe["beta"], recipe["scale_rewards"]) == (0.28, 0.0, "none")
+    if objective != "grpo":
+        assert (recipe["distillation_topk"], recipe["distillation_alpha"]) == (100, 0.5)
+        assert (recipe["teacher_model_kind"], recipe["teacher_update_rate"]) == ("ema", 0.05)
+        assert recipe["distillation_is_clip"] == 2.0 and recipe["distillation_add_tail"] is True
+    if objective == "srpo":
+        assert recipe["entropy_weight_beta"] == 1.0
+
+
+def test_the_objectives_recipes_share_everything_but_the_objective_and_its_optimiser() -> None:
+    for model in ("Qwen3-4B", "Qwen3-8B"):
+        sdpo, srpo, grpo = (
+            paper_settings(ROOT / "recipes" / model / name / "routing.yaml") for name in ("sdpo", "srpo", "grpo")
+        )
+        for key in ("table", "cost_weight", "format_weight", "max_completion_length", "num_train_epochs", "seed"):
+            assert sdpo[key] == srpo[key] == grpo[key]
+        differing = {key for key in srpo if srpo[key] != grpo.get(key)}
+        assert {"objective", "learning_rate", "gradient_accumulation_steps", "output_dir"} <= differing
+        assert all(
+            key.startswith(("distillation", "teacher", "entropy_weight", "success", "max_reprompt"))
+            for key in differing - {"objective", "learning_rate", "gradient_accumulation_steps", "output_dir"}
+        )
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
+def test_launch_configs_are_what_accelerate_reads(path: Path) -> None:
+    from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
+
+    config = load_config_from_file(str(path))  # refuses keys that it does not know
+    assert isinstance(config, ClusterConfig)
+    kinds = {"cpu": "NO", "ddp": "MULTI_GPU", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED", "fsdp2": "FSDP"}
+    assert str(getattr(config.distributed_type, "value", config.distributed_type)) == kinds[path.stem]
+    if path.stem.startswith("zero"):
+        assert config.deepspeed_config["zero_stage"] == int(path.stem[-1])
+    if path.stem == "fsdp2":
+        assert config.fsdp_config["fsdp_version"] == 2
+    assert config.num_processes == (1 if path.stem == "cpu" else 8)
