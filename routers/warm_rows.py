@@ -42,8 +42,8 @@ def warm_start_rows(
         members: the pool, in the order in which the prompt shows it.
         grammar: the tags of the action.
         rng: draws members and forms; the same generator state gives the same rows.
-        reprompt: ``(prompt, demonstration, feedback) -> prompt`` in the self-teacher's words. A policy that starts from
-            nothing must have seen that form, or its teacher cannot use a demonstration. ``None``: no such rows.
+        reprompt: ``(prompt, demonstration, feedback) -> prompt`` in the self-teacher's words. A policy that starts
+            from nothing must have seen that form, or its teacher cannot use it. ``None``: no such rows.
         reprompt_share: probability that a query is given in the reprompted form: half of these with a right
             turn as demonstration (the target is its member), half with feedback on a wrong one where there is one.
         think: the reasoning for a query.
