@@ -1,5 +1,6 @@
 """The model card of a trained router: what was optimised, from which recipe, how well it does, how to load it."""
 
+import os
 import platform
 import shlex
 import sys
@@ -60,7 +61,7 @@ def model_card(
         adapter: the weights are a PEFT adapter and need `base_model`.
         repo_id: where it is pushed to, for the loading example.
         recipe: the keys that were set; secrets are redacted here once more.
-        command: words of the command line; None: this process's.
+        command: words of the command line; None: this process's, with paths below the working directory relative.
         heldout_table: a markdown table of held-out results.
         dataset_name: Hub id of the training data.
         tags: more tags.
@@ -117,7 +118,7 @@ def _loading(repo_id: str, base_model: str | None, adapter: bool) -> str:
 
 
 def _training(recipe: Mapping[str, Any] | None, command: Sequence[str] | None) -> str:
-    words = list(sys.argv if command is None else command)
+    words = _own_command() if command is None else list(command)
     lines = ["## How it was trained", "", "```bash", shlex.join(words), "```", ""]
     if recipe:
         dumped = yaml.safe_dump(redacted(recipe), sort_keys=False, allow_unicode=True)
@@ -125,6 +126,14 @@ def _training(recipe: Mapping[str, Any] | None, command: Sequence[str] | None) -
     else:
         lines.append("Not trained from a recipe file: the settings were given in Python.")
     return "\n".join([*lines, "", f"Versions: {_versions()}.", ""])
+
+
+def _own_command() -> list[str]:
+    launched = any(name.startswith("ACCELERATE_") for name in os.environ)
+    script = os.path.relpath(sys.argv[0]) if sys.argv[0] else "-"
+    if script.startswith(os.pardir):  # somewhere else on this machine, which is nobody's business
+        script = os.path.basename(script)
+    return [*(["accelerate", "launch"] if launched else ["python"]), script, *sys.argv[1:]]
 
 
 def _versions() -> str:

@@ -9,7 +9,6 @@ the Hub's fault.
 import logging
 import os
 import shutil
-import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -110,7 +109,8 @@ def explain(error: BaseException) -> str:
         cause_text = "the Hub cannot be reached"
     else:
         cause_text = "unexpected error"
-    return scrubbed(f"{cause_text} [{type(error).__name__}: {str(error).strip()[:300]}]")
+    first_line = str(error).strip().partition("\n")[0][:200]
+    return scrubbed(f"{cause_text} [{type(error).__name__}: {first_line}]")
 
 
 def _report(error: BaseException, what: str, retry: str) -> None:
@@ -157,7 +157,6 @@ class HubMixin:
             adapter=hasattr(self.model, "peft_config"),
             repo_id=self.hub_model_id,
             recipe=getattr(self, "recipe", None),
-            command=sys.argv,
             heldout_table=getattr(self, "heldout_table", None),
             dataset_name=dataset_name,
             tags=own_tags,
