@@ -1,8 +1,8 @@
 """One student forward that yields log-probabilities, entropies and divergences to the teacher.
 
 The divergence needs the student's last hidden states and its LM head. Both are read *inside* the model's own forward,
-so DDP, FSDP and ZeRO see one ordinary forward pass, and no `[B, T, V]` logits are ever made: the log-probabilities come
-from TRL's fused head, the divergences from `srpo.objectives.divergence`, chunk by chunk.
+so DDP, FSDP and ZeRO see one ordinary forward pass, and no `[B, T, V]` logits are ever made: the log-probabilities
+come from TRL's fused head, the divergences from `srpo.objectives.divergence`, chunk by chunk.
 """
 
 import functools
@@ -126,13 +126,18 @@ def add_distillation_head(model: PreTrainedModel) -> None:
 
 @torch.no_grad()
 def completion_hidden(model: torch.nn.Module, base: PreTrainedModel, ids: Tensor, mask: Tensor, length: int) -> Tensor:
-    """Hidden states that predict the last `length` tokens, [B, length, D], without gradient.
+    """Hidden states that predict the last `length` tokens, [B, length, D], without gradient and without dropout.
 
     `model` is the (possibly wrapped) module to call and `base` the Hugging Face model inside it. One position of
     logits is all that the forward projects.
     """
-    with capture_hidden(base) as captured:
-        model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=1)
+    training = model.training
+    model.eval()
+    try:
+        with capture_hidden(base) as captured:
+            model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=1)
+    finally:
+        model.train(training)
     return captured[0][:, -1 - length : -1]
 
 

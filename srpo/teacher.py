@@ -13,6 +13,7 @@ starts from zero and lags for dozens of steps); other policies keep a second mod
 import copy
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -23,7 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.trainer.callbacks import SyncRefModelCallback
-from trl.trainer.utils import use_adapter
+from trl.trainer.utils import create_model_from_path, use_adapter
 
 from srpo.heads import completion_hidden, head_of
 from srpo.objectives.divergence import Head
@@ -157,12 +158,13 @@ class Teacher:
         return use_adapter(self.accelerator.unwrap_model(self.student), ADAPTER) if self.is_adapter else nullcontext()
 
 
-def unpatched_copy(model: PreTrainedModel, kind: str) -> PreTrainedModel:
+def unpatched_copy(model: str | PreTrainedModel, kind: str, init_kwargs: dict[str, Any]) -> PreTrainedModel:
     """A frozen copy of a policy, to be taken before TRL patches it; fp32 where the teacher moves (EMA).
 
-    In bf16 an EMA at tau = 0.05 loses most of each update to rounding (measured: 80 %).
+    A path or Hub id is loaded once more, with `init_kwargs`. In bf16 an EMA at tau = 0.05 loses most of each update to
+    rounding (measured: 80 %).
     """
-    twin = copy.deepcopy(model)
+    twin = create_model_from_path(model, **init_kwargs) if isinstance(model, str) else copy.deepcopy(model)
     return twin.float() if kind == "ema" else twin
 
 
@@ -178,9 +180,11 @@ def _prepare(model: PreTrainedModel, accelerator: Accelerator) -> torch.nn.Modul
 
 def _add_teacher_adapter(student: torch.nn.Module) -> None:
     name = student.active_adapter
-    start = {key: value.detach().clone() for key, value in get_peft_model_state_dict(student).items()}
+    start = {k: v.detach().clone() for k, v in get_peft_model_state_dict(student, adapter_name=name).items()}
     if ADAPTER not in student.peft_config:
-        student.add_adapter(ADAPTER, copy.deepcopy(student.peft_config[name]))
+        # Its random start is overwritten below, and must not change which completions are sampled.
+        with torch.random.fork_rng(range(torch.cuda.device_count())):
+            student.add_adapter(ADAPTER, copy.deepcopy(student.peft_config[name]))
     set_peft_model_state_dict(student, start, adapter_name=ADAPTER)
     student.set_adapter(name)  # also freezes the teacher: only the active adapter trains
 

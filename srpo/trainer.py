@@ -9,6 +9,7 @@
 TRL moves it (tests/test_trl_hooks.py).
 """
 
+import inspect
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 from trl import GRPOTrainer as TRLGRPOTrainer
-from trl.trainer.utils import create_model_from_path, pad
+from trl.trainer.utils import pad
 
 from srpo.checks import checked_reward
 from srpo.config import SRPOConfig
@@ -80,7 +81,7 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
         reward_funcs: Any = None,
         args: SRPOConfig | None = None,
         train_dataset: Dataset | None = None,
-        *,
+        *rest: Any,
         world: World | None = None,
         correctness: Correctness | None = None,
         recipe: dict[str, Any] | None = None,
@@ -88,6 +89,8 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
     ):
         if args is None:
             args = SRPOConfig(output_dir="srpo-output")
+        if not isinstance(args, SRPOConfig):
+            raise TypeError(f"args must be an SRPOConfig, which takes all that {type(args).__name__} takes, and more")
         self.objective = args.objective
         self.recipe = recipe
         self.heldout_table: str | None = None
@@ -96,27 +99,23 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
         self.teacher: Teacher | None = None
         distils = self.objective in OBJECTIVES
 
-        if isinstance(model, str) and distils:
-            options = dict(args.model_init_kwargs or {})
-            options.setdefault("trust_remote_code", args.trust_remote_code)
-            if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
-                options["device_map"] = None
-            model = create_model_from_path(model, **options)
-            args.model_init_kwargs = None  # used up; TRL warns when it sees them beside an instance
-        has_adapter = kwargs.get("peft_config") is not None or is_peft_model(model)
+        # `rest` are TRL's further arguments by position.
+        given = inspect.signature(TRLGRPOTrainer).bind(model, reward_funcs, args, train_dataset, *rest, **kwargs)
+        has_adapter = is_peft_model(model) or given.arguments.get("peft_config") is not None
         needs_copy = distils and args.teacher_model_kind != "live" and not has_adapter
-        twin = unpatched_copy(model, args.teacher_model_kind) if needs_copy else None
+        twin = unpatched_copy(model, args.teacher_model_kind, _init_kwargs(args)) if needs_copy else None
 
         if callable(reward_funcs) and not isinstance(reward_funcs, torch.nn.Module):
             reward_funcs = [reward_funcs]
         if isinstance(reward_funcs, list):
             plain = (str, torch.nn.Module)
             reward_funcs = [f if isinstance(f, plain) else checked_reward(f) for f in reward_funcs]
-        super().__init__(model, reward_funcs, args, train_dataset, **kwargs)
+        super().__init__(model, reward_funcs, args, train_dataset, *rest, **kwargs)
 
         self.alarms = Alarms(args.diagnostics_warning_interval, logger.warning)
         self._columns: Columns = {}
         self._local_rewards = torch.empty(0)
+        self._prompts: list[Any] = []
         self._completion_tokens: list[Any] = []
         self._truncated: list[bool] = []
         self.add_callback(_GenerationClock(self))
@@ -168,6 +167,7 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
         for name, values in self._columns.items():
             self._pending_extra_logs[name] = list(values)
 
+        self._prompts = prompts  # as the policy saw them: an environment may have added its first observation
         self._completion_tokens = completion_ids_list
         ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
         self._truncated = [not len(ids) or int(ids[-1]) not in ends for ids in completion_ids_list]
@@ -190,7 +190,9 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
 
     def _log_world(self) -> None:
         mode = "train" if self.model.training else "eval"
-        gathered = {name: gather_object(list(values)) for name, values in sorted(self._columns.items())}
+        names = sorted(set(gather_object(list(self._columns))))  # a rank may lack a column, but not a collective
+        missing = [None] * len(self._truncated)
+        gathered = {name: gather_object(list(self._columns.get(name, missing))) for name in names}
         for name, value in world_metrics(gathered).items():
             self._metrics[mode][name].append(value)
 
@@ -202,7 +204,7 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
         if self.teacher is not None and self.model.training:
             mask = _loss_mask(batch)
             plan = self._route(mask)
-            batch.update(self._distillation_targets(inputs, batch, mask, plan))
+            batch.update(self._distillation_targets(batch, mask, plan))
             rewarded = None if self.objective == "sdpo" else "grpo"
             branches = ["sdpo" if z else rewarded for z in plan.routed.tolist()]
         self._logs["extra"]["branch"].extend(gather_object(branches))
@@ -260,9 +262,7 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
         metrics["srpo/failed_share"].append((totals[1] / count).item())
         metrics["srpo/teacher_available"].append((totals[2] / totals[1].clamp(min=1)).item())
 
-    def _distillation_targets(
-        self, inputs: list[dict[str, Any]], batch: dict[str, Any], mask: Tensor, plan: _Plan
-    ) -> dict[str, Any]:
+    def _distillation_targets(self, batch: dict[str, Any], mask: Tensor, plan: _Plan) -> dict[str, Any]:
         """Score the routed rows with the teacher. Everything per row has length B, so TRL can shuffle and split it."""
         rows = plan.routed.nonzero().flatten().tolist()
         omega = mask.bool() & plan.routed.unsqueeze(1)
@@ -273,7 +273,7 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
 
         prompts = {
             i: teacher_prompt_ids(
-                inputs[i]["prompt"],
+                self._prompts[i],
                 plan.demonstrations[i],
                 plan.feedback[i],
                 self._templates,
@@ -506,8 +506,17 @@ def _loss_mask(batch: dict[str, Any]) -> Tensor:
     return batch["completion_mask"] * batch["tool_mask"] if "tool_mask" in batch else batch["completion_mask"]
 
 
+def _init_kwargs(args: SRPOConfig) -> dict[str, Any]:
+    """How TRL loads a policy that is given by its path."""
+    options = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+    if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
+        options["device_map"] = None
+    return options
+
+
 def _with_objective(args: SRPOConfig | None, objective: str) -> SRPOConfig:
     if args is None:
         return SRPOConfig(output_dir=f"{objective}-output", objective=objective)
-    args.objective = objective
+    if isinstance(args, SRPOConfig):
+        args.objective = objective
     return args
