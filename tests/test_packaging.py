@@ -107,6 +107,26 @@ def test_files_name_no_machine_and_no_registry() -> None:
     assert found == []
 
 
+def test_no_committed_file_is_large() -> None:
+    run = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if run.returncode != 0:
+        pytest.skip("not a git checkout")
+    paths = [ROOT / name for name in run.stdout.split("\n") if name]
+    assert {str(p): p.stat().st_size for p in paths if p.is_file() and p.stat().st_size > 5_000_000} == {}
+
+
+def test_the_hooks_are_local_and_run_what_ci_runs() -> None:
+    import yaml
+
+    config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
+    assert [repo["repo"] for repo in config["repos"]] == ["local"]
+    hooks = {hook["id"] for repo in config["repos"] for hook in repo["hooks"]}
+    assert {"ruff", "mypy", "large-files"} <= hooks
+    tests = (ROOT / "scripts" / "test.sh").read_text(encoding="utf-8")
+    assert "ruff check" in tests and "mypy" in tests and "pytest" in tests
+    assert "scripts/test.sh" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+
+
 def run_setup(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         ["bash", str(folder / "scripts" / "setup.sh")],
