@@ -35,19 +35,19 @@ def draw_frontier(scores: Sequence[Score], path: str | Path, title: str = "") ->
             _point(axes, entry, *_STYLES[entry.kind], error=False)
     for entry, style in zip(policies, _POLICIES, strict=False):
         _point(axes, entry, *style, error=True)
-    _label(axes, scores)
     axes.set_xlabel("cost, USD per 1,000 queries")
     axes.set_ylabel("right answers")
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    axes.set_xlim(left=0)
-    axes.set_ylim(bottom=0)
-    axes.margins(0.08)
+    axes.set_xlim(0, 1.12 * max(entry.cost.high for entry in scores) or 1.0)
+    axes.set_ylim(0, 1.08 * max(entry.accuracy.high for entry in scores) or 1.0)
     axes.grid(color="#E5E5E5", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     if title:
         axes.set_title(title, loc="left", fontsize=11)
-    axes.legend(loc="lower right", frameon=False, fontsize=9)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    figure.draw_without_rendering()  # fixes the layout, which decides where names fit
+    _names(axes, scores)
     figure.savefig(path)
 
 
@@ -86,16 +86,34 @@ def _point(axes: Axes, entry: Score, colour: str, marker: str, size: int, error:
     )
 
 
-def _label(axes: Axes, scores: Sequence[Score]) -> None:
-    """Names beside the points of members; below the point where another one is close on the right."""
-    members = [entry for entry in scores if entry.kind == "member"]
-    for entry in members:
+def _names(axes: Axes, scores: Sequence[Score]) -> None:
+    """Write each member's name at the first of four corners of its point that covers no point and no other name."""
+    scale = axes.figure.dpi / 72  # pixels per point of type
+    points = [tuple(axes.transData.transform((entry.cost.value, entry.accuracy.value))) for entry in scores]
+    taken = [(x - 6 * scale, y - 3 * scale, x + 6 * scale, y + 3 * scale) for x, y in points]
+    for entry, (x, y) in zip(scores, points, strict=True):
+        if entry.kind != "member":
+            continue
+        width, height = 5.6 * len(entry.name) * scale, 11 * scale
+        boxes = {}
+        for right in (True, False):
+            for below in (True, False):
+                left = x + 7 * scale if right else x - 7 * scale - width
+                bottom = y - 4 * scale - height if below else y + 4 * scale
+                boxes[right, below] = (left, bottom, left + width, bottom + height)
+        side = next((side for side, box in boxes.items() if not any(_overlap(box, o) for o in taken)), (True, True))
+        taken.append(boxes[side])
         axes.annotate(
             entry.name,
             (entry.cost.value, entry.accuracy.value),
-            xytext=(7, -4),
+            xytext=(7 if side[0] else -7, -4 if side[1] else 4),
             textcoords="offset points",
-            va="top",
+            ha="left" if side[0] else "right",
+            va="top" if side[1] else "bottom",
             fontsize=9,
             color="#333333",
         )
+
+
+def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]

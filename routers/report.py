@@ -77,7 +77,7 @@ class Evaluation:
         folder.mkdir(parents=True, exist_ok=True)
         numbers, picture = folder / EVALUATION, folder / PICTURE
         numbers.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
-        draw_frontier(self._rows(before), picture, title=f"{len(self.queries)} {self.split} queries")
+        draw_frontier(self._rows(before), picture, title=f"{len(self.queries):,} {_split(self.split)} queries")
         return numbers, picture
 
     @classmethod
@@ -107,11 +107,12 @@ class Evaluation:
     def _verdict(self) -> str:
         d = self.difference
         return (
-            f"{self.policy.name} minus the best single member ({d.member}), paired over {len(self.queries)} "
-            f"{self.split} queries, with 95 % intervals: reward {d.reward.value:+.3f} {_interval(d.reward, '+.3f')}, "
-            f"accuracy {d.accuracy.value:+.1%} {_interval(d.accuracy, '+.1%')}, cost {d.cost.value:+.4f} $ per "
-            f"{PER_QUERIES:,} queries {_interval(d.cost, '+.4f')}. Mixing members at random for the same cost: "
-            f"{d.mixing:.1%} right."
+            f"{self.policy.name} minus the best single member ({d.member}), paired over {len(self.queries):,} "
+            f"{_split(self.split)} queries, with 95 % intervals: "
+            f"reward {d.reward.value:+.3f} {_interval(d.reward, '+.3f')}, "
+            f"accuracy {d.accuracy.value:+.3f} {_interval(d.accuracy, '+.3f')}, "
+            f"cost {d.cost.value:+.4f} $ per {PER_QUERIES:,} queries {_interval(d.cost, '+.4f')}. "
+            f"Mixing members at random for the same cost: {d.mixing:.1%} right."
         )
 
 
@@ -212,6 +213,10 @@ def _per_query(
         }
         for query, route, right, paid, reward in columns
     ]
+
+
+def _split(name: str) -> str:
+    return "held-out" if name == "heldout" else name
 
 
 def _estimate(data: dict[str, float]) -> Estimate:
