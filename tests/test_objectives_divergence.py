@@ -322,19 +322,16 @@ def test_a_sharded_head_is_gathered_for_forward_and_for_recomputation() -> None:
         yield
         weight.data = torch.empty(0, dtype=full.dtype)
 
-    weight.sum().backward()  # the leaf's gradient slot is made while the weight has its shape, as DeepSpeed does
-    weight.grad = None
     weight.data = torch.empty(0, dtype=full.dtype)
-    grads: list[Tensor] = []
-    weight.register_hook(grads.append)
     h = hidden.clone().requires_grad_()
     value = hidden_divergence(
         h, Head(weight, student.bias, gather=gather), teacher_hidden, teacher, alpha=0.5, top_k=4, chunk_tokens=3
     )
-    (grad,) = torch.autograd.grad(value.sum(), h)
+    grad, weight_grad = torch.autograd.grad(value.sum(), (h, weight))
     assert calls == 6  # three chunks, each twice
     assert torch.equal(value, expected[0])
     assert torch.equal(grad, expected[1])
+    assert torch.equal(weight_grad, expected[2])
 
 
 # --- hostile numbers -------------------------------------------------------------------------------------------------
@@ -350,6 +347,17 @@ def test_forbidden_words_are_finite(alpha: float, top_k: int | None) -> None:
     student[2:6, 2] = -math.inf
     student.requires_grad_()
     value = topk_divergence(student, teacher, top_k, alpha)
+    value.sum().backward()
+    assert torch.isfinite(value).all()
+    assert torch.isfinite(student.grad).all()
+
+
+@pytest.mark.parametrize("alpha", ALPHAS)
+def test_a_teacher_that_forbids_the_whole_support_is_finite(alpha: float) -> None:
+    student, teacher = rand(4, 8, seed=48), rand(4, 8, seed=49)
+    teacher.scatter_(1, student.topk(3).indices, -math.inf)
+    student.requires_grad_()
+    value = topk_divergence(student, teacher, 3, alpha, tail=False)
     value.sum().backward()
     assert torch.isfinite(value).all()
     assert torch.isfinite(student.grad).all()

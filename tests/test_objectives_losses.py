@@ -122,6 +122,18 @@ def test_importance_clip_by_hand() -> None:
     assert sdpo.token_loss(d, logp, torch.zeros_like(logp), is_clip=None) is d
 
 
+def test_the_log_ratio_is_clamped_at_20_on_both_sides() -> None:
+    # e^3 = 20.0855 and e^-3 = 0.0498 pass, e^30 and e^-30 become e^20 = 4.85e8 and e^-20 = 2.06e-9
+    ratios = sdpo.importance(t([3.0, -3.0, 30.0, -30.0]), torch.zeros(1, 4, dtype=D))
+    assert ratios.tolist() == [pytest.approx([20.0855369, 0.0497870684, 4.85165195e8, 2.06115362e-9], rel=1e-8)]
+
+
+def test_what_stands_in_rows_that_are_not_distilled_is_not_read() -> None:
+    garbage = {"divergence": t([9.0, math.nan], [0.3, 0.5]), "weights": t([7.0, 7.0], [1.5, 0.5])}
+    assert sdpo.loss(batch(**garbage), LossConfig()).loss.item() == pytest.approx(0.35)
+    assert srpo.loss(batch(**garbage), LossConfig()).loss.item() == pytest.approx(-0.325)
+
+
 def test_sdpo_token_mean_by_hand() -> None:
     # row 1 alone: (1.5 * 0.3 + 0.5 * 0.5) / 2 = (0.45 + 0.25) / 2
     assert sdpo.loss(batch(), LossConfig()).loss.item() == pytest.approx(0.35)
@@ -362,6 +374,7 @@ def test_a_batch_without_a_trained_token_is_a_connected_zero(objective: str, agg
         batch(mask=torch.zeros(2, 2), counts=counts(0, 0, 2)),
         batch(mask=torch.zeros(2, 2), counts=counts(0, 0, 0), routed=torch.tensor([True, True])),
         batch(mask=torch.zeros(2, 2), counts=counts(0, 0, 2), divergence=None, routed=torch.tensor([False, False])),
+        batch(mask=torch.zeros(2, 2), counts=counts(9, 9, 2), divergence=None),  # routed, but truncated and masked out
     ):
         out = OBJECTIVES[objective](b, cfg)
         out.loss.backward()

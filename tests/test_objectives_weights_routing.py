@@ -85,7 +85,9 @@ def test_mean_over_omega_is_one_whatever_the_split(beta: float, ranks: int) -> N
 def test_extreme_entropies_are_finite() -> None:
     # exp(-1 * 60) = 8.8e-27 is below the clamp of Z: w = w~ / 1e-8, tiny but finite
     weights = entropy_weights(entropies([60.0, 60.0]), torch.ones(1, 2), 1.0)
-    assert weights.tolist()[0] == pytest.approx([math.exp(-60) / 1e-8] * 2)
+    assert weights.tolist()[0] == pytest.approx([math.exp(-60) / 1e-8] * 2, rel=1e-9, abs=0)
+    # at 18 nats (e^-18 = 1.5e-8) it does not act yet, and equal entropies mean weight 1
+    assert entropy_weights(entropies([18.0, 18.0]), torch.ones(1, 2), 1.0).tolist()[0] == pytest.approx([1.0, 1.0])
     one_sure = entropy_weights(entropies([60.0, 0.0]).float(), torch.ones(1, 2), 1.0)
     assert one_sure.tolist()[0] == pytest.approx([0.0, 2.0])
 

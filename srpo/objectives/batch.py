@@ -44,15 +44,15 @@ class TokenBatch:
     mask: Tensor  # [B,T] M, bool / int / float of 0 and 1
     advantages: Tensor  # [B] A_i, or [B,T]
     routed: Tensor  # [B] bool, z^S
-    divergence: Tensor | None  # [B,T] D(student, teacher) before any clip, 0 where not routed; None = no row is routed
+    divergence: Tensor | None  # [B,T] D(student, teacher) before any clip, 0 where not routed; None = Omega is empty
     weights: Tensor  # [B,T] w of eq. 4.2, 0 outside Omega (ones on Omega switch the weighting off)
     counts: Counts
     sampler_ratio: Tensor | None = None  # [B,T] or [B,1]: w^TIS, truncated pi_old / pi_sampler; None = 1
     ref_logp: Tensor | None = None  # [B,T] log pi_ref(y_t), needed when LossConfig.beta > 0
 
     def __post_init__(self) -> None:
-        if self.divergence is None and bool(self.routed.any()):
-            raise ValueError("completions are routed to the teacher but there is no divergence for them")
+        if self.divergence is None and bool((self.mask.bool() & self.routed.unsqueeze(1)).any()):
+            raise ValueError("trained tokens are routed to the teacher but there is no divergence for them")
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ def entropy_weights(
     """
     omega = omega_mask.bool()
     entropy = entropy.detach() if entropy.dtype == torch.float64 else entropy.detach().float()
-    raw = torch.where(omega, torch.exp(-beta * torch.where(omega, entropy, 0.0)), 0.0)
+    raw = torch.where(omega, torch.exp(-beta * entropy), 0.0)
     stats = reduce(torch.stack([raw.sum(), omega.sum().to(raw.dtype)]))
     return raw / (stats[0] / stats[1].clamp(min=1.0)).clamp(min=1e-8)
 
