@@ -112,7 +112,7 @@ def _named_like(wrapper: Callable[..., Any], func: Callable[..., Any], name: str
     return wrapper
 
 
-def _is_async(func: Callable[..., Any]) -> bool:
+def _is_async(func: Any) -> bool:
     while isinstance(func, functools.partial):
         func = func.func
     return inspect.iscoroutinefunction(func) or inspect.iscoroutinefunction(func.__call__)  # an object's own method
