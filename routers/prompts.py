@@ -8,6 +8,11 @@ from routers.catalogue import Member
 from routers.grammar import Grammar
 
 
+def price(member: Member) -> str:
+    """What the prompt shows of a member's price: USD per million tokens, prompt/completion."""
+    return f"${member.price_in:g}/{member.price_out:g}"
+
+
 def policy_prompt(query: str, members: Sequence[Member], grammar: Grammar | None = None) -> list[dict[str, str]]:
     """One user message for ``apply_chat_template``.
 
@@ -26,6 +31,6 @@ def policy_prompt(query: str, members: Sequence[Member], grammar: Grammar | None
     names = [member.name for member in members]
     if not names or len(set(names)) != len(names):
         raise ValueError(f"a prompt needs at least one member and every name once; got {names}")
-    lines = [f"{m.name} ${m.price_in:g}/{m.price_out:g}: {m.descriptor}" for m in members]
+    lines = [f"{m.name} {price(m)}: {m.descriptor}" for m in members]
     text = "\n".join(["Who should answer?", *lines, f"Write {grammar.example()}", f"Question: {query}"])
     return [{"role": "user", "content": text}]

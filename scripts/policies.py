@@ -7,7 +7,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from routers.grammar import Grammar, render
-from routers.prompts import policy_prompt
+from routers.prompts import policy_prompt, price
 from routers.table import ReplyTable
 from srpo import SRPOConfig
 from srpo.tiny import tiny_causal_lm, train_tokenizer
@@ -42,7 +42,9 @@ def _tiny(table: ReplyTable, args: SRPOConfig) -> tuple[PreTrainedModel, PreTrai
     texts += [render(str(row["family"]), name, grammar) for row in table.queries("train") for name in table.members]
     texts += [args.reprompt_template, args.solution_template, args.feedback_template]
     tags = [tag(name) for name in (grammar.think, grammar.route) for tag in (grammar.open, grammar.close)]
-    tokenizer = train_tokenizer(texts, whole=tags)
+    # Digits are tokens of their own, so the prices would be a fifth of every prompt.
+    prices = sorted({price(member) for member in members})
+    tokenizer = train_tokenizer(texts, whole=[*tags, *prices])
     return tiny_causal_lm(tokenizer, seed=args.seed), tokenizer
 
 

