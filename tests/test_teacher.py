@@ -199,7 +199,7 @@ def test_the_optimiser_never_sees_the_teacher(tmp_path, kind, peft):
 
 
 def test_the_lora_teacher_starts_as_the_student(accelerator):
-    student, teacher = lora("ema", accelerator)
+    _, teacher = lora("ema", accelerator)
     assert equal(student_weights(teacher), own_weights(teacher)())
     assert all(value.abs().max() > 0 for value in own_weights(teacher)().values())  # TRL's starts from zero
 
