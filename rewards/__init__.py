@@ -2,7 +2,8 @@
 
 Each is one part; the weights of ``GRPOConfig.reward_weights`` make the sum ``correct + w_f * format + lambda * cost``.
 The columns come from the world that the policy acts in. With binary correctness, non-negative weights and
-``lambda < 1``, a right answer always earns more than a wrong one, whatever both cost.
+``lambda < 1``, a right answer always earns more than a wrong one, whatever both cost. Keep ``w_f >= lambda``:
+otherwise an invalid action, which asks nobody, can earn more than an honest try that is wrong.
 """
 
 from rewards.correctness import correctness_reward

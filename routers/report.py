@@ -27,6 +27,7 @@ from routers.evaluation import (
 
 EVALUATION = "evaluation.json"
 PICTURE = "frontier.png"
+METRICS = ("accuracy", "cost", "reward")
 COLUMNS = ("", "accuracy", "95 % interval", "$ / 1k queries", "reward", "95 % interval", "valid", "entropy")
 
 
@@ -51,13 +52,13 @@ class Evaluation:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Evaluation:
-        compared = {name: _estimate(v) if isinstance(v, dict) else v for name, v in data["difference"].items()}
+        estimates: dict[str, Any] = {name: _estimate(data["difference"][name]) for name in METRICS}
         return cls(
             split=data["split"],
             rule=RewardRule(**data["rule"]),
             policy=_score(data["policy"]),
             references=[_score(entry) for entry in data["references"]],
-            difference=Difference(**compared),
+            difference=Difference(**(data["difference"] | estimates)),
             queries=data["queries"],
         )
 
@@ -224,5 +225,5 @@ def _estimate(data: dict[str, float]) -> Estimate:
 
 
 def _score(data: dict[str, Any]) -> Score:
-    estimates = {name: _estimate(data[name]) for name in ("accuracy", "cost", "reward")}
+    estimates = {name: _estimate(data[name]) for name in METRICS}
     return Score(**(data | estimates))

@@ -41,7 +41,9 @@ def test_cost_never_makes_wrong_better_than_right() -> None:
             wrong.append(0.0 + weight * penalty)
         [invalid] = format_reward([""], format_error=["bad"])
         assert min(right) > max(wrong)
-        assert min(right) > 0.0 + format_weight * invalid
+        assert min(right) > format_weight * invalid
+        # What the package's docstring asks for: silence never pays more than a wrong try.
+        assert (min(wrong) >= format_weight * invalid) == (format_weight >= weight)
 
 
 def test_the_cost_reward_keeps_no_state() -> None:
