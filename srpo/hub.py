@@ -24,7 +24,8 @@ _ADVICE = "log in with `hf auth login`, or set HF_TOKEN to a token that may writ
 # What never goes up: pickles (training_args.bin holds the token if one was passed), other checkpoints, local records.
 _LOCAL_ONLY = ["_*", "checkpoint-*", "training_args.bin", "runs/*", "wandb/*", "completions/*", "quarantine.jsonl"]
 # What only resuming needs.
-_RESUME_ONLY = ["optimizer*", "scheduler*", "rng_state*", "scaler*", "trainer_state.json", "teacher*", "global_step*"]
+_RESUME_ONLY = ["optimizer*", "scheduler*", "rng_state*", "scaler*", "trainer_state.json", "global_step*"]
+_RESUME_ONLY += ["teacher*", "rollouts_*"]
 
 
 def push_checkpoint(

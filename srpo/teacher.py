@@ -61,8 +61,9 @@ class Teacher:
         self.student = student
         self.model = None
         self.is_adapter = is_peft_model(student) and kind != "live"
+        # Whether `head` returns weights that cannot be had again once the student has moved.
+        self.snapshots_head = not self.is_adapter and (kind == "trust_region" or (kind == "live" and snapshot_head))
         self.sharded = accelerator.distributed_type in ("DEEPSPEED", "FSDP")
-        self._snapshot_head = snapshot_head
         if self.is_adapter:
             _add_teacher_adapter(student)
         elif kind != "live":
@@ -95,7 +96,7 @@ class Teacher:
         """
         student = head_of(_base(self.accelerator.unwrap_model(self.student)))
         if self.kind == "live" or self.is_adapter:
-            return _snapshot(student) if self._snapshot_head and not self.is_adapter else student
+            return _snapshot(student) if self.snapshots_head else student
         own = head_of(_base(self.accelerator.unwrap_model(self.model)))
         if self.kind != "trust_region":
             return own
@@ -165,6 +166,8 @@ def unpatched_copy(model: str | PreTrainedModel, kind: str, init_kwargs: dict[st
     rounding (measured: 80 %).
     """
     twin = create_model_from_path(model, **init_kwargs) if isinstance(model, str) else copy.deepcopy(model)
+    # A model that went through another TRL trainer (a warm start) carries a patched forward, bound to that very model.
+    vars(twin).pop("forward", None)
     return twin.float() if kind == "ema" else twin
 
 

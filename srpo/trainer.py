@@ -13,6 +13,7 @@ import inspect
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from transformers.utils import logging
 from trl import GRPOTrainer as TRLGRPOTrainer
 from trl.trainer.utils import pad
 
+from srpo.buffer import load_nested, save_nested
 from srpo.checks import checked_reward
 from srpo.config import SRPOConfig
 from srpo.heads import Divergence, TeacherTargets, add_distillation_head, hidden_entropy, hidden_logp
@@ -32,6 +34,7 @@ from srpo.hub import HubMixin
 from srpo.objectives import (
     OBJECTIVES,
     Counts,
+    Head,
     LossConfig,
     TokenBatch,
     entropy_weights,
@@ -45,6 +48,8 @@ from srpo.teacher import Teacher, unpatched_copy
 from srpo.types import FEEDBACK, Columns, World
 
 logger = logging.get_logger(__name__)
+
+_HEAD_PARTS = ("weight", "bias", "softcap", "scale")
 
 Correctness = Callable[[Tensor, Columns], Tensor]
 """(rewards [B] summed with their weights, columns) -> correct [B] bool."""
@@ -118,6 +123,7 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
         self._prompts: list[Any] = []
         self._completion_tokens: list[Any] = []
         self._truncated: list[bool] = []
+        self._train_sampler: Any = None
         self.add_callback(_GenerationClock(self))
         if not distils:
             return
@@ -125,15 +131,15 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
             raise ValueError(f"objective: {self.objective} distils text models only; use objective: grpo")
         base = self.model.get_base_model() if is_peft_model(self.model) else self.model
         add_distillation_head(base)
-        steps_per_batch = args.steps_per_generation // args.gradient_accumulation_steps * args.num_iterations
         self.teacher = Teacher(
             args.teacher_model_kind,
             self.model,
             twin,
             args.teacher_update_rate,
             self.accelerator,
-            snapshot_head=steps_per_batch > 1,
+            snapshot_head=self._generate_every > args.gradient_accumulation_steps,
         )
+        self._teacher_head: Head | None = None
         self._divergence = Divergence(
             alpha=args.distillation_alpha,
             top_k=args.distillation_topk if args.distillation_mode == "topk_logits" else None,
@@ -461,14 +467,38 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
+        folder = os.path.join(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         if self.teacher is not None:
-            folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            self.teacher.save(os.path.join(self._get_output_dir(trial=trial), folder))
+            self.teacher.save(folder)
+        if self._step % self._generate_every != 0:  # the rest of this generation batch is still to be trained on
+            head = self._teacher_head if self.teacher is not None and self.teacher.snapshots_head else None
+            parts = None if head is None else {key: getattr(head, key) for key in _HEAD_PARTS}
+            save_nested({"batches": self._buffered_inputs, "head": parts}, self._rollouts_path(folder))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if self.teacher is not None and checkpoint is not None:
+        if checkpoint is None:
+            return
+        if self.teacher is not None:
             self.teacher.load(checkpoint)
+        path = self._rollouts_path(checkpoint)
+        if path.exists():
+            rest = load_nested(path, self.accelerator.device)
+            self._buffered_inputs = rest["batches"]
+            if self.teacher is not None:
+                self._teacher_head = self.teacher.head() if rest["head"] is None else Head(**rest["head"])
+
+    @property
+    def _generate_every(self) -> int:
+        """Micro-steps that one generation batch feeds."""
+        return self.args.steps_per_generation * self.args.num_iterations
+
+    def _rollouts_path(self, folder: str) -> Path:
+        return Path(folder) / f"rollouts_{self.accelerator.process_index}.safetensors"
+
+    def _get_train_sampler(self, dataset: Dataset | None = None) -> Any:
+        self._train_sampler = super()._get_train_sampler(dataset)
+        return self._train_sampler
 
 
 class SDPOTrainer(SRPOTrainer):
@@ -486,18 +516,24 @@ class GRPOTrainer(SRPOTrainer):
 
 
 class _GenerationClock(TrainerCallback):
-    """Moves the teacher after the last optimiser step of a generation batch, and sets the clock on resume."""
+    """Moves the teacher after the last optimiser step of a generation batch, and sets the clocks on resume."""
 
     def __init__(self, trainer: SRPOTrainer):
         self.trainer = trainer
 
     def on_train_begin(self, args: SRPOConfig, state: Any, control: Any, **kwargs: Any) -> None:
         # TRL counts micro-steps from 0 in each process; a resumed run must know where in a generation batch it is.
-        self.trainer._step = state.global_step * args.gradient_accumulation_steps
+        trainer = self.trainer
+        trainer._step = state.global_step * args.gradient_accumulation_steps
+        # TRL's sampler draws one permutation per epoch; a resumed run must not start with the first epoch's again.
+        sampler = trainer._train_sampler
+        if sampler is not None and sampler.shuffle:
+            for _ in range(int(state.epoch or 0)):
+                torch.randperm(sampler.num_samples, generator=sampler.generator)
 
     def on_step_end(self, args: SRPOConfig, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self.trainer
-        if trainer.teacher is not None and trainer._step % (args.steps_per_generation * args.num_iterations) == 0:
+        if trainer.teacher is not None and trainer._step % trainer._generate_every == 0:
             trainer.teacher.update()
 
 

@@ -1,0 +1,40 @@
+"""Eight steps are at + (8 - at) steps in a new process: losses, parameters, teacher and optimiser, bit for bit."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from resume_cases import CASES, made, state
+from safetensors.torch import load_file
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The uninterrupted runs, made here, and what one new process made of their checkpoints."""
+    folder = tmp_path_factory.mktemp("resume")
+    straight = {}
+    for case in CASES:
+        run = made(folder, case)
+        run.train()
+        straight[case] = state(run)
+    script = Path(__file__).with_name("resume_cases.py")
+    done = subprocess.run([sys.executable, str(script), str(folder), *CASES], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return straight, {case: load_file(folder / f"{case}.safetensors") for case in CASES}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_resuming_is_bitwise(runs, case):
+    straight, resumed = runs[0][case], runs[1][case]
+    assert straight.keys() == resumed.keys()
+    objective = CASES[case]["objective"]
+    kinds = {name.split("/")[0] for name in straight}
+    assert {"model", "optimizer", "log"} <= kinds
+    assert ("teacher" in kinds) is (objective != "grpo" and CASES[case].get("teacher_model_kind") != "live")
+    if objective != "grpo":
+        assert (straight["log/srpo/routed_share"] > 0).any(), "nothing was distilled: the case is empty"
+    assert len(set(straight["log/loss"].tolist())) >= 5, "hardly a step did anything: the case is empty"
+    different = [name for name in straight if not torch.equal(straight[name], resumed[name])]
+    assert not different
