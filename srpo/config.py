@@ -76,7 +76,7 @@ class SRPOConfig(GRPOConfig):
         metadata=_help("token: one mean over tokens. sequence_mean: mean of per-sequence means, as lasgroup's code."),
     )
     entropy_weight_beta: float = field(
-        default=1.0, metadata=_help("beta in w = exp(-beta * teacher entropy), normalised to mean 1; 0: no weights.")
+        default=1.0, metadata=_help("srpo: beta in w = exp(-beta * teacher entropy), of mean 1; 0: no weights.")
     )
 
     # Routing and teacher information
