@@ -125,7 +125,7 @@ class SRPOConfig(GRPOConfig):
         _unit("teacher_update_rate", self.teacher_update_rate)
         _unit("distillation_alpha", self.distillation_alpha)
         if self.distillation_topk < 1:
-            raise ValueError(f"distillation_topk={self.distillation_topk}: at least 1; or distillation_mode: full_logits")
+            raise ValueError(f"distillation_topk={self.distillation_topk}: must be at least 1; all: full_logits")
         if self.entropy_weight_beta < 0:
             raise ValueError(f"entropy_weight_beta={self.entropy_weight_beta}: must not be negative")
         if self.distillation_mode == "sampled_token" and self.distillation_alpha != 1.0:
