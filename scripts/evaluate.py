@@ -153,14 +153,20 @@ def load_checkpoint(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
                 f"{name}: holds neither config.json nor adapter_config.json; is the training over?"
             )
     elif looks_local or path.exists():
-        raise FileNotFoundError(f"{name}: no such directory; give the output directory of a training run or a Hub id")
-    if (path / "adapter_config.json").exists():
-        from peft import AutoPeftModelForCausalLM
+        raise FileNotFoundError(
+            f"{name} is no directory here; give the output directory of a training run or a Hub id"
+        )
+    try:
+        if (path / "adapter_config.json").exists():
+            from peft import AutoPeftModelForCausalLM
 
-        model = AutoPeftModelForCausalLM.from_pretrained(name)
-    else:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
-    tokenizer = AutoTokenizer.from_pretrained(name)
+            model = AutoPeftModelForCausalLM.from_pretrained(name)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except OSError as error:  # transformers' word for everything that it cannot find or reach
+        what = "cannot be loaded" if path.is_dir() else "is no directory here, and cannot be loaded from the Hub"
+        raise FileNotFoundError(f"{name} {what}: {error}") from error
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
 
