@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,14 @@ from routers.evaluation import (
     Outcomes,
     RewardRule,
     Score,
+    SeedSummary,
     difference,
     mixing_accuracy,
     play,
     reference_scores,
     resamples,
     score,
+    summarise_seeds,
 )
 
 EVALUATION = "evaluation.json"
@@ -66,6 +68,10 @@ class Evaluation:
         """Per query ``[Q]``: correct, cost (USD per 1,000 queries) and reward, as ``summarise_seeds`` takes them."""
         columns = {name: np.array([q[name] for q in self.queries]) for name in ("correct", "cost", "reward")}
         return columns | {"cost": columns["cost"] * PER_QUERIES}
+
+    def ids(self) -> list[str]:
+        """Which queries were evaluated."""
+        return [query["query_id"] for query in self.queries]
 
     def write(self, folder: str | Path, before: Evaluation | None = None) -> tuple[Path, Path]:
         """Write ``evaluation.json`` and ``frontier.png`` into ``folder`` and return their paths.
@@ -171,8 +177,43 @@ def evaluate_routes(
 
 def render_table(scores: Sequence[Score], markdown: bool = False) -> str:
     """One line per score. Plain text is aligned with spaces, Markdown is a pipe table; both read well as they are."""
-    rows = [COLUMNS, *(_cells(entry) for entry in scores)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
+    return _aligned([COLUMNS, *(_cells(entry) for entry in scores)], markdown)
+
+
+def compare_runs(runs: Sequence[Evaluation]) -> dict[str, SeedSummary]:
+    """Runs of one name are seeds of one recipe: name -> their summary, in order of first appearance.
+
+    Raises:
+        ValueError: no run, or runs on different queries or with different rewards.
+    """
+    groups: dict[str, list[Evaluation]] = {}
+    for run in runs:
+        for what, value, first in (("reward", run.rule, runs[0].rule), ("queries", run.ids(), runs[0].ids())):
+            if value != first:
+                raise ValueError(f"a run of {run.policy.name!r} has other {what} than one of {runs[0].policy.name!r}")
+        groups.setdefault(run.policy.name, []).append(run)
+    if not groups:
+        raise ValueError("there are no runs to compare")
+    return {name: summarise_seeds([run.values() for run in group]) for name, group in groups.items()}
+
+
+def render_comparison(
+    summaries: Mapping[str, SeedSummary], references: Sequence[Score], markdown: bool = False
+) -> str:
+    """A table of ``compare_runs`` above the references of any of its runs (they are the same for all)."""
+    rows: list[tuple[str, ...]] = [(*COLUMNS[:-2], "reward of each seed")]
+    for name, summary in summaries.items():
+        found, seeds = summary.estimates, summary.per_seed["reward"]
+        rows.append(
+            (*_numbers(name, found["correct"], found["cost"], found["reward"]), " ".join(f"{x:.3f}" for x in seeds))
+        )
+    rows += [(*_numbers(entry.name, entry.accuracy, entry.cost, entry.reward), "") for entry in references]
+    return _aligned(rows, markdown)
+
+
+def _aligned(rows: Sequence[tuple[str, ...]], markdown: bool) -> str:
+    """A table with its header in the first row; the first column is left-aligned, the others right-aligned."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
     for row in rows:
         cells = [row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))]
@@ -183,15 +224,18 @@ def render_table(scores: Sequence[Score], markdown: bool = False) -> str:
 
 
 def _cells(entry: Score) -> tuple[str, ...]:
+    numbers = _numbers(entry.name, entry.accuracy, entry.cost, entry.reward)
+    return (*numbers, f"{entry.format_rate:.1%}", f"{entry.entropy:.2f}")
+
+
+def _numbers(name: str, accuracy: Estimate, cost: Estimate, reward: Estimate) -> tuple[str, ...]:
     return (
-        entry.name,
-        f"{entry.accuracy.value:.1%}",
-        _interval(entry.accuracy, ".1%"),
-        f"{entry.cost.value:.4f}",
-        f"{entry.reward.value:.3f}",
-        _interval(entry.reward, ".3f"),
-        f"{entry.format_rate:.1%}",
-        f"{entry.entropy:.2f}",
+        name,
+        f"{accuracy.value:.1%}",
+        _interval(accuracy, ".1%"),
+        f"{cost.value:.4f}",
+        f"{reward.value:.3f}",
+        _interval(reward, ".3f"),
     )
 
 

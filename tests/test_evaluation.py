@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from compare import main as compare
 
 from routers.evaluation import (
     Estimate,
@@ -22,7 +23,7 @@ from routers.evaluation import (
     route_entropy,
     summarise_seeds,
 )
-from routers.report import Evaluation, evaluate_routes, render_table
+from routers.report import Evaluation, compare_runs, evaluate_routes, render_table
 
 MEMBERS = ["cheap", "dear"]
 # Four queries: both right, only the cheap one, only the dear one, nobody.
@@ -259,3 +260,30 @@ def test_tables() -> None:
     text = found.text(evaluate(["dear"] * 4))
     assert "ours asked: cheap 50.0%, dear 25.0%" in text
     assert "best single member (cheap)" in text and "reward +0.205 [" in text
+
+
+def test_runs_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    routes: dict[str, list[str | None]] = {"a-seed0": ["cheap"] * 4, "a-seed1": ["cheap", "cheap", "dear", "cheap"]}
+    for name, chosen in routes.items():
+        evaluate(chosen).write(tmp_path / name)
+    start = tmp_path / "a-seed0" / "warm_start"
+    evaluate_routes("warm start", ["dear"] * 4, QUERIES, MEMBERS, CORRECT, COST, RULE).write(start)
+    table = compare([str(tmp_path / name) for name in routes])
+    assert table in capsys.readouterr().out
+    lines = {line[:10].strip(): line for line in table.splitlines()}
+    assert list(lines)[2:] == ["ours", "warm start", "cheap", "dear", "random", "oracle"]
+    # rewards: cheap everywhere (0.96 + 0.96 - 0.08 - 0.04)/4; with dear on the third (0.96 + 0.96 + 0.8 - 0.04)/4
+    assert lines["ours"].endswith("0.450 0.670") and "62.5%" in lines["ours"] and "  0.560  " in lines["ours"]
+    assert lines["warm start"].endswith("0.330")  # (0.84 - 0.16 + 0.8 - 0.16)/4
+    assert compare([str(tmp_path / "a-seed0"), "--markdown"]).count("|\n") == 7
+
+
+def test_only_runs_on_the_same_queries_and_rewards_are_compared(tmp_path: Path) -> None:
+    other_rule = evaluate_routes("b", ["cheap"] * 4, QUERIES, MEMBERS, CORRECT, COST, RewardRule(1.0))
+    with pytest.raises(ValueError, match="'b' has other reward than one of 'ours'"):
+        compare_runs([evaluate(["cheap"] * 4), other_rule])
+    fewer = evaluate_routes("b", ["cheap"] * 3, QUERIES[:3], MEMBERS, CORRECT[:3], COST[:3], RULE)
+    with pytest.raises(ValueError, match="'b' has other queries"):
+        compare_runs([evaluate(["cheap"] * 4), fewer])
+    with pytest.raises(SystemExit):
+        compare([str(tmp_path)])
