@@ -19,6 +19,7 @@ if nvidia-smi >/dev/null 2>&1; then
   launch+=(--num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no)
 else
   launch+=(--config_file recipes/accelerate/cpu.yaml)
+  launch+=(--num_cpu_threads_per_process "$(getconf _NPROCESSORS_ONLN)")
 fi
 
 recipe=${RECIPE:-recipes/quickstart/srpo.yaml}
