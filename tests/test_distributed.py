@@ -12,7 +12,7 @@ from distributed_cases import CASES, HALF, run
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.distributed
-SAME = ("loss", "grad_norm", "reward", "route/entropy", "cost/per_query_usd", "route/share/none", "srpo/gradient_share")
+SAME = ("loss", "grad_norm", "reward", "route/entropy", "cost/per_query_usd", "route/share/none")
 
 
 @pytest.fixture(scope="module")
