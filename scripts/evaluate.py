@@ -23,7 +23,7 @@ from routers.prompts import policy_prompt
 from routers.report import EVALUATION, Evaluation, evaluate_routes
 from routers.table import SPLITS, ReplyTable, load_table, quickstart_table
 
-__all__ = ["EVALUATION", "Evaluation", "evaluate_policy", "load_checkpoint", "main"]
+__all__ = ["EVALUATION", "Evaluation", "evaluate_policy", "load_checkpoint", "main", "spread"]
 
 
 def evaluate_policy(
@@ -61,7 +61,7 @@ def evaluate_policy(
     queries = table.queries(split)
     if not queries:
         raise ValueError(f"the table has no query in the split {split!r}; its splits are chosen by its 'split' column")
-    chosen = _spread(len(queries), limit)
+    chosen = spread(len(queries), limit)
     queries = [queries[i] for i in chosen]
     members = list(table.catalogue.values())
     prompts = [
@@ -211,7 +211,8 @@ def main(argv: Sequence[str] | None = None) -> Evaluation:
     return evaluation
 
 
-def _spread(count: int, limit: int | None) -> np.ndarray:
+def spread(count: int, limit: int | None) -> np.ndarray:
+    """`limit` indices spread evenly over `count` rows, so that a part of a table holds every family; None: all."""
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}; it must be at least 1")
     return np.unique(np.linspace(0, count - 1, min(limit or count, count)).astype(int))

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import yaml
 from accelerate import PartialState
-from evaluate import EVALUATION, Evaluation, evaluate_policy
+from evaluate import EVALUATION, Evaluation, evaluate_policy, spread
 from policies import load_policy
 from transformers import PreTrainedModel, set_seed
 from trl import SFTConfig
@@ -87,10 +87,9 @@ def main(argv: list[str] | None = None) -> Evaluation | None:
     # A resumed run must begin from the very weights that the first run began from: the saved warm start.
     policy = str(start) if resumes and warm_starts else task.model_name_or_path
     model, tokenizer = load_policy(policy, table, args, task.lora_r)
-    rows = [
-        {"prompt": policy_prompt(row["query"], members, grammar), **row}
-        for row in table.queries("train")[: task.train_limit]
-    ]
+    queries = table.queries("train")
+    queries = [queries[i] for i in spread(len(queries), task.train_limit)]
+    rows = [{"prompt": policy_prompt(row["query"], members, grammar), **row} for row in queries]
     dataset = check_rows(
         rows,
         tokenizer=tokenizer,
@@ -152,10 +151,11 @@ def _warm_start_rows(
     table: ReplyTable, grammar: Grammar, task: TaskArguments, args: SRPOConfig
 ) -> list[dict[str, Any]]:
     templates = Templates(args.reprompt_template, args.solution_template, args.feedback_template)
-    count = task.warm_start_limit
+    queries = table.queries("train")
+    chosen = spread(len(queries), task.warm_start_limit)
     return warm_start_rows(
-        table.queries("train")[:count],
-        table.correct_matrix("train")[:count],
+        [queries[i] for i in chosen],
+        table.correct_matrix("train")[chosen],
         list(table.catalogue.values()),
         grammar,
         np.random.default_rng(args.seed),
