@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
@@ -27,6 +27,13 @@ from routers.catalogue import Member, cost, load_catalogue
 SPLITS = ("train", "heldout")
 HELDOUT_ONE_IN = 4
 REQUIRED = ("query_id", "query", "member", "reply", "prompt_tokens", "completion_tokens", "correct")
+_CSV_PARSERS: dict[str, Callable[[str], Any]] = {
+    "prompt_tokens": int,
+    "completion_tokens": int,
+    "seconds": float,
+    "correct": float,
+    "gold": json.loads,
+}
 _DEFAULTS: dict[str, Any] = {"family": "", "split": None, "gold": (), "seconds": 0.0}
 
 
@@ -58,14 +65,16 @@ class ReplyTable:
 
     Args:
         rows: dicts with the columns above.
-        catalogue: prices; its order is the order of ``members``. Members of the catalogue without any row are left out.
+        catalogue: prices; its order is the order of ``members``. Members without any row are left out.
         source: how error messages call the table.
 
     Raises:
         ValueError: names the source, the row (from 1), the field and what is wrong.
     """
 
-    def __init__(self, rows: Iterable[Mapping[str, Any]], catalogue: Mapping[str, Member], source: str = "rows") -> None:
+    def __init__(
+        self, rows: Iterable[Mapping[str, Any]], catalogue: Mapping[str, Member], source: str = "rows"
+    ) -> None:
         self._queries: dict[str, dict[str, Any]] = {}
         self._gold: dict[str, tuple[str, ...]] = {}
         self._replies: dict[tuple[str, str], Recorded] = {}
@@ -76,7 +85,7 @@ class ReplyTable:
             member = row["member"]
             if member not in catalogue:
                 raise ValueError(
-                    f"{label}: member {member!r} has no price; add it to the catalogue, which holds {sorted(catalogue)}"
+                    f"{label}: member {member!r} has no price; add it to the catalogue ({sorted(catalogue)})"
                 )
             self._add(row, catalogue[member], label)
             seen_members.add(member)
@@ -95,7 +104,9 @@ class ReplyTable:
         known = self._queries.setdefault(row["query_id"], query)
         for field, value in query.items():
             if known[field] != value:
-                raise ValueError(f"{label}: {field} {value!r} differs from {known[field]!r} in an earlier row of {key[0]!r}")
+                raise ValueError(
+                    f"{label}: {field} {value!r} differs from {known[field]!r} in an earlier row of {key[0]!r}"
+                )
         if self._gold.setdefault(row["query_id"], row["gold"]) != row["gold"]:
             raise ValueError(f"{label}: gold {row['gold']!r} differs from an earlier row of query {key[0]!r}")
         self._replies[key] = Recorded(
@@ -111,7 +122,9 @@ class ReplyTable:
         for query_id in self._queries:
             missing = [name for name in self.members if (query_id, name) not in self._replies]
             if missing:
-                raise ValueError(f"{source}: query {query_id!r} has no reply of {missing}; record it or drop the query")
+                raise ValueError(
+                    f"{source}: query {query_id!r} has no reply of {missing}; record it or drop the query"
+                )
 
     def _check_splits(self, source: str) -> None:
         first: dict[str, dict[str, Any]] = {}
@@ -119,8 +132,8 @@ class ReplyTable:
             other = first.setdefault(normalise_query(query["query"]), query)
             if other["split"] != query["split"]:
                 raise ValueError(
-                    f"{source}: queries {other['query_id']!r} and {query['query_id']!r} have the same text but stand in "
-                    "different splits; drop one"
+                    f"{source}: queries {other['query_id']!r} and {query['query_id']!r} have the same text "
+                    "but stand in different splits; drop one"
                 )
 
     def __len__(self) -> int:
@@ -182,15 +195,18 @@ def load_table(source: str | Path, catalogue: str | Path | Mapping[str, Member] 
     """Read a ``.parquet``, ``.jsonl`` or ``.csv`` file, or a dataset of the Hugging Face Hub, as a ``ReplyTable``.
 
     Args:
-        source: a file, or a Hub id such as ``"user/replies"`` (all of its splits are read; a ``split`` column decides).
+        source: a file (in a CSV, ``gold`` is a JSON list), or a Hub id such as ``"user/replies"``, of which all splits
+            are read and the ``split`` column decides.
         catalogue: prices, as a YAML file or loaded. ``None`` reads ``catalogue.yaml`` beside the file.
-            In a CSV, ``gold`` is a JSON list.
 
     Raises:
         FileNotFoundError: a path with a known suffix that does not exist.
         ValueError: bad rows or a missing catalogue; see ``ReplyTable``.
     """
     path = Path(source)
+    reader = {".parquet": _read_parquet, ".jsonl": _read_jsonl, ".csv": _read_csv}.get(path.suffix, _read_hub)
+    if reader is not _read_hub and not path.is_file():
+        raise FileNotFoundError(f"{source}: no such table")
     if isinstance(catalogue, Mapping):
         prices = catalogue
     else:
@@ -198,7 +214,6 @@ def load_table(source: str | Path, catalogue: str | Path | Mapping[str, Member] 
         if catalogue is None and not beside.is_file():
             raise ValueError(f"{source}: no prices; pass catalogue=... or put a catalogue.yaml beside the table")
         prices = load_catalogue(beside if catalogue is None else catalogue)
-    reader = {".parquet": _read_parquet, ".jsonl": _read_jsonl, ".csv": _read_csv}.get(path.suffix, _read_hub)
     return ReplyTable(reader(path), prices, source=str(source))
 
 
@@ -217,11 +232,12 @@ def _read_parquet(path: Path) -> list[dict[str, Any]]:
 
 def _read_jsonl(path: Path) -> list[dict[str, Any]]:
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}: line {number} is not JSON: {error}") from error
+    with path.open(encoding="utf-8") as file:  # not splitlines(), which also cuts at U+2028 inside a reply
+        for number, line in enumerate(file, start=1):
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}: line {number} is not JSON: {error}") from error
     return rows
 
 
@@ -231,8 +247,7 @@ def _read_csv(path: Path) -> list[dict[str, Any]]:
 
 
 def _from_csv(row: dict[str, Any], label: str) -> dict[str, Any]:
-    parsers = {"prompt_tokens": int, "completion_tokens": int, "seconds": float, "correct": float, "gold": json.loads}
-    for field, parse in parsers.items():
+    for field, parse in _CSV_PARSERS.items():
         if row.get(field) is not None:
             try:
                 row[field] = parse(row[field])

@@ -4,8 +4,8 @@
     python scripts/record_pool.py --check routers/data/quickstart_pool.parquet --rows 8
     python scripts/record_pool.py --report routers/data/quickstart_pool.parquet
 
-Needs the extra ``record``. Batches are fixed (a family's queries in order, 32 at a time), so a rerun sees the same
-numbers. Every finished batch is appended to ``<output>.partial.jsonl``; a second start goes on where the first stopped.
+Needs the extra ``quickstart``. Batches are fixed (a family's queries in order, 32 at a time), so a rerun sees the same
+numbers. Every finished batch is appended to ``<output>.partial.jsonl``; a second start goes on from there.
 """
 
 from __future__ import annotations
@@ -86,7 +86,10 @@ def record(output: Path) -> None:
             file.flush()
             left = (time.perf_counter() - began) / number * (len(todo) - number)
             right = sum(row["correct"] for row in new) / len(new)
-            print(f"{number}/{len(todo)} {job[1][0].family} {job[0]}: {right:.2f} right, {left / 60:.1f} min left", flush=True)
+            print(
+                f"{number}/{len(todo)} {job[1][0].family} {job[0]}: {right:.2f} right, {left / 60:.1f} min left",
+                flush=True,
+            )
     pq.write_table(pa.Table.from_pylist(rows), output, compression="zstd")
     partial.unlink()
     print(f"wrote {len(rows)} rows to {output}, {output.stat().st_size / 1e6:.2f} MB")

@@ -16,6 +16,7 @@ from routers.members.expression import ExpressionError, evaluate, show
 from routers.members.functions import FUNCTIONS, UNIT_WORDS
 from routers.members.lm import Completion, LanguageModel
 from routers.queries.facts import passages
+from routers.queries.grade import FAILURE
 
 CHAT_PREFIX = (
     "<|im_start|>system\nYou are a helpful assistant. Give a short, direct answer.<|im_end|>\n<|im_start|>user\n"
@@ -95,7 +96,7 @@ def _computed(completion: Completion, functions: Mapping[str, Callable[..., Any]
     try:
         reply = f"{source} = {show(evaluate(source, functions))}"
     except ExpressionError as error:
-        reply = f"Error: could not compute {source!r} ({error})"
+        reply = f"{FAILURE}could not compute {source!r} ({error})"
     return MemberReply(reply, completion.prompt_tokens, completion.completion_tokens)
 
 

@@ -132,7 +132,10 @@ PYTHON = (
 
 LOOKUP = (
     (
-        ("Country Greenland: capital Nuuk, continent North America.", "Country Iceland: capital Reykjavik, continent Europe."),
+        (
+            "Country Greenland: capital Nuuk, continent North America.",
+            "Country Iceland: capital Reykjavik, continent Europe.",
+        ),
         "What is the capital of Greenland?",
         "Nuuk",
     ),

@@ -6,6 +6,7 @@ import calendar
 import math
 from collections.abc import Callable
 from datetime import date, datetime, timedelta
+from itertools import pairwise
 from typing import Any
 
 _DAYS = list(calendar.day_name)
@@ -137,10 +138,10 @@ def next_number(items: list[int]) -> float:
     """The next term, of a constant difference or else a constant ratio."""
     if len(items) < 3:
         raise ValueError("needs three numbers")
-    differences = {b - a for a, b in zip(items, items[1:], strict=False)}
+    differences = {b - a for a, b in pairwise(items)}
     if len(differences) == 1:
         return float(items[-1] + differences.pop())
-    if all(b * items[0] == a * items[1] for a, b in zip(items, items[1:], strict=False)):
+    if all(b * items[0] == a * items[1] for a, b in pairwise(items)):
         return items[-1] * items[1] / items[0]
     raise ValueError("no rule found")
 

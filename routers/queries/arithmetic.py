@@ -60,7 +60,10 @@ def draw_word_problem(rng: random.Random) -> Drawn:
         (f"{name} had {a + b} {thing} and gave {b} to {other}. How many {thing} are left?", a),
         (f"A box holds {each} {thing}. How many {thing} are in {n} boxes?", each * n),
         (f"{name} shares {each * n} {thing} equally among {n} friends. How many does each friend get?", each),
-        (f"{name} buys {n} {thing} at {each} dollars each and pays {b} dollars for a bag. What is the total?", n * each + b),
+        (
+            f"{name} buys {n} {thing} at {each} dollars each and pays {b} dollars for a bag. What is the total?",
+            n * each + b,
+        ),
         (f"{name} has {a} {thing}, {other} has {b} more than {name}. How many do they have together?", a + a + b),
         (f"{name} reads {each} pages a day. How many pages are read in {n} days?", each * n),
         (f"A shop sold {a} {thing} on Monday, {b} on Tuesday and {c} on Friday. How many in all?", a + b + c),

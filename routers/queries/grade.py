@@ -15,9 +15,10 @@ _SMALL = (
     "seventeen eighteen nineteen twenty"
 ).split()
 _COPULA = re.compile(r"\s(?:is|are|was|would be|will be|means)\s|[:=]\s*|\bin\s(?=the year)")
-_TRAILER = re.compile(r",? (?:which|because|since|located|and (?:it|is))\b.*| \(.*")
+_TRAILER = re.compile(r",? (?:which|because|since|and (?:it|is))\b.*|, (?:located|but)\b.*| \(.*")
 _ARTICLE = re.compile(r"(?:the|a|an)\s")
 MAX_ANSWER_CHARS = 200
+FAILURE = "Error: "  # how the reply of a member that failed begins; what it quotes is no answer
 
 
 def grade(query: str, reply: str, gold: Sequence[str]) -> float:
@@ -37,44 +38,49 @@ def grade(query: str, reply: str, gold: Sequence[str]) -> float:
 
 def extract_answer(query: str, reply: str, numeric: bool) -> str | None:
     """The one answer that ``reply`` gives to ``query``, or ``None`` when it gives none or several."""
-    sentence = _first_sentence(reply)
-    if not sentence:
+    sentences = _sentences(reply)
+    if not sentences or reply.startswith(FAILURE):
         return None
-    return _extract_number(query, sentence) if numeric else _extract_text(sentence)
+    if not numeric:
+        return _extract_text(sentences[0])  # a name comes first, explanations follow
+    # A number comes last, after the working.
+    return next((n for n in (_extract_number(query, sentence) for sentence in reversed(sentences)) if n != ""), None)
 
 
 def normalise_answer(text: str) -> str:
-    """Case, accents, punctuation, articles and spacing removed; what is left decides equality."""
+    """Case, accents, punctuation, a leading article and spacing removed; what is left decides equality."""
     plain = "".join(c for c in unicodedata.normalize("NFKD", text.casefold()) if not unicodedata.combining(c))
     plain = re.sub(r"[^\w\s-]", " ", plain)
     words = plain.split()
-    return " ".join(word for word in words if word not in ("the", "a", "an")) or " ".join(words)  # the letter "a"
+    return " ".join(words[1:] if len(words) > 1 and words[0] in ("the", "a", "an") else words)
 
 
-def _first_sentence(reply: str) -> str:
-    line = next((line.strip() for line in reply.splitlines() if line.strip()), "")
-    # A full stop ends a sentence only after a word of three or more letters or a digit: "St. Paul", "D.C." do not.
-    sentence = re.split(r"(?<=[^\W_]{3})[.!?]\s|(?<=\d)[.!?]\s", line, maxsplit=1)[0]
-    return sentence.rstrip(" .!").strip()
+def _sentences(reply: str) -> list[str]:
+    """Sentences of all lines. A full stop ends one only after three letters or a digit: "St. Paul", "D.C." do not."""
+    pieces = re.split(r"(?<=[^\W_]{3})[.!?]\s|(?<=\d)[.!?]\s|\n", reply)
+    return [text for text in (piece.strip().rstrip(" .!") for piece in pieces) if text]
 
 
 def _extract_number(query: str, sentence: str) -> str | None:
+    """The one number that ``sentence`` states; "" when there is no number in it, ``None`` when there are several."""
     if "=" in sentence:
         sentence = sentence.rsplit("=", 1)[1]
     found = [text.rstrip(",").replace(",", "") for text in _NUMBER.findall(sentence)]
     if not found:
         found = [str(_SMALL.index(word)) for word in re.findall(r"[a-z]+", sentence.casefold()) if word in _SMALL]
+    if not found:
+        return ""
     asked = {text.rstrip(",").replace(",", "") for text in _NUMBER.findall(query)}
     new = [text for text in dict.fromkeys(found) if text not in asked]
     if len(new) > 1:
         return None
     # A reply may repeat the numbers of the question; the answer is the new one, or the last when none is new.
-    return new[0] if new else (found[-1] if found else None)
+    return new[0] if new else found[-1]
 
 
 def _extract_text(sentence: str) -> str | None:
-    parts = _COPULA.split(sentence)
-    answer = _TRAILER.sub("", parts[-1])
+    parts = _COPULA.split(_TRAILER.sub("", sentence))
+    answer = parts[-1]
     if len(parts) == 2 and _ARTICLE.match(answer.casefold()) and " of " in answer:
         answer = parts[0]  # "Paris is the capital of France": the answer comes first
     answer = answer.strip(" .!?'\"*`")

@@ -37,7 +37,9 @@ def draw(rng: random.Random) -> Drawn:
         return text, [word[::-1]], (kind, word)
     if kind == "count":
         letter = rng.choice(word)
-        text = rng.choice((f"How many times does '{letter}' occur in '{word}'?", f"How many {letter}'s are in '{word}'?"))
+        text = rng.choice(
+            (f"How many times does '{letter}' occur in '{word}'?", f"How many {letter}'s are in '{word}'?")
+        )
         return text, [str(word.count(letter))], (kind, word, letter)
     if kind == "nth":
         n = rng.randint(2, len(word) - 1)
@@ -51,7 +53,9 @@ def draw(rng: random.Random) -> Drawn:
         return f"How many vowels are in '{word}'?", [str(count)], (kind, word)
     if kind == "upper":
         n = rng.randint(2, 4)
-        text = rng.choice((f"Write '{word}' {n} times without spaces.", f"Repeat the word '{word}' {n} times, joined."))
+        text = rng.choice(
+            (f"Write '{word}' {n} times without spaces.", f"Repeat the word '{word}' {n} times, joined.")
+        )
         return text, [word * n], (kind, word, n)
     if kind == "longest":
         longest = max(some, key=len)
