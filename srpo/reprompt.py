@@ -96,7 +96,9 @@ def teacher_prompt_ids(
 
     The end of a demonstration (its answer) and the start of a feedback text survive a cut.
     """
-    specials = set(tokenizer.all_special_tokens)
+    # Some tokenizers name only a few of their control tokens (Llama 3: not its header tokens).
+    specials = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    specials.update(tokenizer.all_special_tokens)
     demonstration = None if demonstration is None else defuse(demonstration, specials)
     feedback = None if feedback is None else defuse(feedback, specials)
     while True:
