@@ -179,8 +179,7 @@ def _warm_start_config(task: TaskArguments, args: SRPOConfig, folder: Path) -> S
         seed=args.seed,
         use_cpu=args.use_cpu,
         bf16=args.bf16,
-        gradient_checkpointing=args.gradient_checkpointing,
-        chat_template_path=None,
+        activation_checkpointing=args.activation_checkpointing,
     )
 
 

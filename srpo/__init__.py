@@ -35,7 +35,7 @@ def _check_trl() -> None:
 _check_trl()
 
 
-def __getattr__(name: str):  # noqa: ANN202 (module __getattr__: any export)
+def __getattr__(name: str):
     if name in _LAZY:
         return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'srpo' has no attribute {name!r}")
