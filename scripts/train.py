@@ -9,6 +9,7 @@ The output directory holds the policy, `warm_start/`, `evaluation.json`, `fronti
 step as parquet, and the resolved recipe.
 """
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,11 @@ def main(argv: list[str] | None = None) -> Evaluation | None:
 
     before = None
     if warm_starts and not resumes:
+        if {os.environ.get("ACCELERATE_USE_DEEPSPEED"), os.environ.get("ACCELERATE_USE_FSDP")} & {"true", "1"}:
+            raise ValueError(
+                "the warm start runs on unsharded weights: make it with ddp.yaml and max_steps: 1, then give its folder "
+                "(OUTPUT/warm_start) as model_name_or_path and warm_start_epochs: 0 to the sharded run"
+            )
         examples = _warm_start_rows(table, grammar, task, args)
         model = warm_start(model, tokenizer, examples, _warm_start_config(task, args, start))
         if state.is_main_process:
@@ -120,6 +126,7 @@ def main(argv: list[str] | None = None) -> Evaluation | None:
             tokenizer.save_pretrained(start)
             before = evaluate(model, "warm start")
             before.write(start)
+        state.wait_for_everyone()
     elif (start / EVALUATION).exists() and state.is_main_process:
         before = Evaluation.read(start)
 
@@ -141,7 +148,8 @@ def main(argv: list[str] | None = None) -> Evaluation | None:
         paths = after.write(output, before)
         trainer.heldout_table = after.markdown(before)
         print(after.text(before), *paths, sep="\n")
-    trainer.save_model()  # writes the model card, with the table
+    trainer.save_model()
+    trainer.create_model_card(model_name=output.name)
     if args.push_to_hub:
         trainer.push_to_hub()
     return after
