@@ -116,8 +116,8 @@ def main(argv: list[str] | None = None) -> Evaluation | None:
     if warm_starts and not resumes:
         if {os.environ.get("ACCELERATE_USE_DEEPSPEED"), os.environ.get("ACCELERATE_USE_FSDP")} & {"true", "1"}:
             raise ValueError(
-                "the warm start runs on unsharded weights: make it with ddp.yaml and max_steps: 1, then give its folder "
-                "(OUTPUT/warm_start) as model_name_or_path and warm_start_epochs: 0 to the sharded run"
+                "the warm start runs on unsharded weights: make it with ddp.yaml and max_steps: 1, then give "
+                "OUTPUT/warm_start as model_name_or_path and warm_start_epochs: 0 to the sharded run"
             )
         examples = _warm_start_rows(table, grammar, task, args)
         model = warm_start(model, tokenizer, examples, _warm_start_config(task, args, start))
