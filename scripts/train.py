@@ -179,7 +179,6 @@ def _warm_start_config(task: TaskArguments, args: SRPOConfig, folder: Path) -> S
         per_device_train_batch_size=task.warm_start_batch_size,
         lr_scheduler_type="cosine",
         warmup_steps=10,
-        train_sampling_strategy="group_by_length",
         max_length=None,
         save_strategy="no",
         report_to="none",
