@@ -106,7 +106,8 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
 
         # `rest` are TRL's further arguments by position.
         given = inspect.signature(TRLGRPOTrainer).bind(model, reward_funcs, args, train_dataset, *rest, **kwargs)
-        has_adapter = is_peft_model(model) or given.arguments.get("peft_config") is not None
+        brings_adapter = not isinstance(model, str) and is_peft_model(model)
+        has_adapter = brings_adapter or given.arguments.get("peft_config") is not None
         needs_copy = distils and args.teacher_model_kind != "live" and not has_adapter
         twin = unpatched_copy(model, args.teacher_model_kind, _init_kwargs(args)) if needs_copy else None
 

@@ -1,0 +1,112 @@
+"""With nothing routed SRPO is TRL's GRPO, bit for bit: generation, loss, gradients, weights after several steps."""
+
+import pytest
+import torch
+import trl
+from core_helpers import config, dataset, distance, equal, logged, model, tokenizer, trainer, weights
+from peft import LoraConfig
+from transformers import PrinterCallback
+
+from srpo.trainer import GRPOTrainer, SRPOTrainer
+
+SHARED = {
+    "use_cpu": True,
+    "bf16": False,
+    "num_generations": 4,
+    "max_completion_length": 8,
+    "max_steps": 3,
+    "logging_steps": 1,
+    "report_to": [],
+    "learning_rate": 1e-2,
+    "save_strategy": "no",
+    "disable_tqdm": True,
+    "temperature": 0.9,
+    "max_grad_norm": 0.3,
+    "optim": "adamw_torch",
+    "lr_scheduler_type": "constant",
+    "gradient_checkpointing": False,
+}
+SPLITS = {
+    "1x8": {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1},
+    "4x2": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
+    "two_steps_per_batch": {
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "steps_per_generation": 4,
+        "delta": 1.5,
+    },
+}
+
+
+def none_correct(completion_ids, **_):
+    """Below the threshold of 0.5, so nobody is a demonstration, but different within a group: there is a gradient."""
+    return [0.1 * (sum(ids) % 5) for ids in completion_ids]
+
+
+def trl_run(folder, split):
+    args = trl.GRPOConfig(
+        output_dir=str(folder), loss_type="dapo", scale_rewards="none", epsilon_high=0.28, **SHARED, **split
+    )
+    made = trl.GRPOTrainer(model(), none_correct, args, dataset(), processing_class=tokenizer())
+    made.remove_callback(PrinterCallback)
+    made.train()
+    return made
+
+
+def our_run(folder, split, objective, **kwargs):
+    args = config(folder, **{"objective": objective, **SHARED, **split})
+    made = trainer(args, rewards=none_correct, rollout_func=None, **kwargs)
+    made.train()
+    return made
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_nothing_routed_is_trl_dapo_bit_for_bit(tmp_path, split):
+    reference = trl_run(tmp_path, SPLITS[split])
+    start, end = weights(model()), weights(reference.model)
+    assert distance(start, end) > 1e-3, "the reference did not learn: the comparison would be empty"
+    for objective in ("grpo", "srpo"):
+        ours = our_run(tmp_path, SPLITS[split], objective)
+        if objective == "srpo":
+            assert logged(ours, "srpo/routed_share") == [0.0] * len(logged(ours, "srpo/routed_share"))
+        assert equal(weights(ours.model), end), objective
+        for name in ("loss", "grad_norm", "reward", "entropy"):
+            assert logged(ours, name) == logged(reference, name), (objective, name)
+
+
+def test_nothing_routed_with_lora_is_grpo_bit_for_bit(tmp_path):
+    # Making the teacher's adapter must not draw from the random numbers that sample completions.
+    lora = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False}
+    split = SPLITS["4x2"]
+    runs = {o: our_run(tmp_path, split, o, peft_config=LoraConfig(**lora)) for o in ("grpo", "srpo")}
+    names = {name for name, p in runs["grpo"].model.named_parameters() if p.requires_grad}
+    trained = {o: {n: p for n, p in weights(made.model).items() if n in names} for o, made in runs.items()}
+    assert names and equal(trained["grpo"], trained["srpo"])
+    assert logged(runs["grpo"], "loss") == logged(runs["srpo"], "loss")
+
+
+def test_the_grpo_trainer_takes_other_loss_types(tmp_path):
+    split = {**SPLITS["4x2"], "loss_type": "cispo", "epsilon_high": 5.0}
+    args = trl.GRPOConfig(output_dir=str(tmp_path), scale_rewards="none", **SHARED, **split)
+    reference = trl.GRPOTrainer(model(), none_correct, args, dataset(), processing_class=tokenizer())
+    reference.train()
+    ours = our_run(tmp_path, split, "grpo", cls=GRPOTrainer)
+    assert equal(weights(ours.model), weights(reference.model))
+
+
+def test_sdpo_with_nothing_routed_does_not_move(tmp_path):
+    # Every rollout truncated (no room for an end token): nobody may be a demonstration.
+    args = config(tmp_path, objective="sdpo", max_completion_length=1, max_steps=2)
+    made = trainer(
+        args,
+        rollout_func=lambda prompts, t: {
+            "prompt_ids": t._tokenize_prompts(prompts)[0],
+            "completion_ids": [[70 + i % 4] for i in range(len(prompts))],
+            "logprobs": None,
+        },
+        rewards=lambda completions, **_: [1.0] * len(completions),
+    )
+    made.train()
+    assert equal(weights(made.model), weights(model()))
+    assert logged(made, "grad_norm") == [0.0, 0.0]
+    assert isinstance(made, SRPOTrainer) and torch.isfinite(torch.tensor(logged(made, "loss"))).all()
