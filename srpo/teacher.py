@@ -11,7 +11,8 @@ starts from zero and lags for dozens of steps); other policies keep a second mod
 """
 
 import copy
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,17 @@ class Teacher:
         else:
             target = self.accelerator.unwrap_model(self.model)
             SyncRefModelCallback.sync_target_model(student, target, self.rate)
+
+    @contextmanager
+    def left_out(self) -> Iterator[None]:
+        """A model saved inside holds no teacher adapter: that is not part of the policy, and has its own file."""
+        configs = self.student.peft_config if self.is_adapter else {}
+        own = configs.pop(ADAPTER, None)
+        try:
+            yield
+        finally:
+            if own is not None:
+                configs[ADAPTER] = own
 
     def save(self, folder: str) -> None:
         """Write the teacher's own weights into a checkpoint folder; every rank calls this, the main one writes."""

@@ -12,6 +12,7 @@ TRL moves it (tests/test_trl_hooks.py).
 import inspect
 import os
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -467,12 +468,17 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
         elif "eval_reward" in numbers:
             self.alarms.observe_evaluation(numbers["eval_reward"])
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        with nullcontext() if self.teacher is None else self.teacher.left_out():
+            super()._save(output_dir, state_dict)
+
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
         folder = os.path.join(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         if self.teacher is not None:
             self.teacher.save(folder)
-        if self._step % self._generate_every != 0:  # the rest of this generation batch is still to be trained on
+        # Inside a generation batch: the rest of it is still to be trained on.
+        if self._step % self._generate_every != 0 and not self.args.save_only_model:
             head = self._teacher_head if self.teacher is not None and self.teacher.snapshots_head else None
             parts = None if head is None else {key: getattr(head, key) for key in _HEAD_PARTS}
             save_nested({"batches": self._buffered_inputs, "head": parts}, self._rollouts_path(folder))

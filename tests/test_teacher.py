@@ -6,7 +6,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from core_helpers import config, equal, model, tokenizer, trainer, weights
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from trl.trainer.utils import add_fused_lm_head
 
 from srpo.teacher import ADAPTER, Teacher, unpatched_copy
@@ -290,6 +290,22 @@ def test_save_and_load_bit_for_bit(accelerator, policy, tmp_path):
     other.load(str(tmp_path))
     assert equal(kept, {n: v.clone() for n, v in own_weights(other)().items()})
     assert equal(student_before, student_weights(other))
+
+
+def test_a_saved_policy_holds_no_teacher(tmp_path):
+    config_of_lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    args = config(tmp_path, max_steps=1, save_strategy="steps", save_steps=1)
+    made = trainer(args, peft_config=config_of_lora)
+    made.train()
+    made.save_model(str(tmp_path / "policy"))
+    for folder in (tmp_path / "policy", tmp_path / "checkpoint-1"):
+        assert not (folder / ADAPTER).exists()
+        saved = PeftModel.from_pretrained(model(), folder)
+        assert list(saved.peft_config) == ["default"]
+        state = get_peft_model_state_dict(saved)
+        assert equal(student_weights(made.teacher), {name: value.detach() for name, value in state.items()})
+    assert (tmp_path / "checkpoint-1" / "teacher.safetensors").exists()
+    assert ADAPTER in made.model.peft_config and logits(made.teacher).shape == (12, len(tokenizer()))
 
 
 def test_a_checkpoint_without_a_teacher_is_named(accelerator, tmp_path):
