@@ -27,8 +27,8 @@ def save_nested(value: Any, path: Path) -> None:
 
 def load_nested(path: Path, device: torch.device | str = "cpu") -> Any:
     """What `save_nested` wrote, bit for bit, with its tensors on `device`."""
-    with safe_open(path, framework="pt", device=str(device)) as file:
-        return _unpack(json.loads(file.metadata()["layout"]), file)
+    with safe_open(path, framework="pt") as file:
+        return _unpack(json.loads(file.metadata()["layout"]), file, device)
 
 
 def _pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
@@ -42,11 +42,11 @@ def _pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     return value
 
 
-def _unpack(layout: Any, file: Any) -> Any:
+def _unpack(layout: Any, file: Any, device: torch.device | str) -> Any:
     if isinstance(layout, list):
-        return [_unpack(item, file) for item in layout]
+        return [_unpack(item, file, device) for item in layout]
     if not isinstance(layout, dict):
         return layout
     if _TENSOR in layout:
-        return file.get_tensor(layout[_TENSOR])
-    return {key: _unpack(item, file) for key, item in layout["dict"].items()}
+        return file.get_tensor(layout[_TENSOR]).to(device)
+    return {key: _unpack(item, file, device) for key, item in layout["dict"].items()}

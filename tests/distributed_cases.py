@@ -13,7 +13,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
-from core_helpers import config, dataset, digest, distance, scripted, trainer, weights
+from core_helpers import config, dataset, digest, distance, equal, scripted, trainer, weights
 from peft import LoraConfig
 from safetensors.torch import save_file
 
@@ -91,6 +91,26 @@ def run(folder: Path, case: str, processes: int) -> tuple[dict[str, Any], dict[s
     return tensors, {"plans": plans, "log": made.state.log_history, "moved": moved}
 
 
+def resumed_equals_straight(folder: Path, processes: int) -> bool:
+    """Four steps against three and one, the checkpoint inside a generation batch, on this rank, bit for bit."""
+    ends = []
+    for checkpoint in (None, str(folder / "resume" / "checkpoint-3")):
+        args = config(
+            folder / "resume",
+            per_device_train_batch_size=16 // processes,
+            max_steps=4,
+            steps_per_generation=2,
+            optim="adamw_torch",
+            save_strategy="steps",
+            save_steps=3,
+        )
+        made = trainer(args, rewards=reward, train_dataset=dataset(40))
+        made.train(resume_from_checkpoint=checkpoint)
+        assert checkpoint is None or [e["step"] for e in made.state.log_history if "loss" in e] == [1, 2, 3, 4]
+        ends.append({**weights(made.model), **{f"teacher/{k}": v for k, v in weights(made.teacher.model).items()}})
+    return equal(*ends)
+
+
 def main() -> None:
     folder = Path(sys.argv[1])
     processes, rank = int(os.environ["WORLD_SIZE"]), os.environ["RANK"]
@@ -98,6 +118,7 @@ def main() -> None:
         tensors, record = run(folder, case, processes)
         (folder / f"{case}_rank{rank}.json").write_text(json.dumps(record))
         save_file({name: value.contiguous() for name, value in tensors.items()}, folder / f"{case}_rank{rank}.st")
+    (folder / f"resumed_rank{rank}.json").write_text(json.dumps(resumed_equals_straight(folder, processes)))
 
 
 if __name__ == "__main__":

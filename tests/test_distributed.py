@@ -53,3 +53,9 @@ def test_two_processes_take_the_step_of_one(two_processes, tmp_path, case):
     assert len(names) > 10
     for name in names:
         assert [e[name] for e in theirs] == pytest.approx([e[name] for e in logs], rel=1e-5, abs=1e-6), name
+
+
+def test_two_processes_resume_inside_a_generation_batch(two_processes):
+    assert [json.loads((two_processes / f"resumed_rank{r}.json").read_text()) for r in (0, 1)] == [True, True]
+    checkpoint = two_processes / "resume" / "checkpoint-3"
+    assert sorted(path.name for path in checkpoint.glob("rollouts_*")) == [f"rollouts_{r}.safetensors" for r in (0, 1)]

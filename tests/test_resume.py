@@ -9,6 +9,8 @@ import torch
 from resume_cases import CASES, made, state
 from safetensors.torch import load_file
 
+from srpo.buffer import load_nested, save_nested
+
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
@@ -38,3 +40,21 @@ def test_resuming_is_bitwise(runs, case):
     assert len(set(straight["log/loss"].tolist())) >= 5, "hardly a step did anything: the case is empty"
     different = [name for name in straight if not torch.equal(straight[name], resumed[name])]
     assert not different
+
+
+def test_nested_tensors_come_back_bit_for_bit(tmp_path):
+    whole = torch.arange(6.0)
+    value = {
+        "a": [whole[:3], None, whole[3:]],  # slices share memory
+        "b": {"c": torch.tensor(float("nan")), "d": 0.1, "e": "text", "tensor": True},
+        "f": [torch.tensor([True, False]), torch.zeros(0, 4), torch.eye(3).T.bfloat16()],
+    }
+    save_nested(value, tmp_path / "x.safetensors")
+    back = load_nested(tmp_path / "x.safetensors")
+    assert back["a"][1] is None and torch.equal(torch.cat([back["a"][0], back["a"][2]]), whole)
+    assert back["b"]["c"].isnan() and back["b"]["c"].ndim == 0
+    assert (back["b"]["d"], back["b"]["e"], back["b"]["tensor"]) == (0.1, "text", True)
+    for ours, theirs in zip(value["f"], back["f"], strict=True):
+        assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+    with pytest.raises(TypeError):
+        save_nested({"a": object()}, tmp_path / "y.safetensors")
