@@ -112,11 +112,15 @@ class SRPOConfig(GRPOConfig):
 
     # Alarms
     diagnostics_warning_interval: int = field(
-        default=10, metadata=_help("Steps of one degenerate state (no teacher, flat rewards, ...) before one warning.")
+        default=10, metadata=_help("Logged steps of one degenerate state (no teacher, ...) before one warning.")
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check()
+
+    def check(self) -> None:
+        """Raise ValueError for settings that contradict; the trainer checks again, since fields may be assigned."""
         _choice("objective", self.objective, OBJECTIVE_NAMES)
         _choice("teacher_model_kind", self.teacher_model_kind, TEACHER_KINDS)
         _choice("distillation_mode", self.distillation_mode, DISTILLATION_MODES)
@@ -139,6 +143,8 @@ class SRPOConfig(GRPOConfig):
         ):
             if slot not in template:
                 raise ValueError(f"the template {template!r} lacks its slot {slot}")
+        if self.objective == "sdpo" and self.beta != 0.0:
+            raise ValueError(f"beta={self.beta}: sdpo has no penalty to a reference policy; set beta: 0.0")
         if self.objective != "grpo":
             for name, neutral in _GRPO_ONLY.items():
                 if getattr(self, name) != neutral:

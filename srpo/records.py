@@ -35,7 +35,7 @@ def world_metrics(columns: Mapping[str, Sequence[Any]]) -> dict[str, float]:
 
 
 class Alarms:
-    """Says once, in words, that a run has been degenerate for `interval` steps in a row."""
+    """Says once, in words, that a run has been degenerate for `interval` logged steps in a row."""
 
     def __init__(self, interval: int, warn: Callable[[str], None]):
         self.interval = interval
@@ -50,7 +50,7 @@ class Alarms:
         self._streak[name] = self._streak[name] + 1 if degenerate else 0
         if self._streak[name] >= self.interval and name not in self._said:
             self._said.add(name)
-            self._warn(f"{message} ({self._streak[name]} steps in a row)")
+            self._warn(f"{message} ({self._streak[name]} logged steps in a row)")
 
     def observe_step(self, metrics: Mapping[str, float], max_length: int) -> None:
         """Check one training step's averaged metrics, under the names they are logged with."""

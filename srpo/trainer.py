@@ -97,6 +97,7 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
             args = SRPOConfig(output_dir="srpo-output")
         if not isinstance(args, SRPOConfig):
             raise TypeError(f"args must be an SRPOConfig, which takes all that {type(args).__name__} takes, and more")
+        args.check()
         self.objective = args.objective
         self.recipe = recipe
         self.heldout_table: str | None = None
@@ -154,6 +155,7 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
             delta=args.delta,
             level=self.importance_sampling_level,
             beta=self.beta,
+            correct_kl=args.use_bias_correction_kl,
             is_clip=args.distillation_is_clip,
             aggregation=args.distillation_aggregation,
         )

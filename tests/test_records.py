@@ -90,7 +90,7 @@ def test_an_alarm_speaks_once_after_its_interval(name):
         watch.observe_step({**HEALTHY, **change}, 100)
     assert said == []
     watch.observe_step({**HEALTHY, **change}, 100)
-    assert len(said) == 1 and words in said[0] and "3 steps in a row" in said[0]
+    assert len(said) == 1 and words in said[0] and "3 logged steps in a row" in said[0]
     for _ in range(10):
         watch.observe_step({**HEALTHY, **change}, 100)
     assert len(said) == 1

@@ -118,12 +118,19 @@ def test_a_reference_penalty_goes_with_srpo(tmp_path):
         ({"solution_template": "x"}, "successful_previous_attempt"),
         ({"feedback_template": "x"}, "feedback_raw"),
         ({"loss_type": "cispo"}, "loss_type='cispo' acts inside TRL's own loss"),
+        ({"objective": "sdpo", "beta": 0.1}, "beta=0.1: sdpo has no penalty"),
         ({"top_entropy_quantile": 0.2}, "top_entropy_quantile=0.2 acts inside TRL's own loss"),
     ],
 )
 def test_settings_that_cannot_be_meant_are_named(tmp_path, change, words):
     with pytest.raises(ValueError, match=words):
         config(tmp_path, **change)
+
+
+def test_settings_are_checked_again_where_the_trainer_class_changes_the_objective(tmp_path):
+    args = config(tmp_path, objective="grpo", loss_type="cispo")
+    with pytest.raises(ValueError, match="loss_type='cispo'"):
+        trainer(args, cls=SDPOTrainer)
 
 
 def test_an_unknown_setting_is_named(tmp_path):

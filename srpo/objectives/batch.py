@@ -64,6 +64,7 @@ class LossConfig:
     delta: float | None = None  # cap of the ratio before the min (two-sided clip); None = off
     level: Literal["token", "sequence"] = "token"  # of the importance ratio of the GRPO branch
     beta: float = 0.0  # coefficient of the KL penalty to the reference policy
+    correct_kl: bool = False  # weigh that penalty by the importance ratio (TRL's use_bias_correction_kl)
     is_clip: float | None = 2.0  # cap of the detached ratio that multiplies the divergence; None = ratio off
     aggregation: Literal["token", "sequence_mean"] = "token"
 

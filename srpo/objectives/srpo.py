@@ -60,7 +60,10 @@ def loss(batch: TokenBatch, cfg: LossConfig) -> LossOutput:
     if cfg.beta:
         if batch.ref_logp is None:
             raise ValueError("beta > 0 needs ref_logp, the reference policy's log-probs")
-        penalty = cfg.beta * grpo.kl_penalty(batch.logp, batch.ref_logp)
+        penalty = grpo.kl_penalty(batch.logp, batch.ref_logp)
+        if cfg.correct_kl:
+            penalty = penalty * grpo.ratio(batch.logp, batch.old_logp, batch.mask, cfg.level)
+        penalty = cfg.beta * penalty
         metrics["loss/kl"] = mean(penalty.detach())
         per_token = per_token + penalty
     return LossOutput(mean(per_token), metrics)
