@@ -293,7 +293,8 @@ def test_language_model_is_the_same_in_any_batch_position():
     prefix = "Q: What is the opposite of 'wild'?\nA: tame\n"
     pair = model.complete(prefix, suffixes, max_tokens=8, one_line=True)
     alone = [model.complete(prefix, [suffix], max_tokens=8, one_line=True)[0] for suffix in suffixes]
-    assert [c.text for c in pair] == [c.text for c in alone] == ["cold", "green"]
+    assert [c.text for c in pair] == [c.text for c in alone]
+    assert pair[0].text == "cold"
     for suffix, completion in zip(suffixes, pair, strict=True):
         ids = model.tokenizer(prefix + suffix, add_special_tokens=False)["input_ids"]
         assert completion.prompt_tokens == len(ids)
