@@ -143,6 +143,11 @@ class SRPOConfig(GRPOConfig):
         ):
             if slot not in template:
                 raise ValueError(f"the template {template!r} lacks its slot {slot}")
+        if self.objective != "grpo" and self.steps_per_generation % self.gradient_accumulation_steps:
+            raise ValueError(
+                f"steps_per_generation={self.steps_per_generation} must be a multiple of gradient_accumulation_steps="
+                f"{self.gradient_accumulation_steps}: the weights and the teacher belong to whole optimiser steps"
+            )
         if self.objective == "sdpo" and self.beta != 0.0:
             raise ValueError(f"beta={self.beta}: sdpo has no penalty to a reference policy; set beta: 0.0")
         if self.objective != "grpo":

@@ -126,7 +126,7 @@ class Teacher:
     @contextmanager
     def left_out(self) -> Iterator[None]:
         """A model saved inside holds no teacher adapter: that is not part of the policy, and has its own file."""
-        configs = self.student.peft_config if self.is_adapter else {}
+        configs: dict[str, Any] = self.student.peft_config if self.is_adapter else {}
         own = configs.pop(ADAPTER, None)
         try:
             yield

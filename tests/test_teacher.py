@@ -310,5 +310,10 @@ def test_a_saved_policy_holds_no_teacher(tmp_path):
 
 def test_a_checkpoint_without_a_teacher_is_named(accelerator, tmp_path):
     _, teacher = full("ema", accelerator)
-    with pytest.raises(FileNotFoundError, match=r"not written by this objective and teacher kind \(ema\)"):
+    words = r"not written by this objective and teacher kind \(ema\)"
+    with pytest.raises(FileNotFoundError, match=words):
         teacher.load(str(tmp_path))
+    # From GRPO to SRPO: the run stops before its first step, instead of starting with a fresh teacher unnoticed.
+    trainer(config(tmp_path, objective="grpo", save_strategy="steps", save_steps=1)).train()
+    with pytest.raises(FileNotFoundError, match=words):
+        trainer(config(tmp_path, max_steps=2)).train(resume_from_checkpoint=True)
