@@ -5,7 +5,7 @@ import torch
 import trl
 from core_helpers import config, dataset, distance, equal, logged, model, tokenizer, trainer, weights
 from peft import LoraConfig
-from transformers import PrinterCallback
+from transformers import PrinterCallback, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from srpo.trainer import GRPOTrainer, SRPOTrainer
 
@@ -130,3 +130,34 @@ def test_sdpo_with_nothing_routed_does_not_move(tmp_path):
     assert equal(weights(made.model), weights(model()))
     assert logged(made, "grad_norm") == [0.0, 0.0]
     assert isinstance(made, SRPOTrainer) and torch.isfinite(torch.tensor(logged(made, "loss"))).all()
+
+
+def mixture():
+    """Two experts of four per token, and a load-balancing loss."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "moe_intermediate_size": 32, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.1}
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "vocab_size": len(tokenizer())}
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **heads, **experts, **special, initializer_range=0.2))
+
+
+def test_nothing_routed_in_a_mixture_of_experts(tmp_path):
+    ends, losses = [], []
+    for objective in ("grpo", "srpo"):
+        args = config(tmp_path, objective=objective, **SHARED, **SPLITS["4x2"])
+        made = trainer(args, mixture(), rewards=none_correct, rollout_func=None)
+        made.train()
+        assert all(value > 0 for value in logged(made, "aux_loss")) and made.aux_loss_enabled
+        ends.append(weights(made.model))
+        losses.append(logged(made, "loss"))
+    assert equal(*ends) and losses[0] == losses[1]
+
+
+def test_a_mixture_of_experts_is_distilled(tmp_path):
+    made = trainer(config(tmp_path, max_steps=2, distillation_topk=50), mixture())
+    made.train()
+    assert all(0 < share < 1 for share in logged(made, "srpo/routed_share"))
+    parts = (logged(made, name) for name in ("loss/grpo", "loss/sdpo", "aux_loss"))
+    expected = [grpo + sdpo + 0.1 * aux for grpo, sdpo, aux in zip(*parts, strict=True)]
+    assert logged(made, "loss") == pytest.approx(expected, rel=1e-5)
