@@ -50,6 +50,7 @@ from srpo.types import FEEDBACK, Columns, World
 
 logger = logging.get_logger(__name__)
 
+_TABLE_COLUMNS = ("step", "prompt", "completion", "advantage", "branch")
 _HEAD_PARTS = ("weight", "bias", "softcap", "scale")
 
 Correctness = Callable[[Tensor, Columns], Tensor]
@@ -173,7 +174,10 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
         rewards_per_func = super()._calculate_rewards(rows, prompts, completions, completion_ids_list)
         # A reward function may give feedback too, through TRL's `log_extra`; it wins over the world's.
         if FEEDBACK in self._pending_extra_logs:
-            self._columns[FEEDBACK] = list(self._pending_extra_logs[FEEDBACK])
+            notes = list(self._pending_extra_logs[FEEDBACK])
+            if len(notes) != len(texts):
+                raise ValueError(f"the rewards logged {len(notes)} feedback texts for {len(texts)} completions")
+            self._columns[FEEDBACK] = notes
         for name, values in self._columns.items():
             self._pending_extra_logs[name] = list(values)
 
@@ -196,6 +200,8 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
                     f"the world returned {len(values)} values in column {name!r} for {len(texts)} completions; "
                     "it must return one per completion"
                 )
+        if taken := sorted({*self.reward_func_names, *_TABLE_COLUMNS} & set(columns)):
+            raise ValueError(f"the world's column {taken[0]!r} has a name that the completions table uses already")
         return columns
 
     def _log_world(self) -> None:

@@ -146,6 +146,31 @@ def test_a_world_must_answer_once_per_completion(tmp_path):
         made.train()
 
 
+@pytest.mark.parametrize("name", ["binary_reward", "prompt", "branch"])
+def test_a_world_must_not_hide_a_column_of_the_table(tmp_path, name):
+    made = trainer(config(tmp_path), world=lambda rows, texts: {name: [0.0] * len(texts)})
+    with pytest.raises(ValueError, match=f"column '{name}' has a name that the completions table uses"):
+        made.train()
+
+
+def test_feedback_from_rewards_must_be_one_per_completion(tmp_path):
+    def reward(completions, log_extra, **_):
+        log_extra("feedback", ["no"])
+        return [0.0] * len(completions)
+
+    with pytest.raises(ValueError, match="logged 1 feedback texts for 16 completions"):
+        trainer(config(tmp_path), rewards=[reward, binary_reward]).train()
+
+
+def test_the_seed_decides_everything(tmp_path):
+    def run(seed):
+        made = trainer(config(tmp_path, seed=seed, max_steps=2, optim="adamw_torch"), rollout_func=None)
+        made.train()
+        return weights(made.model)
+
+    assert equal(run(1), run(1)) and not equal(run(1), run(2))
+
+
 def test_vision_language_models_are_refused(tmp_path):
     class Processor(ProcessorMixin):
         def __init__(self, tokenizer: PreTrainedTokenizerFast):
