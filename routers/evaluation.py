@@ -37,8 +37,9 @@ class Outcomes:
 
 @dataclass(frozen=True)
 class Score:
-    """One row of the result. ``kind`` is "policy", "member", "random" or "oracle"; costs are USD per 1,000 queries.
+    """One row of the result; costs are USD per 1,000 queries.
 
+    ``kind`` is "policy", "member", "random", "baseline" or "oracle".
     ``share`` is the fraction of all queries that went to each member (the rest had no valid action), ``entropy`` that
     of the valid routes in nats, ``families`` the accuracy per task family.
     """
@@ -136,6 +137,24 @@ def oracle_routes(correct: np.ndarray, cost: np.ndarray) -> np.ndarray:
     return np.argmin(np.where(correct == best, cost, np.inf), axis=1)
 
 
+def family_routes(
+    train_families: Sequence[str], train_rewards: np.ndarray, families: Sequence[str]
+) -> np.ndarray:
+    """The member that earned most on a query's family in training, ``[Q]``; for a new family, the best of all.
+
+    A bar for policies: it is *told* the family of every query, which a policy has to read off the text.
+
+    Args:
+        train_families: family of each training query.
+        train_rewards: ``[train queries, M]``.
+        families: family of each query to route.
+    """
+    labels = np.array(train_families)
+    best = {family: int(train_rewards[labels == family].mean(0).argmax()) for family in dict.fromkeys(train_families)}
+    overall = int(train_rewards.mean(0).argmax())
+    return np.array([best.get(family, overall) for family in families], dtype=int)
+
+
 def pareto_hull(cost: np.ndarray, accuracy: np.ndarray) -> list[int]:
     """Points that random mixing cannot beat: the upper concave hull from the cheapest to the most accurate point.
 
@@ -203,8 +222,12 @@ def reference_scores(
     families: Sequence[str],
     rule: RewardRule,
     draws: np.ndarray,
+    baselines: Mapping[str, np.ndarray] | None = None,
 ) -> list[Score]:
-    """Every single member, random and the oracle, in this order, on ``correct`` and ``cost [Q, M]``."""
+    """Every single member, random, baselines (name -> member index ``[Q]``) and the oracle, in this order.
+
+    ``correct`` and ``cost`` are ``[Q, M]``.
+    """
     queries, count = correct.shape
     free, one_hot = np.zeros(queries), np.eye(count)
     scores = []
@@ -213,10 +236,11 @@ def reference_scores(
         scores.append(score(member, "member", outcomes, one_hot[i], draws, members, families))
     uniform = np.full(count, 1 / count)
     scores.append(score("random", "random", expect(correct, cost, rule), uniform, draws, members, families))
-    best = oracle_routes(correct, cost)
-    outcomes = play(best, correct, cost, free, rule)
-    share = np.bincount(best, minlength=count) / queries
-    scores.append(score("oracle", "oracle", outcomes, share, draws, members, families))
+    for name, routes in [*(baselines or {}).items(), ("oracle", oracle_routes(correct, cost))]:
+        outcomes = play(routes, correct, cost, free, rule)
+        share = np.bincount(routes, minlength=count) / queries
+        kind = "oracle" if name == "oracle" else "baseline"
+        scores.append(score(name, kind, outcomes, share, draws, members, families))
     return scores
 
 

@@ -13,8 +13,13 @@ from matplotlib.ticker import PercentFormatter
 from routers.evaluation import Score, pareto_hull
 
 # Okabe and Ito's palette: told apart with any colour vision. Kinds differ in marker too, for print in grey.
-_GREY, _ORANGE, _GREEN, _BLUE, _RED = "#666666", "#E69F00", "#009E73", "#0072B2", "#D55E00"
-_STYLES = {"member": (_GREY, "o", 60), "random": (_ORANGE, "X", 80), "oracle": (_GREEN, "*", 170)}
+_GREY, _ORANGE, _GREEN, _BLUE, _RED, _PURPLE = "#666666", "#E69F00", "#009E73", "#0072B2", "#D55E00", "#CC79A7"
+_STYLES = {
+    "member": (_GREY, "o", 60),
+    "random": (_ORANGE, "X", 80),
+    "baseline": (_PURPLE, "^", 80),
+    "oracle": (_GREEN, "*", 170),
+}
 _POLICIES = ((_RED, "D", 80), (_BLUE, "s", 70))
 
 

@@ -134,6 +134,7 @@ def evaluate_routes(
     own_cost: np.ndarray | None = None,
     split: str = "heldout",
     seed: int = 0,
+    baselines: Mapping[str, np.ndarray] | None = None,
 ) -> Evaluation:
     """Evaluate whom a policy chose.
 
@@ -146,6 +147,7 @@ def evaluate_routes(
         rule: the reward.
         own_cost: ``[queries]`` USD for the policy's own tokens; None: free.
         split, seed: the split's name, and the seed of the bootstrap.
+        baselines: other routers to show: name -> member index ``[queries]``.
 
     Raises:
         ValueError: shapes differ, no query, or a route that is not a member.
@@ -159,7 +161,7 @@ def evaluate_routes(
     draws = resamples(len(routes), seed)
     families = [query["family"] for query in queries]
     share = np.bincount(index[index >= 0], minlength=len(members)) / len(routes)
-    references = reference_scores(correct, cost, members, families, rule, draws)
+    references = reference_scores(correct, cost, members, families, rule, draws, baselines)
     policy = score(name, "policy", outcomes, share, draws, members, families)
     singles = [reference for reference in references if reference.kind == "member"]
     best = max(range(len(singles)), key=lambda i: singles[i].reward.value)
@@ -209,6 +211,29 @@ def render_comparison(
         )
     rows += [(*_numbers(entry.name, entry.accuracy, entry.cost, entry.reward), "") for entry in references]
     return _aligned(rows, markdown)
+
+
+def render_gains(runs: Sequence[Evaluation], starts: Sequence[Evaluation]) -> str:
+    """Per recipe one sentence: what its runs gained over the runs they started from, paired by seed and query.
+
+    Args:
+        runs, starts: as many of each, in the same order.
+    """
+    groups: dict[str, list[dict[str, np.ndarray]]] = {}
+    for run, start in zip(runs, starts, strict=True):
+        before = start.values()
+        gain = {metric: values - before[metric] for metric, values in run.values().items()}
+        groups.setdefault(run.policy.name, []).append(gain)
+    lines = []
+    for name, gains in groups.items():
+        found = summarise_seeds(gains).estimates
+        lines.append(
+            f"{name} minus {starts[0].policy.name}: reward {found['reward'].value:+.3f} "
+            f"{_interval(found['reward'], '+.3f')}, accuracy {found['correct'].value:+.3f} "
+            f"{_interval(found['correct'], '+.3f')}, cost {found['cost'].value:+.4f} "
+            f"{_interval(found['cost'], '+.4f')} $ per {PER_QUERIES:,} queries"
+        )
+    return "\n".join(lines)
 
 
 def _aligned(rows: Sequence[tuple[str, ...]], markdown: bool) -> str:

@@ -10,7 +10,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from routers.report import EVALUATION, Evaluation, compare_runs, render_comparison
+from routers.report import EVALUATION, Evaluation, compare_runs, render_comparison, render_gains
 
 
 def main(argv: Sequence[str] | None = None) -> str:
@@ -19,11 +19,13 @@ def main(argv: Sequence[str] | None = None) -> str:
     parser.add_argument("runs", nargs="+", type=Path, help="output directories of scripts/train.py or evaluate.py")
     parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
     args = parser.parse_args(argv)
-    starts = [run / "warm_start" for run in args.runs]
+    folders = [run / "warm_start" for run in args.runs]
     try:
         runs = [Evaluation.read(run) for run in args.runs]
-        runs += [Evaluation.read(start) for start in starts if (start / EVALUATION).exists()]
-        table = render_comparison(compare_runs(runs), runs[0].references, args.markdown)
+        starts = [Evaluation.read(folder) for folder in folders if (folder / EVALUATION).exists()]
+        table = render_comparison(compare_runs([*runs, *starts]), runs[0].references, args.markdown)
+        if len(starts) == len(runs):
+            table += "\n\n" + render_gains(runs, starts)
     except (FileNotFoundError, ValueError) as error:
         parser.error(str(error))
     print(table)

@@ -17,7 +17,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from routers.evaluation import RewardRule
+from routers.evaluation import RewardRule, family_routes
 from routers.grammar import Grammar, parse
 from routers.prompts import policy_prompt
 from routers.report import EVALUATION, Evaluation, evaluate_routes
@@ -83,6 +83,7 @@ def evaluate_policy(
             file=sys.stderr,
         )
     price_in, price_out = policy_price
+    rule = RewardRule(table.max_cost, cost_weight, format_weight)
     return evaluate_routes(
         name,
         [action.member for action in actions],
@@ -90,10 +91,19 @@ def evaluate_policy(
         table.members,
         table.correct_matrix(split)[chosen],
         table.cost_matrix(split)[chosen],
-        RewardRule(table.max_cost, cost_weight, format_weight),
+        rule,
         own_cost=(np.array(tokens_in) * price_in + np.array(tokens_out) * price_out) / 1e6,
         split=split,
+        baselines=_baselines(table, rule, [query["family"] for query in queries]),
     )
+
+
+def _baselines(table: ReplyTable, rule: RewardRule, families: Sequence[str]) -> dict[str, np.ndarray]:
+    train = table.queries("train")
+    if not train or not any(families):
+        return {}
+    rewards = rule(table.correct_matrix("train"), table.cost_matrix("train"))
+    return {"best per family": family_routes([query["family"] for query in train], rewards, families)}
 
 
 @torch.inference_mode()

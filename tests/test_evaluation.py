@@ -15,6 +15,7 @@ from routers.evaluation import (
     difference,
     estimate,
     expect,
+    family_routes,
     mixing_accuracy,
     oracle_routes,
     pareto_hull,
@@ -23,7 +24,7 @@ from routers.evaluation import (
     route_entropy,
     summarise_seeds,
 )
-from routers.report import Evaluation, compare_runs, evaluate_routes, render_table
+from routers.report import Evaluation, compare_runs, evaluate_routes, render_gains, render_table
 
 MEMBERS = ["cheap", "dear"]
 # Four queries: both right, only the cheap one, only the dear one, nobody.
@@ -275,7 +276,8 @@ def test_runs_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     # rewards: cheap everywhere (0.96 + 0.96 - 0.08 - 0.04)/4; with dear on the third (0.96 + 0.96 + 0.8 - 0.04)/4
     assert lines["ours"].endswith("0.450 0.670") and "62.5%" in lines["ours"] and "  0.560  " in lines["ours"]
     assert lines["warm start"].endswith("0.330")  # (0.84 - 0.16 + 0.8 - 0.16)/4
-    assert compare([str(tmp_path / "a-seed0"), "--markdown"]).count("|\n") == 7
+    markdown = compare([str(tmp_path / "a-seed0"), "--markdown"])
+    assert markdown.count("|\n") == 8 and "\n\nours minus warm start: reward +0.120" in markdown  # 0.450 - 0.330
 
 
 def test_only_runs_on_the_same_queries_and_rewards_are_compared(tmp_path: Path) -> None:
@@ -287,3 +289,35 @@ def test_only_runs_on_the_same_queries_and_rewards_are_compared(tmp_path: Path) 
         compare_runs([evaluate(["cheap"] * 4), fewer])
     with pytest.raises(SystemExit):
         compare([str(tmp_path)])
+
+
+def test_family_routes_take_the_training_best_and_fall_back_on_the_best_of_all() -> None:
+    # Training: family a earns 1.0 / 0.0 (member 0), family b 0.0 / 0.5 and 0.2 / 0.9 (member 1).
+    # Over all rows member 0 earns (1 + 1 + 0 + 0.2) / 4 = 0.55, member 1 (0 + 0 + 0.5 + 0.9) / 4 = 0.35.
+    rewards = np.array([[1.0, 0.0], [1.0, 0.0], [0.0, 0.5], [0.2, 0.9]])
+    routes = family_routes(["a", "a", "b", "b"], rewards, ["b", "a", "new"])
+    assert routes.tolist() == [1, 0, 0]
+
+
+def test_a_baseline_is_scored_between_random_and_the_oracle() -> None:
+    correct, cost = np.array([[1.0, 0.0], [0.0, 1.0]]), np.array([[1e-3, 3e-3], [1e-3, 3e-3]])
+    queries = [{"query_id": str(i), "family": "f"} for i in range(2)]
+    found = evaluate_routes(
+        "p", ["x", "x"], queries, ["x", "y"], correct, cost, RewardRule(3e-3), baselines={"other": np.array([1, 1])}
+    )
+    assert [entry.name for entry in found.references] == ["x", "y", "random", "other", "oracle"]
+    other = found.references[3]
+    # One of two right, always the dear member: 3e-3 USD x 1,000; reward 0.5 - 0.2 x 1.
+    assert (other.kind, other.accuracy.value, other.cost.value) == ("baseline", 0.5, pytest.approx(3.0))
+    assert other.reward.value == pytest.approx(0.3)
+
+
+def test_gains_are_paired_by_seed_and_query() -> None:
+    def run(name: str, routes: list[str]) -> Evaluation:
+        return evaluate_routes(name, routes, QUERIES, MEMBERS, CORRECT, COST, RULE)
+
+    # Started with the dear member everywhere (right: 1, 0, 1, 0), ended with the cheap one (1, 1, 0, 0): the same
+    # accuracy, 20 - 5 = 15 millionths of a dollar less over four queries, so 3.75e-6 USD less per query.
+    line = render_gains([run("srpo", ["cheap"] * 4)], [run("warm start", ["dear"] * 4)])
+    assert line.startswith("srpo minus warm start: reward ")
+    assert "accuracy +0.000 [" in line and "cost -0.0037" in line
