@@ -113,15 +113,13 @@ class Teacher:
         """Move an EMA teacher towards the student; the other kinds do not move. Call once per generation batch."""
         if self.kind != "ema":
             return
-        student = self.accelerator.unwrap_model(self.student)
+        source = self.accelerator.unwrap_model(self.student)
         if self.is_adapter:
-            own = get_peft_model_state_dict(student, adapter_name=ADAPTER)
-            for name, value in get_peft_model_state_dict(student, adapter_name=student.active_adapter).items():
-                own[name] = torch.lerp(own[name].float(), value.to(own[name].device).float(), self.rate)
-            set_peft_model_state_dict(student, own, adapter_name=ADAPTER)
+            source, target = _adapter_parameters(source)
         else:
             target = self.accelerator.unwrap_model(self.model)
-            SyncRefModelCallback.sync_target_model(student, target, self.rate)
+        # TRL's in-place average also gathers what ZeRO-3 has partitioned.
+        SyncRefModelCallback.sync_target_model(source, target, self.rate)
 
     @contextmanager
     def left_out(self) -> Iterator[None]:
@@ -202,6 +200,14 @@ def _add_teacher_adapter(student: torch.nn.Module) -> None:
             student.add_adapter(ADAPTER, copy.deepcopy(student.peft_config[name]))
     set_peft_model_state_dict(student, start, adapter_name=ADAPTER)
     student.set_adapter(name)  # also freezes the teacher: only the active adapter trains
+
+
+def _adapter_parameters(student: torch.nn.Module) -> tuple[torch.nn.ParameterList, torch.nn.ParameterList]:
+    """The student's adapter and the teacher's, parameter by parameter."""
+    parameters = dict(student.named_parameters())
+    own = {name: p for name, p in parameters.items() if ADAPTER in name.split(".")}
+    names = (".".join(student.active_adapter if part == ADAPTER else part for part in n.split(".")) for n in own)
+    return torch.nn.ParameterList(parameters[name] for name in names), torch.nn.ParameterList(own.values())
 
 
 def _base(model: torch.nn.Module) -> PreTrainedModel:
