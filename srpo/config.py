@@ -40,6 +40,11 @@ class SRPOConfig(GRPOConfig):
     vllm_importance_sampling_mode: str = field(default="token_truncate", metadata=_help("As in TRL (eq. 2.3)."))
     vllm_importance_sampling_clip_max: float | None = field(default=2.0, metadata=_help("As in TRL (eq. 2.3)."))
 
+    log_completions: bool = field(
+        default=True, metadata=_help("As in TRL: OUTPUT/completions/*.parquet at every log, and a W&B table.")
+    )
+    num_completions_to_print: int | None = field(default=0, metadata=_help("As in TRL; 0: print none."))
+
     objective: str = field(
         default="srpo",
         metadata=_help("grpo: TRL's GRPO, any loss_type. sdpo: self-distillation. srpo: routed per sample."),
