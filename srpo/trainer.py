@@ -10,24 +10,19 @@ TRL moves it (tests/test_trl_hooks.py).
 """
 
 import inspect
-import os
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object, is_peft_model
 from datasets import Dataset
 from torch import Tensor
-from transformers import PreTrainedModel, TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers import PreTrainedModel
 from transformers.utils import logging
 from trl import GRPOTrainer as TRLGRPOTrainer
 from trl.trainer.utils import pad
 
-from srpo.buffer import load_nested, save_nested
 from srpo.checks import checked_reward
 from srpo.config import SRPOConfig
 from srpo.heads import Divergence, TeacherTargets, add_distillation_head, hidden_entropy, hidden_logp
@@ -45,13 +40,13 @@ from srpo.objectives import (
 from srpo.objectives.normaliser import per_step
 from srpo.records import Alarms, world_metrics
 from srpo.reprompt import Rollout, Templates, choose_demonstrations, strip_thinking, teacher_prompt_ids
+from srpo.resume import GenerationClock, ResumeMixin
 from srpo.teacher import Teacher, unpatched_copy
 from srpo.types import FEEDBACK, Columns, World
 
 logger = logging.get_logger(__name__)
 
 _TABLE_COLUMNS = ("step", "prompt", "completion", "advantage", "branch")
-_HEAD_PARTS = ("weight", "bias", "softcap", "scale")
 
 Correctness = Callable[[Tensor, Columns], Tensor]
 """(rewards [B] summed with their weights, columns) -> correct [B] bool."""
@@ -66,7 +61,7 @@ class _Plan:
     feedback: list[str | None]
 
 
-class SRPOTrainer(HubMixin, TRLGRPOTrainer):
+class SRPOTrainer(HubMixin, ResumeMixin, TRLGRPOTrainer):
     """GRPO, SDPO and SRPO in one trainer; every argument of `trl.GRPOTrainer`, and three more.
 
     Args:
@@ -128,7 +123,7 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
         self._completion_tokens: list[Any] = []
         self._truncated: list[bool] = []
         self._train_sampler: Any = None
-        self.add_callback(_GenerationClock(self))
+        self.add_callback(GenerationClock(self))
         if not distils:
             return
         if self._is_vlm:
@@ -466,7 +461,7 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
             self._branch_gradients.zero_()
         return loss
 
-    # --------------------------------------------------------------------------------- records and checkpoints
+    # ------------------------------------------------------------------------------------------------ records
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         super().log(logs, start_time)  # adds the averaged metrics to `logs`
@@ -475,46 +470,6 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
             self.alarms.observe_step(numbers, self.max_completion_length)
         elif "eval_reward" in numbers:
             self.alarms.observe_evaluation(numbers["eval_reward"])
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        with nullcontext() if self.teacher is None else self.teacher.left_out():
-            super()._save(output_dir, state_dict)
-
-    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        folder = os.path.join(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-        if self.teacher is not None:
-            self.teacher.save(folder)
-        # Inside a generation batch: the rest of it is still to be trained on.
-        if self._step % self._generate_every != 0 and not self.args.save_only_model:
-            head = self._teacher_head if self.teacher is not None and self.teacher.snapshots_head else None
-            parts = None if head is None else {key: getattr(head, key) for key in _HEAD_PARTS}
-            save_nested({"batches": self._buffered_inputs, "head": parts}, self._rollouts_path(folder))
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
-        if self.teacher is not None:
-            self.teacher.load(checkpoint)
-        path = self._rollouts_path(checkpoint)
-        if path.exists():
-            rest = load_nested(path, self.accelerator.device)
-            self._buffered_inputs = rest["batches"]
-            if self.teacher is not None:
-                self._teacher_head = self.teacher.head() if rest["head"] is None else Head(**rest["head"])
-
-    @property
-    def _generate_every(self) -> int:
-        """Micro-steps that one generation batch feeds."""
-        return self.args.steps_per_generation * self.args.num_iterations
-
-    def _rollouts_path(self, folder: str) -> Path:
-        return Path(folder) / f"rollouts_{self.accelerator.process_index}.safetensors"
-
-    def _get_train_sampler(self, dataset: Dataset | None = None) -> Any:
-        self._train_sampler = super()._get_train_sampler(dataset)
-        return self._train_sampler
 
 
 class SDPOTrainer(SRPOTrainer):
@@ -529,28 +484,6 @@ class GRPOTrainer(SRPOTrainer):
 
     def __init__(self, model: Any, reward_funcs: Any = None, args: Any = None, *rest: Any, **kwargs: Any):
         super().__init__(model, reward_funcs, _with_objective(args, "grpo"), *rest, **kwargs)
-
-
-class _GenerationClock(TrainerCallback):
-    """Moves the teacher after the last optimiser step of a generation batch, and sets the clocks on resume."""
-
-    def __init__(self, trainer: SRPOTrainer):
-        self.trainer = trainer
-
-    def on_train_begin(self, args: SRPOConfig, state: Any, control: Any, **kwargs: Any) -> None:
-        # TRL counts micro-steps from 0 in each process; a resumed run must know where in a generation batch it is.
-        trainer = self.trainer
-        trainer._step = state.global_step * args.gradient_accumulation_steps
-        # TRL's sampler draws one permutation per epoch; a resumed run must not start with the first epoch's again.
-        sampler = trainer._train_sampler
-        if sampler is not None and sampler.shuffle:
-            for _ in range(int(state.epoch or 0)):
-                torch.randperm(sampler.num_samples, generator=sampler.generator)
-
-    def on_step_end(self, args: SRPOConfig, state: Any, control: Any, **kwargs: Any) -> None:
-        trainer = self.trainer
-        if trainer.teacher is not None and trainer._step % trainer._generate_every == 0:
-            trainer.teacher.update()
 
 
 def _loss_mask(batch: dict[str, Any]) -> Tensor:

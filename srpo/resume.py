@@ -1,0 +1,95 @@
+"""What a checkpoint of the trainer core holds beyond TRL's, so that 4 + 4 steps are the 8 steps of one run, bitwise.
+
+    the teacher                    teacher.safetensors, by `srpo.teacher`
+    the rest of a generation batch rollouts_<rank>.safetensors, where a checkpoint falls inside one (`srpo.buffer`)
+    the clock                      where in a generation batch and in the data's order the run is, from the step number
+"""
+
+import os
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from srpo.buffer import load_nested, save_nested
+from srpo.objectives import Head
+
+_HEAD_PARTS = ("weight", "bias", "softcap", "scale")
+
+
+class ResumeMixin:
+    """Saving and resuming, for `srpo.trainer.SRPOTrainer`; it reads and sets that class's attributes."""
+
+    accelerator: Any
+    args: Any
+    state: Any
+    teacher: Any
+    _buffered_inputs: Any
+    _get_output_dir: Any
+    _step: int
+    _teacher_head: Any
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        with nullcontext() if self.teacher is None else self.teacher.left_out():
+            super()._save(output_dir, state_dict)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        folder = os.path.join(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        if self.teacher is not None:
+            self.teacher.save(folder)
+        # Inside a generation batch: the rest of it is still to be trained on.
+        if self._step % self._generate_every != 0 and not self.args.save_only_model:
+            head = self._teacher_head if self.teacher is not None and self.teacher.snapshots_head else None
+            parts = None if head is None else {key: getattr(head, key) for key in _HEAD_PARTS}
+            save_nested({"batches": self._buffered_inputs, "head": parts}, self._rollouts_path(folder))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        if self.teacher is not None:
+            self.teacher.load(checkpoint)
+        path = self._rollouts_path(checkpoint)
+        if path.exists():
+            rest = load_nested(path, self.accelerator.device)
+            self._buffered_inputs = rest["batches"]
+            if self.teacher is not None:
+                self._teacher_head = self.teacher.head() if rest["head"] is None else Head(**rest["head"])
+
+    @property
+    def _generate_every(self) -> int:
+        """Micro-steps that one generation batch feeds."""
+        return self.args.steps_per_generation * self.args.num_iterations
+
+    def _rollouts_path(self, folder: str) -> Path:
+        return Path(folder) / f"rollouts_{self.accelerator.process_index}.safetensors"
+
+    def _get_train_sampler(self, dataset: Any = None) -> Any:
+        self._train_sampler = super()._get_train_sampler(dataset)
+        return self._train_sampler
+
+
+class GenerationClock(TrainerCallback):
+    """Moves the teacher after the last optimiser step of a generation batch, and sets the clocks on resume."""
+
+    def __init__(self, trainer: Any):
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # TRL counts micro-steps from 0 in each process; a resumed run must know where in a generation batch it is.
+        trainer = self.trainer
+        trainer._step = state.global_step * args.gradient_accumulation_steps
+        # TRL's sampler draws one permutation per epoch; a resumed run must not start with the first epoch's again.
+        sampler = trainer._train_sampler
+        if sampler is not None and sampler.shuffle:
+            for _ in range(int(state.epoch or 0)):
+                torch.randperm(sampler.num_samples, generator=sampler.generator)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        trainer = self.trainer
+        if trainer.teacher is not None and trainer._step % trainer._generate_every == 0:
+            trainer.teacher.update()
