@@ -23,7 +23,9 @@ def main(argv: Sequence[str] | None = None) -> str:
     try:
         runs = [Evaluation.read(run) for run in args.runs]
         starts = [Evaluation.read(folder) for folder in folders if (folder / EVALUATION).exists()]
-        table = render_comparison(compare_runs([*runs, *starts]), runs[0].references, args.markdown)
+        # Recipes that differ in the objective share their warm starts: each of them is one seed, once.
+        distinct = {tuple(query["route"] for query in start.queries): start for start in starts}
+        table = render_comparison(compare_runs([*runs, *distinct.values()]), runs[0].references, args.markdown)
         if len(starts) == len(runs):
             table += "\n\n" + render_gains(runs, starts)
     except (FileNotFoundError, ValueError) as error:
