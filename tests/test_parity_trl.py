@@ -317,4 +317,5 @@ def test_a_mixed_batch_is_trls_loss_on_its_rewarded_rows_plus_sdpo_on_the_others
 
 
 def test_the_defaults_are_the_papers() -> None:
-    assert LossConfig() == LossConfig(0.2, 0.28, None, "token", 0.0, 2.0, "token")
+    paper = {"epsilon_low": 0.2, "epsilon_high": 0.28, "delta": None, "level": "token", "beta": 0.0, "is_clip": 2.0}
+    assert LossConfig() == LossConfig(**paper, aggregation="token")
