@@ -48,6 +48,8 @@ class ResumeMixin:
             save_nested({"batches": self._buffered_inputs, "head": parts}, self._rollouts_path(folder))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            _refuse_other_world_size(checkpoint, self.accelerator.num_processes)
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
@@ -93,3 +95,13 @@ class GenerationClock(TrainerCallback):
         trainer = self.trainer
         if trainer.teacher is not None and trainer._step % trainer._generate_every == 0:
             trainer.teacher.update()
+
+
+def _refuse_other_world_size(checkpoint: str, processes: int) -> None:
+    # transformers writes one random state per process, and would silently skip the missing ones.
+    wrote = len(list(Path(checkpoint).glob("rng_state_*.pth"))) or 1
+    if wrote != processes and any(Path(checkpoint).glob("rng_state*.pth")):
+        raise ValueError(
+            f"{checkpoint} was written by {wrote} processes and this run has {processes}: rollouts and random states "
+            f"belong to a process, so resume with {wrote}, or start a new run from its weights"
+        )

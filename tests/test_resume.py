@@ -10,6 +10,7 @@ from resume_cases import CASES, made, state
 from safetensors.torch import load_file
 
 from srpo.buffer import load_nested, save_nested
+from srpo.resume import _refuse_other_world_size
 
 
 @pytest.fixture(scope="module")
@@ -58,3 +59,17 @@ def test_nested_tensors_come_back_bit_for_bit(tmp_path):
         assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
     with pytest.raises(TypeError):
         save_nested({"a": object()}, tmp_path / "y.safetensors")
+
+
+@pytest.mark.parametrize(("files", "processes", "wrote"), [(2, 1, 2), (0, 2, 1)])
+def test_another_number_of_processes_is_refused(tmp_path, files, processes, wrote):
+    names = [f"rng_state_{rank}.pth" for rank in range(files)] or ["rng_state.pth"]
+    for name in names:
+        (tmp_path / name).touch()
+    with pytest.raises(ValueError, match=f"was written by {wrote} processes and this run has {processes}"):
+        _refuse_other_world_size(str(tmp_path), processes)
+    _refuse_other_world_size(str(tmp_path), wrote)
+
+
+def test_a_checkpoint_of_weights_only_says_nothing_of_processes(tmp_path):
+    _refuse_other_world_size(str(tmp_path), 4)
