@@ -142,16 +142,17 @@ def main(argv: list[str] | None = None) -> Evaluation | None:
     )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
 
+    trainer.save_model()
+
     after = None
     if state.is_main_process:
         after = evaluate(trainer.accelerator.unwrap_model(trainer.model), args.objective)
-        paths = after.write(output, before)
         trainer.heldout_table = after.markdown(before)
-        print(after.text(before), *paths, sep="\n")
-    trainer.save_model()
     trainer.create_model_card(model_name=output.name)
     if args.push_to_hub:
         trainer.push_to_hub()
+    if after is not None:
+        print(after.text(before), *after.write(output, before), sep="\n")
     return after
 
 
