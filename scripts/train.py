@@ -147,12 +147,13 @@ def main(argv: list[str] | None = None) -> Evaluation | None:
     after = None
     if state.is_main_process:
         after = evaluate(trainer.accelerator.unwrap_model(trainer.model), args.objective)
+        paths = after.write(output, before)
         trainer.heldout_table = after.markdown(before)
     trainer.create_model_card(model_name=output.name)
     if args.push_to_hub:
         trainer.push_to_hub()
     if after is not None:
-        print(after.text(before), *after.write(output, before), sep="\n")
+        print(after.text(before), *paths, sep="\n")
     return after
 
 
