@@ -102,10 +102,11 @@ def main(argv: Sequence[str] | None = None) -> str:
     rows = [{"prompt": policy_prompt(query, members), "privileged_context": ""} for query in queries]
     data, seconds = Dataset.from_list(rows), {}
     with tempfile.TemporaryDirectory() as output:
+        policy, tokenizer = load_policy("tiny", table, SRPOConfig(**COMMON, output_dir=output))
+        policy.save_pretrained(f"{output}/policy")  # TRL's SDPOTrainer reads its teacher from a path
         for turn in range(args.repeats):
             for name, make in trainers(output, args.steps).items():
-                model, tokenizer = load_policy("tiny", table, SRPOConfig(**COMMON, output_dir=output))
-                trainer, watch = make(model, tokenizer, data), Stopwatch()
+                trainer, watch = make(f"{output}/policy", tokenizer, data), Stopwatch()
                 trainer.add_callback(watch)
                 trainer.train()
                 seconds.setdefault(name, []).extend(watch.seconds[2:])
