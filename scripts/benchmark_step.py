@@ -1,11 +1,11 @@
 """Seconds per training step beside TRL's own trainers: same model, prompts, sampling, rewards and batch, in one run.
 
-    python scripts/benchmark_step.py --steps 6 --repeats 3
+    python scripts/benchmark_step.py --policy outputs/quickstart/srpo/warm_start --steps 5 --repeats 2
 
 Trainers take turns, so that a slow moment of the machine hits all of them; the table gives medians over all steps but
 the first two of each turn, and ratios to TRL's GRPOTrainer. A step is generation, rewards, teacher, loss and update.
-Policy: the quickstart's (1M parameters). Rewards are drawn from the text, 0.4 of them 1, so about half of the
-completions are distilled in SRPO.
+The policy should end its completions, such as the quickstart's warm start: a truncated one is never distilled. Rewards
+are drawn from the text, 0.4 of them 1; the share of completions that were distilled is printed with every turn.
 """
 
 import argparse
@@ -17,8 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from datasets import Dataset
-from policies import load_policy
-from transformers import TrainerCallback
+from transformers import AutoTokenizer, TrainerCallback
 from trl import GRPOConfig
 from trl import GRPOTrainer as TRLGRPOTrainer
 from trl.experimental.sdpo import SDPOConfig
@@ -93,6 +92,7 @@ def trainers(output: str, steps: int) -> dict[str, Callable[[Any, Any, Dataset],
 def main(argv: Sequence[str] | None = None) -> str:
     """Command line; returns the table that it printed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--policy", required=True, help="folder of a policy of the quickstart's pool")
     parser.add_argument("--steps", type=int, default=6, help="per turn; the first two are warm-up")
     parser.add_argument("--repeats", type=int, default=3, help="turns of every trainer")
     args = parser.parse_args(argv)
@@ -102,15 +102,16 @@ def main(argv: Sequence[str] | None = None) -> str:
     rows = [{"prompt": policy_prompt(query, members), "privileged_context": ""} for query in queries]
     data, seconds = Dataset.from_list(rows), {}
     with tempfile.TemporaryDirectory() as output:
-        policy, tokenizer = load_policy("tiny", table, SRPOConfig(**COMMON, output_dir=output))
-        policy.save_pretrained(f"{output}/policy")  # TRL's SDPOTrainer reads its teacher from a path
         for turn in range(args.repeats):
             for name, make in trainers(output, args.steps).items():
-                trainer, watch = make(f"{output}/policy", tokenizer, data), Stopwatch()
+                trainer, watch = make(args.policy, AutoTokenizer.from_pretrained(args.policy), data), Stopwatch()
                 trainer.add_callback(watch)
                 trainer.train()
                 seconds.setdefault(name, []).extend(watch.seconds[2:])
-                print(f"turn {turn + 1}: {name} {statistics.median(watch.seconds[2:]):.2f} s a step", flush=True)
+                routed = trainer.state.log_history[-1].get("srpo/routed_share")
+                share = "" if routed is None else f", {routed:.0%} distilled"
+                median = statistics.median(watch.seconds[2:])
+                print(f"turn {turn + 1}: {name} {median:.2f} s a step{share}", flush=True)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     base = medians["TRL GRPOTrainer"]
     lines = ["| trainer | seconds per step | ratio to TRL GRPOTrainer |", "|---|---|---|"]
