@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from srpo.objectives import OBJECTIVES, entropy_weights, route, weight_stats
+from srpo.objectives import OBJECTIVES, entropy_weights, route
 from srpo.objectives.routing import ROUTES
 
 torch.set_num_threads(1)
@@ -96,18 +96,6 @@ def test_weights_are_constants() -> None:
     entropy = ENTROPY.clone().requires_grad_()
     assert not entropy_weights(entropy, ALL, 1.0).requires_grad
 
-
-def test_statistics_by_hand() -> None:
-    # w = (12, 6, 3)/7: mean 1, max 12/7, ess = (21)^2 / (3 * (144 + 36 + 9)) = 441 / 567 = 7/9
-    stats = weight_stats(entropies([12 / 7, 6 / 7, 3 / 7, 0.0]), torch.tensor([[1, 1, 1, 0]]))
-    assert stats["mean"].item() == pytest.approx(1.0)
-    assert stats["max"].item() == pytest.approx(12 / 7)
-    assert stats["ess"].item() == pytest.approx(7 / 9)
-    # one token carries everything: ess = 1/|Omega|
-    assert weight_stats(entropies([4.0, 0, 0, 0]), torch.ones(1, 4))["ess"].item() == pytest.approx(1 / 4)
-    empty = weight_stats(torch.zeros(2, 3), torch.zeros(2, 3))
-    assert {name: x.item() for name, x in empty.items()} == {"mean": 0.0, "max": 0.0, "ess": 0.0}
-    assert weight_stats(torch.zeros(0, 3), torch.zeros(0, 3))["max"].item() == 0.0
 
 
 def test_the_four_cases_of_table_7() -> None:

@@ -8,7 +8,7 @@ from . import sdpo, srpo
 from .batch import Counts, LossConfig, LossOutput, TokenBatch
 from .divergence import Head, hidden_divergence, sampled_token_divergence, topk_divergence
 from .routing import route
-from .weights import entropy_weights, weight_stats
+from .weights import entropy_weights
 
 # `grpo` is TRL's own loss (all its loss types). A new objective, such as bopo, is one file and one line here, and one
 # line in `routing.ROUTES`.
@@ -29,5 +29,4 @@ __all__ = [
     "route",
     "sampled_token_divergence",
     "topk_divergence",
-    "weight_stats",
 ]

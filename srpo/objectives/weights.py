@@ -35,15 +35,3 @@ def entropy_weights(
     raw = torch.where(omega, torch.exp(-beta * entropy), 0.0)
     stats = reduce(torch.stack([raw.sum(), omega.sum().to(raw.dtype)]))
     return raw / (stats[0] / stats[1].clamp(min=1.0)).clamp(min=1e-8)
-
-
-def weight_stats(weights: Tensor, omega_mask: Tensor) -> dict[str, Tensor]:
-    """Mean, maximum and effective sample size of `weights` [B,T] on Omega, 0-d each; zeros when Omega is empty.
-
-    `ess` is (sum w)^2 / (|Omega| sum w^2) in (0, 1]: the share of distilled tokens that carry the branch.
-    """
-    w = weights * omega_mask
-    count = omega_mask.sum().clamp(min=1).to(w.dtype)
-    square = (w**2).sum()
-    ess = torch.where(square > 0, w.sum() ** 2 / (count * square), torch.zeros_like(square))
-    return {"mean": w.sum() / count, "max": w.max() if w.numel() else w.sum(), "ess": ess}
