@@ -7,8 +7,8 @@ Columns
 
 Episodes
     A completion of one turn needs a `World`. Where policy and world take turns, an `Environment` makes one `Episode`
-    per completion, and the rollout loop (`srpo.rollout`) plays it: the policy writes, the episode answers, until one of
-    `STOPS` ends it. What the policy wrote and what the world answered are `Turn`s of a `Trajectory`, told apart by
+    per completion, and the rollout loop (`srpo.rollout`) plays it: the policy writes, the episode answers, until one
+    of `STOPS` ends it. What the policy wrote and what the world answered are `Turn`s of a `Trajectory`, told apart by
     their owner: only the policy's tokens are ever parsed, scored or trained on.
 """
 
@@ -72,7 +72,7 @@ class Observation:
     """What an episode answers to one turn of the policy.
 
     `before` and `after` are the library's own frame and are encoded as they are, control tokens included. `body` is
-    text of others: it is encoded without any control or added token, cut to the rollout's limit, and framed after that.
+    text of others: it is encoded without any control or added token, cut to the rollout's limit, and then framed.
     """
 
     body: str = ""
