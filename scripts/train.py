@@ -96,6 +96,7 @@ def main(argv: list[str] | None = None) -> Evaluation | None:
         tokenizer=tokenizer,
         max_prompt_length=task.max_prompt_length,
         quarantine_path=output / "quarantine.jsonl",
+        chat_template_kwargs=args.chat_template_kwargs,
     )
 
     def evaluate(policy: PreTrainedModel, name: str) -> Evaluation:
