@@ -11,6 +11,8 @@ from typing import Any
 
 from trl import GRPOConfig
 
+from srpo.replay_settings import check_minirl, check_replay
+
 OBJECTIVE_NAMES = ("grpo", "sdpo", "srpo")
 TEACHER_KINDS = ("ema", "trust_region", "frozen", "live")
 DISTILLATION_MODES = ("topk_logits", "full_logits", "sampled_token")
@@ -115,6 +117,21 @@ class SRPOConfig(GRPOConfig):
         metadata=_help("As published."),
     )
 
+    # Mixture-of-experts policies, and the loss type minirl (srpo/replay_settings.py)
+    routing_replay: str = field(
+        default="off",
+        metadata=_help(
+            "Train with experts that were chosen earlier. R2: by this engine when it scored the rollouts. R3: by the "
+            "engine that sampled. auto: by the number of optimiser steps per rollout; off for a dense model."
+        ),
+    )
+    routing_replay_metrics_steps: int = field(
+        default=10, metadata=_help("Optimiser steps between two audits of native against replayed routing; 0: none.")
+    )
+    minirl_cap: float = field(
+        default=5.0, metadata=_help("loss_type: minirl: largest importance weight pi_theta/mu_old.")
+    )
+
     # Alarms
     diagnostics_warning_interval: int = field(
         default=10, metadata=_help("Logged steps of one degenerate state (no teacher, ...) before one warning.")
@@ -148,6 +165,8 @@ class SRPOConfig(GRPOConfig):
         ):
             if slot not in template:
                 raise ValueError(f"the template {template!r} lacks its slot {slot}")
+        check_minirl(self)
+        check_replay(self)
         if self.objective != "grpo" and self.steps_per_generation % self.gradient_accumulation_steps:
             raise ValueError(
                 f"steps_per_generation={self.steps_per_generation} must be a multiple of gradient_accumulation_steps="

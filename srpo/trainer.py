@@ -27,6 +27,7 @@ from srpo.checks import checked_reward
 from srpo.config import SRPOConfig
 from srpo.heads import Divergence, TeacherTargets, add_distillation_head, hidden_entropy, hidden_logp
 from srpo.hub import HubMixin
+from srpo.minirl import MiniRLMixin
 from srpo.objectives import (
     OBJECTIVES,
     Counts,
@@ -41,6 +42,7 @@ from srpo.objectives.normaliser import per_step
 from srpo.records import Alarms, world_metrics
 from srpo.reprompt import Rollout, Templates, choose_demonstrations, strip_thinking, teacher_prompt_ids
 from srpo.resume import GenerationClock, ResumeMixin
+from srpo.sampler import SamplerMixin
 from srpo.teacher import Teacher, unpatched_copy
 from srpo.types import FEEDBACK, Columns, World
 
@@ -61,7 +63,7 @@ class _Plan:
     feedback: list[str | None]
 
 
-class SRPOTrainer(HubMixin, ResumeMixin, TRLGRPOTrainer):
+class SRPOTrainer(HubMixin, ResumeMixin, MiniRLMixin, SamplerMixin, TRLGRPOTrainer):
     """GRPO, SDPO and SRPO in one trainer; every argument of `trl.GRPOTrainer`, and three more.
 
     Args:

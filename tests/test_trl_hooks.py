@@ -20,7 +20,9 @@ from trl.trainer.callbacks import SyncRefModelCallback
 import srpo
 from srpo.config import _GRPO_ONLY, SRPOConfig
 from srpo.heads import PolicyOutput
+from srpo.minirl import MiniRLMixin
 from srpo.resume import ResumeMixin
+from srpo.sampler import SamplerMixin
 from srpo.trainer import SRPOTrainer
 
 PARAMETERS = {
@@ -28,6 +30,7 @@ PARAMETERS = {
     "callbacks optimizers quantization_config peft_config tools rollout_func environment_factory",
     "_calculate_rewards": "inputs prompts completions completion_ids_list",
     "_generate_and_score_completions": "inputs",
+    "_generate_single_turn": "prompt_ids images multimodal_fields num_generations has_tool_images",
     "_compute_loss": "model inputs",
     "_get_train_sampler": "dataset",
     "_load_optimizer_and_scheduler": "checkpoint",
@@ -44,6 +47,7 @@ PARAMETERS = {
 OVERRIDDEN = (
     "_calculate_rewards",
     "_generate_and_score_completions",
+    "_generate_single_turn",
     "_compute_loss",
     "_get_train_sampler",
     "_load_optimizer_and_scheduler",
@@ -64,9 +68,17 @@ def test_signatures(name):
     assert found == PARAMETERS[name].split()
 
 
+OURS = {
+    name: value
+    for cls in (SamplerMixin, MiniRLMixin, ResumeMixin, SRPOTrainer)
+    for name, value in vars(cls).items()
+    if inspect.isfunction(value)
+}
+
+
 @pytest.mark.parametrize("name", OVERRIDDEN)
 def test_overrides_take_what_trl_passes(name):
-    assert name in {**ResumeMixin.__dict__, **SRPOTrainer.__dict__}
+    assert name in OURS
     theirs = inspect.signature(getattr(trl.GRPOTrainer, name))
     ours = inspect.signature(getattr(SRPOTrainer, name))
     ours.bind(*[None] * len(theirs.parameters))
@@ -75,9 +87,7 @@ def test_overrides_take_what_trl_passes(name):
 
 def test_no_other_method_of_trl_is_overridden():
     """A new override belongs into this file."""
-    ours = {**ResumeMixin.__dict__, **SRPOTrainer.__dict__}
-    defined = {name for name, value in ours.items() if inspect.isfunction(value)}
-    shared = {name for name in defined if hasattr(trl.GRPOTrainer, name)}
+    shared = {name for name in OURS if hasattr(trl.GRPOTrainer, name)}
     assert shared == {*OVERRIDDEN, "__init__"}
 
 
