@@ -46,7 +46,15 @@ class Head:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [N,D] -> logits [N,V], float32 (float64 stays float64), before the temperature."""
-        logits = _upcast(F.linear(hidden.to(self.weight.dtype), self.weight, self.bias)) * self.scale
+        return self._transformed(F.linear(hidden.to(self.weight.dtype), self.weight, self.bias))
+
+    def logits_at(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """hidden [N,D], tokens [N,A] -> the logits [N,A] of those tokens only, as `logits` gives them."""
+        logits = torch.einsum("nd,nad->na", hidden.to(self.weight.dtype), self.weight[tokens])
+        return self._transformed(logits if self.bias is None else logits + self.bias[tokens])
+
+    def _transformed(self, logits: Tensor) -> Tensor:
+        logits = _upcast(logits) * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
