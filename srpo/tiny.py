@@ -1,15 +1,22 @@
-"""A language model small enough to be trained from nothing on a CPU in a minute: tokenizer and Qwen3-type network.
+"""Language models small enough to be trained from nothing on a CPU in a minute: tokenizer and Qwen3-type networks.
 
-Meant for quickstarts and tests. Both are ordinary transformers objects: they save, reload and train like any other.
+Meant for quickstarts and tests. They are ordinary transformers objects: they save, reload and train like any other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 PAD, START, END = "<|pad|>", "<|im_start|>", "<|im_end|>"
 # ChatML. A prompt with its generation prompt is a prefix of the whole conversation, as supervised training needs it.
@@ -82,24 +89,63 @@ def tiny_causal_lm(
     Raises:
         ValueError: widths that do not fit.
     """
-    if hidden % heads or heads % 2:
-        raise ValueError(f"hidden {hidden} must be a multiple of heads {heads}, and heads even")
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=heads // 2,
-        head_dim=hidden // heads,
-        max_position_embeddings=positions,
-        tie_word_embeddings=True,
-        initializer_range=0.06,
-        dtype="float32",
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
+    config = Qwen3Config(intermediate_size=intermediate, **_common(tokenizer, hidden, layers, heads, positions))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Qwen3ForCausalLM(config)
+
+
+def tiny_moe_lm(
+    tokenizer: PreTrainedTokenizerFast,
+    hidden: int = 128,
+    layers: int = 3,
+    heads: int = 4,
+    experts: int = 16,
+    top_k: int = 4,
+    intermediate: int = 64,
+    positions: int = 1024,
+    seed: int = 0,
+) -> Qwen3MoeForCausalLM:
+    """The same as a mixture of experts (Qwen3-MoE, every layer, weights renormalised); about 1.5M parameters.
+
+    Args:
+        experts, top_k, intermediate: experts per layer, how many of them a token uses, and the width of each.
+
+    Raises:
+        ValueError: widths that do not fit.
+    """
+    config = Qwen3MoeConfig(
+        num_experts=experts,
+        num_experts_per_tok=top_k,
+        moe_intermediate_size=intermediate,
+        intermediate_size=intermediate,  # of dense layers, which there are none of
+        decoder_sparse_step=1,
+        mlp_only_layers=[],
+        norm_topk_prob=True,
+        **_common(tokenizer, hidden, layers, heads, positions),
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Qwen3MoeForCausalLM(config)
+
+
+def _common(
+    tokenizer: PreTrainedTokenizerFast, hidden: int, layers: int, heads: int, positions: int
+) -> dict[str, Any]:
+    if hidden % heads or heads % 2:
+        raise ValueError(f"hidden {hidden} must be a multiple of heads {heads}, and heads even")
+    return {
+        "vocab_size": len(tokenizer),
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads // 2,
+        "head_dim": hidden // heads,
+        "max_position_embeddings": positions,
+        "tie_word_embeddings": True,
+        "initializer_range": 0.06,
+        "dtype": "float32",
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
