@@ -1,0 +1,1 @@
+"""Agent environments behind one protocol, and executors that act in them."""

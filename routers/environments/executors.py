@@ -1,0 +1,73 @@
+"""Scripted executors for ALFWorld's commands, for work without language models.
+
+They are SCRIPTED, and every table that shows them says so. Their prices are what one call of 1,000 prompt and 50
+completion tokens costs at the list price of a large model ($2 and $8 per million tokens: $0.0024) and of a small one
+($0.05 and $0.20: $0.00006).
+"""
+
+import random
+
+from routers.environments.alfworld import AlfWorld
+from routers.environments.explorer import explore
+from routers.environments.planner import plan
+from routers.environments.protocol import Act, GameError, View
+from srpo.types import Reply
+
+PLANNER_USD = 0.0024
+EXPLORER_USD = 0.00006
+
+
+class _Scripted:
+    def __init__(self, price: float) -> None:
+        self.price = price
+
+    def bound(self, view: View) -> float:
+        return self.price
+
+    def choose(self, view: View) -> str:
+        raise NotImplementedError
+
+    async def act(self, view: View, deadline: float) -> Act:
+        action = self.choose(view)
+        return Act(action, self.price, Reply(action, cost=self.price))
+
+
+class Planner(_Scripted):
+    """Scripted and PRIVILEGED: reads the hidden state of the game and plans anew at every call.
+
+    "look" where no plan leads to the goal. Works on `AlfWorld` only.
+    """
+
+    name = "planner"
+
+    def __init__(self, price: float = PLANNER_USD) -> None:
+        super().__init__(price)
+
+    def choose(self, view: View) -> str:
+        if not isinstance(view.environment, AlfWorld):
+            raise GameError(f"{view.environment.seed}: the scripted planner reads the state of AlfWorld games only")
+        return (plan(view.environment.state) or ["look"])[0]
+
+
+class Explorer(_Scripted):
+    """Scripted, knows only what the episode's texts have said; its search order is decided by `View.seed`."""
+
+    name = "explorer"
+
+    def __init__(self, price: float = EXPLORER_USD) -> None:
+        super().__init__(price)
+
+    def choose(self, view: View) -> str:
+        return explore(view)
+
+
+class RandomActor(_Scripted):
+    """Scripted: any admissible command, uniformly; the floor of every table."""
+
+    name = "random"
+
+    def __init__(self, price: float = 0.0) -> None:
+        super().__init__(price)
+
+    def choose(self, view: View) -> str:
+        return random.Random(f"random/{view.seed}/{len(view.steps)}").choice(view.admissible)

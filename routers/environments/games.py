@@ -1,0 +1,116 @@
+"""Loading ALFWorld's own games: its `game.tw-pddl` files, and many of them packed into one jsonl (or jsonl.xz).
+
+Users download them with `alfworld-download` of the package `alfworld`; `convert` packs the folder that it makes.
+"""
+
+import json
+import lzma
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from routers.environments.facts import Game
+from routers.environments.pddl import parse_problem
+from routers.environments.protocol import GameError
+
+GAME_FILE = "game.tw-pddl"
+_TASK = re.compile(r"Your task is to: ([^\"\n\\]+)")
+
+
+def load_game(path: str | Path) -> Game:
+    """One `game.tw-pddl`, as the official package writes it."""
+    return _game(_row(Path(path), Path(path).parent), str(path))
+
+
+def load_games(path: str | Path, count: int | None = None) -> list[Game]:
+    """The first `count` games of a packed file or of a folder of `game.tw-pddl` files (sorted; the solvable ones).
+
+    A packed row has id, task ("Your task is to: ..."), walkthrough and problem (PDDL text); other fields are ignored.
+    """
+    games = []
+    for row, where in _rows(Path(path)):
+        if count is not None and len(games) == count:
+            break
+        games.append(_game(row, where))
+    if not games:
+        raise GameError(f"{path}: no games in it")
+    return games
+
+
+def convert(folder: str | Path, out: str | Path) -> int:
+    """Pack every solvable `game.tw-pddl` below `folder` into `out` (.jsonl or .jsonl.xz). Returns how many.
+
+    Every game is parsed on the way, so a file that could not be played is named now and not in the middle of a run.
+    """
+    out = Path(out)
+    if not Path(folder).is_dir():
+        raise GameError(f"{folder}: not a folder")
+    count = 0
+    with _open(out, "wt") as file:
+        for row, where in _rows(Path(folder)):
+            _game(row, where)
+            file.write(json.dumps(row) + "\n")
+            count += 1
+    if not count:
+        out.unlink()
+        raise GameError(f"{folder}: no solvable {GAME_FILE} below it")
+    return count
+
+
+def _rows(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
+    if path.is_dir():
+        for file in sorted(path.rglob(GAME_FILE)):
+            row = _row(file, path)
+            if row["solvable"]:
+                yield {key: value for key, value in row.items() if key != "solvable"}, str(file)
+        return
+    with _open(path, "rt") as lines:
+        for number, line in enumerate(lines, 1):
+            where = f"{path}:{number}"
+            row = _json(line, where)
+            for key, kind in {"id": str, "task": str, "walkthrough": list, "problem": str}.items():
+                if not isinstance(row.get(key), kind):
+                    raise GameError(f"{where}: field {key!r} must be a {kind.__name__}, it is {row.get(key)!r:.80}")
+            yield row, f"{where}: {row['id']}"
+
+
+def _row(file: Path, root: Path) -> dict[str, Any]:
+    """The packed row of a game file."""
+    data = _json(file.read_text(), str(file))
+    for key in ("grammar", "pddl_problem"):
+        if not isinstance(data.get(key), str):
+            raise GameError(f"{file}: field {key!r} must be a str, it is {data.get(key)!r:.80}")
+    task = _TASK.search(data["grammar"])
+    if task is None:
+        raise GameError(f"{file}: field 'grammar' has no line 'Your task is to: ...'")
+    return {
+        "id": file.parent.relative_to(root).as_posix(),
+        "task": f"Your task is to: {task[1]}",
+        "walkthrough": data.get("walkthrough") or [],
+        "problem": data["pddl_problem"],
+        "solvable": data.get("solvable", True),
+    }
+
+
+def _game(row: dict[str, Any], where: str) -> Game:
+    facts = parse_problem(row["problem"], where)
+    return Game(row["id"], row["task"].removeprefix("Your task is to: "), tuple(row["walkthrough"]), facts)
+
+
+def _json(text: str, where: str) -> dict[str, Any]:
+    try:
+        data = json.loads(text)
+    except ValueError as error:
+        raise GameError(f"{where}: not JSON ({error})") from error
+    if not isinstance(data, dict):
+        raise GameError(f"{where}: expected a JSON object, found {type(data).__name__}")
+    return data
+
+
+def _open(path: Path, mode: str) -> Any:
+    if path.suffixes[-2:] == [".jsonl", ".xz"]:
+        return lzma.open(path, mode, encoding="utf-8")
+    if path.suffix == ".jsonl":
+        return path.open(mode, encoding="utf-8")
+    raise GameError(f"{path}: expected a folder, .jsonl or .jsonl.xz")
