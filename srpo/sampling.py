@@ -1,0 +1,116 @@
+"""How one token is drawn from logits: the sampling distribution, named seeds, and where a turn ends."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessorList
+from transformers.generation.logits_process import (
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Names and meanings of TRL's `GRPOConfig`; `temperature=0` takes the most likely token."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+    stop: tuple[str, ...] = ()
+    """Texts that end a turn (closing tags); the turn keeps them."""
+
+
+def draw(
+    logits: Tensor,
+    sampling: Sampling,
+    uniforms: Sequence[float],
+    choices: Sequence[tuple[int, ...] | None],
+    contexts: Sequence[Sequence[int]] | None = None,
+) -> tuple[list[int], list[float]]:
+    """One token per row, and its log-probability (nats) under the distribution that it was drawn from.
+
+    Inverse transform sampling in float64: the token is a function of the row's logits and its own uniform number.
+
+    Args:
+        logits: [n, V].
+        uniforms: n numbers in [0, 1), of the rows' own generators.
+        choices: per row the ids that are allowed, or None. A choice is drawn at `temperature` from the probabilities
+            renormalised over them; top_p, top_k, min_p and the penalty do not apply to it.
+        contexts: per row all ids before the token; needed by the repetition penalty only.
+    """
+    logits = logits.float()
+    free = [i for i, allowed in enumerate(choices) if allowed is None]
+    scores = torch.full_like(logits, -torch.inf)
+    if free:
+        scores[free] = _processed(logits[free], sampling, [contexts[i] for i in free] if contexts else [])
+    for i, allowed in enumerate(choices):
+        if allowed is not None:
+            scores[i, list(allowed)] = logits[i, list(allowed)] / (sampling.temperature or 1.0)
+    logp = torch.log_softmax(scores, dim=-1)
+    if sampling.temperature == 0:
+        ids = scores.argmax(dim=-1)
+    else:
+        mass = logp.double().exp().cumsum(dim=-1)
+        points = torch.tensor(uniforms, dtype=torch.float64, device=mass.device).unsqueeze(1) * mass[:, -1:]
+        ids = torch.searchsorted(mass, points, right=True).squeeze(1)
+        ids = torch.where(ids < logits.size(1), ids, scores.argmax(dim=-1))  # rounding at the very end
+    return ids.tolist(), logp.gather(1, ids.unsqueeze(1)).squeeze(1).tolist()
+
+
+def _processed(logits: Tensor, sampling: Sampling, contexts: Sequence[Sequence[int]]) -> Tensor:
+    steps = LogitsProcessorList()  # in the order of transformers' own `generate`
+    seen = torch.empty(0)
+    if sampling.repetition_penalty != 1.0:
+        steps.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
+        width = max(map(len, contexts))
+        # A repeated id is penalised once: padding with the row's own first id changes nothing.
+        padded = [[*ids, *[ids[0]] * (width - len(ids))] for ids in contexts]
+        seen = torch.tensor(padded, device=logits.device)
+    if sampling.temperature not in (0, 1.0):
+        steps.append(TemperatureLogitsWarper(float(sampling.temperature)))
+    if sampling.top_k:
+        steps.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1.0:
+        steps.append(TopPLogitsWarper(sampling.top_p))
+    if sampling.min_p is not None:
+        steps.append(MinPLogitsWarper(sampling.min_p))
+    return steps(seen, logits)
+
+
+def uniforms(seed: str) -> random.Random:
+    """The row's own numbers for one turn, named by (run, step, row, sample, turn) and not by what was drawn before."""
+    return random.Random(seed)
+
+
+class Stops:
+    """Whether a turn's text holds a stop string, looked up when a token could have completed one."""
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str]):
+        self._tokenizer = tokenizer
+        self._stop = tuple(stop)
+        self._last = {text[-1] for text in stop} | {"\ufffd"}  # a character may be spread over tokens
+        self._window = max((len(text.encode()) for text in stop), default=0) + 4
+        self._may_end: dict[int, bool] = {}
+
+    def text(self, ids: Sequence[int]) -> str:
+        """The turn as the world reads it: without special tokens, nothing tidied up."""
+        return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def ended(self, ids: Sequence[int]) -> bool:
+        """Did the last of these tokens complete a stop string?"""
+        if not self._stop or not ids:
+            return False
+        last = ids[-1]
+        if last not in self._may_end:
+            self._may_end[last] = any(c in self._last for c in self.text([last]))
+        return self._may_end[last] and any(s in self.text(ids[-self._window :]) for s in self._stop)

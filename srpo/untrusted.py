@@ -1,0 +1,72 @@
+"""Text of others becomes token ids that are only text.
+
+A pool member or a game may write `<|im_end|>`, `<think>` or `</search>`. Tokenizers turn such strings into control
+tokens: special ones unless told otherwise (`split_special_tokens=True`), and added ones that are not special
+(`<think>` of Qwen3, the tags of a tiny tokenizer) always. Here the text is cut inside every such string and the pieces
+are encoded one by one, so that the ids can never be those of a control token; the characters stay as they were.
+"""
+
+import re
+from functools import lru_cache
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+_UNKNOWN = "\ufffd"
+
+
+def encode_untrusted(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Ids of `text` that hold no special token and no added token of two or more characters, in linear time.
+
+    An added token of one character that is not special is a letter of the alphabet, not a control token, and stays.
+    A character that the tokenizer can only write with a control token becomes U+FFFD, or nothing.
+    """
+    text = text.encode("utf-8", "replace").decode("utf-8")  # lone surrogates cannot be encoded
+    if not text:
+        return []
+    forbidden, seam = _rules(tokenizer, len(tokenizer))
+    pieces = [text] if seam is None else [piece for piece in seam.sub(_cut, text).split(_CUT) if piece]
+    return [i for piece in pieces for i in _clean(tokenizer, piece, forbidden)]
+
+
+def encode_frame(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Ids of the library's own text, control tokens included; nothing is added."""
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
+
+
+_CUT = "\ud800"  # a lone surrogate: cannot be in the text any more
+
+
+def _cut(match: re.Match[str]) -> str:
+    return match.group() + _CUT
+
+
+@lru_cache(maxsize=8)
+def _rules(tokenizer: Any, _size: int) -> tuple[frozenset[int], re.Pattern[str] | None]:
+    """(ids that may not appear, pattern of the first character of what could be one of them).
+
+    The pattern looks one character ahead only: linear however many added tokens there are (Gemma has 6,000).
+    """
+    added = {i: token for i, token in tokenizer.added_tokens_decoder.items()}
+    forbidden = {i for i, token in added.items() if token.special or len(token.content) > 1}
+    forbidden.update(tokenizer.all_special_ids)
+    following: dict[str, set[str]] = {}
+    for i in forbidden:
+        content = added[i].content if i in added else tokenizer.convert_ids_to_tokens(i)
+        if len(content) > 1:
+            following.setdefault(content[0], set()).add(content[1])
+    if not following:
+        return frozenset(forbidden), None
+    heads = (f"{re.escape(a)}(?=[{''.join(map(re.escape, sorted(bs)))}])" for a, bs in sorted(following.items()))
+    return frozenset(forbidden), re.compile("|".join(heads))
+
+
+def _clean(tokenizer: Any, piece: str, forbidden: frozenset[int]) -> list[int]:
+    ids = list(tokenizer(piece, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+    if forbidden.isdisjoint(ids):
+        return ids
+    # Left over: a tokenizer that normalises first (full-width letters become a tag), or one without a byte for this.
+    if len(piece) > 1:
+        half = len(piece) // 2
+        return _clean(tokenizer, piece[:half], forbidden) + _clean(tokenizer, piece[half:], forbidden)
+    return [] if piece == _UNKNOWN else _clean(tokenizer, _UNKNOWN, forbidden)
