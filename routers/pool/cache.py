@@ -1,0 +1,79 @@
+"""Replies on disk, so that a second epoch or a resumed run asks nobody and reads the same words.
+
+One small JSON file per key, written beside and renamed: a reader sees a whole reply or none, any number of processes
+may write (the last one wins), and it works on network file systems, which locks of databases often do not. Delete the
+folder to forget everything.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from srpo.types import Reply, Usage
+
+
+def cache_key(identity: Mapping[str, Any], query: str) -> str:
+    """SHA-256 over everything that decides a reply. Equal only for equal content, in whatever order of fields."""
+    text = json.dumps([dict(identity), query], sort_keys=True)
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+class ReplyCache:
+    """Replies by key.
+
+    Args:
+        folder: made if need be. It holds members' texts and token counts, no queries and no keys of endpoints.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def _path(self, key: str) -> Path:
+        return self.folder / key[:2] / f"{key}.json"
+
+    def get(self, key: str) -> Reply | None:
+        """The reply as it came, but with ``cached=True`` and cost 0; None: not there, or not readable."""
+        try:
+            stored = json.loads(self._path(key).read_bytes())
+            usage = Usage(int(stored["prompt_tokens"]), int(stored["completion_tokens"]))
+            return Reply(str(stored["text"]), usage, seconds=float(stored["seconds"]), cached=True)
+        except (OSError, ValueError, KeyError, TypeError):  # half a file of a crashed disk is a miss, and overwritten
+            return None
+
+    def put(self, key: str, reply: Reply) -> None:
+        """Keep a reply; errors are not kept.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        if reply.error is not None:
+            return
+        path = self._path(key)
+        path.parent.mkdir(exist_ok=True)
+        stored = {
+            "text": reply.text,
+            "prompt_tokens": reply.usage.prompt_tokens,
+            "completion_tokens": reply.usage.completion_tokens,
+            "seconds": reply.seconds,
+        }
+        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                json.dump(stored, file)
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+
+
+def hit(reply: Reply) -> Reply:
+    """The same reply for somebody who did not pay for it."""
+    return replace(reply, cost=0.0, cached=True)

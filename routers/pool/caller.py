@@ -1,0 +1,174 @@
+"""One member with everything around a request: deadline, limits, breaker, the one retry layer, and its money."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass
+
+from routers.catalogue import Member, cost
+from routers.pool.ledger import Ledger, OverBudget, Spending
+from routers.pool.limits import Breaker, CircuitOpen, Retry, Spacing, TokenBucket
+from routers.pool.protocol import (
+    CIRCUIT_OPEN,
+    CONNECTION,
+    MALFORMED,
+    OVER_BUDGET,
+    SERVER_ERROR,
+    TIMEOUT,
+    Attempt,
+    Backend,
+)
+from srpo.types import Reply, Usage
+
+_MEMBER_IS_DOWN = (TIMEOUT, SERVER_ERROR, MALFORMED, CONNECTION)  # what the breaker counts
+
+
+@dataclass
+class _Sum:
+    """All attempts of one call."""
+
+    spending: Spending = Spending()
+    error: str = ""
+    attempts: int = 0
+    sent: bool = False
+    """Whether the attempt under way has left our queue."""
+
+    def reply(self, answer: Attempt | None, seconds: float) -> Reply:
+        return Reply(
+            text="" if answer is None else answer.text,
+            usage=Usage(self.spending.prompt_tokens, self.spending.completion_tokens),
+            cost=self.spending.cost,
+            error=self.error if answer is None else None,
+            seconds=seconds if answer is None or answer.seconds is None else answer.seconds,
+        )
+
+
+class Caller:
+    """Asks one member.
+
+    Args:
+        member: prices and limits.
+        backend: how it answers.
+        ledger: where every attempt is reserved before, and settled after.
+        retry, breaker: None: the defaults of ``routers.pool.limits``.
+    """
+
+    def __init__(
+        self,
+        member: Member,
+        backend: Backend,
+        ledger: Ledger,
+        retry: Retry | None = None,
+        breaker: Breaker | None = None,
+    ) -> None:
+        self.member = member
+        self.backend = backend
+        self._ledger = ledger
+        self._retry = retry or Retry()
+        self._breaker = breaker or Breaker()
+        self._spacing = Spacing(member.requests_per_second)
+        self._tokens = TokenBucket(member.tokens_per_minute)
+        self._places: tuple[asyncio.AbstractEventLoop, asyncio.Semaphore] | None = None
+
+    async def ask(self, query: str, deadline: float, query_id: str) -> Reply:
+        """The member's answer, or why there is none. Never raises for a failure; cancelling it frees its place.
+
+        Args:
+            deadline: seconds from now, over queueing, limits and all attempts.
+        """
+        start = time.monotonic()
+        total = _Sum()
+        answer = None
+        try:
+            async with asyncio.timeout(deadline):
+                answer = await self._attempts(query, start + deadline, query_id, total)
+        except TimeoutError:
+            if total.sent:
+                self._breaker.ended(worked=False, probe=False)
+                total.spending += Spending(unmetered=1)
+            waited = "no reply" if total.sent else f"waiting for one of {self.member.concurrency} places, or a limit"
+            before = f"; before that: {total.error}" if total.error else ""
+            total.error = f"{TIMEOUT}: {waited} within the deadline of {deadline:g} s{before}"
+        total.spending += Spending(calls=1, failed=int(answer is None))
+        self._ledger.book(query_id, total.spending)
+        return total.reply(answer, time.monotonic() - start)
+
+    async def _attempts(self, query: str, end: float, query_id: str, total: _Sum) -> Attempt | None:
+        while True:
+            try:
+                attempt = await self._attempt(query, end, query_id, total)
+            except OverBudget as error:
+                total.error = f"{OVER_BUDGET}: {error} USD"
+                return None
+            except CircuitOpen as error:
+                total.error = total.error or f"{CIRCUIT_OPEN}: {error}"
+                return None
+            if attempt.error is None:
+                return attempt
+            total.error = attempt.error
+            if not attempt.retry or total.attempts >= self._retry.attempts:
+                return None
+            pause = max(self._retry.pause(total.attempts), attempt.retry_after or 0.0)
+            if time.monotonic() + pause >= end:
+                total.error += f" (no time left for another attempt after {total.attempts})"
+                return None
+            await asyncio.sleep(pause)
+
+    async def _attempt(self, query: str, end: float, query_id: str, total: _Sum) -> Attempt:
+        prompt_bound = self.backend.prompt_bound(query)
+        total.sent = False
+        async with self._semaphore():
+            taken = await self._tokens.take(prompt_bound + self.backend.max_tokens)
+            attempt = Attempt()
+            try:
+                await self._spacing.wait()
+                reservation = self._ledger.reserve(cost(self.member, prompt_bound, self.backend.max_tokens))
+                try:
+                    attempt = await self._guarded(query, end, query_id, total)
+                    spent = cost(self.member, attempt.usage.prompt_tokens, attempt.usage.completion_tokens)
+                    reservation.settle(spent)
+                finally:
+                    reservation.cancel()  # of a call that was cancelled or refused; after settling it does nothing
+            finally:
+                self._tokens.give_back(taken, attempt.usage.prompt_tokens + attempt.usage.completion_tokens)
+        total.spending += Spending(
+            prompt_tokens=attempt.usage.prompt_tokens,
+            completion_tokens=attempt.usage.completion_tokens,
+            cost=spent,
+            estimated=int(attempt.estimated),
+            unmetered=int(attempt.unmetered),
+        )
+        if attempt.retry_after is not None:
+            self._spacing.pause(min(attempt.retry_after, max(0.0, end - time.monotonic())))
+        return attempt
+
+    async def _guarded(self, query: str, end: float, query_id: str, total: _Sum) -> Attempt:
+        """One attempt through the breaker; whatever goes wrong with the member is an error in words."""
+        probe = self._breaker.enter()
+        worked = None
+        total.attempts += 1
+        total.sent = True
+        try:
+            async with asyncio.timeout(self.member.timeout):
+                attempt = await self.backend.send(query, min(self.member.timeout, end - time.monotonic()), query_id)
+            if attempt.error is None:
+                worked = True
+            elif attempt.error.partition(":")[0] in _MEMBER_IS_DOWN:
+                worked = False
+        except TimeoutError:
+            worked = False
+            words = f"{TIMEOUT}: no reply within the timeout of {self.member.timeout:g} s"
+            attempt = Attempt(error=words, retry=True, unmetered=True)
+        except Exception as error:  # a member's failure is data, whatever it is
+            worked = False
+            attempt = Attempt(error=f"{MALFORMED}: {type(error).__name__}: {error}", unmetered=True)
+        finally:
+            self._breaker.ended(worked, probe)
+        return attempt
+
+    def _semaphore(self) -> asyncio.Semaphore:
+        loop = asyncio.get_running_loop()
+        if self._places is None or self._places[0] is not loop:  # a semaphore belongs to one event loop
+            self._places = (loop, asyncio.Semaphore(self.member.concurrency))
+        return self._places[1]

@@ -1,0 +1,64 @@
+"""A table of recorded replies as a pool: nothing is called, every run is the same, costs come from the table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from routers.pool.ledger import Ledger
+from routers.pool.pool import Pool
+from routers.pool.protocol import BAD_REQUEST, Attempt
+from routers.table import Recorded, ReplyTable, normalise_query
+from srpo.types import Usage
+
+By = Literal["row", "query"]
+
+
+class RecordedMember:
+    """One member's column of a table.
+
+    Args:
+        table: the recorded replies.
+        member: its name.
+        by: "row": the reply to the dataset row's question, whatever the policy asks on the way, so that no sub-question
+            can fall out of the table; "query": the reply to the question that has the policy's text after
+            ``normalise_query``; a text that is not recorded is an error.
+    """
+
+    identity: Mapping[str, Any] | None = None  # already on disk
+
+    def __init__(self, table: ReplyTable, member: str, by: By = "row") -> None:
+        self._table = table
+        self._member = member
+        self._ids = {normalise_query(q["query"]): q["query_id"] for q in table.queries()} if by == "query" else None
+        replies = [table.lookup(q["query_id"], member) for q in table.queries()]
+        self._longest_prompt = max(reply.prompt_tokens for reply in replies)
+        self._longest_reply = max(reply.completion_tokens for reply in replies)
+
+    @property
+    def max_tokens(self) -> int:
+        return self._longest_reply
+
+    def prompt_bound(self, query: str) -> int:
+        return self._longest_prompt
+
+    async def send(self, query: str, timeout: float, query_id: str) -> Attempt:
+        found = self._find(query, query_id)
+        if found is None:
+            return Attempt(error=f"{BAD_REQUEST}: nothing is recorded for {query_id or query[:80]!r}")
+        return Attempt(found.reply, Usage(found.prompt_tokens, found.completion_tokens), seconds=found.seconds)
+
+    def _find(self, query: str, query_id: str) -> Recorded | None:
+        row = query_id if self._ids is None else self._ids.get(normalise_query(query), "")
+        try:
+            return self._table.lookup(row, self._member)
+        except KeyError:
+            return None
+
+    async def aclose(self) -> None:
+        pass
+
+
+def recorded_pool(table: ReplyTable, *, by: By = "row", ledger: Ledger | None = None) -> Pool:
+    """All members of a table; ``by`` as in ``RecordedMember``."""
+    return Pool(table.catalogue, {name: RecordedMember(table, name, by) for name in table.members}, ledger=ledger)
