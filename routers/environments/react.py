@@ -1,4 +1,4 @@
-"""A pool member as executor: a ReAct prompt (Yao et al. 2023, arXiv 2210.03629), and reading an action out of the reply."""
+"""A pool member as executor: a ReAct prompt (Yao et al. 2023, arXiv 2210.03629), and the action in its reply."""
 
 import difflib
 import re
@@ -9,8 +9,8 @@ from routers.environments.protocol import Act, View
 from srpo.types import Reply, Usage
 
 INSTRUCTION = (
-    "You act in a text world, one command at a time. Think in one short sentence, then give the next command on a line "
-    "of its own, exactly as it stands in the list of possible commands:\nThought: ...\nAction: ..."
+    "You act in a text world, one command at a time. Think in one short sentence, then give the next command on a "
+    "line of its own, exactly as it stands in the list of possible commands:\nThought: ...\nAction: ..."
 )
 
 
