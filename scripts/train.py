@@ -18,7 +18,7 @@ import numpy as np
 import yaml
 from accelerate import PartialState
 from evaluate import EVALUATION, Evaluation, evaluate_policy, spread
-from policies import load_policy
+from policies import load_policy, router_corpus
 from transformers import PreTrainedModel, set_seed
 from trl import SFTConfig
 
@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> Evaluation | None:
     warm_starts = task.warm_start_epochs > 0
     # A resumed run must begin from the very weights that the first run began from: the saved warm start.
     policy = str(start) if resumes and warm_starts else task.model_name_or_path
-    model, tokenizer = load_policy(policy, table, args, task.lora_r)
+    model, tokenizer = load_policy(policy, args, task.lora_r, lambda: router_corpus(table, args))
     queries = table.queries("train")
     queries = [queries[i] for i in spread(len(queries), task.train_limit)]
     rows = [{"prompt": policy_prompt(row["query"], members, grammar), **row} for row in queries]
