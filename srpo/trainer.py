@@ -40,6 +40,7 @@ from srpo.objectives import (
 )
 from srpo.objectives.normaliser import per_step
 from srpo.records import Alarms, world_metrics
+from srpo.replay_trainer import ReplayMixin
 from srpo.reprompt import Rollout, Templates, choose_demonstrations, strip_thinking, teacher_prompt_ids
 from srpo.resume import GenerationClock, ResumeMixin
 from srpo.sampler import SamplerMixin
@@ -63,7 +64,7 @@ class _Plan:
     feedback: list[str | None]
 
 
-class SRPOTrainer(HubMixin, ResumeMixin, MiniRLMixin, SamplerMixin, TRLGRPOTrainer):
+class SRPOTrainer(HubMixin, ResumeMixin, ReplayMixin, MiniRLMixin, SamplerMixin, TRLGRPOTrainer):
     """GRPO, SDPO and SRPO in one trainer; every argument of `trl.GRPOTrainer`, and three more.
 
     Args:

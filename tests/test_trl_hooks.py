@@ -21,6 +21,7 @@ import srpo
 from srpo.config import _GRPO_ONLY, SRPOConfig
 from srpo.heads import PolicyOutput
 from srpo.minirl import MiniRLMixin
+from srpo.replay_trainer import ReplayMixin
 from srpo.resume import ResumeMixin
 from srpo.sampler import SamplerMixin
 from srpo.trainer import SRPOTrainer
@@ -31,6 +32,10 @@ PARAMETERS = {
     "_calculate_rewards": "inputs prompts completions completion_ids_list",
     "_generate_and_score_completions": "inputs",
     "_generate_single_turn": "prompt_ids images multimodal_fields num_generations has_tool_images",
+    "_get_per_token_logps_and_entropies": "model input_ids attention_mask logits_to_keep batch_size compute_entropy "
+    "compute_aux_loss pixel_values image_grid_thw num_images pixel_attention_mask spatial_shapes num_tiles "
+    "image_sizes token_type_ids mm_token_type_ids image_position_ids",
+    "compute_loss": "model inputs return_outputs num_items_in_batch",
     "_compute_loss": "model inputs",
     "_get_train_sampler": "dataset",
     "_load_optimizer_and_scheduler": "checkpoint",
@@ -38,16 +43,19 @@ PARAMETERS = {
     "_save_checkpoint": "model trial",
     "log": "logs start_time",
     "training_step": "model inputs num_items_in_batch",
+    "_generate": "prompts",
     # called, not overridden
     "_tokenize_prompts": "prompts",
-    "_generate": "prompts",
     "_prepare_inputs": "generation_batch",
     "_get_output_dir": "trial",
 }
 OVERRIDDEN = (
     "_calculate_rewards",
     "_generate_and_score_completions",
+    "_generate",
     "_generate_single_turn",
+    "_get_per_token_logps_and_entropies",
+    "compute_loss",
     "_compute_loss",
     "_get_train_sampler",
     "_load_optimizer_and_scheduler",
@@ -70,7 +78,7 @@ def test_signatures(name):
 
 OURS = {
     name: value
-    for cls in (SamplerMixin, MiniRLMixin, ResumeMixin, SRPOTrainer)
+    for cls in (SamplerMixin, MiniRLMixin, ReplayMixin, ResumeMixin, SRPOTrainer)
     for name, value in vars(cls).items()
     if inspect.isfunction(value)
 }
@@ -112,6 +120,17 @@ def test_the_batch_dict(tmp_path):
     source = inspect.getsource(trl.GRPOTrainer._generate_and_score_completions)
     for key in ("importance_sampling_ratio", "ref_per_token_logps", "tool_mask"):
         assert f'output["{key}"]' in source, f"TRL no longer returns {key}"
+
+
+def test_the_old_policy_is_scored_first_and_when_we_think():
+    """Routing replay takes the first scoring pass of a batch for the old policy's, under this condition."""
+    source = inspect.getsource(trl.GRPOTrainer._generate_and_score_completions)
+    assert source.count("self._get_per_token_logps_and_entropies(") == 3
+    assert source.index("old_per_token_logps, _, _ = self.") < source.index("ref_per_token_logps, _, _ = self.")
+    condition = """if self.args.gradient_accumulation_steps % generate_every != 0 or (
+                self.use_vllm and self.vllm_importance_sampling_correction
+            ):"""
+    assert condition in source, "srpo.replay_settings.has_old_logprobs repeats this condition"
 
 
 def test_rewards_are_gathered_and_per_function(tmp_path):
