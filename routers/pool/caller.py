@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from routers.catalogue import Member, cost
 from routers.pool.ledger import Ledger, OverBudget, Spending
@@ -28,7 +28,7 @@ _MEMBER_IS_DOWN = (TIMEOUT, SERVER_ERROR, MALFORMED, CONNECTION)  # what the bre
 class _Sum:
     """All attempts of one call."""
 
-    spending: Spending = Spending()
+    spending: Spending = field(default_factory=Spending)
     error: str = ""
     attempts: int = 0
     sent: bool = False

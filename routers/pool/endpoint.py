@@ -12,6 +12,7 @@ import json
 import os
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from routers.catalogue import Member
@@ -105,17 +106,20 @@ class Endpoint:
         import openai
 
         member = self._member
-        settings = {"temperature": member.temperature, "top_p": member.top_p, "seed": member.seed}
-        body = {name: value for name, value in settings.items() if value is not None}
+        request: dict[str, Any] = {
+            "model": member.model or member.name,
+            "messages": self._messages(query),
+            "max_tokens": member.max_tokens,
+            "temperature": member.temperature,
+        }
+        request |= {n: v for n, v in (("top_p", member.top_p), ("seed", member.seed)) if v is not None}
         try:
-            raw = await self._openai().chat.completions.with_raw_response.create(
-                model=member.model or member.name,
-                messages=self._messages(query),  # type: ignore[arg-type]
-                max_tokens=member.max_tokens,
-                timeout=timeout,
-                **body,  # type: ignore[arg-type]
+            # The client's `post` and not `chat.completions.create`: that walks through every message by its type hints
+            # and builds objects that nobody validated, for a third of the time of a call.
+            content = await self._openai().post(
+                "/chat/completions", cast_to=bytes, body=request, options={"timeout": timeout}
             )
-            return self._read(raw.http_response.content, query)
+            return self._read(content, query)
         except openai.APIStatusError as error:
             return self._refused(error.status_code, error.response.headers, error.response.content)
         except openai.APITimeoutError:
@@ -131,17 +135,17 @@ class Endpoint:
         except (ValueError, RecursionError):
             return Attempt(error=f"{MALFORMED}: the body is not JSON", retry=True, unmetered=True)
         usage = read_usage(document)
-        failed = {"usage": usage or Usage(), "unmetered": usage is None}
+        failed = Attempt(usage=usage or Usage(), unmetered=usage is None)
         try:
             choice = document["choices"][0]
             text = choice["message"]["content"]
         except (KeyError, IndexError, TypeError):
-            return Attempt(error=f"{MALFORMED}: no choices in the reply", retry=True, **failed)
+            return replace(failed, error=f"{MALFORMED}: no choices in the reply", retry=True)
         if text is not None and not isinstance(text, str):
-            return Attempt(error=f"{MALFORMED}: the content is not text", retry=True, **failed)
+            return replace(failed, error=f"{MALFORMED}: the content is not text", retry=True)
         if text is None or not text.strip():  # asking again would cost the same, and say the same
             reason = self._clean(str(choice.get("finish_reason")))
-            return Attempt(error=f"{EMPTY}: no text (finish_reason {reason})", **failed)
+            return replace(failed, error=f"{EMPTY}: no text (finish_reason {reason})"[:_ERROR_CHARS])
         if usage is None:
             longest = min(self._member.max_tokens, len(text.encode("utf-8", "replace")))
             return Attempt(self._clean(text), Usage(self.prompt_bound(query), longest), estimated=True)

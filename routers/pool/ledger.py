@@ -1,4 +1,4 @@
-"""Who spent what. ``Account`` is the one owner of money with a cap; ``Ledger`` adds tokens, queries, steps and the run."""
+"""Who spent what. ``Account`` owns money with a cap; ``Ledger`` adds tokens, queries, steps and the run."""
 
 from __future__ import annotations
 

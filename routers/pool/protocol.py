@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from srpo.types import Reply, Usage
@@ -31,7 +31,7 @@ class Attempt:
     """What came of one request."""
 
     text: str = ""
-    usage: Usage = Usage()
+    usage: Usage = field(default_factory=Usage)
     error: str | None = None
     """None exactly when there is an answer, else ``KIND: words``. May hold the server's words: untrusted text."""
     retry: bool = False
@@ -51,7 +51,7 @@ class Backend(Protocol):
 
     @property
     def identity(self) -> Mapping[str, Any] | None:
-        """Everything besides the query that decides the reply (JSON-able; never a key). None: replies are not cached."""
+        """What besides the query decides the reply (JSON-able; never a key). None: replies are not cached."""
 
     @property
     def max_tokens(self) -> int:
@@ -61,7 +61,7 @@ class Backend(Protocol):
         """Tokens that a prompt with this query has at most."""
 
     async def send(self, query: str, timeout: float, query_id: str) -> Attempt:
-        """One request without a retry. Runs under the caller's timeout (seconds), and may be cancelled at any await."""
+        """One request, no retry. Runs under the caller's timeout (seconds), and may be cancelled at any await."""
 
     async def aclose(self) -> None:
         """Close what belongs to the running event loop. The member stays usable."""

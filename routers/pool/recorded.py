@@ -20,8 +20,8 @@ class RecordedMember:
     Args:
         table: the recorded replies.
         member: its name.
-        by: "row": the reply to the dataset row's question, whatever the policy asks on the way, so that no sub-question
-            can fall out of the table; "query": the reply to the question that has the policy's text after
+        by: "row": the reply to the dataset row's question, whatever the policy asks on the way, so that no
+            sub-question can fall out of the table; "query": the reply to the question that has the policy's text after
             ``normalise_query``; a text that is not recorded is an error.
     """
 
