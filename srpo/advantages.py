@@ -25,7 +25,7 @@ in the std the spread stays small beside a success.
 
 INFERRED. "BoPO-style": Budget-Aware Agentic Routing (arXiv 2602.21227) names a reference-guided advantage, but its
 formula is not public. These are the candidates of our specification (A.7); none is verified against the paper's code.
-With `group` and references |A| has no bound (a group that agrees on a reward far from b), hence the default `group+ref`.
+With `group` and references |A| has no bound (a group that nearly agrees, far from b): hence the default `group+ref`.
 """
 
 from __future__ import annotations

@@ -1,0 +1,232 @@
+"""Agent episodes in which the policy picks at every step who acts, a cheap or an expensive executor, within a budget.
+
+    [ choices: labels of the executors that are still affordable -> the policy's label -> that executor's action
+      -> the environment's observation, described for the policy ] ... until won, the step limit, or the budget's end
+
+The policy's turn is one token. The mask of affordable executors is stored with it by the rollout (`srpo.types.Turn`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from routers.budget import Budget, BudgetGate
+from routers.environments.protocol import AgentEnvironment, Executor, Session, View
+from routers.pool.ledger import OverBudget
+from srpo.types import CORRECT, COST, FEEDBACK, Observation, Row, Stop
+
+CAP = "cap"
+"""Dataset column: the row's own cap, in the budget's unit; None: no limit."""
+GAME = "game"
+"""Dataset column: names the task; the same for all rows and rollouts of a task."""
+
+
+@dataclass(frozen=True)
+class Situation:
+    """What a decision can be based on: texts so far, steps and budget left, and who acted."""
+
+    view: View
+    steps_left: int
+    gate: BudgetGate
+    calls: tuple[str, ...]
+    """Names of the executors of all steps so far."""
+
+
+Describe = Callable[[Situation], Observation]
+"""What the policy is told after a step (and, in its prompt, before the first)."""
+Choose = Callable[[Situation, Sequence[str]], str]
+"""A routing rule: the situation and the affordable executors' names -> one of these names."""
+
+
+class BudgetEnvironment:
+    """Makes the episodes; an `Environment` of `srpo.types`.
+
+    Args:
+        make: the environment of a dataset row; a fresh one at every call.
+        executors: the cheapest first; every further one counts as expensive.
+        describe: what the policy is told.
+        budget: of every episode; a row's own cap (column `cap`) replaces its cap.
+        labels: the executors' labels, each one token of the policy; None: their names.
+        deadline: seconds for one call of an executor.
+
+    Raises:
+        ValueError: fewer than two executors, or labels or names that are not different.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[Row], AgentEnvironment],
+        executors: Sequence[Executor],
+        describe: Describe,
+        budget: Budget | None = None,
+        labels: Sequence[str] | None = None,
+        deadline: float = 60.0,
+    ) -> None:
+        names = [executor.name for executor in executors]
+        self.labels = dict(zip(names, names if labels is None else labels, strict=True))
+        if len(names) < 2 or len(set(names)) < len(names) or len(set(self.labels.values())) < len(names):
+            raise ValueError(f"executors {names} with labels {list(self.labels.values())}: two or more, all different")
+        self.executors = {executor.name: executor for executor in executors}
+        self.make = make
+        self.describe = describe
+        self.budget = Budget(None) if budget is None else budget
+        self.deadline = deadline
+        self._spent = 0.0
+        self._episodes: list[dict[str, float]] = []
+
+    def episode(self, row: Row, seed: str) -> BudgetEpisode:
+        """A fresh episode; the same row and seed give the same world and the same dice of scripted executors.
+
+        Raises:
+            ValueError: a budget that cannot pay for one call, or not for what `force_small` promises.
+        """
+        cap = row.get(CAP, self.budget.cap)
+        return BudgetEpisode(self, self.make(row), BudgetGate(replace(self.budget, cap=cap)), seed)
+
+    def ended(self, episode: BudgetEpisode, cost: float, success: float) -> None:
+        """Book an episode; it calls this once."""
+        self._spent += cost
+        large = len(episode.calls) - episode.calls.count(next(iter(self.executors)))
+        numbers = {
+            "budget/large_calls": float(large),
+            "budget/large_share": large / max(len(episode.calls), 1),
+            "budget/steps": float(len(episode.calls)),
+            "budget/violations": float(episode.gate.violated),
+        }
+        if episode.gate.used is not None:
+            numbers["budget/used"] = episode.gate.used
+        self._episodes.append(numbers)
+
+    def metrics(self) -> Mapping[str, float]:
+        """Means over the episodes since the last call: expensive calls, their share, steps, violations (must be 0)."""
+        episodes, self._episodes = self._episodes, []
+        names = {name for numbers in episodes for name in numbers}
+        values = {name: [numbers[name] for numbers in episodes if name in numbers] for name in sorted(names)}
+        return {name: sum(found) / len(found) for name, found in values.items()}
+
+    def spent_usd(self) -> float:
+        return self._spent
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"spent_usd": self._spent}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._spent = float(state["spent_usd"])
+
+
+class BudgetEpisode:
+    """One episode; an `Episode` of `srpo.types`."""
+
+    def __init__(self, parent: BudgetEnvironment, environment: AgentEnvironment, gate: BudgetGate, seed: str) -> None:
+        self._parent = parent
+        self._environment = environment
+        self._session = Session(environment, seed)
+        self._session.start()
+        self._calls: list[str] = []
+        self._cost = 0.0
+        self._error = ""
+        self.gate = gate
+        gate.check_start(self._bounds(), environment.limit)
+        if not self.affordable():
+            raise ValueError(
+                f"{environment.seed}: a budget of {gate.budget.cap:g} {gate.budget.unit} cannot pay for one call of "
+                f"{next(iter(parent.executors))}, at most {min(self._bounds().values()):g}; raise the cap"
+            )
+
+    @property
+    def calls(self) -> tuple[str, ...]:
+        """Names of the executors of all steps so far."""
+        return tuple(self._calls)
+
+    @property
+    def situation(self) -> Situation:
+        return Situation(self._session.view, self._steps_left, self.gate, self.calls)
+
+    def affordable(self) -> list[str]:
+        """Names of the executors that can be chosen now."""
+        return self.gate.allowed(self._bounds(), self._steps_left)
+
+    def choices(self) -> list[str]:
+        return [self._parent.labels[name] for name in self.affordable()]
+
+    async def step(self, text: str) -> Observation:
+        """Let the executor with this label act. A failed call costs a step and its money, and the episode goes on."""
+        name = next(name for name, label in self._parent.labels.items() if label == text)
+        executor, view, bounds = self._parent.executors[name], self._session.view, self._bounds()
+        try:
+            act = await self.gate.call(
+                name, bounds, lambda: executor.act(view, self._parent.deadline), lambda act: act.cost
+            )
+        except OverBudget:  # an account that is shared: another episode was faster
+            return Observation(end="budget")
+        except BaseException:  # the episode is lost, its money is not: the call may be billed
+            self._cost += bounds[name]
+            raise
+        self._calls.append(name)
+        self._cost += act.cost
+        self._error = act.reply.error or ""
+        _, done = self._session.take(act.action)
+        if done:
+            return Observation(end="done" if self._environment.won else "turns")
+        if not self.affordable():
+            return Observation(end="budget")
+        return self._parent.describe(self.situation)
+
+    def columns(self, stop: Stop) -> Mapping[str, Any]:
+        """Success, cost in USD, calls; `feedback` says in words what was not reached."""
+        success = float(self._environment.score)
+        self._parent.ended(self, self._cost, success)
+        cheapest = next(iter(self._parent.executors))
+        return {
+            CORRECT: None if stop == "lost" else success,
+            COST: self._cost,
+            FEEDBACK: "" if self._environment.won else self._missed(stop),
+            "calls": len(self._calls),
+            "members": list(self._calls),
+            "large_calls": len(self._calls) - self._calls.count(cheapest),
+            "budget_used": self.gate.used,
+            "budget_violated": self.gate.violated,
+        }
+
+    def _missed(self, stop: Stop) -> str:
+        why = {"budget": "the budget was spent", "turns": f"all {self._environment.limit} steps were used"}
+        return f"The task was not finished: {why.get(stop, 'the episode ended')}."
+
+    @property
+    def _steps_left(self) -> int:
+        return self._environment.limit - self._environment.steps
+
+    def _bounds(self) -> dict[str, float]:
+        view = self._session.view
+        return {name: executor.bound(view) for name, executor in self._parent.executors.items()}
+
+
+@dataclass(frozen=True)
+class Driven:
+    """An episode that a routing rule played instead of a policy."""
+
+    first: Observation
+    """What the policy would have been told before its first decision."""
+    decisions: tuple[tuple[str, Observation], ...]
+    """(name of the executor, what the policy would have been told after its step); the last observation ends it."""
+    columns: Mapping[str, Any]
+    stop: Stop
+
+
+def drive(environment: BudgetEnvironment, row: Row, seed: str, choose: Choose) -> Driven:
+    """Play one episode by a rule. Exceptions of the environment or an executor pass through."""
+
+    async def play() -> Driven:
+        episode = environment.episode(row, seed)
+        first = environment.describe(episode.situation)
+        decisions: list[tuple[str, Observation]] = []
+        while not decisions or decisions[-1][1].end is None:
+            name = choose(episode.situation, episode.affordable())
+            decisions.append((name, await episode.step(environment.labels[name])))
+        stop = decisions[-1][1].end or "done"
+        return Driven(first, tuple(decisions), episode.columns(stop), stop)
+
+    return asyncio.run(play())

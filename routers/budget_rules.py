@@ -1,0 +1,52 @@
+"""Routing rules to compare a policy with. Each is a function of the situation and a random generator of its own."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+from routers.budget_episode import Choose, Situation
+
+
+def always_small(situation: Situation, affordable: Sequence[str]) -> str:
+    """The cheapest executor, always."""
+    return affordable[0]
+
+
+def always_large(situation: Situation, affordable: Sequence[str]) -> str:
+    """The most expensive executor that is affordable."""
+    return affordable[-1]
+
+
+def random_mix(p_large: float) -> Choose:
+    """The expensive executor with probability `p_large` at every step, independent of everything."""
+
+    def choose(situation: Situation, affordable: Sequence[str]) -> str:
+        step = len(situation.calls)
+        draw = random.Random(f"mix/{p_large}/{situation.view.seed}/{step}").random()
+        return affordable[-1] if draw < p_large else affordable[0]
+
+    return choose
+
+
+def first_large(calls: float) -> Choose:
+    """First-Large: the expensive executor for the first `calls` steps, then the cheapest.
+
+    A fraction is a coin per episode: 1.3 is one call, and a second in 30 % of the episodes.
+    """
+
+    def choose(situation: Situation, affordable: Sequence[str]) -> str:
+        whole = int(calls)
+        extra = random.Random(f"first/{situation.view.seed}").random() < calls - whole
+        return affordable[-1] if len(situation.calls) < whole + extra else affordable[0]
+
+    return choose
+
+
+def cascade(after: int) -> Choose:
+    """The cheapest executor for `after` steps; then the expensive one, if the episode is not over by then."""
+
+    def choose(situation: Situation, affordable: Sequence[str]) -> str:
+        return affordable[0] if len(situation.calls) < after else affordable[-1]
+
+    return choose

@@ -1,0 +1,80 @@
+"""What a router is told after every step: a few words of a fixed vocabulary, or the texts themselves.
+
+`compact` is for small policies: one word each for what the episode needs next, how many steps are gone, how many
+places were never looked into, and what is left of the budget. It reads the episode's texts only (`memory`), never the
+hidden state, so a router that sees it knows no more than the explorer does. Works on ALFWorld's texts.
+"""
+
+from __future__ import annotations
+
+import math
+
+from routers.budget_episode import Situation
+from routers.environments.facts import TREATMENTS
+from routers.environments.memory import Memory, kind, remember
+from srpo.types import Observation
+
+PHASES = ("lost", "search", "closed", "seen", "held", "ready")
+"""lost: the task is not understood. search: what is needed next was not seen. closed: the same, facing a closed door.
+seen: it was seen. held: in the hand, to be treated or brought under a lamp that was seen. ready: to be delivered."""
+_MOST = 30
+
+
+def vocabulary() -> list[str]:
+    """All words of `compact`."""
+    numbers = [f"<{letter}{n}>" for letter in "tub" for n in range(_MOST + 1)]
+    return [f"<{phase}>" for phase in PHASES] + numbers + ["<b*>"]
+
+
+def compact(situation: Situation) -> Observation:
+    """`<search><t4><u7><b2>`: phase, steps taken, places not looked into, what is left of the budget (* no limit).
+
+    The budget is shown in calls where calls are counted, else in thirtieths of the cap.
+    """
+    memory = remember(situation.view)
+    unseen = sum(place not in memory.seen for place in memory.places)
+    steps = len(situation.view.steps)
+    words = [phase(memory), f"t{min(steps, _MOST)}", f"u{min(unseen, _MOST)}", f"b{_left(situation)}"]
+    return Observation(before="".join(f"<{word}>" for word in words))
+
+
+def _left(situation: Situation) -> str:
+    budget, remaining = situation.gate.budget, situation.gate.remaining
+    if budget.cap is None:
+        return "*"
+    if budget.unit == "large_calls":
+        return str(min(int(remaining), _MOST))
+    return str(math.floor(_MOST * remaining / budget.cap) if budget.cap else 0)
+
+
+def phase(memory: Memory) -> str:
+    """One of `PHASES`."""
+    goal = memory.goal
+    if goal is None:
+        return "lost"
+    treatment = TREATMENTS.get(goal.task_type)
+    if memory.held is not None and kind(memory.held) == goal.thing:
+        if goal.lamp is not None:
+            return "held" if memory.whereabouts(goal.lamp) else _searching(memory)
+        return "ready" if treatment is None or (treatment, memory.held) in memory.treated else "held"
+    for thing, place in memory.whereabouts(goal.thing):
+        done = kind(place) == goal.receptacle and (treatment is None or (treatment, thing) in memory.treated)
+        if not done:
+            return "seen"
+    return _searching(memory)
+
+
+def _searching(memory: Memory) -> str:
+    return "closed" if memory.here in memory.closed else "search"
+
+
+def verbose(situation: Situation) -> Observation:
+    """The last action and its observation as text of others, in a frame that says who acted and what is left."""
+    left = "" if situation.gate.budget.cap is None else f", budget left {situation.gate.remaining:.4g}"
+    head = f"\n[steps left {situation.steps_left}{left}]\n"
+    if not situation.view.steps:
+        return Observation(body=situation.view.first, before=head, after="\n")
+    last = situation.view.steps[-1]
+    return Observation(
+        body=f"> {last.action}\n{last.observation}", before=f"\n{situation.calls[-1]} acted.{head}", after="\n"
+    )

@@ -1,0 +1,227 @@
+"""Boundary profiles: what always-small and always-large reach on a task, and which class that makes it.
+
+    p_S, p_L success rates over K runs each        Easy         p_S >= tau_E
+                                                   Hard         p_S <  tau_E and p_L >= tau_L
+                                                   Intractable  otherwise
+
+Runs are stored, not labels: K runs are few (a task whose true p_L is .3 shows 0 of 5 successes one time in six), so
+the class is computed from the counts, with the thresholds of today. Two guards: a task that always-large fails but
+always-small sometimes solves is Easy, and one that the policy solved is not Intractable.
+
+Source: the three classes and K = 5 are those of Budget-Aware Agentic Routing (arXiv 2602.21227). INFERRED (A.4 of our
+specification): the thresholds, both guards.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any, Literal
+
+Class = Literal["easy", "hard", "intractable"]
+CLASSES: tuple[Class, ...] = ("easy", "hard", "intractable")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a boundary policy: score in [0, 1], cost in USD."""
+
+    score: float
+    cost: float
+
+
+@dataclass(frozen=True)
+class BoundaryProfile:
+    """The runs of both boundary policies on one task, and what the policy itself did there later."""
+
+    task: str
+    task_type: str
+    scores_small: tuple[float, ...]
+    costs_small: tuple[float, ...]
+    scores_large: tuple[float, ...]
+    costs_large: tuple[float, ...]
+    policy_runs: int = 0
+    policy_successes: int = 0
+
+    @property
+    def p_small(self) -> float:
+        return fmean(self.scores_small)
+
+    @property
+    def p_large(self) -> float:
+        return fmean(self.scores_large)
+
+    @property
+    def cost_small(self) -> float:
+        return fmean(self.costs_small)
+
+    @property
+    def cost_large(self) -> float:
+        return fmean(self.costs_large)
+
+    def observed(self, runs: int, successes: int) -> BoundaryProfile:
+        """With further episodes of the policy on this task added."""
+        return replace(
+            self, policy_runs=self.policy_runs + runs, policy_successes=self.policy_successes + successes
+        )
+
+    def columns(self, rule: DifficultyRule) -> dict[str, Any]:
+        """Dataset columns: what the boundary reward reads, and the class."""
+        difficulty = rule(self)
+        return {
+            "p_small": self.p_small,
+            "p_large": self.p_large,
+            "cost_small": self.cost_small,
+            "cost_large": self.cost_large,
+            "hard": difficulty == "hard",
+            "difficulty": difficulty,
+        }
+
+
+@dataclass(frozen=True)
+class DifficultyRule:
+    """Thresholds on the success rates (mean scores).
+
+    Raises:
+        ValueError: a threshold outside (0, 1].
+    """
+
+    tau_easy: float = 0.6
+    tau_large: float = 0.2
+    small_only_is_easy: bool = True
+    """Guard: p_L < tau_L but p_S > 0 is Easy instead of Intractable."""
+
+    def __post_init__(self) -> None:
+        for name in ("tau_easy", "tau_large"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)!r}: must lie in (0, 1]")
+
+    def __call__(self, profile: BoundaryProfile) -> Class:
+        if profile.p_small >= self.tau_easy:
+            return "easy"
+        if profile.p_large >= self.tau_large:
+            return "hard"
+        if self.small_only_is_easy and profile.p_small > 0:
+            return "easy"
+        return "hard" if profile.policy_successes else "intractable"
+
+
+Play = Callable[[str, Literal["small", "large"], int], Run]
+"""(task, boundary policy, number of the run) -> the run; the same arguments give the same run. With several workers it
+is called in other processes: a function of a module, or a partial of one."""
+
+
+def profile_tasks(
+    tasks: Mapping[str, str], play: Play, path: Path, runs: int = 5, workers: int = 1
+) -> list[BoundaryProfile]:
+    """Profile tasks into a parquet file, and return the profiles in the order of `tasks`.
+
+    Every finished task is a line of `path` + ".partial"; an interrupted call goes on from there, and gives the same
+    file. An existing file keeps its tasks, and is extended by those that are new.
+
+    Args:
+        tasks: task -> its type.
+        play: plays one run; an exception stops the profiling, what is finished stays.
+        runs: K, of each boundary policy.
+        workers: processes.
+
+    Raises:
+        ValueError: the file holds profiles of another number of runs.
+    """
+    partial = path.with_name(path.name + ".partial")
+    done = {p.task: p for p in (read_profiles(path) if path.exists() else [])}
+    done |= {p.task: p for p in _read_partial(partial)}
+    for profile in done.values():
+        if len(profile.scores_small) != runs or len(profile.scores_large) != runs:
+            raise ValueError(
+                f"{path}: {profile.task} has {len(profile.scores_small)} and {len(profile.scores_large)} runs, asked "
+                f"for are {runs}; profile into another file"
+            )
+    todo = [task for task in tasks if task not in done]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with partial.open("a", encoding="utf-8") as lines:
+        for profile in _profiles(todo, tasks, play, runs, workers):
+            lines.write(json.dumps(asdict(profile)) + "\n")
+            lines.flush()
+            done[profile.task] = profile
+    write_profiles(done.values(), path)
+    partial.unlink()
+    return [done[task] for task in tasks]
+
+
+def _profiles(
+    todo: Sequence[str], tasks: Mapping[str, str], play: Play, runs: int, workers: int
+) -> Iterable[BoundaryProfile]:
+    jobs = [(task, tasks[task], play, runs) for task in todo]
+    if workers <= 1 or len(jobs) < 2:
+        yield from map(_profile, jobs)
+        return
+    # Not fork: the parent may hold threads of torch, and a forked copy of their locks never opens.
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(_profile, jobs, chunksize=8)
+
+
+def _profile(job: tuple[str, str, Play, int]) -> BoundaryProfile:
+    task, task_type, play, runs = job
+    small = [play(task, "small", k) for k in range(runs)]
+    large = [play(task, "large", k) for k in range(runs)]
+    return BoundaryProfile(
+        task,
+        task_type,
+        tuple(float(r.score) for r in small),
+        tuple(float(r.cost) for r in small),
+        tuple(float(r.score) for r in large),
+        tuple(float(r.cost) for r in large),
+    )
+
+
+def _read_partial(path: Path) -> list[BoundaryProfile]:
+    """Finished tasks; a last line that was cut off in the middle counts as not finished, and is removed."""
+    if not path.exists():
+        return []
+    text = path.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        path.write_text(whole, encoding="utf-8")
+    return [_profile_of(json.loads(line)) for line in whole.splitlines()]
+
+
+def _profile_of(fields: Mapping[str, Any]) -> BoundaryProfile:
+    return BoundaryProfile(**{k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in fields.items()})
+
+
+def write_profiles(profiles: Iterable[BoundaryProfile], path: Path) -> None:
+    """Write a parquet file: one row per task, by name, with all scores and costs. Whole or not at all."""
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [
+        {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(profile).items()}
+        for profile in sorted(profiles, key=lambda profile: profile.task)
+    ]
+    draft = path.with_name(path.name + ".draft")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), draft)
+    os.replace(draft, path)
+
+
+def read_profiles(path: Path) -> list[BoundaryProfile]:
+    """Inverse of `write_profiles`."""
+    import pyarrow.parquet
+
+    return [_profile_of(row) for row in pyarrow.parquet.read_table(path).to_pylist()]
+
+
+def observe(profiles: Iterable[BoundaryProfile], episodes: Iterable[tuple[str, float]]) -> list[BoundaryProfile]:
+    """Profiles with the policy's episodes (task, score) added: a score of 1 on an Intractable task re-labels it."""
+    counts: dict[str, list[int]] = {}
+    for task, score in episodes:
+        count = counts.setdefault(task, [0, 0])
+        count[0] += 1
+        count[1] += score >= 1
+    return [p.observed(*counts[p.task]) if p.task in counts else p for p in profiles]
