@@ -1,4 +1,4 @@
-"""Supervised warm start: teaches a policy the format of its turn before any reward is seen."""
+"""Supervised warm start: what a policy is taught before any reward is seen, by texts or by whole episodes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,56 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
+
+
+class _EpisodeSFT(SFTTrainer):
+    """Every episode weighs the same: the mean over rows of the mean over a row's trained tokens.
+
+    A batch sampled whole counts its tokens, so that an episode of 20 decisions would weigh ten times one of 2.
+    """
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        output = model(**inputs, use_cache=False, fused_lm_head=True)  # log-probs are 0 on masked positions
+        rows = -output.log_probs.sum(dim=1) / output.label_mask.sum(dim=1).clamp(min=1)
+        loss = rows.mean()
+        if num_items_in_batch is not None:  # the Trainer then leaves the accumulation to the loss
+            loss = loss / self.current_gradient_accumulation_steps
+        return (loss, output) if return_outputs else loss
+
+
+def imitate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[dict[str, list[int]]],
+    args: SFTConfig,
+    peft_config: Any = None,
+) -> PreTrainedModel:
+    """Train on the policy's own tokens of ready-made episodes, and return the trained model.
+
+    Args:
+        rows: ``{"input_ids": [...], "labels": [...]}``, labels -100 wherever the token is not the policy's. Every
+            row weighs the same, its n trained tokens 1/n each.
+        model, tokenizer, args, peft_config: as in ``warm_start``.
+
+    Raises:
+        ValueError: no rows, or a row without a trained token (named by its number, from 0).
+    """
+    if not rows:
+        raise ValueError("there are no episodes to imitate")
+    for i, row in enumerate(rows):
+        if len(row["input_ids"]) != len(row["labels"]) or all(label == -100 for label in row["labels"]):
+            raise ValueError(f"row {i}: needs as many labels as input_ids, and at least one that is not -100")
+    trainer = _EpisodeSFT(
+        model=model,
+        args=args,
+        train_dataset=Dataset.from_list([dict(row) for row in rows]),
+        processing_class=tokenizer,
+        peft_config=peft_config,
+    )
+    trainer.train()
+    return trainer.model
 
 
 def warm_start(
