@@ -14,6 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from srpo.types import LOST
+
 if TYPE_CHECKING:
     from datasets import Dataset
 
@@ -85,8 +87,9 @@ def check_rows(
 def checked_reward(func: Callable[..., Any]) -> Callable[..., Any]:
     """A TRL reward function whose values are checked: a list with one finite number, or None, per completion.
 
-    None means that the reward does not apply to that row, as in TRL. Synchronous and asynchronous functions are both
-    wrapped, and keep their name (TRL logs rewards under it).
+    None means that the reward does not apply to that row, as in TRL. Lost rows (`srpo.types.LOST`) are not shown to the
+    function; their reward is None. Synchronous and asynchronous functions are both wrapped, and keep their name (TRL
+    logs rewards under it).
 
     Raises:
         ValueError: when called; names function, row, `query_id` where there is one, and the value.
@@ -96,14 +99,46 @@ def checked_reward(func: Callable[..., Any]) -> Callable[..., Any]:
     if _is_async(func):
 
         async def checked_async(*args: Any, **kwargs: Any) -> list[float | None]:
-            return _checked_values(name, await func(*args, **kwargs), args, kwargs)
+            found = _Found(args, kwargs)
+            values = await func(*found.args, **found.kwargs) if found.rows else []
+            return found.spread(_checked_values(name, values, found.args, found.kwargs))
 
         return _named_like(checked_async, func, name)
 
     def checked(*args: Any, **kwargs: Any) -> list[float | None]:
-        return _checked_values(name, func(*args, **kwargs), args, kwargs)
+        found = _Found(args, kwargs)
+        values = func(*found.args, **found.kwargs) if found.rows else []
+        return found.spread(_checked_values(name, values, found.args, found.kwargs))
 
     return _named_like(checked, func, name)
+
+
+class _Found:
+    """The arguments of a reward function without the lost rows, and its values with them."""
+
+    def __init__(self, args: Sequence[Any], kwargs: Mapping[str, Any]):
+        lost = kwargs.get(LOST)
+        self._all = len(lost) if isinstance(lost, list) else None
+        self._kept = [i for i, cause in enumerate(lost or ()) if cause is None]
+        if self._all is None or len(self._kept) == self._all:
+            self._all, self.args, self.kwargs, self.rows = None, tuple(args), dict(kwargs), True
+            return
+        self.rows = bool(self._kept)
+        self.args = tuple(self._part(value) for value in args)
+        self.kwargs = {name: self._part(value) for name, value in kwargs.items()}
+        if (log := kwargs.get("log_extra")) is not None:
+            self.kwargs["log_extra"] = lambda column, values: log(column, self.spread(values))
+
+    def _part(self, value: Any) -> Any:
+        return [value[i] for i in self._kept] if isinstance(value, list) and len(value) == self._all else value
+
+    def spread(self, values: Sequence[Any]) -> list[Any]:
+        if self._all is None or len(values) != len(self._kept):
+            return list(values)
+        rows: list[Any] = [None] * self._all
+        for i, value in zip(self._kept, values, strict=True):
+            rows[i] = value
+        return rows
 
 
 def _named_like(wrapper: Callable[..., Any], func: Callable[..., Any], name: str) -> Callable[..., Any]:

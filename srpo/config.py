@@ -132,6 +132,31 @@ class SRPOConfig(GRPOConfig):
         default=5.0, metadata=_help("loss_type: minirl: largest importance weight pi_theta/mu_old.")
     )
 
+    # Episodes of several turns (environment=); max_completion_length covers all of them
+    max_turns: int = field(default=4, metadata=_help("Turns of the policy in one episode."))
+    max_turn_tokens: int | None = field(default=None, metadata=_help("Tokens of one turn; None: no limit of its own."))
+    max_observation_tokens: int = field(
+        default=600, metadata=_help("Tokens of the body of one observation; longer ones are cut.")
+    )
+    stop_strings: list[str] = field(
+        default_factory=list, metadata=_help("Texts of the policy that end its turn: the closing tags of its actions.")
+    )
+    step_deadline: float = field(
+        default=60.0, metadata=_help("Seconds that the world may take for one step; longer loses the rollout.")
+    )
+    episode_deadline: float | None = field(
+        default=None, metadata=_help("Seconds of the rollout after which an episode gets no further turn.")
+    )
+    max_lost_share: float = field(
+        default=0.25, metadata=_help("Share of lost rollouts that a batch may have; see max_lost_batches.")
+    )
+    max_lost_batches: int = field(
+        default=3, metadata=_help("Batches in a row with more than max_lost_share before the run stops.")
+    )
+    max_cost_usd: float | None = field(
+        default=None, metadata=_help("Stop, with a checkpoint, after the step that reaches this cost over all ranks.")
+    )
+
     # Alarms
     diagnostics_warning_interval: int = field(
         default=10, metadata=_help("Logged steps of one degenerate state (no teacher, ...) before one warning.")
@@ -165,6 +190,14 @@ class SRPOConfig(GRPOConfig):
         ):
             if slot not in template:
                 raise ValueError(f"the template {template!r} lacks its slot {slot}")
+        for name in ("max_turns", "max_turn_tokens", "step_deadline", "episode_deadline", "max_lost_batches"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise ValueError(f"{name}={getattr(self, name)}: must be positive")
+        if self.max_observation_tokens < 0:
+            raise ValueError(f"max_observation_tokens={self.max_observation_tokens}: must not be negative")
+        if any(not text for text in self.stop_strings):
+            raise ValueError("stop_strings holds an empty text, which would end every turn at once")
+        _unit("max_lost_share", self.max_lost_share)
         check_minirl(self)
         check_replay(self)
         if self.objective != "grpo" and self.steps_per_generation % self.gradient_accumulation_steps:

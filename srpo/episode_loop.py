@@ -1,13 +1,13 @@
-"""One thread with one event loop, on which the episodes of a rollout live: they wait for their worlds at the same time.
+"""One thread with one event loop, on which a rollout's episodes live: they wait for their worlds at the same time.
 
 What may go wrong, and what it costs:
 
     an exception             that episode is lost, with the exception as its cause
     waiting too long         that episode is lost: its task is cancelled, and left alone if it will not end
     a busy or blocking step  nobody else can move meanwhile. Time that the loop could not run does not count for the
-                             others. After the deadline the step's Python code is interrupted by an exception. Code that
-                             no exception can reach (a C call) keeps its thread: the thread is given up and a new one
-                             starts; jobs that had not begun begin there, those in flight are lost beside the culprit
+                             others. After the deadline the step's Python code is interrupted by an exception. Code
+                             that no exception can reach (a C call) keeps its thread, and a new one starts: jobs that
+                             had not begun begin there, those in flight are lost beside the culprit
 """
 
 import asyncio
@@ -36,7 +36,7 @@ class _Interrupted(BaseException):
 
 
 class EpisodeLoop:
-    """Runs batches of jobs on its own thread. Close it when no more are to come; it also works as a context manager."""
+    """Runs batches of jobs on its own thread; close it when no more are to come, or use it as a context."""
 
     def __init__(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None

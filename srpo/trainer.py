@@ -10,7 +10,7 @@ TRL moves it (tests/test_trl_hooks.py).
 """
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ from trl.trainer.utils import pad
 
 from srpo.checks import checked_reward
 from srpo.config import SRPOConfig
+from srpo.episodes import RolloutMixin, refuse_other_rollouts
 from srpo.heads import Divergence, TeacherTargets, add_distillation_head, hidden_entropy, hidden_logp
 from srpo.hub import HubMixin
 from srpo.minirl import MiniRLMixin
@@ -45,7 +46,7 @@ from srpo.reprompt import Rollout, Templates, choose_demonstrations, strip_think
 from srpo.resume import GenerationClock, ResumeMixin
 from srpo.sampler import SamplerMixin
 from srpo.teacher import Teacher, unpatched_copy
-from srpo.types import FEEDBACK, Columns, World
+from srpo.types import FEEDBACK, Columns, Environment, World
 
 logger = logging.get_logger(__name__)
 
@@ -64,12 +65,14 @@ class _Plan:
     feedback: list[str | None]
 
 
-class SRPOTrainer(HubMixin, ResumeMixin, ReplayMixin, MiniRLMixin, SamplerMixin, TRLGRPOTrainer):
-    """GRPO, SDPO and SRPO in one trainer; every argument of `trl.GRPOTrainer`, and three more.
+class SRPOTrainer(HubMixin, ResumeMixin, ReplayMixin, RolloutMixin, MiniRLMixin, SamplerMixin, TRLGRPOTrainer):
+    """GRPO, SDPO and SRPO in one trainer; every argument of `trl.GRPOTrainer`, and four more.
 
     Args:
         world: called once per batch with (rows, completion texts); its columns reach the reward functions, the
             completions table and the metrics (see `srpo.types`).
+        environment: in place of `world`: makes an episode per completion, which policy and world play in turns
+            (`srpo.rollout`). Its columns are used like a world's.
         correctness: which completions count as correct, from the summed rewards [B] and the columns. Default: the
             reward reaches `success_reward_threshold`. Truncated completions never count as correct.
         recipe: the resolved recipe, for the model card.
@@ -88,6 +91,7 @@ class SRPOTrainer(HubMixin, ResumeMixin, ReplayMixin, MiniRLMixin, SamplerMixin,
         train_dataset: Dataset | None = None,
         *rest: Any,
         world: World | None = None,
+        environment: Environment | None = None,
         correctness: Correctness | None = None,
         recipe: dict[str, Any] | None = None,
         **kwargs: Any,
@@ -117,7 +121,11 @@ class SRPOTrainer(HubMixin, ResumeMixin, ReplayMixin, MiniRLMixin, SamplerMixin,
         if isinstance(reward_funcs, list):
             plain = (str, torch.nn.Module)
             reward_funcs = [f if isinstance(f, plain) else checked_reward(f) for f in reward_funcs]
+        if environment is not None:
+            refuse_other_rollouts(args, given.arguments, world)
         super().__init__(model, reward_funcs, args, train_dataset, *rest, **kwargs)
+        if environment is not None:
+            self._set_up_rollouts(environment)
 
         self.alarms = Alarms(args.diagnostics_warning_interval, logger.warning)
         self._columns: Columns = {}
@@ -167,9 +175,10 @@ class SRPOTrainer(HubMixin, ResumeMixin, ReplayMixin, MiniRLMixin, SamplerMixin,
         self, inputs: list[dict[str, Any]], prompts: list[Any], completions: list[Any], completion_ids_list: list[Any]
     ) -> Tensor:
         texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
-        self._columns = {} if self.world is None else self._ask_world(inputs, texts)
+        self._columns = self._checked_columns(self._world_columns(inputs, texts), len(texts))
         rows = [{**row, **{k: v[i] for k, v in self._columns.items()}} for i, row in enumerate(inputs)]
         rewards_per_func = super()._calculate_rewards(rows, prompts, completions, completion_ids_list)
+        rewards_per_func = self._without_lost(rewards_per_func)
         # A reward function may give feedback too, through TRL's `log_extra`; it wins over the world's.
         if FEEDBACK in self._pending_extra_logs:
             notes = list(self._pending_extra_logs[FEEDBACK])
@@ -181,8 +190,7 @@ class SRPOTrainer(HubMixin, ResumeMixin, ReplayMixin, MiniRLMixin, SamplerMixin,
 
         self._prompts = prompts  # as the policy saw them: an environment may have added its first observation
         self._completion_tokens = completion_ids_list
-        ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
-        self._truncated = [not len(ids) or int(ids[-1]) not in ends for ids in completion_ids_list]
+        self._truncated = self._cut_short(completion_ids_list)
         start = self.accelerator.process_index * len(prompts)
         local = rewards_per_func[start : start + len(prompts)]
         total = (local * self.reward_weights.to(local.device)).nansum(dim=1)
@@ -190,12 +198,11 @@ class SRPOTrainer(HubMixin, ResumeMixin, ReplayMixin, MiniRLMixin, SamplerMixin,
         self._log_world()
         return rewards_per_func
 
-    def _ask_world(self, inputs: list[dict[str, Any]], texts: Sequence[str]) -> Columns:
-        columns = self.world(inputs, texts)
+    def _checked_columns(self, columns: Columns, rows: int) -> Columns:
         for name, values in columns.items():
-            if len(values) != len(texts):
+            if len(values) != rows:
                 raise ValueError(
-                    f"the world returned {len(values)} values in column {name!r} for {len(texts)} completions; "
+                    f"the world returned {len(values)} values in column {name!r} for {rows} completions; "
                     "it must return one per completion"
                 )
         if taken := sorted({*self.reward_func_names, *_TABLE_COLUMNS} & set(columns)):

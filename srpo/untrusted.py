@@ -47,7 +47,7 @@ def _rules(tokenizer: Any, _size: int) -> tuple[frozenset[int], re.Pattern[str] 
 
     The pattern looks one character ahead only: linear however many added tokens there are (Gemma has 6,000).
     """
-    added = {i: token for i, token in tokenizer.added_tokens_decoder.items()}
+    added = dict(tokenizer.added_tokens_decoder)
     forbidden = {i for i, token in added.items() if token.special or len(token.content) > 1}
     forbidden.update(tokenizer.all_special_ids)
     following: dict[str, set[str]] = {}

@@ -19,6 +19,7 @@ from trl.trainer.callbacks import SyncRefModelCallback
 
 import srpo
 from srpo.config import _GRPO_ONLY, SRPOConfig
+from srpo.episodes import RolloutMixin
 from srpo.heads import PolicyOutput
 from srpo.minirl import MiniRLMixin
 from srpo.replay_trainer import ReplayMixin
@@ -78,7 +79,7 @@ def test_signatures(name):
 
 OURS = {
     name: value
-    for cls in (SamplerMixin, MiniRLMixin, ReplayMixin, ResumeMixin, SRPOTrainer)
+    for cls in (SamplerMixin, MiniRLMixin, RolloutMixin, ReplayMixin, ResumeMixin, SRPOTrainer)
     for name, value in vars(cls).items()
     if inspect.isfunction(value)
 }
