@@ -15,7 +15,7 @@ Why int16
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -185,10 +185,11 @@ def flip_statistics(lost: Tensor, top_k: int, mask: Tensor | None = None) -> dic
 
 
 class RowRecorder:
-    """Collects routes per sequence from forwards whose rows come and go, as our own decoding loop runs them.
+    """Collects routes by sequence and position from forwards whose rows come and go, as our own decoding runs them.
 
     The model's hooks `put` the routes of each forward; the decoding loop then says, by calling this object, which
-    sequences they belong to. Rows are appended and never rewritten.
+    tokens of which sequences they were (`srpo.generate.Recorder`). A forward that nobody claims is dropped: processes
+    that wait for others run some under sharding.
     """
 
     def __init__(self) -> None:
@@ -196,59 +197,64 @@ class RowRecorder:
         self._steps: list[tuple[list[tuple[int, ...]], Tensor, Tensor]] = []
 
     def put(self, routes: Tensor) -> None:
-        """Routes ``[B, S, L, k]`` of a forward.
-
-        Raises:
-            RuntimeError: nobody said where the forward before belongs; its rows would be missing in the middle.
-        """
-        if self._waiting is not None:
-            raise RuntimeError("a forward was recorded, but the recorder was not called before the next one")
+        """Routes ``[N, S, L, k]`` of a forward."""
         self._waiting = routes
 
-    def __call__(self, rows: Sequence[int | Sequence[int]], mask: Tensor) -> None:
+    def __call__(self, rows: Sequence[Sequence[int]], positions: Tensor) -> None:
         """Say what the last forward was.
 
         Args:
-            rows: the sequence of each row of the forward; several where they share it (the prompt of a group).
-            mask: ``[B, S]``, the columns of this forward that were real tokens, in order.
+            rows: the sequences of each row of the forward; several where they share it (the prompt of a group).
+            positions: ``[N, S]``, index of each token in its sequence, -1 where the column holds none.
 
         Raises:
             RuntimeError: no forward of the model was recorded since the last call.
             ValueError: other sizes than the forward's.
         """
         if self._waiting is None:
-            raise RuntimeError("no forward of the recorded model ran since the recorder was last called")
-        if self._waiting.shape[:2] != mask.shape or len(rows) != len(mask):
+            raise RuntimeError("no forward of the recorded model ended since the recorder was last called")
+        if self._waiting.shape[:2] != positions.shape or len(rows) != len(positions):
             raise ValueError(
-                f"the forward was {tuple(self._waiting.shape[:2])} (sequences, columns), but {len(rows)} rows and a "
-                f"mask of {tuple(mask.shape)} were reported"
+                f"the forward was {tuple(self._waiting.shape[:2])} (sequences, columns), but {len(rows)} rows and "
+                f"positions of {tuple(positions.shape)} were reported"
             )
-        owners = [(row,) if isinstance(row, int) else tuple(row) for row in rows]
-        self._steps.append((owners, mask.detach().bool(), self._waiting))  # moved to the CPU once, in `rows`
+        self._steps.append(([tuple(row) for row in rows], positions.detach(), self._waiting))
         self._waiting = None
 
-    def rows(self, lengths: Sequence[int]) -> list[Tensor]:
-        """Ragged routes of the sequences 0, 1, ...
+    def rows(self, lengths: Mapping[int, int]) -> list[Tensor]:
+        """Ragged routes.
+
+        A position that was fed again (a context prefilled anew) keeps its first row: the one that its log-probability
+        was sampled with.
 
         Args:
-            lengths: tokens of each sequence; the last ones that were never fed become -1.
+            lengths: sequence -> its tokens, in the order of the result.
 
         Raises:
-            RuntimeError: the last forward was never reported, or there was none.
-            ValueError: more rows than tokens.
+            RuntimeError: no forward was reported.
+            ValueError: a token was never fed although a later one was, or a position lies behind the end.
         """
-        if self._waiting is not None or not self._steps:
-            raise RuntimeError("the last forward was not reported to the recorder" if self._steps else "no forwards")
-        parts: list[list[Tensor]] = [[] for _ in lengths]
-        for owners, mask, routes in self._steps:
-            for one, real, table in zip(owners, mask.cpu(), routes.cpu(), strict=True):
+        if not self._steps:
+            raise RuntimeError("no forward was reported to the recorder")
+        parts: dict[int, list[tuple[Tensor, Tensor]]] = {sequence: [] for sequence in lengths}
+        for owners, positions, routes in self._steps:
+            for one, place, table in zip(owners, positions.cpu(), routes.cpu(), strict=True):
                 for sequence in one:
-                    parts[sequence].append(table[real])
-        empty = self._steps[0][2].cpu()[0, :0]
-        fitted = []
-        for sequence, (part, tokens) in enumerate(zip(parts, lengths, strict=True)):
-            rows = torch.cat([empty, *part])
-            if len(rows) > tokens:
-                raise ValueError(f"sequence {sequence} has {tokens} tokens, but {len(rows)} were fed")
-            fitted.append(fit_rows(rows, tokens))
-        return fitted
+                    if sequence in parts:
+                        parts[sequence].append((place, table))
+        return [self._assemble(sequence, parts[sequence], tokens) for sequence, tokens in lengths.items()]
+
+    def _assemble(self, sequence: int, parts: list[tuple[Tensor, Tensor]], tokens: int) -> Tensor:
+        if not parts:
+            raise ValueError(f"sequence {sequence} was never fed while recording")
+        place = torch.cat([place for place, _ in parts])
+        order = place.argsort(stable=True)
+        first = place[order] >= 0
+        first[1:] &= place[order][1:] != place[order][:-1]
+        order = order[first]
+        if not torch.equal(place[order], torch.arange(len(order))) or len(order) > tokens:
+            raise ValueError(
+                f"sequence {sequence} has {tokens} tokens, but those at {place[order].tolist()[-3:]} were the last of "
+                f"{len(order)} fed: a forward was not reported, or rows were mixed up"
+            )
+        return fit_rows(torch.cat([table for _, table in parts])[order], tokens)

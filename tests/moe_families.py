@@ -15,113 +15,135 @@ from torch import Tensor, nn
 
 VOCABULARY = 64
 EXPERTS, TOP_K = 8, 2
-_MODEL = dict(
-    vocab_size=VOCABULARY,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    max_position_embeddings=128,
-    initializer_range=0.3,
-    pad_token_id=0,
-    bos_token_id=1,
-    eos_token_id=2,
-    tie_word_embeddings=False,
-)
-_QWEN = dict(
-    num_experts=EXPERTS, num_experts_per_tok=TOP_K, moe_intermediate_size=16, shared_expert_intermediate_size=16
-)
+_MODEL = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.3,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": False,
+}
+_QWEN = {
+    "num_experts": EXPERTS,
+    "num_experts_per_tok": TOP_K,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
+}
 # One dense layer before two MoE layers, two groups of four experts.
-_DEEPSEEK = dict(
-    num_hidden_layers=3,
-    first_k_dense_replace=1,
-    n_routed_experts=EXPERTS,
-    num_experts_per_tok=TOP_K,
-    n_shared_experts=1,
-    n_group=4,
-    topk_group=2,
-    moe_intermediate_size=16,
-    routed_scaling_factor=1.5,
-)
-_LATENT = dict(
-    num_key_value_heads=4, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8
-)
-_LINEAR = dict(
-    layer_types=["linear_attention", "full_attention"],
-    linear_num_key_heads=2,
-    linear_num_value_heads=4,
-    linear_key_head_dim=8,
-    linear_value_head_dim=8,
-)
-_LOCAL = dict(num_local_experts=EXPERTS, num_experts_per_tok=TOP_K)
+_DEEPSEEK = {
+    "num_hidden_layers": 3,
+    "first_k_dense_replace": 1,
+    "n_routed_experts": EXPERTS,
+    "num_experts_per_tok": TOP_K,
+    "n_shared_experts": 1,
+    "n_group": 4,
+    "topk_group": 2,
+    "moe_intermediate_size": 16,
+    "routed_scaling_factor": 1.5,
+}
+_LATENT = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+}
+_LINEAR = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+_LOCAL = {"num_local_experts": EXPERTS, "num_experts_per_tok": TOP_K}
 
 # family: (class of the model, settings); the configuration's class is the model's.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "qwen3_moe": ("Qwen3MoeForCausalLM", _QWEN | dict(norm_topk_prob=True)),
+    "qwen3_moe": ("Qwen3MoeForCausalLM", _QWEN | {"norm_topk_prob": True}),
     "qwen2_moe": ("Qwen2MoeForCausalLM", _QWEN),
-    "olmoe": ("OlmoeForCausalLM", _QWEN | dict(num_key_value_heads=4)),
+    "olmoe": ("OlmoeForCausalLM", _QWEN | {"num_key_value_heads": 4}),
     "mixtral": ("MixtralForCausalLM", _LOCAL),
     "deepseek_v3": ("DeepseekV3ForCausalLM", _DEEPSEEK | _LATENT),
-    "deepseek_v2": ("DeepseekV2ForCausalLM", _DEEPSEEK | _LATENT | dict(topk_method="group_limited_greedy")),
+    "deepseek_v2": ("DeepseekV2ForCausalLM", _DEEPSEEK | _LATENT | {"topk_method": "group_limited_greedy"}),
     "gpt_oss": ("GptOssForCausalLM", _LOCAL),
     "granitemoe": ("GraniteMoeForCausalLM", _LOCAL),
     "glm4_moe": ("Glm4MoeForCausalLM", _DEEPSEEK),
     "ernie4_5_moe": (
         "Ernie4_5_MoeForCausalLM",
-        dict(
-            moe_num_experts=EXPERTS,
-            moe_k=TOP_K,
-            moe_intermediate_size=16,
-            moe_layer_start_index=1,
-            num_hidden_layers=3,
-        ),
+        {
+            "moe_num_experts": EXPERTS,
+            "moe_k": TOP_K,
+            "moe_intermediate_size": 16,
+            "moe_layer_start_index": 1,
+            "num_hidden_layers": 3,
+        },
     ),
     "minimax_m2": ("MiniMaxM2ForCausalLM", _LOCAL),
-    "hunyuan_v1_moe": ("HunYuanMoEV1ForCausalLM", dict(num_experts=EXPERTS, moe_topk=TOP_K)),
+    "hunyuan_v1_moe": ("HunYuanMoEV1ForCausalLM", {"num_experts": EXPERTS, "moe_topk": TOP_K}),
     "jamba": (
         "JambaForCausalLM",
-        dict(
-            num_hidden_layers=4,
-            num_experts=EXPERTS,
-            num_experts_per_tok=TOP_K,
-            attn_layer_period=2,
-            attn_layer_offset=1,
-            use_mamba_kernels=False,
-            mamba_dt_rank=4,
-        ),
+        {
+            "num_hidden_layers": 4,
+            "num_experts": EXPERTS,
+            "num_experts_per_tok": TOP_K,
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "use_mamba_kernels": False,
+            "mamba_dt_rank": 4,
+        },
     ),
     "lfm2_moe": (
         "Lfm2MoeForCausalLM",
-        _QWEN | dict(num_hidden_layers=3, num_dense_layers=1, layer_types=["conv", "full_attention", "conv"]),
+        _QWEN | {"num_hidden_layers": 3, "num_dense_layers": 1, "layer_types": ["conv", "full_attention", "conv"]},
     ),
     "qwen3_next": ("Qwen3NextForCausalLM", _QWEN | _LINEAR),
     "qwen3_5_moe": ("Qwen3_5MoeForCausalLM", _QWEN | _LINEAR),
     "longcat_flash": (
         "LongcatFlashForCausalLM",
         _LATENT
-        | dict(
-            num_layers=2,
-            n_routed_experts=EXPERTS,
-            zero_expert_num=2,
-            moe_topk=TOP_K,
-            ffn_hidden_size=48,
-            expert_ffn_hidden_size=16,
-        ),
+        | {
+            "num_layers": 2,
+            "n_routed_experts": EXPERTS,
+            "zero_expert_num": 2,
+            "moe_topk": TOP_K,
+            "ffn_hidden_size": 48,
+            "expert_ffn_hidden_size": 16,
+        },
     ),
     "gemma4": (
         "Gemma4ForCausalLM",
-        dict(
-            enable_moe_block=True,
-            num_experts=EXPERTS,
-            top_k_experts=TOP_K,
-            moe_intermediate_size=16,
-            global_head_dim=8,
-            hidden_size_per_layer_input=0,
-            layer_types=["sliding_attention", "full_attention"],
-        ),
+        {
+            "enable_moe_block": True,
+            "num_experts": EXPERTS,
+            "top_k_experts": TOP_K,
+            "moe_intermediate_size": 16,
+            "global_head_dim": 8,
+            "hidden_size_per_layer_input": 0,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
     ),
+    "dots1": ("Dots1ForCausalLM", _DEEPSEEK),
+    "glm4_moe_lite": ("Glm4MoeLiteForCausalLM", _DEEPSEEK | _LATENT),
+    "deepseek_v32": ("DeepseekV32ForCausalLM", _DEEPSEEK | _LATENT),
+    "mimo_v2_flash": ("MiMoV2FlashForCausalLM", _DEEPSEEK),
+    "solar_open": ("SolarOpenForCausalLM", _DEEPSEEK),
+    "exaone_moe": ("ExaoneMoeForCausalLM", _QWEN | {"num_hidden_layers": 3, "n_group": 4, "topk_group": 2}),
+    "hy_v3": ("HYV3ForCausalLM", _QWEN | {"num_hidden_layers": 3}),
+    "laguna": ("LagunaForCausalLM", _QWEN | {"num_hidden_layers": 3}),
+    "mellum": ("MellumForCausalLM", _QWEN),
+    "flex_olmo": ("FlexOlmoForCausalLM", _QWEN),
+    "cohere2_moe": ("Cohere2MoeForCausalLM", _QWEN | {"layer_types": ["sliding_attention", "full_attention"]}),
+    "minimax": ("MiniMaxForCausalLM", _LOCAL),
+    "granitemoeshared": ("GraniteMoeSharedForCausalLM", _LOCAL | {"shared_intermediate_size": 16}),
+    "aria_text": ("AriaTextForCausalLM", {"moe_num_experts": EXPERTS, "moe_topk": TOP_K}),
 }
 
 
@@ -148,7 +170,7 @@ def experts_of(model: nn.Module) -> list[nn.Module]:
 
 @contextmanager
 def spy(model: nn.Module) -> Iterator[list[Tensor]]:
-    """The experts that each call of each experts module was told to run, ``[tokens, k]``, in the order of the calls."""
+    """What each call of each experts module was told to run, ``[tokens, k]``, in the order of the calls."""
     seen: list[Tensor] = []
 
     def look(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -164,7 +186,7 @@ def spy(model: nn.Module) -> Iterator[list[Tensor]]:
             handle.remove()
 
 
-def perturb(model: nn.Module, scale: float = 0.2, seed: int = 1) -> None:
+def perturb(model: nn.Module, scale: float = 0.1, seed: int = 1) -> None:
     """Noise on every parameter, relative to its size: many tokens change their experts."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
