@@ -3,7 +3,12 @@
 A turn of the policy is one think block followed by one action; nothing else counts. The grammar is strict on purpose:
 whatever it accepts is rewarded, so a second action, an action inside the reasoning or a name that merely contains a
 member's name must all be invalid. Tags are plain ASCII and matched exactly; look-alikes are ordinary text.
-Only text that the policy sampled may be given to ``parse``: replies of pool members never are.
+Only text that the policy sampled may be given to the parsers: replies of pool members never are.
+
+Two kinds of policy share it. A *router* (`parse`, `render`) writes one turn that names a member:
+``<think>why</think><route>name</route>``. A *think/route agent* (`parse_turn`, `render_route`, `render_answer`) writes
+turns until it answers: ``<think>why</think><search>name:query</search>`` or ``<think>..</think><answer>..</answer>``.
+The agent's default tags are those of Router-R1 (arXiv:2506.09033, data_process/prompt_pool.py).
 """
 
 from __future__ import annotations
@@ -20,17 +25,24 @@ _SHOWABLE = re.compile(r"[A-Za-z0-9][A-Za-z0-9 _.,/-]{0,39}")
 
 @dataclass(frozen=True)
 class Action:
-    """What one turn does. ``member`` is None and ``error`` says why, in words, exactly when ``kind`` is "invalid"."""
+    """What one turn does.
 
-    kind: Literal["route", "invalid"]
+    ``member`` names whom a route asks, ``query`` what (`parse_turn` only), ``answer`` is the text of an answer;
+    ``error`` says in words why a turn is "invalid". ``final``: the episode ends with this turn.
+    """
+
+    kind: Literal["route", "answer", "invalid"]
     member: str | None
     think: str
     error: str = ""
+    query: str = ""
+    answer: str | None = None
+    final: bool = False
 
 
 @dataclass(frozen=True)
 class Grammar:
-    """Names of the tags. Router-R1 spells the route action ``Grammar(route="search")``.
+    """Names of the tags; ``information`` frames what the world says. Router-R1 spells the route action "search".
 
     Raises:
         ValueError: a name is not an ASCII word, or two are equal.
@@ -39,14 +51,19 @@ class Grammar:
     think: str = "think"
     route: str = "route"
     answer: str = "answer"
+    information: str = "information"
 
     def __post_init__(self) -> None:
-        names = [getattr(self, field.name) for field in fields(self)]
+        names = self.names
         for name in names:
             if not isinstance(name, str) or not _TAG_NAME.fullmatch(name):
                 raise ValueError(f"tag name {name!r} is not an ASCII word such as 'route'")
         if len(set(names)) != len(names):
             raise ValueError(f"the tag names {names} are not all different")
+
+    @property
+    def names(self) -> list[str]:
+        return [getattr(self, field.name) for field in fields(self)]
 
     def open(self, name: str) -> str:
         return f"<{name}>"
@@ -57,16 +74,24 @@ class Grammar:
     @cached_property
     def tags(self) -> re.Pattern[str]:
         """Any opening or closing tag of this grammar. One alternation without repeats: linear on any text."""
-        names = (re.escape(getattr(self, field.name)) for field in fields(self))
-        return re.compile(f"</?(?:{'|'.join(names)})>")
+        return re.compile(f"</?(?:{'|'.join(map(re.escape, self.names))})>")
+
+    @property
+    def stops(self) -> tuple[str, str]:
+        """Where a turn of a think/route agent ends: the stop strings of its generator."""
+        return self.close(self.route), self.close(self.answer)
 
     def example(self, member: str = "name") -> str:
-        """One valid turn, for prompts: ``<think>why</think><route>name</route>``."""
+        """One valid turn of a router, for prompts: ``<think>why</think><route>name</route>``."""
         return render("why", member, self)
 
 
+ROUTER_R1 = Grammar(route="search")
+"""The tags of Router-R1's prompts and checkpoints."""
+
+
 def parse(text: str, members: Collection[str], grammar: Grammar | None = None) -> Action:
-    """Read one policy turn: a think block with some text, then a route action that names exactly one member.
+    """Read a router's turn: a think block with some text, then a route action that names exactly one member.
 
     White space around the blocks, the reasoning and the name is ignored. Names match exactly, case included.
 
@@ -80,11 +105,59 @@ def parse(text: str, members: Collection[str], grammar: Grammar | None = None) -
         text than a short plain word, because it is shown to a model again as feedback.
     """
     grammar = grammar or Grammar()
-    think, error, rest = _think_block(text, grammar)
+    think, error, rest = _think_block(text, grammar, required=True)
     if error:
         return Action("invalid", None, think, error)
-    member, error = _route_block(rest, members, grammar)
-    return Action("invalid", None, think, error) if error else Action("route", member, think)
+    _, body, error = _action_block(rest, (grammar.route,), grammar)
+    error = error or _member_error(body, members)
+    return Action("invalid", None, think, error) if error else Action("route", body, think)
+
+
+def parse_turn(
+    text: str,
+    members: Collection[str],
+    grammar: Grammar = ROUTER_R1,
+    *,
+    needs_think: bool = True,
+    forward_empty: bool = False,
+) -> Action:
+    """Read one turn of a think/route agent: a think block, then one route action or one answer, then nothing.
+
+    A route is ``name:query``; the query is everything after the first colon, further colons and line breaks included.
+    A turn that closes an answer tag anywhere is ``final``, valid or not: whoever writes two answers, or an answer and
+    a route, gets no second try.
+
+    Args:
+        text: what the policy sampled in this turn, special tokens removed.
+        members: names that may be routed to, without colons.
+        grammar: the tags.
+        needs_think: the turn must begin with a think block; else the block may be left out. Never empty if there.
+        forward_empty: a route without a query (``name`` or ``name:``) is valid; its ``query`` is "". Router-R1 refuses
+            that.
+
+    Returns:
+        ``kind`` "route" or "answer", or "invalid" with the first thing that is wrong (see `parse`).
+    """
+    final = grammar.close(grammar.answer) in text
+
+    def invalid(error: str) -> Action:
+        return Action("invalid", None, think, error, final=final)
+
+    think, error, rest = _think_block(text, grammar, needs_think)
+    if error:
+        return invalid(error)
+    kind, body, error = _action_block(rest, (grammar.route, grammar.answer), grammar)
+    if error:
+        return invalid(error)
+    if kind == grammar.answer:
+        return Action("answer", None, think, answer=body, final=True) if body else invalid("The answer was empty.")
+    name, colon, query = (part.strip() for part in body.partition(":"))
+    error = _member_error(name, members)
+    if not (error or query or forward_empty):
+        example = f"{grammar.open(grammar.route)} name:query {grammar.close(grammar.route)}"
+        what = "the query after the colon was empty" if colon else "there was no colon between name and query"
+        error = f"In the route action {what}; write {example}."
+    return invalid(error) if error else Action("route", name, think, query=query)
 
 
 def render(think: str, member: str, grammar: Grammar | None = None) -> str:
@@ -94,23 +167,58 @@ def render(think: str, member: str, grammar: Grammar | None = None) -> str:
         ValueError: no text could be read back so: an empty or padded part, or a part that holds a tag.
     """
     grammar = grammar or Grammar()
-    for what, part in (("reasoning", think), ("member name", member)):
-        if not part or part != part.strip() or grammar.tags.search(part):
-            raise ValueError(f"the {what} {part[:80]!r} is empty, padded with spaces or holds a tag of the grammar")
-    return (
-        f"{grammar.open(grammar.think)}{think}{grammar.close(grammar.think)}"
-        f"{grammar.open(grammar.route)}{member}{grammar.close(grammar.route)}"
-    )
+    return _block("reasoning", think, grammar.think, grammar) + _block("member name", member, grammar.route, grammar)
 
 
-def _think_block(text: str, grammar: Grammar) -> tuple[str, str, str]:
+def render_route(think: str, member: str, query: str, grammar: Grammar = ROUTER_R1) -> str:
+    """The turn that ``parse_turn`` reads back as this route. Without ``think``, or without ``query``, it has none.
+
+    Raises:
+        ValueError: as ``render``; and a member name with a colon.
+    """
+    if ":" in member:
+        raise ValueError(f"the member name {member[:80]!r} holds a colon; the first colon ends the name")
+    if query != query.strip() or not member.strip():
+        raise ValueError(f"the member name {member[:80]!r} is empty, or the query is padded with spaces")
+    reasoning = _block("reasoning", think, grammar.think, grammar) if think else ""
+    return reasoning + _block("route", f"{member}:{query}", grammar.route, grammar)
+
+
+def render_answer(think: str, answer: str, grammar: Grammar = ROUTER_R1) -> str:
+    """The turn that ``parse_turn`` reads back as this answer. Without ``think`` it has no think block.
+
+    Raises:
+        ValueError: as ``render``.
+    """
+    reasoning = _block("reasoning", think, grammar.think, grammar) if think else ""
+    return reasoning + _block("answer", answer, grammar.answer, grammar)
+
+
+def name_error(name: str) -> str:
+    """Why ``name`` cannot be a member that policies route to; "" when it can.
+
+    A name is copied by the policy letter by letter and shown in prompts and error messages, so it is plain: ASCII
+    letters and digits, spaces and ``_ . , / -``, at most 40 characters.
+    """
+    if _SHOWABLE.fullmatch(name) and name == name.strip():
+        return ""
+    return f"member name {name[:60]!r} must be 1 to 40 ASCII letters, digits, spaces or any of '_.,/-'"
+
+
+def _block(what: str, body: str, tag: str, grammar: Grammar) -> str:
+    if not body or body != body.strip() or grammar.tags.search(body):
+        raise ValueError(f"the {what} {body[:80]!r} is empty, padded with spaces or holds a tag of the grammar")
+    return f"{grammar.open(tag)}{body}{grammar.close(tag)}"
+
+
+def _think_block(text: str, grammar: Grammar, required: bool) -> tuple[str, str, str]:
     """(reasoning, error, what follows the block)."""
     opening, closing = grammar.open(grammar.think), grammar.close(grammar.think)
     text = text.strip()
     if not text:
         return "", "The text was empty.", ""
     if not text.startswith(opening):
-        return "", f"The text did not start with {opening}.", ""
+        return "", f"The text did not start with {opening}." if required else "", text
     body = text[len(opening) :]
     tag = grammar.tags.search(body)
     if tag is None:
@@ -121,31 +229,34 @@ def _think_block(text: str, grammar: Grammar) -> tuple[str, str, str]:
     return think, "" if think else "The think block was empty.", body[tag.end() :].strip()
 
 
-def _route_block(rest: str, members: Collection[str], grammar: Grammar) -> tuple[str | None, str]:
-    """(member, error) of the text after the think block."""
-    opening, closing = grammar.open(grammar.route), grammar.close(grammar.route)
+def _action_block(rest: str, names: Sequence[str], grammar: Grammar) -> tuple[str, str, str]:
+    """(tag name, stripped body, error) of the text after the think block: one block of ``names`` and nothing else."""
+    openings = [grammar.open(name) for name in names]
+    wanted = " or ".join(openings)
     if not rest:
-        return None, f"There was no {opening} action after the think block."
+        return "", "", f"There was no {wanted} action after the think block."
     tag = grammar.tags.match(rest)
     if tag is None:
-        return None, f"After the think block came text that is not a {opening} action."
-    if tag.group() != opening:
-        return None, f"After the think block came {tag.group()} where {opening} was expected."
+        return "", "", f"After the think block came text that is not a {wanted} action."
+    if tag.group() not in openings:
+        return "", "", f"After the think block came {tag.group()} where {wanted} was expected."
+    name = names[openings.index(tag.group())]
+    what, closing = "answer" if name == grammar.answer else "route action", grammar.close(name)
     body = rest[tag.end() :]
     tag = grammar.tags.search(body)
     if tag is None:
-        return None, f"The route action was not closed with {closing}."
+        return "", "", f"The {what} was not closed with {closing}."
     if tag.group() != closing:
-        return None, f"There was {tag.group()} inside the route action."
+        return "", "", f"There was {tag.group()} inside the {what}."
     if body[tag.end() :].strip():
-        return None, f"There was more text after {closing}; exactly one action is allowed."
-    name = body[: tag.start()].strip()
+        return "", "", f"There was more text after {closing}; exactly one action is allowed."
+    return name, body[: tag.start()].strip(), ""
+
+
+def _member_error(name: str, members: Collection[str]) -> str:
+    """Why ``name`` is no member, in words; "" when it is one."""
     if name in members:
-        return name, ""
-    return None, _unknown(name, list(members))
-
-
-def _unknown(name: str, members: Sequence[str]) -> str:
+        return ""
     known = ", ".join(members)
     if not name:
         return f"The route action named no member. The members are: {known}."
