@@ -54,11 +54,11 @@ class ReAct:
         return Act(action, self.pool.price(self.name, reply.usage), reply)
 
 
-_ACTION = re.compile(r"^\W*(?:action|command|next action)\W*[:：]\W*(.*)$", re.IGNORECASE | re.MULTILINE)
+_ACTION = re.compile(r"^\W*(?:next )?(?:action|command)\W*:[\s*`'\">]*(.*)$", re.IGNORECASE | re.MULTILINE)
 _OTHER_WORDS = (("put", "move"), ("pick up", "take"), ("place", "move"), ("goto", "go to"), ("turn on", "use"))
 
 
-def read_action(text: str, admissible: Sequence[str], closeness: float = 0.8) -> str:
+def read_action(text: str, admissible: Sequence[str], closeness: float = 0.9) -> str:
     """The command that a reply means: the one after the first "Action:", else the first line that is a command.
 
     Case, quotes, articles, "in/on" and usual other verbs are forgiven; then the closest admissible command is taken
@@ -82,11 +82,10 @@ def read_action(text: str, admissible: Sequence[str], closeness: float = 0.8) ->
 
 
 def _tidy(command: str) -> str:
-    words = re.sub(r"[^a-z0-9 /]", " ", command.lower())
-    words = re.sub(r"\b(?:in/on|into|onto|in|on)\b", "to", words)
-    words = re.sub(r"\b(?:the|a|an)\b", " ", words)
-    words = " ".join(words.split())
+    words = " ".join(re.sub(r"[^a-z0-9 /]", " ", command.lower()).split())
     for other, verb in _OTHER_WORDS:
         if words.startswith(other + " "):
-            return verb + words[len(other) :]
-    return words
+            words = verb + words[len(other) :]
+            break
+    words = re.sub(r"\b(?:in/on|into|onto|in|on)\b", "to", words)
+    return " ".join(re.sub(r"\b(?:the|a|an)\b", " ", words).split())
