@@ -87,9 +87,9 @@ def check_rows(
 def checked_reward(func: Callable[..., Any]) -> Callable[..., Any]:
     """A TRL reward function whose values are checked: a list with one finite number, or None, per completion.
 
-    None means that the reward does not apply to that row, as in TRL. Lost rows (`srpo.types.LOST`) are not shown to the
-    function; their reward is None. Synchronous and asynchronous functions are both wrapped, and keep their name (TRL
-    logs rewards under it).
+    None means that the reward does not apply to that row, as in TRL. The function never sees lost rows
+    (`srpo.types.LOST`): their reward is None. Synchronous and asynchronous functions are both wrapped, and keep their
+    name (TRL logs rewards under it).
 
     Raises:
         ValueError: when called; names function, row, `query_id` where there is one, and the value.
@@ -99,21 +99,21 @@ def checked_reward(func: Callable[..., Any]) -> Callable[..., Any]:
     if _is_async(func):
 
         async def checked_async(*args: Any, **kwargs: Any) -> list[float | None]:
-            found = _Found(args, kwargs)
-            values = await func(*found.args, **found.kwargs) if found.rows else []
-            return found.spread(_checked_values(name, values, found.args, found.kwargs))
+            rows = _Survivors(args, kwargs)
+            values = await func(*rows.args, **rows.kwargs) if rows.any else []
+            return rows.spread(_checked_values(name, values, rows.args, rows.kwargs))
 
         return _named_like(checked_async, func, name)
 
     def checked(*args: Any, **kwargs: Any) -> list[float | None]:
-        found = _Found(args, kwargs)
-        values = func(*found.args, **found.kwargs) if found.rows else []
-        return found.spread(_checked_values(name, values, found.args, found.kwargs))
+        rows = _Survivors(args, kwargs)
+        values = func(*rows.args, **rows.kwargs) if rows.any else []
+        return rows.spread(_checked_values(name, values, rows.args, rows.kwargs))
 
     return _named_like(checked, func, name)
 
 
-class _Found:
+class _Survivors:
     """The arguments of a reward function without the lost rows, and its values with them."""
 
     def __init__(self, args: Sequence[Any], kwargs: Mapping[str, Any]):
@@ -121,9 +121,9 @@ class _Found:
         self._all = len(lost) if isinstance(lost, list) else None
         self._kept = [i for i, cause in enumerate(lost or ()) if cause is None]
         if self._all is None or len(self._kept) == self._all:
-            self._all, self.args, self.kwargs, self.rows = None, tuple(args), dict(kwargs), True
+            self._all, self.args, self.kwargs, self.any = None, tuple(args), dict(kwargs), True
             return
-        self.rows = bool(self._kept)
+        self.any = bool(self._kept)
         self.args = tuple(self._part(value) for value in args)
         self.kwargs = {name: self._part(value) for name, value in kwargs.items()}
         if (log := kwargs.get("log_extra")) is not None:

@@ -11,7 +11,6 @@ TRL moves it (tests/test_trl_hooks.py).
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,12 +20,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging
 from trl import GRPOTrainer as TRLGRPOTrainer
-from trl.trainer.utils import pad
 
 from srpo.checks import checked_reward
 from srpo.config import SRPOConfig
+from srpo.distillation import DistillationMixin, Plan
 from srpo.episodes import RolloutMixin, refuse_other_rollouts
-from srpo.heads import Divergence, TeacherTargets, add_distillation_head, hidden_entropy, hidden_logp
+from srpo.heads import Divergence, TeacherTargets, add_distillation_head
 from srpo.hub import HubMixin
 from srpo.minirl import MiniRLMixin
 from srpo.objectives import (
@@ -35,14 +34,13 @@ from srpo.objectives import (
     Head,
     LossConfig,
     TokenBatch,
-    entropy_weights,
     route,
     sampled_token_divergence,
 )
 from srpo.objectives.normaliser import per_step
 from srpo.records import Alarms, world_metrics
 from srpo.replay_trainer import ReplayMixin
-from srpo.reprompt import Rollout, Templates, choose_demonstrations, strip_thinking, teacher_prompt_ids
+from srpo.reprompt import Rollout, Templates, choose_demonstrations, strip_thinking
 from srpo.resume import GenerationClock, ResumeMixin
 from srpo.sampler import SamplerMixin
 from srpo.teacher import Teacher, unpatched_copy
@@ -56,16 +54,9 @@ Correctness = Callable[[Tensor, Columns], Tensor]
 """(rewards [B] summed with their weights, columns) -> correct [B] bool."""
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """Who is distilled from what: one entry per completion of this rank."""
-
-    routed: Tensor  # [B] bool
-    demonstrations: list[str | None]
-    feedback: list[str | None]
-
-
-class SRPOTrainer(HubMixin, ResumeMixin, ReplayMixin, RolloutMixin, MiniRLMixin, SamplerMixin, TRLGRPOTrainer):
+class SRPOTrainer(
+    HubMixin, ResumeMixin, ReplayMixin, RolloutMixin, MiniRLMixin, SamplerMixin, DistillationMixin, TRLGRPOTrainer
+):
     """GRPO, SDPO and SRPO in one trainer; every argument of `trl.GRPOTrainer`, and four more.
 
     Args:
@@ -231,7 +222,7 @@ class SRPOTrainer(HubMixin, ResumeMixin, ReplayMixin, RolloutMixin, MiniRLMixin,
         self._logs["extra"]["branch"].extend(gather_object(branches))
         return batch
 
-    def _route(self, mask: Tensor) -> _Plan:
+    def _route(self, mask: Tensor) -> Plan:
         """Decide on all ranks' completions together, since a group may straddle ranks; keep this rank's part."""
         args, device = self.args, mask.device
         rewards, n = self._local_rewards, mask.size(0)
@@ -271,7 +262,7 @@ class SRPOTrainer(HubMixin, ResumeMixin, ReplayMixin, RolloutMixin, MiniRLMixin,
         trainable = scored & (mask.sum(dim=1) > 0)
         routed = route(self.objective, correct, available) & trainable
         self._log_routing(routed, correct, available)
-        return _Plan(routed, demonstrations, notes)
+        return Plan(routed, demonstrations, notes)
 
     def _log_routing(self, routed: Tensor, correct: Tensor, available: Tensor) -> None:
         failed = ~correct
@@ -282,97 +273,6 @@ class SRPOTrainer(HubMixin, ResumeMixin, ReplayMixin, RolloutMixin, MiniRLMixin,
         metrics["srpo/routed_share"].append((totals[0] / count).item())
         metrics["srpo/failed_share"].append((totals[1] / count).item())
         metrics["srpo/teacher_available"].append((totals[2] / totals[1].clamp(min=1)).item())
-
-    def _distillation_targets(self, batch: dict[str, Any], mask: Tensor, plan: _Plan) -> dict[str, Any]:
-        """Score the routed rows with the teacher. Everything per row has length B, so TRL can shuffle and split it."""
-        rows = plan.routed.nonzero().flatten().tolist()
-        omega = mask.bool() & plan.routed.unsqueeze(1)
-        entropy = torch.zeros(mask.shape, device=mask.device)
-        sampled = self.args.distillation_mode == "sampled_token"
-        teacher_logp = torch.zeros(mask.shape, device=mask.device)
-        hidden: list[Tensor | None] = [None] * mask.size(0)
-
-        prompts = {
-            i: teacher_prompt_ids(
-                self._prompts[i],
-                plan.demonstrations[i],
-                plan.feedback[i],
-                self._templates,
-                lambda prompt: self._tokenize_prompts([prompt])[0][0],
-                self._tokenizer,
-                self.args.max_reprompt_len,
-            )
-            for i in rows
-        }
-        head = None
-        for chunk in self._teacher_chunks(rows):
-            real = [i for i in chunk if i in prompts]
-            contexts = [prompts.get(i, [self._tokenizer.pad_token_id]) for i in chunk]
-            states = self._teacher_forward(contexts, chunk, batch)
-            head = head or self.teacher.head()
-            if not real:  # a rank without rows only keeps a sharded teacher's collectives in step
-                continue
-            keep = omega[chunk][:, : states.size(1)]
-            flat = states[keep]
-            entropy[chunk] = entropy[chunk].masked_scatter(
-                omega[chunk], hidden_entropy(flat, head, self.temperature)
-            )
-            if sampled:
-                tokens = batch["completion_ids"][chunk][omega[chunk]]
-                teacher_logp[chunk] = teacher_logp[chunk].masked_scatter(
-                    omega[chunk], hidden_logp(flat, head, tokens, self.temperature)
-                )
-            else:
-                for i, states_i in zip(chunk, flat.split(keep.sum(dim=1).tolist()), strict=True):
-                    hidden[i] = states_i
-        self._teacher_head = head
-
-        beta = self.args.entropy_weight_beta if self.objective == "srpo" else 0.0  # plain SDPO weighs tokens alike
-        weights = entropy_weights(entropy, omega, beta, self._sum_over_ranks)
-        distilled = self._log_teacher(entropy, weights, omega)
-        targets = {"routed": plan.routed, "distillation_weights": weights, "distilled_tokens": distilled}
-        if sampled:
-            targets["teacher_logps"] = teacher_logp
-        else:
-            targets["teacher_hidden"] = hidden
-        return targets
-
-    def _teacher_chunks(self, rows: list[int]) -> list[list[int]]:
-        size = self.args.per_device_train_batch_size
-        chunks = [rows[i : i + size] for i in range(0, len(rows), size)]
-        if self.teacher.sharded:  # every rank must enter every forward of a sharded model
-            longest = int(self.accelerator.gather(torch.tensor([len(chunks)], device=self.accelerator.device)).max())
-            chunks += [[0]] * (longest - len(chunks))
-        return chunks
-
-    def _teacher_forward(self, prompts: list[list[int]], rows: list[int], batch: dict[str, Any]) -> Tensor:
-        """[n, L, D'] hidden states that predict the first L completion tokens, L the longest of these rows."""
-        device = batch["completion_ids"].device
-        attention = batch["completion_mask"][rows]
-        length = max(int(attention.sum(dim=1).max()), 1)
-        ids = [torch.tensor(p, device=device) for p in prompts]
-        prompt_ids = pad(ids, padding_value=self._tokenizer.pad_token_id, padding_side="left")
-        prompt_mask = pad([torch.ones_like(p) for p in ids], padding_value=0, padding_side="left")
-        ids = torch.cat([prompt_ids, batch["completion_ids"][rows][:, :length]], dim=1)
-        mask = torch.cat([prompt_mask, attention[:, :length]], dim=1)
-        with self.accelerator.autocast():
-            return self.teacher.score(ids, mask, length)
-
-    def _sum_over_ranks(self, values: Tensor) -> Tensor:
-        return self.accelerator.reduce(values, reduction="sum")
-
-    def _log_teacher(self, entropy: Tensor, weights: Tensor, omega: Tensor) -> Tensor:
-        """Log the weights of this generation batch; returns the number of distilled tokens on all ranks, 0-d."""
-        sums = torch.stack([omega.sum().float(), weights.sum(), weights.square().sum(), (entropy * omega).sum()])
-        count, total, squares, nats = self._sum_over_ranks(sums)
-        largest = self.accelerator.gather(weights.amax() if weights.numel() else weights.new_zeros(())).max()
-        if count > 0:
-            metrics = self._metrics["train"]
-            metrics["srpo/weight_mean"].append((total / count).item())
-            metrics["srpo/weight_max"].append(largest.item())
-            metrics["srpo/weight_ess"].append((total**2 / (count * squares.clamp(min=1e-12))).item())
-            metrics["srpo/teacher_entropy"].append((nats / count).item())
-        return count
 
     # --------------------------------------------------------------------------------------------------- loss
 
@@ -401,6 +301,9 @@ class SRPOTrainer(HubMixin, ResumeMixin, ReplayMixin, RolloutMixin, MiniRLMixin,
             loss = loss + self.router_aux_loss_coef * aux_loss / self.current_gradient_accumulation_steps
             self._metrics["train"]["aux_loss"].append(self.accelerator.gather(aux_loss.detach()).mean().item())
         return loss
+
+    def _sum_over_ranks(self, values: Tensor) -> Tensor:
+        return self.accelerator.reduce(values, reduction="sum")
 
     def _counts(self, inputs: dict[str, Any], rows: int) -> Counts:
         """Denominators of one optimiser step; a generation batch may feed several (normaliser.per_step)."""

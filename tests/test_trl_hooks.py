@@ -19,6 +19,7 @@ from trl.trainer.callbacks import SyncRefModelCallback
 
 import srpo
 from srpo.config import _GRPO_ONLY, SRPOConfig
+from srpo.distillation import DistillationMixin
 from srpo.episodes import RolloutMixin
 from srpo.heads import PolicyOutput
 from srpo.minirl import MiniRLMixin
@@ -39,6 +40,8 @@ PARAMETERS = {
     "compute_loss": "model inputs return_outputs num_items_in_batch",
     "_compute_loss": "model inputs",
     "_get_train_sampler": "dataset",
+    "_load_best_model": "",
+    "_load_from_checkpoint": "resume_from_checkpoint model",
     "_load_optimizer_and_scheduler": "checkpoint",
     "_save": "output_dir state_dict",
     "_save_checkpoint": "model trial",
@@ -59,6 +62,8 @@ OVERRIDDEN = (
     "compute_loss",
     "_compute_loss",
     "_get_train_sampler",
+    "_load_best_model",
+    "_load_from_checkpoint",
     "_load_optimizer_and_scheduler",
     "_save",
     "_save_checkpoint",
@@ -79,7 +84,7 @@ def test_signatures(name):
 
 OURS = {
     name: value
-    for cls in (SamplerMixin, MiniRLMixin, RolloutMixin, ReplayMixin, ResumeMixin, SRPOTrainer)
+    for cls in (DistillationMixin, SamplerMixin, MiniRLMixin, RolloutMixin, ReplayMixin, ResumeMixin, SRPOTrainer)
     for name, value in vars(cls).items()
     if inspect.isfunction(value)
 }
