@@ -11,9 +11,10 @@ from typing import Any
 
 from trl import GRPOConfig
 
+from srpo.advantages import BASELINES, SCALES
 from srpo.replay_settings import check_minirl, check_replay
 
-OBJECTIVE_NAMES = ("grpo", "sdpo", "srpo")
+OBJECTIVE_NAMES = ("grpo", "sdpo", "srpo", "bopo")
 TEACHER_KINDS = ("ema", "trust_region", "frozen", "live")
 DISTILLATION_MODES = ("topk_logits", "full_logits", "sampled_token")
 DEMONSTRATIONS = ("first", "random", "best")
@@ -49,7 +50,10 @@ class SRPOConfig(GRPOConfig):
 
     objective: str = field(
         default="srpo",
-        metadata=_help("grpo: TRL's GRPO, any loss_type. sdpo: self-distillation. srpo: routed per sample."),
+        metadata=_help(
+            "grpo: TRL's GRPO, any loss_type. sdpo: self-distillation. srpo: routed per sample. bopo: BoPO-style, "
+            "reference-guided advantages for budget-aware routing."
+        ),
     )
 
     # Self-teacher
@@ -157,6 +161,18 @@ class SRPOConfig(GRPOConfig):
         default=None, metadata=_help("Stop, with a checkpoint, after the step that reaches this cost over all ranks.")
     )
 
+    # objective: bopo (srpo/advantages.py); the column `references` holds [R_S, R_L] of a row
+    advantage_baseline: str = field(
+        default="refmax", metadata=_help("What a reward is compared with: refmax, refgroup, refmean, refsmall, none.")
+    )
+    advantage_scale: str = field(
+        default="group+ref", metadata=_help("What it is divided by: std with references (group+ref), group, or none.")
+    )
+    drop_all_fail: bool = field(default=False, metadata=_help("Groups without a correct rollout teach nothing."))
+    distill_failed: bool = field(
+        default=False, metadata=_help("bopo: failed rollouts with a correct sibling are distilled, as in srpo.")
+    )
+
     # Alarms
     diagnostics_warning_interval: int = field(
         default=10, metadata=_help("Logged steps of one degenerate state (no teacher, ...) before one warning.")
@@ -173,6 +189,8 @@ class SRPOConfig(GRPOConfig):
         _choice("distillation_mode", self.distillation_mode, DISTILLATION_MODES)
         _choice("demonstration", self.demonstration, DEMONSTRATIONS)
         _choice("distillation_aggregation", self.distillation_aggregation, AGGREGATIONS)
+        _choice("advantage_baseline", self.advantage_baseline, BASELINES)
+        _choice("advantage_scale", self.advantage_scale, SCALES)
         _unit("teacher_update_rate", self.teacher_update_rate)
         _unit("distillation_alpha", self.distillation_alpha)
         if self.distillation_topk < 1:

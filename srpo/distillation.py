@@ -79,7 +79,7 @@ class DistillationMixin:
                     hidden[i] = states_i
         self._teacher_head = head
 
-        beta = self.args.entropy_weight_beta if self.objective == "srpo" else 0.0  # plain SDPO weighs tokens alike
+        beta = self.args.entropy_weight_beta if self.objective != "sdpo" else 0.0  # plain SDPO weighs tokens alike
         weights = entropy_weights(entropy, omega, beta, self._sum_over_ranks)
         distilled = self._log_teacher(entropy, weights, omega)
         targets = {"routed": plan.routed, "distillation_weights": weights, "distilled_tokens": distilled}

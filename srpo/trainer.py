@@ -22,7 +22,9 @@ from transformers.utils import logging
 from trl import GRPOTrainer as TRLGRPOTrainer
 
 from srpo.checks import checked_reward
+from srpo.choices import ChoicesMixin, scored_among
 from srpo.config import SRPOConfig
+from srpo.credit import CreditMixin
 from srpo.distillation import DistillationMixin, Plan
 from srpo.episodes import RolloutMixin, refuse_other_rollouts
 from srpo.heads import Divergence, TeacherTargets, add_distillation_head
@@ -55,9 +57,18 @@ Correctness = Callable[[Tensor, Columns], Tensor]
 
 
 class SRPOTrainer(
-    HubMixin, ResumeMixin, ReplayMixin, RolloutMixin, MiniRLMixin, SamplerMixin, DistillationMixin, TRLGRPOTrainer
+    HubMixin,
+    ResumeMixin,
+    CreditMixin,
+    ReplayMixin,
+    RolloutMixin,
+    ChoicesMixin,
+    MiniRLMixin,
+    SamplerMixin,
+    DistillationMixin,
+    TRLGRPOTrainer,
 ):
-    """GRPO, SDPO and SRPO in one trainer; every argument of `trl.GRPOTrainer`, and four more.
+    """GRPO, SDPO, SRPO and BoPO in one trainer; every argument of `trl.GRPOTrainer`, and four more.
 
     Args:
         world: called once per batch with (rows, completion texts); its columns reach the reward functions, the
@@ -98,7 +109,7 @@ class SRPOTrainer(
         self.world = world
         self.correctness = correctness
         self.teacher: Teacher | None = None
-        distils = self.objective in OBJECTIVES
+        distils = self.objective in OBJECTIVES and (self.objective != "bopo" or args.distill_failed)
 
         # `rest` are TRL's further arguments by position.
         given = inspect.signature(TRLGRPOTrainer).bind(model, reward_funcs, args, train_dataset, *rest, **kwargs)
@@ -117,6 +128,7 @@ class SRPOTrainer(
         super().__init__(model, reward_funcs, args, train_dataset, *rest, **kwargs)
         if environment is not None:
             self._set_up_rollouts(environment)
+            self._add_choice_heads()
 
         self.alarms = Alarms(args.diagnostics_warning_interval, logger.warning)
         self._columns: Columns = {}
@@ -126,20 +138,21 @@ class SRPOTrainer(
         self._truncated: list[bool] = []
         self._train_sampler: Any = None
         self.add_callback(GenerationClock(self))
-        if not distils:
+        if self.objective not in OBJECTIVES:
             return
         if self._is_vlm:
-            raise ValueError(f"objective: {self.objective} distils text models only; use objective: grpo")
+            raise ValueError(f"objective: {self.objective} trains text models only; use objective: grpo")
         base = self.model.get_base_model() if is_peft_model(self.model) else self.model
         add_distillation_head(base)
-        self.teacher = Teacher(
-            args.teacher_model_kind,
-            self.model,
-            twin,
-            args.teacher_update_rate,
-            self.accelerator,
-            snapshot_head=self._generate_every > args.gradient_accumulation_steps,
-        )
+        if distils:
+            self.teacher = Teacher(
+                args.teacher_model_kind,
+                self.model,
+                twin,
+                args.teacher_update_rate,
+                self.accelerator,
+                snapshot_head=self._generate_every > args.gradient_accumulation_steps,
+            )
         self._teacher_head: Head | None = None
         self._divergence = Divergence(
             alpha=args.distillation_alpha,
@@ -226,12 +239,7 @@ class SRPOTrainer(
         """Decide on all ranks' completions together, since a group may straddle ranks; keep this rank's part."""
         args, device = self.args, mask.device
         rewards, n = self._local_rewards, mask.size(0)
-        if self.correctness is None:
-            correct = rewards >= args.success_reward_threshold
-        else:
-            correct = self.correctness(rewards, self._columns)
-        scored = ~torch.isnan(rewards)
-        correct = correct.to(device) & scored & ~torch.tensor(self._truncated, device=device)
+        scored, correct = ~torch.isnan(rewards), self._succeeded()
         texts = self._tokenizer.batch_decode(self._completion_tokens, skip_special_tokens=True)
         feedback = self._columns.get(FEEDBACK) or [""] * n
         rollouts = gather_object(
@@ -263,6 +271,15 @@ class SRPOTrainer(
         routed = route(self.objective, correct, available) & trainable
         self._log_routing(routed, correct, available)
         return Plan(routed, demonstrations, notes)
+
+    def _succeeded(self) -> Tensor:
+        """[B] bool: completions that count as correct."""
+        rewards = self._local_rewards
+        if self.correctness is None:
+            correct = rewards >= self.args.success_reward_threshold
+        else:
+            correct = self.correctness(rewards, self._columns).to(rewards.device)
+        return correct & ~torch.isnan(rewards) & ~torch.tensor(self._truncated, device=rewards.device)
 
     def _log_routing(self, routed: Tensor, correct: Tensor, available: Tensor) -> None:
         failed = ~correct
@@ -340,7 +357,7 @@ class SRPOTrainer(
             self._branch_gradients += torch.stack([squares[routed].sum(), squares[~routed].sum()])
 
         extra = {"output_router_logits": True} if self.aux_loss_enabled else {}
-        with self.accelerator.autocast():
+        with self.accelerator.autocast(), scored_among(self._scored_model(model), inputs.get("choices")):
             output = model(
                 input_ids=ids,
                 attention_mask=attention,

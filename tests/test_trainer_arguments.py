@@ -178,7 +178,7 @@ def test_vision_language_models_are_refused(tmp_path):
 
     network = model()
     network.config.image_token_id = 5  # TRL asks every vision-language model for it
-    with pytest.raises(ValueError, match="objective: srpo distils text models only"):
+    with pytest.raises(ValueError, match="objective: srpo trains text models only"):
         SRPOTrainer(network, binary_reward, config(tmp_path), dataset(), processing_class=Processor(tokenizer()))
 
 

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from . import sdpo, srpo
+from . import bopo, sdpo, srpo
 from .batch import Counts, LossConfig, LossOutput, TokenBatch
 from .divergence import Head, hidden_divergence, sampled_token_divergence, topk_divergence
 from .routing import route
 from .weights import entropy_weights
 
-# `grpo` is TRL's own loss (all its loss types). A new objective, such as bopo, is one file and one line here, and one
-# line in `routing.ROUTES`.
+# `grpo` is TRL's own loss (all its loss types). A new objective is one file and one line here, and one line in
+# `routing.ROUTES`.
 OBJECTIVES: dict[str, Callable[[TokenBatch, LossConfig], LossOutput]] = {
     "sdpo": sdpo.loss,
     "srpo": srpo.loss,
+    "bopo": bopo.loss,
 }
 
 __all__ = [
