@@ -159,7 +159,7 @@ class ReplayAlarms:
             before = max(self._entropies, default=entropy)
             self._once.observe(
                 "cliff",
-                entropy < CLIFF * before,
+                0 < entropy < CLIFF * before,  # 0: no token was trained
                 f"The policy's entropy fell off a cliff: from {before:.3g} to {entropy:.3g} in {TREND} logged steps",
             )
             self._entropies.append(entropy)

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import is_peft_model
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from srpo.buffer import load_nested, save_nested
+from srpo.moe_checkpoint import load_renamed_weights
 from srpo.objectives import Head
 
 _HEAD_PARTS = ("weight", "bias", "softcap", "scale")
@@ -25,6 +27,7 @@ class ResumeMixin:
 
     accelerator: Any
     args: Any
+    model: Any
     state: Any
     teacher: Any
     _buffered_inputs: Any
@@ -46,6 +49,19 @@ class ResumeMixin:
             head = self._teacher_head if self.teacher is not None and self.teacher.snapshots_head else None
             parts = None if head is None else {key: getattr(head, key) for key in _HEAD_PARTS}
             save_nested({"batches": self._buffered_inputs, "head": parts}, self._rollouts_path(folder))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._load_experts(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._load_experts(self.state.best_model_checkpoint)
+
+    def _load_experts(self, folder: str) -> None:
+        # Sharded weights have their own format, under the model's own names.
+        if self.accelerator.distributed_type not in ("DEEPSPEED", "FSDP") and not is_peft_model(self.model):
+            load_renamed_weights(self.model, folder)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:

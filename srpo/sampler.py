@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from accelerate.utils import is_peft_model
 from torch import Tensor
 
 OUTSIDE = (1.05, 2.0)
@@ -103,7 +104,9 @@ class SamplerMixin:
         wanted = self.args.loss_type == "minirl" or self.args.routing_replay != "off"
         if not wanted or self.use_vllm or not self.model.training:
             return super()._generate_single_turn(prompt_ids, *args, **kwargs)
-        with SampledLogProbs(self.accelerator.unwrap_model(self.model), self.temperature) as sampled:
+        policy = self.accelerator.unwrap_model(self.model)
+        policy = policy.get_base_model() if is_peft_model(policy) else policy  # whose own `generate` PEFT calls
+        with SampledLogProbs(policy, self.temperature) as sampled:
             completion_ids, logprobs = super()._generate_single_turn(prompt_ids, *args, **kwargs)
         return completion_ids, sampled.of(completion_ids) if logprobs is None else logprobs
 
