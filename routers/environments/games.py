@@ -28,7 +28,7 @@ def load_games(path: str | Path, count: int | None = None) -> list[Game]:
 
     A packed row has id, task ("Your task is to: ..."), walkthrough and problem (PDDL text); other fields are ignored.
     """
-    games = []
+    games: list[Game] = []
     for row, where in _rows(Path(path)):
         if count is not None and len(games) == count:
             break

@@ -25,19 +25,25 @@ _GOALS = {
 _TYPE = re.compile(r"((?:objectType\?o[12t]?|receptacleType\?r))([A-Za-z]+)Type\)")
 
 _FACT = re.compile(r"\(([A-Za-z-]+)((?: [\w-]+)*) ?\)")
-_OBJECT_FLAGS = {  # predicate -> flag of a thing
+_FLAGS = {  # predicate in lower case -> flag of a thing
     name.lower(): name
     for name in (
         "isReceptacleObject cleanable heatable coolable pickupable toggleable sliceable "
         "isClean isHot isCool isSliced isToggled isOn moveable"
     ).split()
 }
-_READ = {
-    name.lower()
-    for name in (
-        "atLocation receptacleAtLocation objectAtLocation openable opened inReceptacle inReceptacleObject "
-        "receptacleType canContain objectType holds"
-    ).split()
+_ARGUMENTS = dict.fromkeys(_FLAGS, 1) | {
+    "openable": 1,
+    "opened": 1,
+    "atlocation": 2,
+    "receptacleatlocation": 2,
+    "objectatlocation": 2,
+    "inreceptacle": 2,
+    "inreceptacleobject": 2,
+    "receptacletype": 2,
+    "objecttype": 2,
+    "cancontain": 2,
+    "holds": 2,
 }
 _IGNORED = set("distance total-cost checked examined wasinreceptacle full isreceptacleobjectfull holdsany".split())
 """Predicates that no rule of the domain reads, and `holdsAny`, which follows from `holds`."""
@@ -53,25 +59,33 @@ def parse_problem(text: str, where: str) -> Facts:
         raise GameError(f"{where}: pddl_problem has no (:init ...) followed by (:goal ...)")
     table: dict[str, list[tuple[str, ...]]] = defaultdict(list)
     body = " ".join(text[init + 6 : goal].lower().split())
-    for predicate, arguments in _FACT.findall(body):
-        table[predicate].append(tuple(arguments.split()))
-    unknown = set(table) - set(_OBJECT_FLAGS) - _IGNORED - _READ
-    if unknown:
-        raise GameError(f"{where}: pddl_problem has facts that ALFWorld's domain does not know: {sorted(unknown)}")
+    for predicate, text_of_arguments in _FACT.findall(body):
+        if predicate in _IGNORED:
+            continue
+        arguments = tuple(text_of_arguments.split())
+        if len(arguments) != _ARGUMENTS.get(predicate):
+            raise GameError(
+                f"{where}: pddl_problem has a fact unknown to ALFWorld's domain: ({predicate}{text_of_arguments})"
+            )
+        table[predicate].append(arguments)
     if len(table["atlocation"]) != 1:
         raise GameError(f"{where}: pddl_problem has {len(table['atlocation'])} facts atLocation; it must have one")
 
     names = _display_names(argument for rows in table.values() for row in rows for argument in row)
     receptacle_kind = {r: kind.removesuffix("type") for r, kind in table["receptacletype"]}
-    location = dict(table["receptacleatlocation"])
+    location = {r: place for r, place in table["receptacleatlocation"]}  # noqa: C416 (rows are tuples of any length)
     if lost := sorted(set(receptacle_kind) ^ set(location)):
         raise GameError(f"{where}: receptacle {lost[0]} needs both a receptacleType and a receptacleAtLocation")
+    known = {o for o, _ in table["objecttype"]}
+    used = [o for o, _ in table["inreceptacle"] + table["inreceptacleobject"]] + [o for _, o in table["holds"]]
+    if lost := sorted({*used} - known) or sorted({r for _, r in table["inreceptacle"]} - set(location)):
+        raise GameError(f"{where}: {lost[0]} is in a fact, but has no objectType or receptacleType")
     openable, opened = ({r for (r,) in table[p]} for p in ("openable", "opened"))
     receptacles = [
         Receptacle(names[r], receptacle_kind[r], location[r], r in openable, r in opened) for r in sorted(location)
     ]
     flags: dict[str, set[str]] = defaultdict(set)
-    for predicate, flag in _OBJECT_FLAGS.items():
+    for predicate, flag in _FLAGS.items():
         for row in table.get(predicate, ()):
             flags[row[0]].add(flag)
     at: dict[str, list[str]] = defaultdict(list)
@@ -105,9 +119,8 @@ def _display_names(identifiers: Iterable[str]) -> dict[str, str]:
     """Identifier -> "mug 2": the numbers of a kind count down over its sorted identifiers, as in `AlfredDemangler`."""
     kinds = {}
     for identifier in set(identifiers):
-        kind, bar, _ = identifier.partition("_bar_")
-        if bar:
-            kinds[identifier] = kind + ("basin" if "basin" in identifier else "")
+        kind = identifier.partition("_bar_")[0]
+        kinds[identifier] = kind + ("basin" if "basin" in identifier else "")
     left = Counter(kinds.values())
     names = {}
     for identifier in sorted(kinds):

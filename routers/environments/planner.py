@@ -92,7 +92,8 @@ def _plans_to_place(state: State) -> Iterator[list[str]]:
     treatment = TREATMENTS.get(goal.task_type, "")
     things = _candidates(state, f"{treatment}able" if treatment else "")
     places = _places(state)
-    appliances = [r for r in state.facts.receptacles if r.kind in APPLIANCES.get(treatment, ())]
+    kinds = APPLIANCES.get(treatment, ())
+    appliances: list[Receptacle | None] = [r for r in state.facts.receptacles if r.kind in kinds]
     wanted = 2 if goal.task_type == "pick_two_obj_and_place" else 1
     for target in state.facts.receptacles:
         if target.kind != goal.receptacle:

@@ -146,12 +146,12 @@ class State:
         if goal.task_type == "look_at_obj_in_light":
             return self.held is not None and self.held.kind == goal.thing and self._lit(goal)
         wanted = 2 if goal.task_type == "pick_two_obj_and_place" else 1
-        return any(
-            sum(t.kind == goal.thing and self.treated(t, goal) for t in map(self.things.get, self.contents[r.name]))
-            >= wanted
-            for r in self.facts.receptacles
-            if r.kind == goal.receptacle
-        )
+        for receptacle in self.facts.receptacles:
+            if receptacle.kind == goal.receptacle:
+                things = (self.things[name] for name in self.contents[receptacle.name])
+                if sum(t.kind == goal.thing and self.treated(t, goal) for t in things) >= wanted:
+                    return True
+        return False
 
     def _lit(self, goal: Goal) -> bool:
         return any(
