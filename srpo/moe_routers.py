@@ -41,13 +41,13 @@ def find_routers(model: nn.Module) -> tuple[PreTrainedModel, list[list[nn.Module
         )
     decoder = _smallest_around(model, [m for modules in places.values() for m in modules])
     config = decoder.config.get_text_config()
-    ordered = sorted(places.items(), key=lambda place: _layer(place[0]))
     choices = {(_number(m, config, _TOP_K), _number(m, config, _EXPERTS)) for ms in places.values() for m in ms}
     if len(choices) > 1:
         raise ValueError(f"layers choose differently, (experts per token, experts): {sorted(choices)}; not supported")
     top_k, experts = choices.pop()
     if not 0 < top_k < experts:
         raise ValueError(f"{top_k} of {experts} experts per token: there is nothing to replay")
+    ordered = sorted(places.items(), key=lambda place: _layer(place[0]))
     layers = tuple(_layer(name) for name, _ in ordered)
     return decoder, [modules for _, modules in ordered], RouterSpec(layers, config.num_hidden_layers, top_k, experts)
 

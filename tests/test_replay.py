@@ -333,8 +333,9 @@ def test_a_family_without_a_topk_raises_at_its_first_use() -> None:
 def test_models_without_a_usable_router_raise_when_installed() -> None:
     with pytest.raises(ValueError, match="no MoE router"):
         RoutingReplay(tiny("Qwen3", head_dim=8))
-    dbrx = tiny("Dbrx", d_model=32, n_heads=4, n_layers=2, max_seq_len=64, attn_config={"kv_n_heads": 2, "rope_theta": 1e4},
-                ffn_config={"ffn_hidden_size": 32, "moe_num_experts": EXPERTS, "moe_top_k": TOP_K})  # fmt: skip
+    experts = {"ffn_hidden_size": 32, "moe_num_experts": EXPERTS, "moe_top_k": TOP_K}
+    attention = {"kv_n_heads": 2, "rope_theta": 1e4}
+    dbrx = tiny("Dbrx", d_model=32, n_heads=4, n_layers=2, attn_config=attention, ffn_config=experts)
     with pytest.raises(ValueError, match="unsupported family"):
         RoutingReplay(dbrx)
 
