@@ -49,9 +49,13 @@ def log_audit(trainer: Any, inputs: Mapping[str, Any]) -> None:
     def score() -> Tensor:
         return trainer._get_per_token_logps_and_entropies(trainer.model, ids, attention, length)[0]
 
-    native = score()
-    with trainer.replay.replay(inputs["routed_experts"], measure=True):
-        replayed = score()
+    trainer._choices = inputs.get("choices")  # restricted decisions are scored among their choices, as everywhere
+    try:
+        native = score()
+        with trainer.replay.replay(inputs["routed_experts"], measure=True):
+            replayed = score()
+    finally:
+        trainer._choices = None
     metrics = audit(native, replayed, trainer.replay.divergence(), trainer.replay.spec, inputs, attention, trainer)
     values = torch.tensor(list(metrics.values()), device=ids.device, dtype=torch.float32)
     means = trainer.accelerator.gather(values.unsqueeze(0)).nanmean(dim=0).tolist()
@@ -74,11 +78,12 @@ def audit(
         native, replayed: [B, T] log-probs of the completions, nats.
         lost: [B, S, L], of `RoutingReplay.divergence`.
         spec: the model's `RouterSpec`.
-        inputs: the micro-batch; reads completion_mask, tool_mask, choices, advantages and the stored log-probs.
+        inputs: the micro-batch; reads completion_mask, tool_mask, advantages and the stored log-probs.
         attention: [B, S].
         clip: has `epsilon_low` and `epsilon_high`.
     """
-    fed = attention.bool().clone()
+    mask = (inputs["completion_mask"] * inputs.get("tool_mask", 1)).bool()
+    fed = attention.bool() & mask.any(dim=1, keepdim=True)
     fed[:, :-1] &= attention[:, 1:].bool()
     fed[:, -1] = False  # nothing follows the last token, so nobody asks for its experts
     flips = flip_statistics(lost, spec.top_k, fed)
@@ -86,9 +91,6 @@ def audit(
     metrics |= {
         f"flip_rate/layer_{layer}": rate for layer, rate in zip(spec.layers, flips["per_layer"].tolist(), strict=True)
     }
-    mask = (inputs["completion_mask"] * inputs.get("tool_mask", 1)).bool()
-    if "choices" in inputs:  # restricted decisions have other log-probs, which are not scored here
-        mask &= (inputs["choices"] < 0).all(dim=-1)
     metrics["replay_bias"] = (native - replayed)[mask].abs().mean().item()
     sampled, old = inputs.get("sampling_per_token_logps"), inputs.get("old_per_token_logps")
     for name, logp in (("native", native), ("replay", replayed)):

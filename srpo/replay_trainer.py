@@ -52,6 +52,7 @@ class ReplayMixin:
     _is_vlm: bool
     _metrics: Any
     _step: int
+    _trajectories: Any
 
     def __init__(self, model: Any, reward_funcs: Any = None, args: Any = None, *rest: Any, **kwargs: Any):
         mode = replay_mode(args)
@@ -96,8 +97,8 @@ class ReplayMixin:
             output = super()._generate(prompts)
         prompt_ids, completion_ids, extra_fields = output[0], output[1], output[5]
         if recorder is not None:
-            lengths = [len(p) + len(c) for p, c in zip(prompt_ids, completion_ids, strict=True)]
-            self._rows = recorder.rows(lengths)
+            lengths = {i: len(p) + len(c) for i, (p, c) in enumerate(zip(prompt_ids, completion_ids, strict=True))}
+            self._rows = self._rows_of_turns(recorder, lengths)
         elif ROUTES in extra_fields:  # a rollout function that asked an engine (srpo.replay_engines)
             self._rows = [torch.as_tensor(row, dtype=torch.int16) for row in extra_fields.pop(ROUTES)]
         if self._rows is None:
@@ -120,6 +121,15 @@ class ReplayMixin:
                 yield recorder
             finally:
                 self._recorder = None
+
+    def _rows_of_turns(self, recorder: Any, lengths: dict[int, int]) -> list[Tensor]:
+        # A lost trajectory may have been fed more than it kept, or nothing; none of its tokens is trained on.
+        assert self.replay is not None
+        lost = {i for i, one in enumerate(self._trajectories) if one.stop == "lost"}
+        kept = {i: n for i, n in lengths.items() if i not in lost}
+        rows = dict(zip(kept, recorder.rows(kept) if kept else [], strict=True))
+        shape = (len(self.replay.spec.layers), self.replay.spec.top_k)
+        return [rows[i] if i in rows else torch.full((n, *shape), -1, dtype=torch.int16) for i, n in lengths.items()]
 
     def _generate_single_turn(self, prompt_ids: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         if self.routing_replay != "R3" or not self.model.training:
