@@ -3,12 +3,13 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import PartialState
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from trl import SFTConfig
 
 from routers.grammar import Grammar, render
 from routers.prompts import policy_prompt, price
@@ -66,6 +67,34 @@ def router_corpus(table: ReplyTable, args: SRPOConfig) -> Corpus:
     # Digits are tokens of their own, so the prices would be a fifth of every prompt.
     prices = sorted({price(member) for member in members})
     return Corpus(texts, [*tags, *prices])
+
+
+class WarmStart(Protocol):
+    """What the arguments of every task with a warm start have."""
+
+    warm_start_epochs: float
+    warm_start_learning_rate: float
+    warm_start_batch_size: int
+
+
+def warm_start_config(task: WarmStart, args: SRPOConfig, folder: Path) -> SFTConfig:
+    """The supervised warm start of a recipe; its seed, device and precision are those of the training that follows."""
+    return SFTConfig(
+        output_dir=str(folder),
+        num_train_epochs=task.warm_start_epochs,
+        learning_rate=task.warm_start_learning_rate,
+        per_device_train_batch_size=task.warm_start_batch_size,
+        lr_scheduler_type="cosine",
+        warmup_steps=10,
+        max_length=None,
+        save_strategy="no",
+        report_to="none",
+        logging_steps=20,
+        seed=args.seed,
+        use_cpu=args.use_cpu,
+        bf16=args.bf16,
+        activation_checkpointing=args.activation_checkpointing,
+    )
 
 
 def _smollm2(folder: Path, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -18,9 +18,8 @@ import numpy as np
 import yaml
 from accelerate import PartialState
 from evaluate import EVALUATION, Evaluation, evaluate_policy, spread
-from policies import load_policy, router_corpus
+from policies import load_policy, router_corpus, warm_start_config
 from transformers import PreTrainedModel, set_seed
-from trl import SFTConfig
 
 from rewards import correctness_reward, format_reward, make_cost_reward
 from routers.grammar import Grammar
@@ -122,7 +121,7 @@ def main(argv: list[str] | None = None) -> Evaluation | None:
                 "OUTPUT/warm_start as model_name_or_path and warm_start_epochs: 0 to the sharded run"
             )
         examples = _warm_start_rows(table, grammar, task, args)
-        model = warm_start(model, tokenizer, examples, _warm_start_config(task, args, start))
+        model = warm_start(model, tokenizer, examples, warm_start_config(task, args, start))
         if state.is_main_process:
             model.save_pretrained(start)
             tokenizer.save_pretrained(start)
@@ -172,25 +171,6 @@ def _warm_start_rows(
         grammar,
         np.random.default_rng(args.seed),
         reprompt=lambda prompt, demonstration, feedback: reprompt(prompt, demonstration, feedback, templates),
-    )
-
-
-def _warm_start_config(task: TaskArguments, args: SRPOConfig, folder: Path) -> SFTConfig:
-    return SFTConfig(
-        output_dir=str(folder),
-        num_train_epochs=task.warm_start_epochs,
-        learning_rate=task.warm_start_learning_rate,
-        per_device_train_batch_size=task.warm_start_batch_size,
-        lr_scheduler_type="cosine",
-        warmup_steps=10,
-        max_length=None,
-        save_strategy="no",
-        report_to="none",
-        logging_steps=20,
-        seed=args.seed,
-        use_cpu=args.use_cpu,
-        bf16=args.bf16,
-        activation_checkpointing=args.activation_checkpointing,
     )
 
 
