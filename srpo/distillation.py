@@ -82,7 +82,7 @@ class DistillationMixin:
         beta = self.args.entropy_weight_beta if self.objective != "sdpo" else 0.0  # plain SDPO weighs tokens alike
         weights = entropy_weights(entropy, omega, beta, self._sum_over_ranks)
         distilled = self._log_teacher(entropy, weights, omega)
-        targets = {"routed": plan.routed, "distillation_weights": weights, "distilled_tokens": distilled}
+        targets: dict[str, Any] = {"routed": plan.routed, "distillation_weights": weights, "distilled_tokens": distilled}
         if sampled:
             targets["teacher_logps"] = teacher_logp
         else:
@@ -105,10 +105,10 @@ class DistillationMixin:
         ids = [torch.tensor(p, device=device) for p in prompts]
         prompt_ids = pad(ids, padding_value=self._tokenizer.pad_token_id, padding_side="left")
         prompt_mask = pad([torch.ones_like(p) for p in ids], padding_value=0, padding_side="left")
-        ids = torch.cat([prompt_ids, batch["completion_ids"][rows][:, :length]], dim=1)
+        sequences = torch.cat([prompt_ids, batch["completion_ids"][rows][:, :length]], dim=1)
         mask = torch.cat([prompt_mask, attention[:, :length]], dim=1)
         with self.accelerator.autocast():
-            return self.teacher.score(ids, mask, length)
+            return self.teacher.score(sequences, mask, length)
 
     def _log_teacher(self, entropy: Tensor, weights: Tensor, omega: Tensor) -> Tensor:
         """Log the weights of this generation batch; returns the number of distilled tokens on all ranks, 0-d."""

@@ -55,16 +55,16 @@ class EpisodeLoop:
         todo = list(range(len(jobs)))
         while todo:
             batch = _Batch([jobs[i] for i in todo], seconds)
-            self._start()
-            future = asyncio.run_coroutine_threadsafe(batch.play(self._note_beat), self._loop)
+            loop = self._started()
+            future = asyncio.run_coroutine_threadsafe(batch.play(self._note_beat), loop)
             try:
                 blocked = self._watch(future, seconds)
             except BaseException:  # Ctrl-C and the like: leave no task behind
                 future.cancel()
                 raise
             if blocked:
-                batch.accuse(asyncio.current_task(self._loop))
-                self._loop.call_soon_threadsafe(self._loop.stop)  # ends the thread when its C call ever returns
+                batch.accuse(asyncio.current_task(loop))
+                loop.call_soon_threadsafe(loop.stop)  # ends the thread when its C call ever returns
                 self._loop = self._thread = None
             for i, result in zip(todo, batch.results, strict=True):
                 results[i] = result
@@ -87,12 +87,12 @@ class EpisodeLoop:
         if not thread.is_alive():
             loop.close()
 
-    def _start(self) -> None:
-        if self._loop is not None:
-            return
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="srpo-episodes", daemon=True)
-        self._thread.start()
+    def _started(self) -> asyncio.AbstractEventLoop:
+        if self._loop is None:
+            self._loop = asyncio.new_event_loop()
+            self._thread = threading.Thread(target=self._loop.run_forever, name="srpo-episodes", daemon=True)
+            self._thread.start()
+        return self._loop
 
     def _note_beat(self) -> None:
         self._beat = time.monotonic()

@@ -8,12 +8,8 @@ Failure is data. A lost rollout leaves its group: it has no reward, no token of 
 is that of the survivors. A group of which less than three quarters survive is dropped whole.
 """
 
-import hashlib
-import json
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,81 +20,14 @@ from transformers.utils import logging
 from trl.models.utils import unwrap_model_for_generation
 
 from srpo.episode_loop import EpisodeLoop
+from srpo.flatten import Flat, flatten, kept_rows, padded_choices, row_key, row_seeds
 from srpo.generate import Generator, Recorder, Sampling, TransformersGenerator
-from srpo.rollout import TURNS, Limits, as_columns, play
-from srpo.types import LOST, ROUTE, STOPS, Columns, Environment, Trajectory
+from srpo.generate_vllm import VLLMGenerator
+from srpo.rollout import Limits, as_columns, play
+from srpo.rollout_metrics import TRUNCATED, Account, Losses, account, rollout_metrics
+from srpo.types import Columns, Environment, Trajectory
 
 logger = logging.get_logger(__name__)
-
-MIN_SURVIVORS = 0.75
-TRUNCATED = ("turns", "tokens", "deadline")
-"""Stops that cut a trajectory short. "budget" is the world's own ruling, as final as "done"."""
-
-
-@dataclass(frozen=True)
-class Flat:
-    """A trajectory as TRL takes it: one completion with an owner per token."""
-
-    ids: list[int]
-    policy: list[int]
-    """1 where the policy wrote the token."""
-    logprobs: list[float]
-    """0 where the world did."""
-    choices: list[tuple[int, ...]]
-    """Allowed ids, () where there was no restriction."""
-
-
-def flatten(trajectory: Trajectory, pad_id: int) -> Flat:
-    """All turns in one row. A trajectory without a token becomes one padding token of the world's."""
-    flat = Flat([], [], [], [])
-    for turn in trajectory.turns:
-        n = len(turn.ids)
-        ours = turn.owner == "policy"
-        flat.ids.extend(turn.ids)
-        flat.policy.extend([int(ours)] * n)
-        flat.logprobs.extend(turn.logprobs if turn.logprobs is not None else [0.0] * n)
-        flat.choices.extend([turn.choices or ()] * n)
-    return flat if flat.ids else Flat([pad_id], [0], [0.0], [()])
-
-
-def padded_choices(rows: Sequence[Sequence[tuple[int, ...]]], length: int) -> Tensor | None:
-    """[B, T, A] int64, padded with -1, of each token's allowed ids; None if no token was restricted."""
-    widest = max((len(allowed) for row in rows for allowed in row), default=0)
-    if not widest:
-        return None
-    table = torch.full((len(rows), length, widest), -1)
-    for b, row in enumerate(rows):
-        for t, allowed in enumerate(row):
-            if allowed:
-                table[b, t, : len(allowed)] = torch.tensor(allowed)
-    return table
-
-
-def kept_rows(lost: Sequence[bool], group: int) -> list[bool]:
-    """Which rows are trained on: not lost, and in a group (consecutive rows) of which enough survive."""
-    kept = []
-    for start in range(0, len(lost), group):
-        members = lost[start : start + group]
-        enough = members.count(False) >= MIN_SURVIVORS * len(members)
-        kept.extend(enough and not gone for gone in members)
-    return kept
-
-
-def row_seeds(keys: Sequence[str], prefix: str) -> list[str]:
-    """`prefix:key:n`, n the number of equal keys before: named by what a row is, not by where it stands."""
-    seen: Counter[str] = Counter()
-    seeds = []
-    for key in keys:
-        seeds.append(f"{prefix}:{key}:{seen[key]}")
-        seen[key] += 1
-    return seeds
-
-
-def row_key(row: Any) -> str:
-    """A dataset row's own name: its `query_id`, or a digest of its prompt."""
-    if row.get("query_id") is not None:
-        return str(row["query_id"])
-    return hashlib.sha256(json.dumps(row["prompt"], sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 class LostRollouts(RuntimeError):
@@ -109,10 +38,21 @@ class RolloutMixin:
     """Rollouts of an environment, for `srpo.trainer.SRPOTrainer`; without one, everything is TRL's."""
 
     accelerator: Any
+    add_callback: Any
     args: Any
+    eos_token_ids: list[int]
+    mask_truncated_completions: bool
     model: Any
+    model_wrapped: Any
+    num_generations: int
+    pad_to_multiple_of: int | None
     state: Any
+    use_vllm: bool
+    vllm_generation: Any
+    _dist: Any
+    _last_loaded_step: int
     _metrics: Any
+    _tokenize_prompts: Any
     _tokenizer: Any
 
     environment: Environment | None = None
@@ -123,14 +63,14 @@ class RolloutMixin:
     _episode_loop: EpisodeLoop | None = None
     _batch_rows: Sequence[Any] = ()
     _lost_rows: Tensor | None = None
-    _lost_batches: int = 0
+    _losses: Losses
     _stop_because: str | None = None
-    _lost_summary: str | None = None
 
     def _set_up_rollouts(self, environment: Environment) -> None:
         self.environment = environment
         self._mask_truncated = self.mask_truncated_completions
         self.mask_truncated_completions = False  # TRL looks at the last token; here the stop reason says it
+        self._losses = Losses(self.args.max_lost_share, self.args.max_lost_batches)
         self.add_callback(RunLimits(self))
 
     # ------------------------------------------------------------------------------------------------ rollouts
@@ -198,6 +138,12 @@ class RolloutMixin:
     @contextmanager
     def _policy(self) -> Iterator[Generator]:
         """The generator of one generation batch, on the current weights."""
+        if self.use_vllm:
+            if self.state.global_step != self._last_loaded_step:
+                self.vllm_generation.sync_weights()
+                self._last_loaded_step = self.state.global_step
+            yield VLLMGenerator(self.vllm_generation, self._tokenizer, self._sampling(), eos_ids=self.eos_token_ids)
+            return
         with (
             unwrap_model_for_generation(
                 self.model_wrapped,
@@ -249,79 +195,38 @@ class RolloutMixin:
         self, prompt_ids: list[Any], flat: list[Flat], trajectories: list[Trajectory], training: bool
     ) -> list[bool]:
         """Log the batch of all ranks; which local rows are trained on."""
-        mine = [
-            {
-                "prompt": len(ids),
-                "policy": sum(f.policy),
-                "stop": t.stop,
-                "turns": t.columns[TURNS],
-                "cause": None if t.stop != "lost" else _cause(t),
-            }
-            for ids, f, t in zip(prompt_ids, flat, trajectories, strict=True)
-        ]
+        mine = [account(len(ids), sum(f.policy), t) for ids, f, t in zip(prompt_ids, flat, trajectories, strict=True)]
         everyone = gather_object(mine)
-        lost = [row["stop"] == "lost" for row in everyone]
+        lost = [row.stop == "lost" for row in everyone]
         self._lost_rows = torch.tensor(lost, device=self.accelerator.device)
-        group = self.num_generations if training else 1
-        kept = kept_rows(lost, group)
+        kept = kept_rows(lost, self.num_generations if training else 1)
         if training:
-            self._watch_losses(everyone)
-            self.state.num_input_tokens_seen += sum(row["prompt"] + row["policy"] for row in everyone)
+            if (summary := self._losses.observe(everyone)) is not None:
+                logger.warning("%s", summary)
+            self.state.num_input_tokens_seen += sum(row.prompt_tokens + row.policy_tokens for row in everyone)
         self._log_rollouts(everyone, kept, training)
         if self._mask_truncated:
-            kept = [k and row["stop"] not in TRUNCATED for k, row in zip(kept, everyone, strict=True)]
+            kept = [k and row.stop not in TRUNCATED for k, row in zip(kept, everyone, strict=True)]
         start = self.accelerator.process_index * len(mine)
         return kept[start : start + len(mine)]
 
-    def _log_rollouts(self, rows: list[dict[str, Any]], kept: list[bool], training: bool) -> None:
-        metrics = self._metrics["train" if training else "eval"]
-        metrics["num_tokens"] = [self.state.num_input_tokens_seen]
-        n = len(rows)
-        lengths = [row["policy"] for row in rows]
-        whole = [row["policy"] for row in rows if row["stop"] not in (*TRUNCATED, "lost")] or [0]
-        values = {  # the names up to here are TRL's; lengths count the policy's tokens
-            "completions/mean_length": sum(lengths) / n,
-            "completions/min_length": min(lengths),
-            "completions/max_length": max(lengths),
-            "completions/clipped_ratio": sum(row["stop"] in TRUNCATED for row in rows) / n,
-            "completions/mean_terminated_length": sum(whole) / len(whole),
-            "completions/min_terminated_length": min(whole),
-            "completions/max_terminated_length": max(whole),
-            "rollout/turns": sum(row["turns"] for row in rows) / n,
-            "rollout/dropped_share": 1 - sum(kept) / n,
-            **{f"rollout/stop/{stop}": sum(row["stop"] == stop for row in rows) / n for stop in STOPS},
-        }
+    def _log_rollouts(self, rows: list[Account], kept: list[bool], training: bool) -> None:
+        values = rollout_metrics(rows, kept)
         found = gather_object([dict(self.environment.metrics())])  # type: ignore[union-attr]
         for name in sorted({name for f in found for name in f}):
             numbers = [f[name] for f in found if name in f]
             values[name] = sum(numbers) / len(numbers)
-        values["cost/spent_usd"] = self._spent()
+        values["cost/spent_usd"] = spent = self._spent()
+        metrics = self._metrics["train" if training else "eval"]
+        metrics["num_tokens"] = [self.state.num_input_tokens_seen]
         for name, value in values.items():
             metrics[name].append(float(value))
         ceiling = self.args.max_cost_usd
-        if ceiling is not None and values["cost/spent_usd"] >= ceiling and self._stop_because is None:
-            self._stop_because = (
-                f"${values['cost/spent_usd']:.4f} are spent, max_cost_usd is {ceiling:g}: this step is the last"
-            )
+        if ceiling is not None and spent >= ceiling:
+            self._stop_because = f"${spent:.4f} are spent, max_cost_usd is {ceiling:g}: this step is the last"
 
     def _spent(self) -> float:
         return sum(gather_object([float(self.environment.spent_usd())]))  # type: ignore[union-attr]
-
-    def _watch_losses(self, rows: list[dict[str, Any]]) -> None:
-        causes = Counter(row["cause"] for row in rows if row["stop"] == "lost")
-        lost = sum(causes.values())
-        if not lost:
-            self._lost_batches = 0
-            return
-        most = "; ".join(f"{n} x {cause}" for cause, n in causes.most_common(3))
-        summary = f"{lost} of {len(rows)} rollouts of the batch were lost: {most}"
-        logger.warning("%s", summary)
-        self._lost_batches = self._lost_batches + 1 if lost > self.args.max_lost_share * len(rows) else 0
-        if self._lost_batches >= self.args.max_lost_batches and self._lost_summary is None:
-            self._lost_summary = (
-                f"more than {self.args.max_lost_share:.0%} of the rollouts were lost in {self._lost_batches} batches "
-                f"in a row; the last: {summary}"
-            )
 
     # ------------------------------------------------------------------------------------------------- scoring
 
@@ -377,7 +282,7 @@ class RunLimits(TrainerCallback):
         self.trainer = trainer
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        reason = self.trainer._lost_summary or self.trainer._stop_because
+        reason = self.trainer._losses.verdict or self.trainer._stop_because
         if reason is not None and not control.should_training_stop:
             logger.warning("The run stops, with a checkpoint: %s", reason)
             control.should_save = control.should_training_stop = True
@@ -386,11 +291,5 @@ class RunLimits(TrainerCallback):
         if self.trainer._episode_loop is not None:
             self.trainer._episode_loop.close()
             self.trainer._episode_loop = None
-        if self.trainer._lost_summary is not None:
-            raise LostRollouts(f"{self.trainer._lost_summary}. A checkpoint was saved in {args.output_dir}")
-
-
-def _cause(trajectory: Trajectory) -> str:
-    member = trajectory.columns.get(ROUTE)
-    cause = str(trajectory.columns.get(LOST) or "no reason given")
-    return cause if member is None or str(member) in cause else f"{member}: {cause}"
+        if self.trainer._losses.verdict is not None:
+            raise LostRollouts(f"{self.trainer._losses.verdict}. A checkpoint was saved in {args.output_dir}")

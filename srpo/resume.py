@@ -1,10 +1,12 @@
 """What a checkpoint of the trainer core holds beyond TRL's, so that 4 + 4 steps are the 8 steps of one run, bitwise.
 
-    the teacher                    teacher.safetensors, by `srpo.teacher`
-    the rest of a generation batch rollouts_<rank>.safetensors, where a checkpoint falls inside one (`srpo.buffer`)
-    the clock                      where in a generation batch and in the data's order the run is, from the step number
+the teacher                    teacher.safetensors, by `srpo.teacher`
+the rest of a generation batch rollouts_<rank>.safetensors, where a checkpoint falls inside one (`srpo.buffer`)
+the environment                environment_<rank>.json: its ledger and budgets, and the streak of lost batches
+the clock                      where in a generation batch and in the data's order the run is, from the step number
 """
 
+import json
 import os
 from contextlib import nullcontext
 from pathlib import Path
@@ -27,11 +29,13 @@ class ResumeMixin:
 
     accelerator: Any
     args: Any
+    environment: Any
     model: Any
     state: Any
     teacher: Any
     _buffered_inputs: Any
     _get_output_dir: Any
+    _losses: Any
     _step: int
     _teacher_head: Any
 
@@ -44,6 +48,9 @@ class ResumeMixin:
         folder = os.path.join(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         if self.teacher is not None:
             self.teacher.save(folder)
+        if self.environment is not None and not self.args.save_only_model:
+            state = {"environment": self.environment.state_dict(), "lost_batches": self._losses.streak}
+            self._environment_path(folder).write_text(json.dumps(state), encoding="utf-8")
         # Inside a generation batch: the rest of it is still to be trained on.
         if self._step % self._generate_every != 0 and not self.args.save_only_model:
             head = self._teacher_head if self.teacher is not None and self.teacher.snapshots_head else None
@@ -71,6 +78,8 @@ class ResumeMixin:
             return
         if self.teacher is not None:
             self.teacher.load(checkpoint)
+        if self.environment is not None:
+            self._load_environment(checkpoint)
         path = self._rollouts_path(checkpoint)
         if path.exists():
             rest = load_nested(path, self.accelerator.device)
@@ -85,6 +94,20 @@ class ResumeMixin:
 
     def _rollouts_path(self, folder: str) -> Path:
         return Path(folder) / f"rollouts_{self.accelerator.process_index}.safetensors"
+
+    def _environment_path(self, folder: str) -> Path:
+        return Path(folder) / f"environment_{self.accelerator.process_index}.json"
+
+    def _load_environment(self, checkpoint: str) -> None:
+        path = self._environment_path(checkpoint)
+        if not path.exists():
+            raise FileNotFoundError(
+                f"{path} is missing: the checkpoint was not written by a run with an environment; resume with the "
+                "recipe that wrote it, or start a new run from its weights"
+            )
+        state = json.loads(path.read_text(encoding="utf-8"))
+        self.environment.load_state_dict(state["environment"])
+        self._losses.streak = state["lost_batches"]
 
     def _get_train_sampler(self, dataset: Any = None) -> Any:
         self._train_sampler = super()._get_train_sampler(dataset)
