@@ -49,13 +49,14 @@ class ReplyCache:
             return None
 
     def put(self, key: str, reply: Reply) -> None:
-        """Keep a reply; errors are not kept.
+        """Keep an answer.
 
         Raises:
             OSError: the folder cannot be written.
+            ValueError: the reply is an error.
         """
         if reply.error is not None:
-            return
+            raise ValueError(f"no error is kept in the cache: {reply.error}")
         path = self._path(key)
         path.parent.mkdir(exist_ok=True)
         stored = {

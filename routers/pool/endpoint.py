@@ -96,11 +96,11 @@ class Endpoint:
         return self._member.max_tokens
 
     def prompt_bound(self, query: str) -> int:
-        return TEMPLATE_TOKENS + sum(len(m["content"].encode("utf-8", "replace")) for m in self._messages(query))
+        return TEMPLATE_TOKENS + sum(len(m["content"].encode("utf-8")) for m in self._messages(query))
 
     def _messages(self, query: str) -> list[dict[str, str]]:
         system = [{"role": "system", "content": self._member.system}] if self._member.system else []
-        return [*system, {"role": "user", "content": self._agent_prompt.replace("{query}", query)}]
+        return [*system, {"role": "user", "content": _encodable(self._agent_prompt.replace("{query}", query))}]
 
     async def send(self, query: str, timeout: float, query_id: str) -> Attempt:
         import openai
@@ -162,16 +162,16 @@ class Endpoint:
         words = told if isinstance(told, str) else content[:_ERROR_CHARS].decode("utf-8", "replace")
         return Attempt(
             usage=usage or Usage(),
-            error=self._clean(f"{_kind_of_status(status)}: status {status}: {words}")[:_ERROR_CHARS],
+            error=self._clean(f"{_kind_of_status(status)}: status {status}: {' '.join(words.split())}")[:_ERROR_CHARS],
             retry=status in _RETRIED or status >= 500,
             retry_after=retry_after(headers),
             unmetered=usage is None and status >= 500,
         )
 
     def _clean(self, text: str) -> str:
-        """Without the key, which a server may send back."""
+        """Without the key, which a server may send back, and as text that tokenizers take."""
         key = os.environ.get(self._member.api_key_env or "")
-        return text.replace(key, "[key]") if key else text
+        return _encodable(text.replace(key, "[key]") if key else text)
 
     def _openai(self) -> AsyncOpenAI:
         """The running event loop's client; connections of another loop cannot be used in this one."""
@@ -194,6 +194,11 @@ class Endpoint:
         self._client = None
 
 
+def _encodable(text: str) -> str:
+    """Lone surrogates, which no UTF-8 has, become question marks."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
 def _kind_of_status(status: int) -> str:
     if status == 429:
         return RATE_LIMIT
@@ -211,7 +216,7 @@ def read_usage(document: Any) -> Usage | None:
         counts = reported["prompt_tokens"], reported["completion_tokens"]
     except (KeyError, TypeError):
         return None
-    if any(not isinstance(count, int) or isinstance(count, bool) or count < 0 for count in counts):
+    if any(not isinstance(count, int) or isinstance(count, bool) or not 0 <= count < 2**53 for count in counts):
         return None
     return Usage(*counts)
 

@@ -85,7 +85,7 @@ class Pool:
                 reply = await self._follow(key, flight, end - time.monotonic())
                 if kind(reply) == TIMEOUT and end > time.monotonic():
                     continue  # the other one had less time
-            self.ledger.book(query_id, Spending(cached=1))
+            self.ledger.book(query_id, Spending(cached=1) if reply.error is None else Spending(calls=1, failed=1))
             return reply
 
     def _caller(self, member: str) -> Caller:
@@ -97,7 +97,7 @@ class Pool:
     async def _lead(self, key: str, caller: Caller, query: str, deadline: float, query_id: str) -> Reply:
         async def call() -> Reply:
             reply = await caller.ask(query, deadline, query_id)
-            if self._cache is not None:
+            if self._cache is not None and reply.error is None:
                 self._cache.put(key, reply)
             return reply
 
@@ -109,7 +109,8 @@ class Pool:
             async with asyncio.timeout(deadline):
                 return hit(await self._joined(key, flight))
         except TimeoutError:
-            return Reply("", error=f"{TIMEOUT}: an equal call in flight did not end within {deadline:g} s")
+            words = f"{TIMEOUT}: an equal call in flight did not end within {deadline:.3g} s"
+            return Reply("", error=words, seconds=deadline)
 
     async def _joined(self, key: str, flight: _Flight) -> Reply:
         """The flight's reply. It goes on while anybody waits, and ends with the last one."""

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from routers.pool.ledger import Ledger
 from routers.pool.pool import Pool
 from routers.pool.protocol import BAD_REQUEST, Attempt
-from routers.table import Recorded, ReplyTable, normalise_query
+from routers.table import ReplyTable, normalise_query
 from srpo.types import Usage
 
 By = Literal["row", "query"]
@@ -43,17 +43,13 @@ class RecordedMember:
         return self._longest_prompt
 
     async def send(self, query: str, timeout: float, query_id: str) -> Attempt:
-        found = self._find(query, query_id)
-        if found is None:
-            return Attempt(error=f"{BAD_REQUEST}: nothing is recorded for {query_id or query[:80]!r}")
-        return Attempt(found.reply, Usage(found.prompt_tokens, found.completion_tokens), seconds=found.seconds)
-
-    def _find(self, query: str, query_id: str) -> Recorded | None:
-        row = query_id if self._ids is None else self._ids.get(normalise_query(query), "")
+        row = query_id if self._ids is None else self._ids.get(normalise_query(query))
         try:
-            return self._table.lookup(row, self._member)
+            found = self._table.lookup(row or "", self._member)
         except KeyError:
-            return None
+            asked = f"query_id {query_id!r}" if self._ids is None else f"the text {query[:80]!r}"
+            return Attempt(error=f"{BAD_REQUEST}: nothing is recorded for {asked}")
+        return Attempt(found.reply, Usage(found.prompt_tokens, found.completion_tokens), seconds=found.seconds)
 
     async def aclose(self) -> None:
         pass
