@@ -1,0 +1,147 @@
+"""BFCL's multi-turn tool use (Patil et al., package `bfcl-eval`, Apache-2.0) as an agent environment.
+
+Optional: `pip install --no-deps bfcl-eval mpmath`. The package's tools and its checks of state and responses are used.
+Its way of running a call, which evaluates the model's text as Python, is not: see `tool_calls`.
+"""
+
+import copy
+import importlib
+import json
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+from routers.environments.protocol import GameError
+from routers.environments.tool_calls import call_tool, read_calls
+
+CATEGORIES = ("base", "long_context", "miss_param")
+"""Of the package's four; `miss_func`, which hides tools and shows them later, is not supported."""
+
+INSTRUCTION = (
+    "Answer with calls of these functions, as a list: [f(a=1), g(b='x')]. You see the results and may call again. "
+    "Once the request is dealt with, answer without a call."
+)
+
+
+@dataclass(frozen=True)
+class BfclTask:
+    """A conversation: what the user says in each turn, and the calls that would be right."""
+
+    id: str
+    category: str
+    turns: tuple[str, ...]
+    gold: tuple[tuple[str, ...], ...]
+    config: dict[str, Any]
+    classes: tuple[str, ...]
+    excluded: tuple[str, ...]
+
+    @property
+    def walkthrough(self) -> tuple[str, ...]:
+        """Actions that solve it: the right calls of each turn, then the end of the turn."""
+        return tuple(action for calls in self.gold for action in ([f"[{', '.join(calls)}]", ""] if calls else [""]))
+
+
+def load_bfcl(category: str = "base") -> list[BfclTask]:
+    """The tasks of a category, from the data in the installed package."""
+    if category not in CATEGORIES:
+        raise GameError(f"BFCL category {category!r} is not supported; there are {', '.join(CATEGORIES)}")
+    name = f"BFCL_v4_multi_turn_{category}.json"
+    gold = {row["id"]: row["ground_truth"] for row in _lines(f"possible_answer/{name}")}
+    return [
+        BfclTask(
+            row["id"],
+            category,
+            tuple("\n".join(message["content"] for message in turn) for turn in row["question"]),
+            tuple(tuple(calls) for calls in gold[row["id"]]),
+            row["initial_config"],
+            tuple(row["involved_classes"]),
+            tuple(row.get("excluded_function", ())),
+        )
+        for row in _lines(name)
+    ]
+
+
+class Bfcl:
+    """One conversation; an `AgentEnvironment` with free text. Score: 1 if every turn was right, known at the end."""
+
+    admissible: tuple[str, ...] = ()
+
+    def __init__(self, task: BfclTask, limit: int = 40) -> None:
+        self._task = task
+        self.seed, self.task, self.task_type, self.limit = task.id, task.turns[0], task.category, limit
+        self.steps = 0
+        self.won = False
+        self._turn = -1
+        self._right = True
+        self._said: list[str] = []
+        self._called = False
+        self._tools, self._gold_tools = _tools(task), _tools(task)
+
+    @property
+    def score(self) -> float:
+        return float(self.won)
+
+    @property
+    def done(self) -> bool:
+        return self.steps >= self.limit or self._turn == len(self._task.turns) or not self._right
+
+    def reset(self) -> str:
+        if self._turn >= 0:
+            raise GameError(f"{self.seed}: an episode object is played once; make a new one")
+        self._turn = 0
+        docs = "\n".join(json.dumps(doc) for doc in _documents(self._task))
+        return f"{docs}\n{INSTRUCTION}\n\n{self._task.turns[0]}"
+
+    def step(self, action: str) -> tuple[str, bool]:
+        if self._turn < 0 or self.done:
+            raise GameError(f"{self.seed}: step() {'before reset()' if self._turn < 0 else 'after the end'}")
+        self.steps += 1
+        calls = read_calls(action)
+        if calls:
+            self._called = True
+            results = [call_tool(self._tools, call, self._task.excluded) for call in calls]
+            self._said += results
+            return "\n".join(results), self.done
+        self._right = self._check()
+        self._turn += 1
+        self.won = self._right and self._turn == len(self._task.turns)
+        return ("" if self.done else self._task.turns[self._turn]), self.done
+
+    def _check(self) -> bool:
+        """Whether the turn that ends was right, by the rules of the package's `multi_turn_checker`."""
+        checker = importlib.import_module("bfcl_eval.eval_checker.multi_turn_eval.multi_turn_checker")
+        gold = self._task.gold[self._turn]
+        results = [call_tool(self._gold_tools, call, ()) for text in gold for call in read_calls(text)]
+        called, self._called = self._called, False
+        if not gold:  # something is missing; what was called nevertheless shows in the state of the next turn
+            return True
+        return (
+            called
+            and checker.state_checker(self._tools, self._gold_tools)["valid"]
+            and checker.response_checker(self._said, results, self._turn)["valid"]
+        )
+
+
+def _backends() -> Any:
+    return importlib.import_module("bfcl_eval.constants.executable_backend_config")
+
+
+def _tools(task: BfclTask) -> dict[str, Any]:
+    made = {}
+    for name in task.classes:
+        made[name] = getattr(importlib.import_module(_backends().CLASS_FILE_PATH_MAPPING[name]), name)()
+        if name not in _backends().STATELESS_CLASSES:
+            config = copy.deepcopy(task.config.get(name, {}))
+            made[name]._load_scenario(config, long_context=task.category == "long_context")
+    return made
+
+
+def _documents(task: BfclTask) -> list[dict[str, Any]]:
+    files = (_backends().MULTI_TURN_FUNC_DOC_FILE_MAPPING[name] for name in task.classes)
+    docs = (doc for file in files for doc in _lines(f"multi_turn_func_doc/{file}"))
+    return [doc for doc in docs if doc["name"] not in task.excluded]
+
+
+def _lines(name: str) -> list[dict[str, Any]]:
+    text = resources.files("bfcl_eval").joinpath("data", name).read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]

@@ -1,0 +1,97 @@
+"""BFCL's multi-turn tasks; what needs the package is skipped where it is not installed."""
+
+import ast
+
+import pytest
+
+from routers.environments.bfcl import CATEGORIES, Bfcl, load_bfcl
+from routers.environments.protocol import GameError
+from routers.environments.tool_calls import read_calls
+
+INSTALL = "BFCL is not installed: pip install --no-deps bfcl-eval mpmath"
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("[cd(folder='a'), ls()]", ["cd", "ls"]),
+        (" ls(a=True) ", ["ls"]),
+        ("[]", []),
+        ("Done.", []),
+        ("[ls(), 3]", []),  # all or nothing
+        ("[].append(ls())", []),
+        ("().__class__.__base__()", []),
+        ("(lambda: 1)()", []),
+        ("import os", []),
+        ("[" * 5000, []),
+        ("\x00", []),
+        ("", []),
+    ],
+)
+def test_only_plain_calls_are_calls(text: str, names: list[str]) -> None:
+    assert [call.func.id for call in read_calls(text) if isinstance(call.func, ast.Name)] == names
+
+
+def test_unsupported_categories_are_named() -> None:
+    with pytest.raises(GameError, match="'miss_func' is not supported"):
+        load_bfcl("miss_func")
+
+
+@pytest.mark.parametrize("category", CATEGORIES)
+def test_the_right_calls_solve_all_200_tasks(category: str) -> None:
+    pytest.importorskip("bfcl_eval", reason=INSTALL)
+    tasks = load_bfcl(category)
+    assert len(tasks) == 200
+    for task in tasks:
+        episode = Bfcl(task, limit=len(task.walkthrough))
+        episode.reset()
+        for action in task.walkthrough:
+            assert not episode.done
+            episode.step(action)
+        assert episode.won and episode.score == 1.0 and episode.done, task.id
+
+
+def test_a_conversation_and_its_mistakes() -> None:
+    pytest.importorskip("bfcl_eval", reason=INSTALL)
+    task = load_bfcl()[0]  # make a folder, move a file; grep; sort; move and compare
+    first = Bfcl(task)
+    said = first.reset()
+    assert '{"name": "mv"' in said and said.endswith(task.turns[0]) and '{"name": "cp"' not in said
+    assert first.step("[cd(folder='document')]") == ('{"current_working_directory": "document"}', False)
+    assert first.step("[cd(folder='nowhere')]")[0].startswith('{"error"')
+    assert first.step("I am done.")[1]  # nothing was moved: the state is not what it has to be
+    assert not first.won and first.score == 0.0
+    with pytest.raises(GameError, match="after the end"):
+        first.step("[ls()]")
+    second = Bfcl(task)
+    second.reset()
+    second.step(task.walkthrough[0])
+    assert second.step("That is done.") == (task.turns[1], False)
+
+
+@pytest.mark.parametrize(
+    "call", ["_load_scenario({})", "cp('a','b')", "exit()", "open('x')", "root()", "long_context()"]
+)
+def test_nothing_but_the_tools_of_the_task_can_be_called(call: str) -> None:
+    pytest.importorskip("bfcl_eval", reason=INSTALL)
+    episode = Bfcl(load_bfcl()[0])
+    episode.reset()
+    name = call.split("(")[0]
+    assert episode.step(f"[{call}]")[0] == f"Error during execution: name '{name}' is not defined"
+
+
+def test_arguments_are_literals() -> None:
+    pytest.importorskip("bfcl_eval", reason=INSTALL)
+    episode = Bfcl(load_bfcl()[0])
+    episode.reset()
+    assert episode.step("[cd(folder=__import__('os').getcwd())]")[0].startswith(
+        "Error during execution: malformed node"
+    )
+
+
+def test_the_limit_ends_a_conversation() -> None:
+    pytest.importorskip("bfcl_eval", reason=INSTALL)
+    episode = Bfcl(load_bfcl()[0], limit=2)
+    episode.reset()
+    assert [episode.step("[ls()]")[1] for _ in range(2)] == [False, True]
+    assert not episode.won
