@@ -57,8 +57,10 @@ def numeric(answer: str, golds: Sequence[str]) -> float:
 
 def choice(answer: str, golds: Sequence[str]) -> float:
     """1.0 if the answer begins with the right letter ("B", "(b)", "B. Paris", "B: ..."), or is an accepted text."""
-    letter, letters = _letter(answer), {_letter(gold) for gold in golds if _letter(gold) == gold.strip().upper()}
-    return 1.0 if letter and letter in letters else exact_match(answer, golds)
+    letters = {gold.strip().upper() for gold in golds if _letter(gold) == gold.strip().upper()}
+    # Letters are not compared as texts: normalisation takes "A" for an article, so that "A, B" would equal "B".
+    texts = [gold for gold in golds if gold.strip().upper() not in letters]
+    return float(_letter(answer) in letters or exact_match(answer, texts))
 
 
 def f1_of_one_answer(answer: str, golds: Sequence[str]) -> float:
