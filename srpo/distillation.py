@@ -82,7 +82,11 @@ class DistillationMixin:
         beta = self.args.entropy_weight_beta if self.objective != "sdpo" else 0.0  # plain SDPO weighs tokens alike
         weights = entropy_weights(entropy, omega, beta, self._sum_over_ranks)
         distilled = self._log_teacher(entropy, weights, omega)
-        targets: dict[str, Any] = {"routed": plan.routed, "distillation_weights": weights, "distilled_tokens": distilled}
+        targets: dict[str, Any] = {
+            "routed": plan.routed,
+            "distillation_weights": weights,
+            "distilled_tokens": distilled,
+        }
         if sampled:
             targets["teacher_logps"] = teacher_logp
         else:
