@@ -26,6 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -156,20 +157,23 @@ class RoutingReplay:
             RuntimeError: a replay is armed; in the forward or after it: beam search, assisted decoding and continuous
                 batching (they permute, take back and pack rows), a batch that changes its size.
         """
-        self._recorded = steps = []
+        steps: list[Tensor] = []
+        self._recorded = steps
 
         def append(routes: Tensor) -> None:
             if steps and len(routes) != len(steps[0]):
                 raise RuntimeError(f"the batch shrank or grew from {len(steps[0])} sequences: use record_rows()")
             steps.append(routes)
 
-        try:
-            with self._recording(append):
+        with self._recording(append):
+            caches: list[Any] = []
+            self._hooks.watched = caches
+            try:
                 yield
-        finally:
-            for cache in self._hooks.caches:
-                del cache.reorder_cache, cache.crop
-            self._hooks.caches = []
+            finally:
+                self._hooks.watched = None
+                for cache in caches:
+                    del cache.reorder_cache, cache.crop
 
     @contextmanager
     def record_once(self) -> Iterator[None]:

@@ -81,14 +81,14 @@ class RouterHooks:
         spec: what the model's routes look like.
         armed: routes to replay. A plain attribute, visible in the threads in which autograd runs a layer again.
         keep: called with the routes ``[B, S, L, k]`` of each finished forward.
-        caches: key-value caches that were made to refuse what cannot be recorded.
+        watched: key-value caches that were made to refuse what `record` cannot follow; None: do not.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.decoder, self._routers, self.spec = find_routers(model)
         self.armed: Armed | None = None
         self.keep: Callable[[Tensor], None] | None = None
-        self.caches: list[Any] = []
+        self.watched: list[Any] | None = None
         self.thread = threading.local()  # `selection`: modes are per thread; `pinned`: see RoutingReplay
         self._fired: dict[int, Tensor] = {}
         self._columns = (0, 0)
@@ -131,19 +131,19 @@ class RouterHooks:
         self._fired = {}
         self._columns = (tokens.shape[0], tokens.shape[1])
         if self.keep is not None:
-            self._watch(kwargs)
+            if "write_index" in kwargs:
+                raise RuntimeError("continuous batching packs sequences into one row: routes cannot be told apart")
+            if self.watched is not None and kwargs.get("past_key_values") is not None:
+                self._watch(kwargs["past_key_values"], self.watched)
         elif self.armed is not None:
             if self.armed.shape != self._columns:
                 raise ValueError(f"routes of {self.armed.shape} are armed for a forward of {self._columns} tokens")
             # Moved once for all layers; the object stays, because a checkpoint may already hold it.
             self.armed.routes = self.armed.routes.to(tokens.device, non_blocking=True)
 
-    def _watch(self, kwargs: dict[str, Any]) -> None:
-        """Routes are kept by row and column of the batch; refuse what moves the cache's rows and columns."""
-        if "write_index" in kwargs:
-            raise RuntimeError("continuous batching packs sequences into one row: routes cannot be told apart")
-        cache = kwargs.get("past_key_values")
-        if cache is None or any(cache is one for one in self.caches):
+    def _watch(self, cache: Any, watched: list[Any]) -> None:
+        """`record` keeps routes by row and column of the batch; refuse what moves the cache's rows and columns."""
+        if any(cache is one for one in watched):
             return
 
         def refuse(what: str) -> Callable[..., None]:
@@ -153,7 +153,7 @@ class RouterHooks:
             return method
 
         cache.reorder_cache, cache.crop = refuse("beam search"), refuse("assisted decoding")
-        self.caches.append(cache)
+        watched.append(cache)
 
     def _after_model(self) -> None:
         silent = [self.spec.layers[place] for place in range(len(self._routers)) if place not in self._fired]
