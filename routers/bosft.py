@@ -17,9 +17,10 @@ fallback, balancing, 1/T. A single cheapest success is biased towards lucky runs
 from __future__ import annotations
 
 import random
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from routers.budget_episode import BudgetEnvironment, Driven, drive
@@ -127,3 +128,38 @@ def _stratum(demonstration: Demonstration, how: Synthesis) -> Any:
     if how.strata == "class":
         return demonstration.difficulty
     return demonstration.p_large if how.strata == "p_large" else None
+
+
+def write_dataset(chosen: Sequence[Demonstration], folder: Path, executors: Sequence[str]) -> None:
+    """A folder that `datasets.load_dataset` and the Hub read: `train.parquet` and a card."""
+    import pyarrow
+    import pyarrow.parquet
+
+    folder.mkdir(parents=True, exist_ok=True)
+    records = [demonstration.record() for demonstration in chosen]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), folder / "train.parquet")
+    counts = Counter(record["difficulty"] for record in records)
+    classes = "\n".join(f"| {name} | {count} |" for name, count in sorted(counts.items()))
+    (folder / "README.md").write_text(_CARD.format(executors=", ".join(executors), classes=classes), encoding="utf-8")
+
+
+_CARD = """---
+configs:
+- config_name: default
+  data_files: train.parquet
+tags:
+- llm-routing
+- agents
+---
+# Routing demonstrations (BoSFT-style)
+
+Episodes in which a router picked, at every step, which executor acts ({executors}; the first is the cheapest): the
+cheapest successful ones of boundary runs and of a sweep over the expensive executor's share, balanced by repeating
+episodes. Columns: `prompt` (chat messages), `decisions` (executor, and what the router was told afterwards),
+`difficulty`, `p_large` (share in the sweep), `score`, `cost_usd`. Train on the decisions only, every episode with the
+same weight.
+
+| class | episodes |
+|---|--:|
+{classes}
+"""

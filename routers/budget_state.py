@@ -8,6 +8,7 @@ hidden state, so a router that sees it knows no more than the explorer does. Wor
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from routers.budget_episode import Situation
 from routers.environments.facts import TREATMENTS
@@ -77,4 +78,21 @@ def verbose(situation: Situation) -> Observation:
     last = situation.view.steps[-1]
     return Observation(
         body=f"> {last.action}\n{last.observation}", before=f"\n{situation.calls[-1]} acted.{head}", after="\n"
+    )
+
+
+def compact_prompt(task: str, situation: Situation, labels: Mapping[str, str]) -> str:
+    """The task, and the words of the start."""
+    return f"{task}\n{compact(situation).before}"
+
+
+def verbose_prompt(task: str, situation: Situation, labels: Mapping[str, str]) -> str:
+    """What a language model is asked to do, who can act, what is left, and the first observation."""
+    cap = situation.gate.budget.cap
+    limit = "There is no budget." if cap is None else f"The budget is {cap:g} {situation.gate.budget.unit}."
+    names = "\n".join(f"{label}: {name}" for name, label in labels.items())
+    return (
+        "You do not act yourself. At every step of the task you decide which executor acts; the first is cheap, those "
+        f"after it are stronger and more expensive. Answer with its word only.\n{names}\n{limit} "
+        f"There are {situation.steps_left} steps.\n\n{situation.view.first}"
     )

@@ -1,0 +1,145 @@
+"""Evaluate a router on held-out games, or put several runs into one table with intervals and a picture.
+
+    python scripts/evaluate_bopo.py outputs/bopo-seed0 outputs/bopo-seed1 outputs/bopo-seed2 --markdown
+
+Runs are grouped by the name of their folder without "-seedN"; every run of scripts/train_bopo.py writes
+`episodes.parquet`. The scripted executors of the quickstart are SCRIPTED: the planner reads the hidden state.
+"""
+
+import argparse
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from budget_task import BudgetTask, make_environment, make_rows
+from transformers import PreTrainedModel
+
+from routers.budget_episode import GAME, Choose, drive
+from routers.budget_plot import draw
+from routers.budget_report import Episodes, render
+from routers.budget_rules import always_large, always_small, cascade, first_large, random_mix
+from routers.environments.facts import Game
+from srpo.generate import TransformersGenerator
+from srpo.rollout import Limits, play
+from srpo.sampling import Sampling
+from srpo.types import CORRECT, COST, LOST
+
+EPISODES = "episodes.parquet"
+REPETITIONS = 3
+SHARES = (0.02, 0.04, 0.06, 0.08, 0.1, 0.13, 0.16, 0.2, 0.25, 0.3, 0.4, 0.6)
+FAMILIES: dict[str, Mapping[str, Choose]] = {
+    "random mixing": {"0": always_small, **{f"{p:g}": random_mix(p) for p in SHARES}, "1": always_large},
+    "first-large": {"0": always_small, **{str(k): first_large(k) for k in range(1, 7)}, "all": always_large},
+    "cascade": {"never": always_small, **{str(k): cascade(k) for k in range(2, 20, 2)}, "at once": always_large},
+}
+
+
+def play_rules(task: BudgetTask, games: Sequence[Game]) -> pd.DataFrame:
+    """Every setting of every family on every game: one row per episode."""
+    environment = make_environment(task, games)
+    rows = []
+    for family, settings in FAMILIES.items():
+        for setting, choose in settings.items():
+            for repetition in range(REPETITIONS):
+                for game in games:
+                    seed = f"evaluation/{repetition}/{game.id}"
+                    columns = drive(environment, {GAME: game.id}, seed, choose).columns
+                    rows.append({"method": f"{family} {setting}", "repetition": repetition, **_record(game, columns)})
+    return pd.DataFrame(rows)
+
+
+def play_policy(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    task: BudgetTask,
+    games: Sequence[Game],
+    *,
+    caps: Sequence[float],
+    seed: int,
+    temperature: float,
+    price: tuple[float, float],
+    batch: int = 64,
+) -> pd.DataFrame:
+    """The policy on every game at every cap. Its own tokens are priced, each token of a context once (it is cached).
+
+    Raises:
+        RuntimeError: an episode was lost.
+    """
+    environment = make_environment(task, games)
+    known = {game.id: game for game in games}
+    records = []
+    model.eval()
+    for cap in caps:
+        rows = make_rows(task, games, [cap])
+        for start in range(0, len(rows), batch):
+            some = rows[start : start + batch]
+            prompts = [
+                tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=True)["input_ids"]
+                for row in some
+            ]
+            generator = TransformersGenerator(
+                model, tokenizer, Sampling(temperature=temperature), eos_ids=[tokenizer.eos_token_id]
+            )
+            limits = Limits(task.step_limit, 100_000, 1024, step_seconds=120.0)
+            seeds = [f"evaluation/{seed}/{row[GAME]}" for row in some]
+            for row, trajectory in zip(
+                some, play(environment, some, prompts, seeds, generator, tokenizer, limits), strict=True
+            ):
+                if trajectory.stop == "lost":
+                    raise RuntimeError(f"{row[GAME]} was lost: {trajectory.columns[LOST]}")
+                read = len(trajectory.prompt_ids) + sum(len(t.ids) for t in trajectory.turns if t.owner == "world")
+                written = sum(len(t.ids) for t in trajectory.turns if t.owner == "policy")
+                own = (read * price[0] + written * price[1]) / 1e6
+                record = _record(known[row[GAME]], trajectory.columns)
+                records.append({**record, "repetition": seed, "cap": cap, "policy_usd": own})
+    return pd.DataFrame(records)
+
+
+def _record(game: Game, columns: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "game": game.id,
+        "task_type": game.task_type,
+        "success": float(columns[CORRECT]),
+        "executor_usd": float(columns[COST]),
+        "large_calls": int(columns["large_calls"]),
+        "steps": int(columns["calls"]),
+        "violated": bool(columns["budget_violated"]),
+        "cap": math.inf,
+        "policy_usd": 0.0,
+    }
+
+
+def read_runs(folders: Sequence[Path], names: Sequence[str] | None = None) -> pd.DataFrame:
+    """All episodes of several runs in one frame. A run's policy is named after its folder, without "-seedN".
+
+    Rules and the BoSFT policy of a seed are the same in all runs that share them, and are kept once.
+    """
+    frames = []
+    for folder in folders:
+        frame = pd.read_parquet(folder / EPISODES)
+        name = re.sub(r"-seed\d+$", "", folder.name)
+        frames.append(frame.assign(method=frame["method"].replace("policy", name)))
+    return pd.concat(frames).drop_duplicates(["set", "method", "repetition", "game", "cap"], ignore_index=True)
+
+
+def main(argv: Sequence[str] | None = None) -> str:
+    """Print the tables of finished runs."""
+    parser = argparse.ArgumentParser(description="Put runs of train_bopo.py into one table.")
+    parser.add_argument("runs", nargs="+", type=Path, help="output folders of scripts/train_bopo.py")
+    parser.add_argument("--markdown", action="store_true")
+    parser.add_argument("--picture", type=Path, help="where to draw the frontiers (PNG)")
+    options = parser.parse_args(argv)
+    frame = read_runs(options.runs)
+    sets = {str(name): Episodes(part) for name, part in frame.groupby("set")}
+    text = "\n".join(render(episodes, name, options.markdown) for name, episodes in sets.items())
+    if options.picture:
+        draw(sets, options.picture)
+    print(text)
+    return text
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,294 @@
+"""Train a router of agent steps under budgets, from a recipe: profile -> BoSFT -> BoPO -> held-out evaluation.
+
+    accelerate launch scripts/train_bopo.py --config recipes/quickstart/bopo.yaml
+    accelerate launch scripts/train_bopo.py --config recipes/quickstart/bopo.yaml --seed 1 --output_dir OUTPUT
+
+Every line of the recipe is a field of `BudgetTask` (scripts/budget_task.py), of `BopoArguments` below, or of
+`srpo.SRPOConfig` (TRL's GRPOConfig and more). The output directory holds the policy, `bosft/` (the policy that RL
+started from, and its demonstrations), `task/` (profiles, baselines), `episodes.parquet`, tables and `frontier.png`.
+"BoPO-style": the paper (arXiv 2602.21227) has no public code or formula; see srpo/advantages.py.
+"""
+
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+from accelerate import PartialState
+from budget_task import (
+    BudgetTask,
+    corpus,
+    heldout_sets,
+    make_environment,
+    make_rows,
+    profiles,
+    train_games,
+)
+from datasets import Dataset
+from evaluate_bopo import EPISODES, play_policy, play_rules
+from policies import load_policy
+from transformers import set_seed
+from trl import SFTConfig
+
+from rewards.boundary import Boundary, BoundaryReward, cheap_failure_pays, make_boundary_reward
+from routers.bosft import Demonstration, Synthesis, balance, demonstrations, write_dataset
+from routers.budget_episode import GAME
+from routers.budget_plot import draw
+from routers.budget_report import Episodes, render
+from routers.environments.facts import Game
+from routers.profiles import BoundaryProfile, observe, write_profiles
+from srpo import SRPOConfig, SRPOTrainer
+from srpo.advantages import REFERENCES
+from srpo.recipe import load_recipe, resolved_recipe
+from srpo.rollout import observation_ids
+from srpo.types import CORRECT
+from srpo.warmstart import imitate
+
+
+@dataclass
+class BopoArguments:
+    """Policy, demonstrations and reward."""
+
+    model_name_or_path: str = field(
+        default="tiny", metadata={"help": "Hub id or path; `tiny`: a small Qwen3 made from nothing."}
+    )
+    lora_r: int = field(default=0, metadata={"help": "Rank of a LoRA adapter on all linear layers; 0: all weights."})
+    bosft_policy: str | None = field(
+        default=None, metadata={"help": "OUTPUT/bosft of an earlier run of the same seed, to start from."}
+    )
+    bosft_sweep: int = field(default=10, metadata={"help": "Rollouts of the P(large) sweep on every Hard row."})
+    bosft_keep: int = field(default=1, metadata={"help": "Cheapest successes kept of every Hard row."})
+    bosft_strata: str = field(default="class", metadata={"help": "Balanced by class, by p_large, or none."})
+    bosft_epochs: float = field(default=2.0, metadata={"help": "Of supervised fine-tuning; 0: no BoSFT."})
+    bosft_learning_rate: float = field(default=1e-3, metadata={"help": "Of supervised fine-tuning."})
+    bosft_batch_size: int = field(default=16, metadata={"help": "Episodes per step and device."})
+    cost_weight: float = field(default=0.3, metadata={"help": "lambda: price of the normalised cost."})
+    hard_bonus: float = field(default=1.0, metadata={"help": "beta: what a success on a Hard task earns beside 1."})
+    cost_norm: str = field(default="boundary", metadata={"help": "boundary, large, max or budget (in USD)."})
+    gate_cost_on_success: bool = field(default=False, metadata={"help": "Charge cost on successes only."})
+    eval_temperature: float = field(default=1.0, metadata={"help": "Of the held-out evaluation; 0: greedy."})
+    policy_price_in: float = field(default=0.0, metadata={"help": "USD per million tokens that the policy reads."})
+    policy_price_out: float = field(default=0.0, metadata={"help": "USD per million tokens that the policy writes."})
+
+    def reward(self) -> BoundaryReward:
+        return BoundaryReward(self.cost_weight, self.hard_bonus, self.cost_norm, self.gate_cost_on_success)
+
+    def synthesis(self) -> Synthesis:
+        return Synthesis(self.bosft_sweep, self.bosft_keep, self.bosft_strata)  # type: ignore[arg-type]
+
+
+def main(argv: list[str] | None = None) -> str | None:
+    """Run a recipe; returns the tables on the main process, None on the others."""
+    recipe = load_recipe((BudgetTask, BopoArguments, SRPOConfig), argv)
+    task, bopo, args = recipe
+    state, output = PartialState(), Path(args.output_dir)
+    folder = Path(task.task_dir or output / "task")
+    games = train_games(task)
+    if state.is_main_process:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "recipe.yaml").write_text(yaml.safe_dump(resolved_recipe(recipe), sort_keys=False))
+    with state.main_process_first():  # the others read what the first has written
+        profiled = profiles(task, "train", games, folder)
+    rows = training_rows(task, bopo, games, profiled)
+    if state.is_main_process:
+        print(describe_profiles(task, bopo, profiled.values()))
+
+    set_seed(args.seed)
+    start = bopo.bosft_policy or str(output / "bosft")
+    if bopo.bosft_policy is None and args.resume_from_checkpoint is None:
+        make_start(task, bopo, args, games, rows, Path(start))
+        state.wait_for_everyone()
+    # Read from disk, also by the process that wrote it: TRL makes the reference policy of the KL from that path.
+    model, tokenizer = load_policy(start, args, 0, lambda: corpus(task, games))
+    before = None
+    if state.is_main_process:
+        before = evaluate(model, tokenizer, task, bopo, args, "BoSFT", folder)
+
+    environment = make_environment(task, games)
+    trainer = SRPOTrainer(
+        model,
+        make_boundary_reward(bopo.reward()),
+        args,
+        Dataset.from_list(rows),
+        processing_class=tokenizer,
+        environment=environment,
+        correctness=succeeded,
+        recipe=resolved_recipe(recipe),
+    )
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.save_model()
+    if not state.is_main_process:
+        return None
+
+    write_profiles(observe(profiled.values(), successes(output)), output / "profiles.parquet")
+    after = evaluate(trainer.accelerator.unwrap_model(trainer.model), tokenizer, task, bopo, args, "policy", folder)
+    episodes = pd.concat([rules(task, folder), before, after], ignore_index=True)
+    episodes.to_parquet(output / EPISODES)
+    sets = {str(name): Episodes(part) for name, part in episodes.groupby("set")}
+    text = "\n".join(render(part, f"## {name}") for name, part in sets.items())
+    (output / "tables.md").write_text(text)
+    draw(sets, output / "frontier.png")
+    trainer.heldout_table = text
+    trainer.create_model_card(model_name=output.name)
+    if args.push_to_hub:
+        trainer.push_to_hub()
+    print(text, output / "frontier.png", sep="\n")
+    return text
+
+
+def make_start(
+    task: BudgetTask,
+    bopo: BopoArguments,
+    args: SRPOConfig,
+    games: Sequence[Game],
+    rows: Sequence[dict[str, Any]],
+    folder: Path,
+) -> None:
+    """The policy that RL starts from, in `folder`: the named one after BoSFT."""
+    model, tokenizer = load_policy(bopo.model_name_or_path, args, bopo.lora_r, lambda: corpus(task, games))
+    chosen = bosft_demonstrations(task, bopo, games, rows, args.seed) if bopo.bosft_epochs > 0 else []
+    if chosen:
+        examples = [tokens(demonstration, task, tokenizer) for demonstration in chosen]
+        model = imitate(model, tokenizer, examples, sft_config(bopo, args, folder))
+    if PartialState().is_main_process:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        if chosen:
+            write_dataset(chosen, folder / "demonstrations", task.executors)
+
+
+def training_rows(
+    task: BudgetTask, bopo: BopoArguments, games: Sequence[Game], profiled: dict[str, BoundaryProfile]
+) -> list[dict[str, Any]]:
+    """A row per game and cap, with what the reward and the advantage read."""
+    rule = bopo.reward()
+    rows = []
+    for row in make_rows(task, games, task.train_caps):
+        columns = profiled[row[GAME]].columns(task.rule)
+        boundary = Boundary(*(columns[name] for name in ("p_small", "p_large", "cost_small", "cost_large", "hard")))
+        budget = row["cap"] if task.budget_unit == "usd" else None
+        rows.append({**row, **columns, "budget": budget, REFERENCES: list(rule.references(boundary, budget))})
+    return rows
+
+
+def describe_profiles(task: BudgetTask, bopo: BopoArguments, profiled: Any) -> str:
+    """Classes of the training games, and a warning where cheap failure pays."""
+    found = [(p, p.columns(task.rule)) for p in profiled]
+    counts = Counter(columns["difficulty"] for _, columns in found)
+    hard = [
+        Boundary(p.p_small, p.p_large, p.cost_small, p.cost_large, True) for p, columns in found if columns["hard"]
+    ]
+    warning = cheap_failure_pays(bopo.reward(), hard)
+    classes = ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
+    return f"training games: {classes}" + (f"\nWARNING: {warning}" if warning else "")
+
+
+def bosft_demonstrations(
+    task: BudgetTask, bopo: BopoArguments, games: Sequence[Game], rows: Sequence[dict[str, Any]], seed: int
+) -> list[Demonstration]:
+    """Balanced demonstrations on the training rows, at their caps."""
+    environment, how = make_environment(task, games), bopo.synthesis()
+    found = []
+    for row in rows:
+        seeds = [f"bosft/{seed}/{k}/{row['query_id']}" for k in range(task.profile_runs)]
+        found += demonstrations(environment, row, row["difficulty"], how, seeds)
+    return balance(found, how, random.Random(seed))
+
+
+def tokens(demonstration: Demonstration, task: BudgetTask, tokenizer: Any) -> dict[str, list[int]]:
+    """A demonstration as the rollout would have made it, with labels on the decisions only."""
+    prompt = tokenizer.apply_chat_template(
+        demonstration.row["prompt"], add_generation_prompt=True, return_dict=True
+    )["input_ids"]
+    ids, labels = list(prompt), [-100] * len(prompt)
+    words = dict(zip(task.executors, task.labels, strict=True))
+    for name, observation in demonstration.driven.decisions:
+        decision = tokenizer(words[name], add_special_tokens=False)["input_ids"]
+        said = [] if observation.end else list(observation_ids(observation, tokenizer, 1024))
+        ids += [*decision, *said]
+        labels += [*decision, *[-100] * len(said)]
+    return {"input_ids": ids, "labels": labels}
+
+
+def sft_config(bopo: BopoArguments, args: SRPOConfig, folder: Path) -> SFTConfig:
+    return SFTConfig(
+        output_dir=str(folder),
+        num_train_epochs=bopo.bosft_epochs,
+        learning_rate=bopo.bosft_learning_rate,
+        per_device_train_batch_size=bopo.bosft_batch_size,
+        lr_scheduler_type="cosine",
+        warmup_steps=10,
+        max_length=None,
+        save_strategy="no",
+        report_to="none",
+        logging_steps=20,
+        seed=args.seed,
+        use_cpu=args.use_cpu,
+        bf16=args.bf16,
+        activation_checkpointing=args.activation_checkpointing,
+    )
+
+
+def succeeded(rewards: Any, columns: Any) -> Any:
+    """Correct means that the task was fulfilled; the reward also holds the cost."""
+    return rewards.new_tensor([score is not None and score >= 1 for score in columns[CORRECT]]).bool()
+
+
+def successes(output: Path) -> list[tuple[str, float]]:
+    """(game, score) of every training episode, from the completions tables."""
+    files = sorted((output / "completions").glob("*.parquet"))
+    frames = [pd.read_parquet(file) for file in files]
+    return [
+        (game, score)
+        for frame in frames
+        if GAME in frame
+        for game, score in zip(frame[GAME], frame[CORRECT], strict=True)
+        if score is not None
+    ]
+
+
+def evaluate(
+    model: Any, tokenizer: Any, task: BudgetTask, bopo: BopoArguments, args: SRPOConfig, name: str, folder: Path
+) -> pd.DataFrame:
+    """Episodes of a policy on every held-out set, with the classes of their tasks."""
+    frames = []
+    for label, games in heldout_sets(task).items():
+        frame = play_policy(
+            model,
+            tokenizer,
+            task,
+            games,
+            caps=task.eval_caps,
+            seed=args.seed,
+            temperature=bopo.eval_temperature,
+            price=(bopo.policy_price_in, bopo.policy_price_out),
+        )
+        frames.append(classified(frame, task, label, games, folder).assign(method=name))
+    return pd.concat(frames, ignore_index=True)
+
+
+def rules(task: BudgetTask, folder: Path) -> pd.DataFrame:
+    """Episodes of all rules on every held-out set; played once per `task_dir`."""
+    frames = []
+    for label, games in heldout_sets(task).items():
+        path = folder / f"rules_{label}.parquet"
+        if not path.exists():
+            classified(play_rules(task, games), task, label, games, folder).to_parquet(path)
+        frames.append(pd.read_parquet(path))
+    return pd.concat(frames, ignore_index=True)
+
+
+def classified(
+    frame: pd.DataFrame, task: BudgetTask, label: str, games: Sequence[Game], folder: Path
+) -> pd.DataFrame:
+    found = profiles(task, label, games, folder)
+    difficulty = {name: task.rule(profile) for name, profile in found.items()}
+    return frame.assign(set=label, difficulty=frame["game"].map(difficulty))
+
+
+if __name__ == "__main__":
+    main()
