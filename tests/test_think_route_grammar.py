@@ -135,7 +135,7 @@ def test_rendering_is_the_inverse(think: str, member: str, body: str) -> None:
     [("</think>", "small", "q"), (" x", "small", "q"), ("x", "a:b", "q"), ("x", "", "q"), ("x", "small", " q")],
 )
 def test_what_could_not_be_read_back_is_not_rendered(think: str, member: str, query: str) -> None:
-    with pytest.raises(ValueError, match="empty|colon|padded"):
+    with pytest.raises(ValueError, match=r"empty|colon|padded"):
         render_route(think, member, query)
     with pytest.raises(ValueError, match="empty, padded"):
         render_answer("x", "</answer>")
