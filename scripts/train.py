@@ -144,6 +144,7 @@ def main(argv: list[str] | None = None) -> Evaluation | None:
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
 
     trainer.save_model()
+    trainer.save_state()
 
     after = None
     if state.is_main_process:
