@@ -86,9 +86,13 @@ def test_without_a_plan_the_planner_says_so_and_looks() -> None:
     assert asyncio.run(Planner().act(view, 1.0)).action == "look"
 
 
-def test_the_planner_refuses_other_environments() -> None:
-    view = View("", (), (), Sealed(), "s")
-    with pytest.raises(GameError, match="AlfWorld games only"):
+class NoExpert:
+    seed = "plain"
+
+
+def test_the_planner_refuses_environments_without_an_expert() -> None:
+    view = View("", (), (), NoExpert(), "s")
+    with pytest.raises(GameError, match="plain: this environment has no expert"):
         asyncio.run(Planner().act(view, 1.0))
 
 

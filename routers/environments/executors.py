@@ -1,4 +1,4 @@
-"""Scripted executors for ALFWorld's commands, for work without language models.
+"""Scripted executors, for work without language models.
 
 They are SCRIPTED, and every table that shows them says so. Their prices are what one call of 1,000 prompt and 50
 completion tokens costs at the list price of a large model ($2 and $8 per million tokens: $0.0024) and of a small one
@@ -7,9 +7,7 @@ completion tokens costs at the list price of a large model ($2 and $8 per millio
 
 import random
 
-from routers.environments.alfworld import AlfWorld
 from routers.environments.explorer import explore
-from routers.environments.planner import plan
 from routers.environments.protocol import Act, GameError, View
 from srpo.types import Reply
 
@@ -33,9 +31,9 @@ class _Scripted:
 
 
 class Planner(_Scripted):
-    """Scripted and PRIVILEGED: reads the hidden state of the game and plans anew at every call.
+    """Scripted and PRIVILEGED: does what the environment's `expert` says, which knows the hidden state.
 
-    "look" where no plan leads to the goal. Works on `AlfWorld` only.
+    `AlfWorld` and `TextWorld` have one, which plans anew at every call. "look" where it knows no way to the goal.
     """
 
     name = "planner"
@@ -44,9 +42,10 @@ class Planner(_Scripted):
         super().__init__(price)
 
     def choose(self, view: View) -> str:
-        if not isinstance(view.environment, AlfWorld):
-            raise GameError(f"{view.environment.seed}: the scripted planner reads the state of AlfWorld games only")
-        return (plan(view.environment.state) or ["look"])[0]
+        expert = getattr(view.environment, "expert", None)
+        if expert is None:
+            raise GameError(f"{view.environment.seed}: this environment has no expert for the scripted planner")
+        return expert() or "look"
 
 
 class Explorer(_Scripted):

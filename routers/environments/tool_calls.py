@@ -1,4 +1,4 @@
-"""Calls that a model wrote as text, run without evaluating the text: literal arguments, methods of given objects only."""
+"""Calls that a model wrote as text, run without evaluating it: literal arguments, methods of given objects only."""
 
 import ast
 import inspect

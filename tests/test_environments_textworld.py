@@ -1,0 +1,63 @@
+"""TextWorld's games; skipped where the package is not installed."""
+
+from pathlib import Path
+
+import pytest
+
+from routers.environments.protocol import GameError
+from routers.environments.textworld import TextWorld
+
+INSTALL = "TextWorld is not installed: pip install textworld"
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(GameError, match=r"none\.z8: no such .z8 game file"):
+        TextWorld(tmp_path / "none.z8")
+
+
+@pytest.fixture(scope="module")
+def game(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A game of four commands, as `tw-make` makes it."""
+    textworld = pytest.importorskip("textworld", reason=INSTALL)
+    options = textworld.GameOptions()
+    options.seeds, options.nb_rooms, options.nb_objects, options.quest_length = 3, 3, 5, 4
+    options.path = str(tmp_path_factory.mktemp("textworld") / "game.z8")
+    textworld.make(options)
+    return Path(options.path)
+
+
+@pytest.mark.slow
+def test_the_expert_wins_in_the_length_of_the_quest(game: Path) -> None:
+    episode = TextWorld(game)
+    first = episode.reset()
+    assert "$$" not in first and episode.task in first
+    while not episode.done:
+        command = episode.expert()
+        assert command in episode.admissible
+        episode.step(command or "")
+    assert episode.won and episode.score == 1.0 and episode.steps == 4
+    with pytest.raises(GameError, match="after the end"):
+        episode.step("look")
+
+
+@pytest.mark.slow
+def test_nonsense_costs_a_step_and_the_expert_plans_on_from_there(game: Path) -> None:
+    episode = TextWorld(game, limit=6)
+    episode.reset()
+    before = episode.admissible
+    for hostile in ("fly to the moon", "look\ngo south\n"):
+        assert not episode.step(hostile)[1] and episode.admissible == before
+    while not episode.done:
+        episode.step(episode.expert() or "look")
+    assert episode.won and episode.steps == 6
+
+
+@pytest.mark.slow
+def test_order_and_limit(game: Path) -> None:
+    episode = TextWorld(game, limit=1)
+    with pytest.raises(GameError, match="before reset"):
+        episode.step("look")
+    episode.reset()
+    with pytest.raises(GameError, match="played once"):
+        episode.reset()
+    assert episode.step("look")[1] and not episode.won and episode.score == 0.0
