@@ -179,7 +179,7 @@ def evaluate_routes(
 
 def render_table(scores: Sequence[Score], markdown: bool = False) -> str:
     """One line per score. Plain text is aligned with spaces, Markdown is a pipe table; both read well as they are."""
-    return _aligned([COLUMNS, *(_cells(entry) for entry in scores)], markdown)
+    return aligned([COLUMNS, *(_cells(entry) for entry in scores)], markdown)
 
 
 def compare_runs(runs: Sequence[Evaluation]) -> dict[str, SeedSummary]:
@@ -210,7 +210,7 @@ def render_comparison(
             (*_numbers(name, found["correct"], found["cost"], found["reward"]), " ".join(f"{x:.3f}" for x in seeds))
         )
     rows += [(*_numbers(entry.name, entry.accuracy, entry.cost, entry.reward), "") for entry in references]
-    return _aligned(rows, markdown)
+    return aligned(rows, markdown)
 
 
 def render_gains(runs: Sequence[Evaluation], starts: Sequence[Evaluation]) -> str:
@@ -236,7 +236,7 @@ def render_gains(runs: Sequence[Evaluation], starts: Sequence[Evaluation]) -> st
     return "\n".join(lines)
 
 
-def _aligned(rows: Sequence[tuple[str, ...]], markdown: bool) -> str:
+def aligned(rows: Sequence[tuple[str, ...]], markdown: bool) -> str:
     """A table with its header in the first row; the first column is left-aligned, the others right-aligned."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -69,23 +69,18 @@ def router_corpus(table: ReplyTable, args: SRPOConfig) -> Corpus:
     return Corpus(texts, [*tags, *prices])
 
 
-class WarmStart(Protocol):
-    """What the arguments of every task with a warm start have."""
-
-    warm_start_epochs: float
-    warm_start_learning_rate: float
-    warm_start_batch_size: int
-
-
-def warm_start_config(task: WarmStart, args: SRPOConfig, folder: Path) -> SFTConfig:
+def warm_start_config(
+    args: SRPOConfig, folder: Path, *, epochs: float, learning_rate: float, batch_size: int, adam_beta2: float = 0.999
+) -> SFTConfig:
     """The supervised warm start of a recipe; its seed, device and precision are those of the training that follows."""
     return SFTConfig(
         output_dir=str(folder),
-        num_train_epochs=task.warm_start_epochs,
-        learning_rate=task.warm_start_learning_rate,
-        per_device_train_batch_size=task.warm_start_batch_size,
+        num_train_epochs=epochs,
+        learning_rate=learning_rate,
+        per_device_train_batch_size=batch_size,
         lr_scheduler_type="cosine",
         warmup_steps=10,
+        adam_beta2=adam_beta2,
         max_length=None,
         save_strategy="no",
         report_to="none",

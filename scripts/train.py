@@ -121,7 +121,14 @@ def main(argv: list[str] | None = None) -> Evaluation | None:
                 "OUTPUT/warm_start as model_name_or_path and warm_start_epochs: 0 to the sharded run"
             )
         examples = _warm_start_rows(table, grammar, task, args)
-        model = warm_start(model, tokenizer, examples, warm_start_config(task, args, start))
+        config = warm_start_config(
+            args,
+            start,
+            epochs=task.warm_start_epochs,
+            learning_rate=task.warm_start_learning_rate,
+            batch_size=task.warm_start_batch_size,
+        )
+        model = warm_start(model, tokenizer, examples, config)
         if state.is_main_process:
             model.save_pretrained(start)
             tokenizer.save_pretrained(start)

@@ -1,0 +1,94 @@
+"""What a think/route policy was trained with besides its weights: prompt, tags, limits, pool. Saved beside it as YAML.
+
+One owner for training, evaluation and serving: whoever has a checkpoint asks questions exactly as it learned them.
+A checkpoint without the file (Router-R1's own, for instance) gets the defaults, which are Router-R1's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+
+from routers.catalogue import Member
+from routers.grammar import ROUTER_R1, Grammar
+from routers.prompts import Clean, Messages, short_think_route_prompt, think_route_prompt
+
+AGENT = "agent.yaml"
+PromptStyle = Literal["router_r1", "short"]
+
+
+@dataclass(frozen=True)
+class AgentSettings:
+    """How a question becomes an episode.
+
+    Raises:
+        ValueError: an unknown prompt style, or a limit that is not positive.
+    """
+
+    prompt: PromptStyle = "router_r1"
+    """`think_route_prompt`, or `short_think_route_prompt` for policies of a million parameters."""
+    grammar: Grammar = ROUTER_R1
+    forward_empty: bool = False
+    """A route without a query sends the question itself."""
+    turns: int = 5
+    """Of the policy. Router-R1: 4 turns that may route, and one that has to answer."""
+    tokens: int = 4096
+    """Of all turns and observations."""
+    turn_tokens: int | None = 1024
+    observation_tokens: int = 600
+    chat_template_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    members: tuple[Member, ...] = ()
+    """The pool that the policy was trained with, in the order of its prompt; empty: unknown."""
+
+    def __post_init__(self) -> None:
+        if self.prompt not in get_args(PromptStyle):
+            raise ValueError(f"prompt {self.prompt!r} is unknown; use one of {', '.join(get_args(PromptStyle))}")
+        for name in ("turns", "tokens", "turn_tokens", "observation_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
+
+    def messages(
+        self,
+        question: str,
+        members: Sequence[Member],
+        *,
+        cost_weight: float | None = None,
+        clean: Clean | None = None,
+    ) -> Messages:
+        """The policy's prompt for a question and a pool."""
+        build = think_route_prompt if self.prompt == "router_r1" else short_think_route_prompt
+        return build(question, members, self.grammar, cost_weight=cost_weight, clean=clean)
+
+    def save(self, folder: str | Path) -> None:
+        """Write `agent.yaml` into a checkpoint's folder. Endpoints and names of keys stay out: a machine has those."""
+        document = dataclasses.asdict(self)
+        document["members"] = [
+            {name: value for name, value in dataclasses.asdict(m).items() if name not in ("base_url", "api_key_env")}
+            for m in self.members
+        ]
+        text = yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
+        Path(folder, AGENT).write_text(text, encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> AgentSettings:
+        """Read `agent.yaml` of a folder; the defaults where there is none.
+
+        Raises:
+            ValueError: names the file and what cannot be read.
+        """
+        path = Path(folder, AGENT)
+        if not path.is_file():
+            return cls()
+        try:
+            document = yaml.safe_load(path.read_text(encoding="utf-8"))
+            document["grammar"] = Grammar(**document["grammar"])
+            document["members"] = tuple(Member(**entry) for entry in document["members"])
+            return cls(**document)
+        except (yaml.YAMLError, TypeError, KeyError, ValueError) as error:
+            raise ValueError(f"{path}: cannot be read: {error}") from error

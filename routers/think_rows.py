@@ -1,0 +1,149 @@
+"""Demonstrations for the supervised warm start of a think/route agent, made from recorded replies of training queries.
+
+They show the form of an episode and how a reply is read, and nothing about who is good: members are drawn uniformly,
+and no outcome is looked at. Whom to ask, and when to ask again, is left to reinforcement learning.
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from routers.grammar import Grammar, render_answer, render_route
+from routers.observations import reply_observation
+from routers.table import ReplyTable
+from routers.warm_rows import Messages, family_phrase
+from srpo.types import Observation
+
+NO_ANSWER = "unknown"
+_LETTERS = string.ascii_letters + string.digits + " .-"
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """A prompt, and what policy (text) and world (observation) say after it, in turn."""
+
+    prompt: Messages
+    turns: tuple[str | Observation, ...]
+
+
+def result_of(reply: str) -> str:
+    """The result of a reply that shows its working: what follows the last " = " of its first line, else that line.
+
+    The quickstart's members end with their result ("convert('2 yards', 'feet') = 6"); a policy of 1M parameters can
+    copy a result, but not find it in a paragraph. It is a fixed rule that looks at the reply only. An empty reply
+    becomes `NO_ANSWER`, since an endpoint that says nothing is a failure of the pool.
+    """
+    first = reply.strip().split("\n")[0].strip()
+    return first.rsplit(" = ", 1)[-1].strip() or NO_ANSWER
+
+
+def restricted(
+    table: ReplyTable, members: Sequence[str] | None = None, rewrite: Callable[[str], str] | None = None
+) -> ReplyTable:
+    """The same table with some members only, and every reply rewritten; tokens and costs stay those of the recording.
+
+    Args:
+        members: keep these, in this order; None: all.
+        rewrite: applied to every reply, such as `result_of`; None: replies stay as they are.
+
+    Raises:
+        ValueError: a member that the table does not have.
+    """
+    names = table.members if members is None else list(members)
+    if unknown := [name for name in names if name not in table.members]:
+        raise ValueError(f"member {unknown[0]!r} is not in the table; it has {', '.join(table.members)}")
+    rows = []
+    for query in table.queries():
+        for name in names:
+            found = table.lookup(query["query_id"], name)
+            rows.append(
+                {
+                    **query,
+                    "gold": table.gold(query["query_id"]),
+                    "member": name,
+                    "reply": rewrite(found.reply) if rewrite else found.reply,
+                    "prompt_tokens": found.prompt_tokens,
+                    "completion_tokens": found.completion_tokens,
+                    "seconds": found.seconds,
+                    "correct": found.correct,
+                }
+            )
+    return ReplyTable(rows, {name: table.catalogue[name] for name in names}, source="restricted table")
+
+
+def demonstrations(
+    queries: Sequence[Mapping[str, Any]],
+    table: ReplyTable,
+    prompt: Callable[[str], Messages],
+    grammar: Grammar,
+    rng: np.random.Generator,
+    *,
+    again: float = 0.5,
+    failed: Callable[[str], bool] = lambda reply: not reply or reply.startswith("Error"),
+    think: Callable[[Mapping[str, Any]], str] = family_phrase,
+) -> list[Demonstration]:
+    """One episode per query: ask a member drawn at random, read the reply, answer with it.
+
+    Where the reply is a failure, with probability ``again`` another member is drawn and asked; whoever fails last is
+    answered with `NO_ANSWER`.
+
+    Args:
+        queries: ``query_id``, ``query``, ``family`` and ``split``; a held-out query is refused.
+        table: what each member replied.
+        prompt: question -> the policy's prompt.
+        grammar: the tags.
+        rng: draws members; the same generator state gives the same episodes.
+        failed: whether a reply is no answer, by its text.
+        think: the reasoning of a route.
+
+    Raises:
+        ValueError: a query of the held-out split.
+    """
+    made = []
+    for query in queries:
+        if query.get("split", "train") != "train":
+            raise ValueError(f"query {query.get('query_id')!r} is of split {query['split']!r}: train on 'train' only")
+        order = [table.members[i] for i in rng.permutation(len(table.members))]
+        asks = 2 if len(order) > 1 and rng.random() < again else 1
+        turns: list[str | Observation] = []
+        reply = ""
+        for name in order[:asks]:
+            reply = table.lookup(query["query_id"], name).reply.strip()
+            turns += [render_route(think(query), name, "", grammar), reply_observation(reply, grammar)]
+            if not failed(reply):
+                break
+        answer = NO_ANSWER if failed(reply) or grammar.tags.search(reply) else reply
+        made.append(Demonstration(prompt(query["query"]), (*turns, render_answer("", answer, grammar))))
+    return made
+
+
+def copy_drills(
+    replies: Sequence[str], grammar: Grammar, rng: np.random.Generator, count: int, together: int = 5
+) -> Iterator[Demonstration]:
+    """Exercises without a question: an observation and the answer that repeats it, several times in a row.
+
+    Reading a reply is copying, and copying is what costs a small model most of its warm start; an exercise has a fifth
+    of an episode's tokens. Half of the texts are recorded replies, half are letters and digits at random.
+
+    Args:
+        replies: texts to draw from.
+        count: how many exercises.
+        together: so many make one row, about as long as an episode; what was asked before is there to distract.
+    """
+    for start in range(0, count, together):
+        turns: list[str | Observation] = []
+        for _ in range(min(together, count - start)):
+            if rng.random() < 0.5 and replies:
+                text = replies[rng.integers(len(replies))]
+            else:
+                text = "".join(rng.choice(list(_LETTERS), rng.integers(1, 13)))
+            text = " ".join(text.split())
+            if text and not grammar.tags.search(text):
+                turns += [reply_observation(text, grammar), render_answer("", text, grammar)]
+        if turns:
+            yield Demonstration([], tuple(turns))

@@ -1,0 +1,218 @@
+"""Score a think/route agent on held-out questions: EM, F1, cost, calls and reward, beside members asked once.
+
+    python scripts/evaluate_think_route.py --config recipes/quickstart/think_route.yaml \
+      --model_name_or_path outputs/quickstart/think_route --output_dir outputs/quickstart/think_route_again
+
+The recipe names questions, pool and reward; `agent.yaml` in the checkpoint says how it was trained to ask. Prints the
+table and writes `agent_evaluation.json` into the output directory. Decoding is greedy.
+"""
+
+import asyncio
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from evaluate import load_checkpoint
+from think_route_setup import (
+    TaskArguments,
+    load_questions,
+    load_replies,
+    make_pool,
+    make_rewards,
+    make_world,
+    seen_members,
+)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from routers.agent_report import METRICS, AgentEvaluation, Line, best_per_family, single_lines
+from routers.agent_settings import AgentSettings
+from routers.answers import exact_match, f1, score
+from routers.pool import Pool
+from routers.think_route import ThinkRoute
+from srpo import SRPOConfig
+from srpo.generate import TransformersGenerator
+from srpo.recipe import load_recipe
+from srpo.rollout import Limits, as_columns, play
+from srpo.sampling import Sampling
+from srpo.types import CORRECT, COST, LOST, STOP, Columns
+
+Rewards = tuple[Sequence[Any], Sequence[float]]
+BATCH = 128
+"""Questions that are played at the same time."""
+
+
+def play_questions(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    world: ThinkRoute,
+    settings: AgentSettings,
+    questions: Sequence[dict[str, Any]],
+    step_seconds: float = 60.0,
+) -> Columns:
+    """Greedy episodes of all questions, in order; the model's mode is left as it was."""
+    rows = [{**q, "prompt": settings.messages(q["query"], world.members)} for q in questions]
+    prompts = [
+        tokenizer.apply_chat_template(
+            row["prompt"],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=False,
+            **settings.chat_template_kwargs,
+        )
+        for row in rows
+    ]
+    ends = model.generation_config.eos_token_id
+    generator = TransformersGenerator(
+        model,
+        tokenizer,
+        Sampling(temperature=0.0, stop=settings.grammar.stops),
+        eos_ids=sorted({tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}),
+    )
+    limits = Limits(
+        turns=settings.turns,
+        tokens=settings.tokens,
+        turn_tokens=settings.turn_tokens,
+        observation_tokens=settings.observation_tokens,
+        step_seconds=step_seconds,
+    )
+    was_training = model.training
+    model.eval()
+    trajectories = []
+    for start in range(0, len(rows), BATCH):
+        part = slice(start, start + BATCH)
+        seeds = [f"evaluation:{i}" for i in range(start, min(start + BATCH, len(rows)))]
+        trajectories += play(world, rows[part], prompts[part], seeds, generator, tokenizer, limits)
+    model.train(was_training)
+    return as_columns(trajectories)
+
+
+def ask_once(
+    pool: Pool, names: Sequence[str], questions: Sequence[dict[str, Any]], metric: str, seconds: float
+) -> dict[str, Columns]:
+    """Each member once per question, its reply taken for the final answer: member -> columns of an episode."""
+
+    async def ask_all() -> list[list[Any]]:
+        async with pool:
+            jobs = [
+                asyncio.gather(*(pool.ask(n, q["query"], seconds, query_id=q["query_id"]) for q in questions))
+                for n in names
+            ]
+            return await asyncio.gather(*jobs)
+
+    found = {}
+    for name, replies in zip(names, asyncio.run(ask_all()), strict=True):
+        texts = [reply.text.strip() for reply in replies]
+        found[name] = {
+            CORRECT: [score(t or None, q["gold"], metric) for t, q in zip(texts, questions, strict=True)],  # type: ignore[arg-type]
+            "em": [exact_match(t, q["gold"]) if t else 0.0 for t, q in zip(texts, questions, strict=True)],
+            "f1": [f1(t, q["gold"]) for t, q in zip(texts, questions, strict=True)],
+            COST: [pool.price(name, reply.usage) for reply in replies],
+            "calls": [1] * len(texts),
+            "answer": texts,
+            "format_error": [""] * len(texts),
+            "invalid_actions": [0] * len(texts),
+            LOST: [reply.error for reply in replies],
+        }
+    return found
+
+
+def total_reward(columns: Columns, rewards: Rewards) -> np.ndarray:
+    """The training reward of finished episodes, ``[questions]``."""
+    functions, weights = rewards
+    completions = [""] * len(columns[COST])
+    parts = [np.array(function(completions, **columns), dtype=float) for function in functions]
+    return np.asarray(np.sum([w * part for w, part in zip(weights, parts, strict=True)], axis=0))
+
+
+def evaluate_agent(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    world: ThinkRoute,
+    settings: AgentSettings,
+    questions: Sequence[dict[str, Any]],
+    rewards: Rewards,
+    *,
+    name: str,
+    train: Sequence[dict[str, Any]] = (),
+    baselines: bool = True,
+    note: str = "",
+) -> AgentEvaluation:
+    """The policy on these questions; with `baselines` also every member asked once (which a live pool bills).
+
+    Args:
+        train: training questions, for the line "best per family"; empty: no such line.
+        name: how tables call the policy.
+
+    Raises:
+        ValueError: the pool failed on every question.
+    """
+    columns = play_questions(model, tokenizer, world, settings, questions)
+    singles = ask_once(world.pool, world.names, questions, world.metric, world.call_seconds) if baselines else {}
+    failed = [
+        any(cause is not None for cause in causes)
+        for causes in zip(columns[LOST], *(s[LOST] for s in singles.values()), strict=True)
+    ]
+    kept = [i for i, lost in enumerate(failed) if not lost]
+    if not kept:
+        raise ValueError(f"the pool failed on all {len(questions)} questions; first: {columns[LOST][0]}")
+    columns, singles = _select(columns, kept), {member: _select(s, kept) for member, s in singles.items()}
+    families = [questions[i]["family"] for i in kept]
+    lines = [Line(name, "policy", {m: [float(x) for x in v] for m, v in _values(columns, rewards).items()})]
+    if singles:
+        best = None
+        if train:
+            trained = ask_once(world.pool, world.names, train, world.metric, world.call_seconds)
+            scored = {member: total_reward(s, rewards) for member, s in trained.items()}
+            best = best_per_family(world.names, scored, [row["family"] for row in train])
+        values = {member: _values(s, rewards) for member, s in singles.items()}
+        lines += single_lines(world.names, values, families, best)
+    calls = Counter(member for asked in columns["members"] for member in asked)
+    stops = Counter(columns[STOP])
+    return AgentEvaluation(
+        questions=[questions[i]["query_id"] for i in kept],
+        families=families,
+        lines=lines,
+        members={member: calls[member] / max(1, calls.total()) for member in world.names},
+        stops={stop: count / len(kept) for stop, count in stops.most_common()},
+        lost=len(failed) - len(kept),
+        note=note,
+    )
+
+
+def _values(columns: Columns, rewards: Rewards) -> dict[str, np.ndarray]:
+    values = {metric: np.array(columns[metric], dtype=float) for metric in METRICS if metric != "reward"}
+    return {**values, "reward": total_reward(columns, rewards)}
+
+
+def _select(columns: Columns, rows: Sequence[int]) -> Columns:
+    return {name: [values[i] for i in rows] for name, values in columns.items()}
+
+
+def main(argv: Sequence[str] | None = None) -> AgentEvaluation:
+    """Command line; returns the evaluation that it wrote."""
+    task, args = load_recipe((TaskArguments, SRPOConfig), argv)
+    model, tokenizer = load_checkpoint(task.model_name_or_path)
+    settings = AgentSettings.load(task.model_name_or_path)
+    table = load_replies(task)
+    train, heldout = load_questions(task, table)
+    pool = make_pool(task, table, args.max_cost_usd)
+    world = make_world(task, settings, pool, seen_members(task, pool), tokenizer)
+    evaluation = evaluate_agent(
+        model,
+        tokenizer,
+        world,
+        settings,
+        heldout,
+        make_rewards(task, world.members),
+        name="policy",
+        train=train if task.pool == "recorded" else (),
+    )
+    path = evaluation.write(Path(args.output_dir))
+    print(evaluation.text(), path, sep="\n\n")
+    return evaluation
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""Serve a trained think/route agent on an OpenAI-compatible endpoint.
+
+    python scripts/serve.py --model outputs/quickstart/think_route --catalogue members.yaml
+    python scripts/serve.py --model outputs/quickstart/think_route --table quickstart     # recorded replies, to try it
+    curl localhost:8000/v1/chat/completions -H 'Content-Type: application/json' \
+      -d '{"model": "router", "max_cost_usd": 0.001, "messages": [{"role": "user", "content": "Calculate 12 - 8"}]}'
+
+`usage.cost_usd` of a reply says what it cost. Needs the extra: pip install 'srpo[serve]'.
+"""
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import uvicorn
+
+from routers import RouterAgent, load_catalogue, load_table, quickstart_table
+from routers.pool import Ledger, Pool, ReplyCache, live_pool, recorded_pool
+from routers.server import create_app
+from routers.think_rows import restricted, result_of
+
+
+def agent_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `make_agent` reads."""
+    parser.add_argument("--model", required=True, help="checkpoint folder or Hub id")
+    pool = parser.add_mutually_exclusive_group(required=True)
+    pool.add_argument("--catalogue", type=Path, help="members behind OpenAI-compatible endpoints (YAML)")
+    pool.add_argument("--table", help="recorded replies instead: quickstart, or a parquet/jsonl/csv file")
+    parser.add_argument("--reply-cache", type=Path, help="folder of a reply cache for the endpoints")
+    parser.add_argument("--max-total-usd", type=float, help="of all questions together; then no member is asked")
+    parser.add_argument("--policy-price-in", type=float, default=0.0, help="USD per million tokens it reads")
+    parser.add_argument("--policy-price-out", type=float, default=0.0, help="USD per million tokens it writes")
+
+
+def make_agent(args: argparse.Namespace) -> RouterAgent:
+    """The agent that the command line describes."""
+    ledger = Ledger(args.max_total_usd, (args.policy_price_in, args.policy_price_out))
+    if args.catalogue:
+        cache = ReplyCache(args.reply_cache) if args.reply_cache else None
+        return RouterAgent.from_pretrained(
+            args.model, live_pool(load_catalogue(args.catalogue), ledger=ledger, cache=cache)
+        )
+    return RouterAgent.from_pretrained(args.model, recorded(args.table, args.model, ledger))
+
+
+def recorded(table: str, model: str, ledger: Ledger) -> Pool:
+    """Replies of a table, found by the text of the question, from the members that the policy was trained with."""
+    from routers.agent_settings import AgentSettings
+
+    members = [member.name for member in AgentSettings.load(model).members] or None
+    replies = quickstart_table() if table == "quickstart" else load_table(table)
+    return recorded_pool(restricted(replies, members, result_of), by="query", ledger=ledger)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line; serves until it is told to stop (Ctrl-C, SIGTERM)."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    agent_arguments(parser)
+    parser.add_argument("--name", default="router", help="what clients call the model")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--api-key-env", help="environment variable that holds the key clients must send")
+    args = parser.parse_args(argv)
+    key = None
+    if args.api_key_env:
+        key = os.environ.get(args.api_key_env)
+        if not key:
+            parser.error(f"environment variable {args.api_key_env} is not set; export the key that clients must send")
+    app = create_app(make_agent(args), name=args.name, api_key=key)
+    uvicorn.run(app, host=args.host, port=args.port, log_level="warning")
+
+
+if __name__ == "__main__":
+    main()

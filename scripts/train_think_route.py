@@ -1,0 +1,204 @@
+"""Train an agent that thinks, asks models, reads their replies and answers: warm start -> RL -> held-out evaluation.
+
+    accelerate launch scripts/train_think_route.py --config recipes/quickstart/think_route.yaml
+    accelerate launch scripts/train_think_route.py --config recipes/quickstart/think_route.yaml --objective grpo
+    accelerate launch scripts/train_think_route.py --config RECIPE --pool endpoint --catalogue endpoints.yaml
+
+Every line of the recipe is a field of `TaskArguments` (scripts/think_route_setup.py) or of `srpo.SRPOConfig`. The
+output directory holds the policy with its `agent.yaml`, `warm_start/`, `agent_evaluation.json`, the completions of
+every step as parquet, and the resolved recipe.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from accelerate import PartialState
+from evaluate import spread
+from evaluate_think_route import evaluate_agent
+from policies import load_policy, warm_start_config
+from think_route_setup import (
+    TaskArguments,
+    load_questions,
+    load_replies,
+    make_pool,
+    make_rewards,
+    make_settings,
+    make_world,
+    seen_members,
+    tiny_corpus,
+)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from routers.agent_report import AGENT_EVALUATION, AgentEvaluation
+from routers.agent_settings import AgentSettings
+from routers.table import ReplyTable
+from routers.think_rows import Demonstration, copy_drills, demonstrations, restricted
+from srpo import SRPOConfig, SRPOTrainer
+from srpo.checks import check_rows
+from srpo.recipe import load_recipe, resolved_recipe
+from srpo.rollout import observation_ids
+from srpo.untrusted import encode_frame
+from srpo.warmstart import warm_start
+
+__all__ = ["TaskArguments", "main"]
+
+
+def main(argv: Sequence[str] | None = None) -> AgentEvaluation | None:
+    """Run a recipe; returns the held-out evaluation on the main process, None on the others."""
+    recipe = load_recipe((TaskArguments, SRPOConfig), argv)
+    task, args = recipe
+    state, output = PartialState(), Path(args.output_dir)
+    if state.is_main_process:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "recipe.yaml").write_text(yaml.safe_dump(resolved_recipe(recipe), sort_keys=False))
+    table = load_replies(task)
+    train, heldout = load_questions(task, table)
+    pool = make_pool(task, table, args.max_cost_usd)
+    names = seen_members(task, pool)
+    settings = make_settings(task, args, [pool.members[name] for name in names])
+    rewards, args.reward_weights = make_rewards(task, settings.members)
+    args.stop_strings = list(settings.grammar.stops)
+
+    set_seed(args.seed)
+    start = output / "warm_start"
+    resumes, warm_starts = args.resume_from_checkpoint is not None, task.warm_start_passes > 0
+    # A resumed run must begin from the very weights that the first run began from: the saved warm start.
+    policy = str(start) if resumes and warm_starts else task.model_name_or_path
+    model, tokenizer = load_policy(policy, args, task.lora_r, lambda: tiny_corpus(settings, train, table, args))
+    world = make_world(task, settings, pool, names, tokenizer)
+    rows = [{"prompt": settings.messages(row["query"], settings.members), **row} for row in train]
+    dataset = check_rows(
+        rows,
+        tokenizer=tokenizer,
+        max_prompt_length=task.max_prompt_length,
+        quarantine_path=output / "quarantine.jsonl",
+        chat_template_kwargs=args.chat_template_kwargs,
+    )
+
+    def evaluate(policy: PreTrainedModel, name: str, members: Sequence[str]) -> AgentEvaluation:
+        recorded = task.pool == "recorded"
+        return evaluate_agent(
+            policy,
+            tokenizer,
+            make_world(task, settings, make_pool(task, table), members, tokenizer),  # not on the training's ledger
+            settings,
+            heldout,
+            (rewards, args.reward_weights),
+            name=name,
+            train=train if recorded else (),
+            baselines=recorded,  # endpoints would be asked for every question: scripts/evaluate_think_route.py does
+        )
+
+    before = None
+    if warm_starts and not resumes:
+        examples = warm_start_rows(task, args, settings, table, train, tokenizer)
+        config = warm_start_config(
+            args,
+            start,
+            epochs=1,
+            learning_rate=task.warm_start_learning_rate,
+            batch_size=task.warm_start_batch_size,
+            adam_beta2=0.95,  # a thousand steps are few for a memory of a thousand
+        )
+        model = warm_start(model, tokenizer, examples, config)
+        if state.is_main_process:
+            _save(model, tokenizer, settings, start)
+            before = evaluate(model, "warm start", names)
+            before.write(start)
+        state.wait_for_everyone()
+    elif (start / AGENT_EVALUATION).exists() and state.is_main_process:
+        before = AgentEvaluation.read(start)
+
+    trainer = SRPOTrainer(
+        model,
+        rewards,
+        args,
+        dataset,
+        processing_class=tokenizer,
+        environment=world,
+        recipe=resolved_recipe(recipe),
+    )
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.save_model()
+
+    after = None
+    if state.is_main_process:
+        settings.save(output)
+        final = trainer.accelerator.unwrap_model(trainer.model)
+        after = evaluate(final, args.objective, names)
+        after.write(output)
+        trainer.heldout_table = after.text(before, markdown=True)
+        print(after.text(before))
+        if task.unseen_members:
+            added = evaluate(final, f"{args.objective}, {', '.join(task.unseen_members)} added", list(pool.members))
+            added.write(output / "unseen")
+            print(added.text())
+    trainer.create_model_card(model_name=output.name)
+    if args.push_to_hub:
+        trainer.push_to_hub()
+    return after
+
+
+def warm_start_rows(
+    task: TaskArguments,
+    args: SRPOConfig,
+    settings: AgentSettings,
+    table: ReplyTable,
+    train: Sequence[dict[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+) -> list[dict[str, list[int]]]:
+    """Episodes as ids, as the rollout would have made them, with labels on the policy's tokens only."""
+    rng = np.random.default_rng(args.seed)
+    queries = [train[i] for i in spread(len(train), task.warm_start_limit)]
+    names = [member.name for member in settings.members]
+    shown = restricted(table, names)
+    episodes = demonstrations(
+        queries * task.warm_start_passes,
+        shown,
+        lambda question: settings.messages(question, settings.members),
+        settings.grammar,
+        rng,
+    )
+    replies = [shown.lookup(query["query_id"], name).reply for query in queries for name in names]
+    drills = copy_drills(replies, settings.grammar, rng, task.warm_start_drills)
+    return [encode_demonstration(one, tokenizer, settings) for one in (*episodes, *drills)]
+
+
+def encode_demonstration(
+    demonstration: Demonstration, tokenizer: PreTrainedTokenizerBase, settings: AgentSettings
+) -> dict[str, list[int]]:
+    """`input_ids`, and `labels`: -100 on prompt and observations. A turn ends with its closing tag, not with EOS."""
+    ids: list[int] = []
+    if demonstration.prompt:
+        ids += tokenizer.apply_chat_template(
+            demonstration.prompt,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=False,
+            **settings.chat_template_kwargs,
+        )
+    labels = [-100] * len(ids)
+    for turn in demonstration.turns:
+        if isinstance(turn, str):
+            part = encode_frame(tokenizer, turn)
+            labels += part
+        else:
+            part = list(observation_ids(turn, tokenizer, settings.observation_tokens))
+            labels += [-100] * len(part)
+        ids += part
+    return {"input_ids": ids, "labels": labels}
+
+
+def _save(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: AgentSettings, folder: Path
+) -> None:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    settings.save(folder)
+
+
+if __name__ == "__main__":
+    main()
