@@ -265,4 +265,3 @@ def _stack(kept: Sequence[_Kept], width: int, config: Any) -> DynamicCache:
             stacked.append(whole)
         layer.update(*stacked)
     return cache
-

@@ -1,4 +1,4 @@
-"""Turns of a real tiny model: cached decoding equals re-prefilling, samples belong to their seeds, turns end in time."""
+"""Turns of real tiny models: cached decoding equals re-prefilling, samples belong to their seeds, turns end."""
 
 import math
 import random
