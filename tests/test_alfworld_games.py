@@ -2,6 +2,8 @@
 
 import json
 import lzma
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -118,3 +120,11 @@ def test_real_games_through_the_converter(tmp_path: Path) -> None:
         (folder / "game.tw-pddl").write_text(json.dumps(content))
     assert convert(tmp_path / "in", tmp_path / "out.jsonl.xz") == 3
     assert {g.id: g for g in load_games(tmp_path / "out.jsonl.xz")} == {g.id: g for g in load_games(source, 3)}
+
+
+def test_the_converter_as_a_command(tmp_path: Path) -> None:
+    game_file(tmp_path / "in" / "trial")
+    command = [sys.executable, "-m", "routers.environments.games", str(tmp_path / "in"), str(tmp_path / "out.jsonl")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.returncode == 0 and done.stdout == f"1 games in {tmp_path / 'out.jsonl'}\n", done.stderr
+    assert len(load_games(tmp_path / "out.jsonl")) == 1

@@ -1,11 +1,13 @@
 """Loading ALFWorld's own games: its `game.tw-pddl` files, and many of them packed into one jsonl (or jsonl.xz).
 
-Users download them with `alfworld-download` of the package `alfworld`; `convert` packs the folder that it makes.
+Users download them with `alfworld-download` of the package `alfworld`, and pack the folder that it makes with
+`python -m routers.environments.games FOLDER OUT.jsonl.xz`.
 """
 
 import json
 import lzma
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -114,3 +116,9 @@ def _open(path: Path, mode: str) -> Any:
     if path.suffix == ".jsonl":
         return path.open(mode, encoding="utf-8")
     raise GameError(f"{path}: expected a folder, .jsonl or .jsonl.xz")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        raise SystemExit("usage: python -m routers.environments.games FOLDER OUT.jsonl.xz")
+    print(f"{convert(sys.argv[1], sys.argv[2])} games in {sys.argv[2]}")

@@ -24,8 +24,11 @@ class Members(Protocol):
     def bound(self, member: str, query: str) -> float: ...
 
 
-class ReAct:
-    """Asks a member of the pool for the next command. A failed call is an empty action and `reply.error`."""
+class ReActExecutor:
+    """Asks a member of the pool for the next command. A failed call is an empty action and `reply.error`.
+
+    The query is a whole prompt: make a live pool with `agent_prompt="{query}"`.
+    """
 
     def __init__(self, pool: Members, member: str, instruction: str = INSTRUCTION, history: int = 20) -> None:
         self.pool = pool
