@@ -1,0 +1,145 @@
+"""Native against replayed routing: runs of one recipe that differ in `routing_replay` and the seed, in one table.
+
+    python scripts/compare_replay.py outputs/quickstart/moe-*-seed* --picture outputs/quickstart/moe_replay.png
+
+Reads `recipe.yaml`, `trainer_state.json` and `evaluation.json` of each directory. A number is the mean over seeds of a
+run's mean, with the 95 % interval of Student's t over the seeds (3 seeds: +- 2.48 standard deviations); the last rows
+are differences of the same seed to the native run.
+"""
+
+import argparse
+import json
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from routers.report import Evaluation
+
+# 97.5 % quantiles of Student's t by degrees of freedom.
+T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+LOGGED = {
+    "mismatch k3 x 1e6": ("sampling/kl_k3", 1e6),
+    "mean |dlogp| x 1e3": ("sampling/logp_difference", 1e3),
+    "F(1.05) %": ("sampling/outside_1.05", 100.0),
+    "flips %": ("router/flip_rate", 100.0),
+    "grad norm": ("grad_norm", 1.0),
+}
+CLIP = "clip_ratio/region_mean"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One finished run: its mode and seed, its numbers, and the series of the picture."""
+
+    mode: str
+    seed: int
+    numbers: dict[str, float]
+    mismatch: list[float]
+    """Per rollout."""
+    clipped: list[float]
+    """Mean per place of an update in its rollout."""
+
+
+def read(folder: Path) -> Run:
+    """A run's directory; FileNotFoundError or ValueError say what it lacks."""
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    updates = recipe["steps_per_generation"] // recipe["gradient_accumulation_steps"]
+    clips = [entry[CLIP] for entry in log if CLIP in entry]
+    if recipe.get("logging_steps") != 1 or not clips or len(clips) % updates:
+        raise ValueError(f"{folder}: needs logging_steps: 1 and whole rollouts of {updates} updates")
+    clipped = [statistics.fmean(clips[place::updates]) for place in range(updates)]
+    numbers = {f"clipped %, update {i + 1}": 100 * share for i, share in enumerate(clipped)}
+    for name, (key, scale) in LOGGED.items():
+        if values := [entry[key] for entry in log if key in entry]:
+            numbers[name] = scale * statistics.fmean(values)
+    rewards = [entry["reward"] for entry in log if "reward" in entry]
+    numbers["reward, last third"] = statistics.fmean(rewards[-max(len(rewards) // 3, 1) :])
+    numbers["held-out reward"] = Evaluation.read(folder).policy.reward.value
+    mismatch = [entry["sampling/kl_k3"] for entry in log if "sampling/kl_k3" in entry]
+    return Run(recipe["routing_replay"], recipe["seed"], numbers, mismatch, clipped)
+
+
+def interval(values: Sequence[float]) -> str:
+    """Mean and its 95 % interval over seeds."""
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return f"{mean:.3g}"
+    half = T.get(len(values) - 1, 1.96) * statistics.stdev(values) / math.sqrt(len(values))
+    return f"{mean:.3g} [{mean - half:.3g}, {mean + half:.3g}]"
+
+
+def table(runs: Sequence[Run]) -> str:
+    """Markdown: one row per number, one column per mode, and the paired difference of each mode to `off`."""
+    modes: Mapping[str, dict[int, Run]] = defaultdict(dict)
+    for run in sorted(runs, key=lambda run: (run.mode != "off", run.mode, run.seed)):
+        modes[run.mode][run.seed] = run
+    others = [mode for mode in modes if mode != "off" and "off" in modes]
+    names = list(dict.fromkeys(name for run in runs for name in run.numbers))
+    heads = [f"{mode} ({len(seeds)} seeds)" for mode, seeds in modes.items()] + [f"{m} minus off" for m in others]
+    lines = ["| | " + " | ".join(heads) + " |", "|---|" + "--:|" * len(heads)]
+    for name in names:
+        cells = []
+        for seeds in modes.values():
+            values = [run.numbers[name] for run in seeds.values() if name in run.numbers]
+            cells.append(interval(values) if values else "")
+        for mode in others:
+            shared = [s for s in modes[mode] if s in modes["off"]]
+            pairs = [(modes[mode][s].numbers.get(name), modes["off"][s].numbers.get(name)) for s in shared]
+            gains = [a - b for a, b in pairs if a is not None and b is not None]
+            cells.append(interval(gains) if gains else "")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def draw(runs: Sequence[Run], path: Path) -> None:
+    """Mismatch per rollout and clipped share per update, a thin line per seed and the mean of each mode."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4))
+    for colour, mode in zip(
+        ("#888888", "#1f77b4", "#d62728"), sorted({r.mode for r in runs}, reverse=True), strict=False
+    ):
+        chosen = [run for run in runs if run.mode == mode]
+        for axis, series in zip(axes, ([r.mismatch for r in chosen], [r.clipped for r in chosen]), strict=True):
+            for one in series:
+                axis.plot(range(1, len(one) + 1), one, color=colour, linewidth=0.6, alpha=0.5)
+            mean = [statistics.fmean(values) for values in zip(*series, strict=True)]
+            axis.plot(range(1, len(mean) + 1), mean, color=colour, linewidth=2, label=mode)
+    axes[0].set(title="sampler against trainer", xlabel="rollout", ylabel="k3 (nats)", yscale="log")
+    axes[1].set(title="clipped tokens", xlabel="update on one rollout", ylabel="share", xticks=range(1, len(mean) + 1))
+    axes[0].legend(title="routing_replay")
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def main(argv: Sequence[str] | None = None) -> str:
+    """Command line; returns the table that it printed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, help="output directories of scripts/train.py")
+    parser.add_argument("--picture", type=Path, help="where to draw mismatch and clipped share")
+    args = parser.parse_args(argv)
+    try:
+        runs = [read(folder) for folder in args.runs]
+    except (FileNotFoundError, ValueError, KeyError) as error:
+        parser.error(str(error))
+    text = table(runs)
+    print(text)
+    if args.picture:
+        draw(runs, args.picture)
+        print(args.picture)
+    return text
+
+
+if __name__ == "__main__":
+    main()
