@@ -186,9 +186,7 @@ def test_a_call_that_does_not_fit_is_refused_in_words_and_twice_ends() -> None:
 
 def test_the_cap_of_a_row_goes_first_and_holds() -> None:
     environment = world("no", max_cost_usd=1.0)
-    columns, _ = episode(
-        environment, [ROUTE] * 9, ROW | {"max_cost_usd": 50e-6}
-    )  # two calls of 20e-6 fit
+    columns, _ = episode(environment, [ROUTE] * 9, ROW | {"max_cost_usd": 50e-6})  # two calls of 20e-6 fit
     assert columns["calls"] == 2 and columns["cost"] <= 50e-6
     assert episode(environment, [ROUTE, RIGHT], ROW | {"max_cost_usd": 0.0})[0]["calls"] == 0
 
