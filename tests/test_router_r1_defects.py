@@ -21,6 +21,7 @@ from think_route_cases import (
     SMALL_USD,
     WRONG,
     Script,
+    asked,
     episode,
     pool,
     reward,
@@ -48,8 +49,8 @@ def test_1_a_query_keeps_everything_after_its_first_colon() -> None:
     body = "small: what is 1:2 in: Python?"
     theirs = body.split(":")[1].strip()
     environment = world()
-    columns, _ = episode(environment, [f"{T}<search>{body}</search>", RIGHT])
-    assert environment.pool._callers["small"].backend.queries == ["what is 1:2 in: Python?"] != [theirs]
+    episode(environment, [f"{T}<search>{body}</search>", RIGHT])
+    assert asked(environment, "small") == ["what is 1:2 in: Python?"] != [theirs]
 
 
 def test_1_a_query_with_two_colons_is_no_format_error() -> None:
@@ -74,7 +75,7 @@ def test_2_only_an_exact_name_is_a_member(name: str) -> None:
 def test_2_a_member_without_a_price_is_an_error_at_the_start(tmp_path: Path) -> None:
     path = tmp_path / "prices.yaml"
     path.write_text("members:\n  - {name: granite, descriptor: x, price_in: 0.1}\n")
-    with pytest.raises(ValueError, match="'granite'.*'price_out'"):
+    with pytest.raises(ValueError, match=r"'granite'.*'price_out'"):
         load_catalogue(path)
 
 
@@ -105,7 +106,7 @@ def test_3_the_time_spent_waiting_is_reported() -> None:
     assert columns["seconds"] >= 0.1
 
 
-# 4. The cost is normalised by a module-level window over the last 1000 trajectories, shared by training and validation.
+# 4. The cost is normalised by a global window over the last 1000 trajectories, shared by training and validation.
 
 
 def test_4_the_reward_keeps_no_history() -> None:
@@ -221,8 +222,8 @@ def test_7_a_second_run_calls_nobody_and_earns_the_same(tmp_path: Path) -> None:
     cache = ReplyCache(tmp_path)
     first, second = (world("Paris", cache=cache) for _ in range(2))
     results = [episode(w, [ROUTE, ROUTE_LARGE, RIGHT])[0] for w in (first, second)]
-    assert sum(len(c.backend.queries) for c in first.pool._callers.values()) == 2
-    assert sum(len(c.backend.queries) for c in second.pool._callers.values()) == 0
+    assert [len(asked(first, name)) for name in first.names] == [1, 1]
+    assert [len(asked(second, name)) for name in second.names] == [0, 0]
     assert {**results[0], "seconds": 0} == {**results[1], "seconds": 0}  # the cost of the reward, too
     assert second.spent_usd() == 0.0
 
@@ -274,7 +275,7 @@ def test_an_invalid_action_is_told_what_was_wrong() -> None:
 
 def test_a_failed_call_is_not_an_answer() -> None:
     faults = [Fault("connection: reset", retry=False)]
-    columns, seen = episode(world(faults=faults, failed_call="observe"), [ROUTE])
+    _, seen = episode(world(faults=faults, failed_call="observe"), [ROUTE])
     assert seen[0].body == "small could not be reached (connection)."
     assert episode(world(faults=faults), [ROUTE])[0]["lost"] == "small: connection: reset"
 

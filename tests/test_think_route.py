@@ -14,6 +14,7 @@ from think_route_cases import (
     ROW,
     SMALL_USD,
     WRONG,
+    asked,
     episode,
     pool,
     reward,
@@ -79,7 +80,7 @@ def test_the_query_arrives_whole() -> None:
     environment = world("ok")
     turn = "<think>x</think><search> small : is it: 1:1, or\n2: 1? </search>"
     episode(environment, [turn])
-    assert environment.pool._callers["small"].backend.queries == ["is it: 1:1, or\n2: 1?"]
+    assert asked(environment, "small") == ["is it: 1:1, or\n2: 1?"]
 
 
 def test_wrong_answers() -> None:
@@ -215,7 +216,7 @@ def test_the_policys_own_tokens_by_hand() -> None:
 def test_an_empty_query_sends_the_question() -> None:
     environment = world("Paris", forward_empty=True)
     columns, _ = episode(environment, ["<think>x</think><search>small</search>", RIGHT])
-    assert environment.pool._callers["small"].backend.queries == [ROW["query"]]
+    assert asked(environment, "small") == [ROW["query"]]
     assert columns["correct"] == 1.0
     assert "no colon" in episode(world(), ["<think>x</think><search>small</search>"])[0]["format_error"]
 

@@ -43,6 +43,11 @@ def world(reply: str | Callable[[str], str] = "It is Paris.", **settings: Any) -
     return ThinkRoute(pool(reply, **made), **settings)
 
 
+def asked(environment: ThinkRoute, member: str) -> list[str]:
+    """Every query that reached a member."""
+    return environment.pool._callers[member].backend.queries  # type: ignore[attr-defined]
+
+
 def episode(
     environment: ThinkRoute, turns: Sequence[str], row: Mapping[str, Any] = ROW
 ) -> tuple[dict[str, Any], list[Observation]]:
