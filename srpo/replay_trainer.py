@@ -16,7 +16,7 @@ experts of the forward that produced its log-prob. The penalty to a reference po
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from transformers.utils import logging
 from srpo import replay_metrics
 from srpo.replay import RoutingReplay
 from srpo.replay_settings import Mode, check_replay, has_old_logprobs, replay_mode
+from srpo.replay_vllm import EngineRoutes, returning_routes
 from srpo.routed_experts import cut_routes, pad_routes
 
 logger = logging.get_logger(__name__)
@@ -49,6 +50,7 @@ class ReplayMixin:
     pad_to_multiple_of: int | None
     state: Any
     use_vllm: bool
+    vllm_generation: Any
     _is_vlm: bool
     _metrics: Any
     _step: int
@@ -63,7 +65,8 @@ class ReplayMixin:
         self._rows: Sequence[Tensor] | None = None  # R3: routes of the batch that is being scored, ragged
         self._routes: Tensor | None = None  # the same in the padding of the batch
         self._old_pass_due = False
-        super().__init__(model, reward_funcs, args, *rest, **kwargs)
+        with returning_routes() if mode == "R3" and args.use_vllm else nullcontext():
+            super().__init__(model, reward_funcs, args, *rest, **kwargs)
         if mode != "off":
             check_replay(args)  # TRL forces reentrant checkpointing on LoRA with ZeRO-3
             self._install(mode)
@@ -73,8 +76,6 @@ class ReplayMixin:
     def _install(self, mode: Mode) -> None:
         if self._is_vlm or getattr(self, "tools", None):
             raise ValueError("routing_replay supports text policies without tools=; set routing_replay: off")
-        if mode == "R3" and self.use_vllm:
-            raise ValueError("routing_replay: R3 cannot read the experts of TRL's vLLM engine yet; set R2")
         try:
             self.replay = RoutingReplay(self.model)
         except ValueError as error:
@@ -83,6 +84,8 @@ class ReplayMixin:
             logger.warning("routing_replay: auto is off. %s", error)
             return
         self.routing_replay = mode
+        if mode == "R3" and self.use_vllm:
+            self._engine_routes = EngineRoutes(self.vllm_generation, self.replay.spec)
         _refuse_jitter(self.model.config.get_text_config())
         self.replay_alarms = replay_metrics.ReplayAlarms(logger.warning)
 
@@ -115,6 +118,11 @@ class ReplayMixin:
             yield None
             return
         assert self.replay is not None
+        if self.use_vllm:
+            raise ValueError(
+                "routing_replay: R3 does not read vLLM's experts over several turns; sample with transformers "
+                "(use_vllm: false) or set routing_replay: R2"
+            )
         with self.replay.record_rows() as recorder:
             self._recorder = recorder
             try:
@@ -135,6 +143,10 @@ class ReplayMixin:
         if self.routing_replay != "R3" or not self.model.training:
             return super()._generate_single_turn(prompt_ids, *args, **kwargs)
         assert self.replay is not None
+        if self.use_vllm:
+            completion_ids, logprobs = super()._generate_single_turn(prompt_ids, *args, **kwargs)
+            self._rows = self._engine_routes.rows(prompt_ids, completion_ids)
+            return completion_ids, logprobs
         with self.replay.record():
             completion_ids, logprobs = super()._generate_single_turn(prompt_ids, *args, **kwargs)
         mask = generation_mask(prompt_ids, completion_ids, self.pad_to_multiple_of)
