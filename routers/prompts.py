@@ -7,6 +7,7 @@ tags of the grammar, and whatever ``clean`` takes out (the policy's control toke
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -117,6 +118,20 @@ def short_think_route_prompt(
         f"Question: {_safe(question, grammar, clean)}",
     ]
     return [{"role": "user", "content": "\n".join(lines)}]
+
+
+def drawn_cost_weight(query_id: str, weights: Sequence[float]) -> float:
+    """The price sensitivity of a training row: one of ``weights``, evenly, by the hash of its id.
+
+    The same on every machine and in every epoch, so a group's completions share it.
+
+    Raises:
+        ValueError: there are no weights.
+    """
+    if not weights:
+        raise ValueError("give at least one cost weight to draw from")
+    digest = hashlib.sha256(f"cost_weight:{query_id}".encode()).digest()
+    return weights[int.from_bytes(digest[:8], "big") % len(weights)]
 
 
 def measured(members: Sequence[Member], table: ReplyTable) -> list[Member]:

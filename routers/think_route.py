@@ -70,7 +70,9 @@ class ThinkRoute:
         call_seconds: deadline of one call, retries included. Keep it below the rollout's step deadline.
         max_cost_usd: of one episode. A call is made only if its upper bound fits; a billed retry can exceed it.
         count_tokens: tokens of a text; with it the policy's own tokens are booked at the ledger's policy price: prompt
-            and observations as input once (the KV cache is kept), turns as output. None: they are free.
+            and observations as input once (the KV cache is kept), turns as output. Texts are all that is seen here, so
+            the chat template's tokens and a turn cut by the length limit are not counted. None: they are free.
+        observation_tokens: how much of a reply the rollout shows, so that no more is counted. None: all.
 
     Raises:
         ValueError: a name that is no member or cannot be copied by a policy, or a bad setting.
@@ -88,6 +90,7 @@ class ThinkRoute:
         call_seconds: float = 45.0,
         max_cost_usd: float | None = None,
         count_tokens: Callable[[str], int] | None = None,
+        observation_tokens: int | None = None,
     ) -> None:
         names = list(pool.members) if members is None else list(members)
         for name in names:
@@ -110,6 +113,7 @@ class ThinkRoute:
         self.call_seconds = call_seconds
         self.max_cost_usd = max_cost_usd
         self.count_tokens = count_tokens
+        self.observation_tokens = observation_tokens
 
     @property
     def members(self) -> list[Member]:
@@ -154,14 +158,14 @@ class ThinkRouteEpisode:
         self._answer: str | None = None
         self._format_error = ""
         self._lost: str | None = None
-        self._book(_prompt_text(row.get("prompt")), "")
+        self._book(read=self._count(_prompt_text(row.get("prompt"))))
 
     def choices(self) -> None:
         return None
 
     async def step(self, text: str) -> Observation:
         """Parse one turn and answer it. Ends with an answer tag, valid or not, with a second refusal, or lost."""
-        self._book("", text)
+        self._book(written=self._count(text))
         action = parse_turn(
             text,
             self._world.names,
@@ -240,14 +244,18 @@ class ThinkRouteEpisode:
         return self._shown(note_observation(words, self._world.grammar))
 
     def _shown(self, observation: Observation) -> Observation:
-        self._book(observation.before + observation.body + observation.after, "")
+        body, limit = self._count(observation.body), self._world.observation_tokens
+        frame = self._count(observation.before) + self._count(observation.after)
+        self._book(read=frame + (body if limit is None else min(body, limit)))
         return observation
 
-    def _book(self, read: str, written: str) -> None:
+    def _count(self, text: str) -> int:
+        return self._world.count_tokens(text) if self._world.count_tokens and text else 0
+
+    def _book(self, read: int = 0, written: int = 0) -> None:
         """Charge tokens of the policy."""
-        if self._world.count_tokens is not None:
-            count, ledger = self._world.count_tokens, self._world.pool.ledger
-            usd = ledger.policy(count(read) if read else 0, count(written) if written else 0, self._query_id)
+        if read or written:
+            usd = self._world.pool.ledger.policy(read, written, self._query_id)
             self._cost += usd
             self._account.charge(usd)
 

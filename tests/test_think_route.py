@@ -26,7 +26,8 @@ from routers.catalogue import Member
 from routers.grammar import Grammar
 from routers.pool import Ledger, Pool
 from routers.pool.scripted import Fault, Scripted
-from routers.prompts import short_think_route_prompt, think_route_prompt
+from routers.prompts import drawn_cost_weight, measured, short_think_route_prompt, think_route_prompt
+from routers.table import ReplyTable
 from routers.think_route import ThinkRoute, cost_scale
 
 KEYS = {
@@ -206,11 +207,19 @@ def test_the_policys_own_tokens_by_hand() -> None:
     turns = ["<think>a b</think> <search>small:c</search>", "<answer> Paris </answer>"]
     columns, _ = episode(environment, turns, row)
     # out: "<think>a", "b</think>", "<search>small:c</search>" = 3, and "<answer>", "Paris", "</answer>" = 3;
-    # in: 3 of the prompt and "<information>It", "is", "Paris</information>" = 3.
-    own = (6 * 1.0 + 6 * 2.0) / 1e6
+    # in: 3 of the prompt, "<information>", "It", "is", "Paris", "</information>" = 5.
+    own = (8 * 1.0 + 6 * 2.0) / 1e6
     assert columns["cost"] == pytest.approx(SMALL_USD + own)
     assert environment.pool.ledger.total().policy_cost == pytest.approx(own)
     assert environment.spent_usd() == pytest.approx(SMALL_USD + own)
+    # What the rollout cuts off is not read: 2 of the reply's 3 words.
+    environment = world(
+        "It is Paris",
+        ledger=Ledger(policy_price=(1.0, 2.0)),
+        count_tokens=lambda t: len(t.split()),
+        observation_tokens=2,
+    )
+    assert episode(environment, turns, row)[0]["cost"] == pytest.approx(SMALL_USD + own - 1e-6)
 
 
 def test_an_empty_query_sends_the_question() -> None:
@@ -390,6 +399,35 @@ def test_the_tags_of_the_prompt_are_the_grammars() -> None:
 def test_the_placeholders_of_the_prompt_are_no_action() -> None:
     columns, _ = episode(world(), ["<think>x</think><search> LLM-Name:Your-Query </search>"])
     assert "'LLM-Name', which is not one member" in columns["format_error"]
+
+
+def test_a_rows_price_sensitivity_is_drawn_from_its_id() -> None:
+    weights = [0.0, 0.3, 0.6]
+    drawn = [drawn_cost_weight(f"q{i}", weights) for i in range(3000)]
+    assert drawn == [drawn_cost_weight(f"q{i}", weights) for i in range(3000)]
+    # 1000 expected each, standard deviation 26.
+    assert all(abs(drawn.count(weight) - 1000) < 130 for weight in weights)
+    with pytest.raises(ValueError, match="at least one cost weight"):
+        drawn_cost_weight("q", [])
+
+
+def test_measured_members_by_hand() -> None:
+    """Latency and scores come from training rows; what the catalogue says stays."""
+    names = ("query_id", "family", "split", "member", "reply", "correct", "seconds")
+    rows = [
+        ("a", "sums", "train", "small", "x", 1.0, 1.0),
+        ("b", "sums", "train", "small", "x", 0.0, 3.0),
+        ("c", "facts", "train", "small", "x", 1.0, 5.0),
+        ("d", "sums", "heldout", "small", "x", 1.0, 99.0),
+    ]
+    tokens = {"prompt_tokens": 1, "completion_tokens": 1}
+    table = ReplyTable(
+        [dict(zip(names, row, strict=True)) | tokens | {"query": f"the {row[0]}?"} for row in rows], CATALOGUE
+    )
+    stated = Member("small", "x", 1.0, 2.0, latency=0.5, examples={"nq": 0.4})
+    small, large, kept = measured([CATALOGUE["small"], CATALOGUE["large"], stated], table)
+    assert (small.latency, dict(small.examples)) == (3.0, {"sums": 0.5, "facts": 1.0})
+    assert large == CATALOGUE["large"] and kept == stated
 
 
 def test_names_that_could_not_be_copied_stop_at_the_start() -> None:
