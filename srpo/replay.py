@@ -121,15 +121,7 @@ class RoutingReplay:
         The re-forward then replays what its forward replayed, or nothing if that was native, whatever is armed by
         then: for several forwards before one backward, or disarming before it.
         """
-        return nullcontext(), self._pin(self._hooks.armed)
-
-    @contextmanager
-    def _pin(self, armed: Armed | None) -> Iterator[None]:
-        self._hooks.thread.pinned = armed  # a re-forward stays in the thread that entered this context
-        try:
-            yield
-        finally:
-            del self._hooks.thread.pinned
+        return nullcontext(), self._hooks.pinned(self._hooks.current())
 
     def divergence(self) -> Tensor:
         """What native routing would have done in the last forward armed with ``measure``.

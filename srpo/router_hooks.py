@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -89,10 +90,26 @@ class RouterHooks:
         self.armed: Armed | None = None
         self.keep: Callable[[Tensor], None] | None = None
         self.watched: list[Any] | None = None
-        self.thread = threading.local()  # `selection`: modes are per thread; `pinned`: see RoutingReplay
+        self._thread = threading.local()  # `selection`: modes are per thread; `pinned`: a re-forward's own routes
         self._fired: dict[int, Tensor] = {}
         self._columns = (0, 0)
         self.handles = self._install()
+
+    def current(self) -> Armed | None:
+        """What a router that runs now, in this thread, replays."""
+        return getattr(self._thread, "pinned", self.armed)
+
+    @contextmanager
+    def pinned(self, armed: Armed | None) -> Iterator[None]:
+        """Inside, this thread replays `armed`, whatever is armed: a re-forward runs in one thread from end to end."""
+        nested, outer = hasattr(self._thread, "pinned"), self.current()
+        self._thread.pinned = armed
+        try:
+            yield
+        finally:
+            del self._thread.pinned
+            if nested:
+                self._thread.pinned = outer
 
     def _install(self) -> list[Any]:
         # Functions, not bound methods: copying a model copies its hooks, and with a bound method this object and
@@ -106,11 +123,11 @@ class RouterHooks:
                 self._after_model()
 
         def before_router(module: nn.Module, args: Any) -> None:
-            if (self.keep or self.armed or hasattr(self.thread, "pinned")) and module in index:
+            if (self.keep or self.armed or hasattr(self._thread, "pinned")) and module in index:
                 self._before_router(module, index[module])
 
         def after_router(module: nn.Module, args: Any, output: Any) -> None:
-            selection = getattr(self.thread, "selection", None)
+            selection = getattr(self._thread, "selection", None)
             if selection is not None and selection.router is module:
                 self._after_router(selection, output is not None)
 
@@ -167,14 +184,13 @@ class RouterHooks:
             self.keep(routes.view(*self._columns, *routes.shape[1:]))
 
     def _before_router(self, router: nn.Module, place: int) -> None:
-        armed = getattr(self.thread, "pinned", self.armed)
-        selection = Selection(router, place, self.spec, armed)
+        selection = Selection(router, place, self.spec, self.current())
         selection.__enter__()
-        self.thread.selection = selection  # modes are per thread too
+        self._thread.selection = selection  # modes are per thread too
 
     def _after_router(self, selection: Selection, finished: bool) -> None:
         selection.__exit__(None, None, None)
-        self.thread.selection = None
+        self._thread.selection = None
         if not finished:
             return  # an exception is on its way
         if selection.times != 1:

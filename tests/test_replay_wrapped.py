@@ -12,7 +12,7 @@ from moe_families import TOP_K, build, perturb, spy
 from peft import LoraConfig, get_peft_model
 from test_replay import SHAPE, gate, random_routes, tokens
 from torch import Tensor
-from torch.utils.checkpoint import CheckpointError
+from torch.utils.checkpoint import CheckpointError, checkpoint
 
 from srpo.moe_routers import find_routers
 from srpo.replay import RoutingReplay
@@ -103,6 +103,16 @@ def test_two_forwards_and_one_backward_need_context_fn() -> None:
         errors[contexts] = relative_error(gradients(model), expected)
     assert errors[False] > 0.1, "without context_fn the first forward is run again with the second's routes"
     assert errors[True] < 1e-6
+
+
+def test_checkpoints_within_a_checkpoint_keep_their_routes() -> None:
+    """Re-forwards nest: the outer block is run again, and its layers' own checkpoints after that."""
+    model, replay = checkpointed(contexts=True)
+    replay.arm(FIRST)
+    value = checkpoint(loss, model, use_reentrant=False, context_fn=replay.checkpoint_contexts)
+    replay.arm(SECOND)
+    value.backward()
+    assert relative_error(gradients(model), reference([(0, FIRST)])) < 1e-6
 
 
 def test_a_native_forward_stays_native_in_its_re_forward() -> None:
