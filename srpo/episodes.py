@@ -8,14 +8,13 @@ Failure is data. A lost rollout leaves its group: it has no reward, no token of 
 is that of the survivors. A group of which less than three quarters survive is dropped whole.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
-from transformers import TrainerCallback
 from transformers.utils import logging
 from trl.models.utils import unwrap_model_for_generation
 
@@ -24,14 +23,11 @@ from srpo.flatten import Flat, flatten, kept_rows, padded_choices, row_key, row_
 from srpo.generate import Generator, Recorder, Sampling, TransformersGenerator
 from srpo.generate_vllm import VLLMGenerator
 from srpo.rollout import Limits, as_columns, play
+from srpo.rollout_limits import RunLimits, without_trl_warning
 from srpo.rollout_metrics import TRUNCATED, Account, Losses, account, rollout_metrics
-from srpo.types import Columns, Environment, Trajectory
+from srpo.types import LOST, Columns, Environment, Trajectory
 
 logger = logging.get_logger(__name__)
-
-
-class LostRollouts(RuntimeError):
-    """Too many rollouts were lost; a checkpoint has been saved."""
 
 
 class RolloutMixin:
@@ -62,7 +58,6 @@ class RolloutMixin:
     _recorder: Recorder | None = None
     _episode_loop: EpisodeLoop | None = None
     _batch_rows: Sequence[Any] = ()
-    _lost_rows: Tensor | None = None
     _losses: Losses
     _stop_because: str | None = None
 
@@ -198,7 +193,6 @@ class RolloutMixin:
         mine = [account(len(ids), sum(f.policy), t) for ids, f, t in zip(prompt_ids, flat, trajectories, strict=True)]
         everyone = gather_object(mine)
         lost = [row.stop == "lost" for row in everyone]
-        self._lost_rows = torch.tensor(lost, device=self.accelerator.device)
         kept = kept_rows(lost, self.num_generations if training else 1)
         if training:
             if (summary := self._losses.observe(everyone)) is not None:
@@ -255,41 +249,12 @@ class RolloutMixin:
         ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
         return [not len(ids) or int(ids[-1]) not in ends for ids in completion_ids]
 
-    def _without_lost(self, rewards_per_func: Tensor) -> Tensor:
-        """[all rows, functions]: a lost rollout has no reward."""
-        if self._trajectories is None or self._lost_rows is None:
-            return rewards_per_func
-        return rewards_per_func.masked_fill(self._lost_rows.unsqueeze(1), torch.nan)
-
-
-def refuse_other_rollouts(args: Any, given: Mapping[str, Any], world: Any) -> None:
-    """ValueError for arguments that an environment excludes."""
-    others = {"world": world} | {name: given.get(name) for name in ("rollout_func", "tools", "environment_factory")}
-    for name, value in others.items():
-        if value is not None:
-            raise ValueError(f"environment= and {name}= both say what happens to a completion; give one of them")
-    if args.use_transformers_continuous_batching:
-        raise ValueError("use_transformers_continuous_batching has no meaning with environment=; leave it False")
-    if args.generation_kwargs and not args.use_vllm:
-        names = ", ".join(args.generation_kwargs)
-        raise ValueError(f"generation_kwargs ({names}) are not read with environment=; set the fields of the config")
-
-
-class RunLimits(TrainerCallback):
-    """Stops a run that has spent its money or loses its rollouts, with a checkpoint; ends the episodes' thread."""
-
-    def __init__(self, trainer: Any):
-        self.trainer = trainer
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        reason = self.trainer._losses.verdict or self.trainer._stop_because
-        if reason is not None and not control.should_training_stop:
-            logger.warning("The run stops, with a checkpoint: %s", reason)
-            control.should_save = control.should_training_stop = True
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.trainer._episode_loop is not None:
-            self.trainer._episode_loop.close()
-            self.trainer._episode_loop = None
-        if self.trainer._losses.verdict is not None:
-            raise LostRollouts(f"{self.trainer._losses.verdict}. A checkpoint was saved in {args.output_dir}")
+    def _calculate_rewards(self, inputs: list[dict[str, Any]], *args: Any, **kwargs: Any) -> Tensor:
+        """[all rows, functions]; a lost rollout has no reward, whatever a reward model says of it."""
+        if self.environment is None and self.world is None:
+            return super()._calculate_rewards(inputs, *args, **kwargs)
+        lost = [row.get(LOST) is not None for row in inputs]
+        with without_trl_warning() if any(lost) else nullcontext():
+            rewards = super()._calculate_rewards(inputs, *args, **kwargs)
+        everyone = torch.tensor(gather_object(lost), device=rewards.device)
+        return rewards.masked_fill(everyone.unsqueeze(1), torch.nan)

@@ -8,9 +8,14 @@ from typing import Any
 from srpo.types import CORRECT, COST, ROUTE
 
 NO_ROUTE = "none"
+CALLS = "calls"
+"""Column: how many calls of the pool an episode made."""
+MEMBERS = "members"
+"""Column: the members that an episode asked, in order, one name per call."""
 ENTROPY_FLOOR = 0.05
 LENGTH_FACTOR = 3.0
 MEMBER_SHARE = 0.98
+FEW_CALLS = 0.02
 REWARD_DROP = 0.2
 
 
@@ -20,8 +25,15 @@ def world_metrics(columns: Mapping[str, Sequence[Any]]) -> dict[str, float]:
     route/share/<member>  share of completions routed there; "none" = no valid action
     route/entropy         nats over the members, completions without a valid action left out
     cost/per_query_usd    mean cost; correct/mean: mean over the graded completions
+    calls/per_query       mean number of calls of an episode (column `calls`)
+    calls/share/<member>  share of all calls (column `members`: who was asked, in order); calls/entropy: in nats
     """
     metrics: dict[str, float] = {}
+    if calls := [float(n) for n in columns.get(CALLS, ()) if n is not None]:
+        metrics["calls/per_query"] = sum(calls) / len(calls)
+    if asked := Counter(str(name) for names in columns.get(MEMBERS, ()) for name in names or ()):
+        metrics.update({f"calls/share/{name}": n / asked.total() for name, n in sorted(asked.items())})
+        metrics["calls/entropy"] = sum(-n / asked.total() * math.log(n / asked.total()) for n in asked.values())
     if routes := columns.get(ROUTE):
         counts = Counter(NO_ROUTE if route is None else str(route) for route in routes)
         metrics["route/share/" + NO_ROUTE] = 0.0
@@ -80,15 +92,24 @@ class Alarms:
         )
         self.observe(
             "format",
-            metrics.get("route/share/" + NO_ROUTE, 0.0) > 0.5,
+            # An episode that made no call may have answered by itself.
+            metrics.get("route/share/" + NO_ROUTE, 0.0) > 0.5 and "calls/per_query" not in metrics,
             "More than half of the completions hold no valid action. Warm-start the policy on the action format",
         )
-        shares = {k.removeprefix("route/share/"): v for k, v in metrics.items() if k.startswith("route/share/")}
-        top = max((name for name in shares if name != NO_ROUTE), key=lambda name: shares[name], default=None)
+        # Calls of several turns say more than the one route of a completion, where both are known.
+        prefix, of = ("calls/share/", "calls") if "calls/entropy" in metrics else ("route/share/", "queries")
+        shares = {k.removeprefix(prefix): v for k, v in metrics.items() if k.startswith(prefix)}
+        top = max((member for member in shares if member != NO_ROUTE), key=lambda m: shares[m], default=None)
         self.observe(
             "one_member",
             top is not None and shares[top] >= MEMBER_SHARE,
-            f"{top} takes {shares.get(top or '', 0.0):.0%} of all queries: the policy has stopped routing",
+            f"{top} takes {shares.get(top or '', 0.0):.0%} of all {of}: the policy has stopped routing",
+        )
+        self.observe(
+            "no_calls",
+            metrics.get("calls/per_query", 1.0) <= FEW_CALLS,
+            f"The policy makes {metrics.get('calls/per_query', 0.0):.2f} calls per query: it answers by itself and "
+            "has stopped asking the pool. Lower the cost weight, or warm-start it on answers that needed a call",
         )
         if "srpo/failed_share" in metrics:
             self.observe(

@@ -26,7 +26,7 @@ from srpo.choices import ChoicesMixin, scored_among
 from srpo.config import SRPOConfig
 from srpo.credit import CreditMixin
 from srpo.distillation import DistillationMixin, Plan
-from srpo.episodes import RolloutMixin, refuse_other_rollouts
+from srpo.episodes import RolloutMixin
 from srpo.heads import Divergence, TeacherTargets, add_distillation_head
 from srpo.hub import HubMixin
 from srpo.minirl import MiniRLMixin
@@ -44,6 +44,7 @@ from srpo.records import Alarms, world_metrics
 from srpo.replay_trainer import ReplayMixin
 from srpo.reprompt import Rollout, Templates, choose_demonstrations, strip_thinking
 from srpo.resume import GenerationClock, ResumeMixin
+from srpo.rollout_limits import refuse_other_rollouts
 from srpo.sampler import SamplerMixin
 from srpo.teacher import Teacher, unpatched_copy
 from srpo.types import FEEDBACK, Columns, Environment, World
@@ -182,7 +183,6 @@ class SRPOTrainer(
         self._columns = self._checked_columns(self._world_columns(inputs, texts), len(texts))
         rows = [{**row, **{k: v[i] for k, v in self._columns.items()}} for i, row in enumerate(inputs)]
         rewards_per_func = super()._calculate_rewards(rows, prompts, completions, completion_ids_list)
-        rewards_per_func = self._without_lost(rewards_per_func)
         # A reward function may give feedback too, through TRL's `log_extra`; it wins over the world's.
         if FEEDBACK in self._pending_extra_logs:
             notes = list(self._pending_extra_logs[FEEDBACK])

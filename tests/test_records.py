@@ -33,6 +33,18 @@ def test_metrics_of_columns_by_hand():
     }
 
 
+def test_metrics_of_calls_by_hand():
+    metrics = world_metrics({"calls": [2, 0, 1, None], "members": [["a", "b"], [], ["a"], None]})
+    # 3 calls in 3 episodes; a 2 of 3, b 1 of 3: entropy = -(2/3 ln 2/3 + 1/3 ln 1/3) = 0.6365
+    assert metrics == {
+        "calls/per_query": 1.0,
+        "calls/share/a": pytest.approx(2 / 3),
+        "calls/share/b": pytest.approx(1 / 3),
+        "calls/entropy": pytest.approx(0.6365, abs=1e-4),
+    }
+    assert world_metrics({"calls": [0, 0], "members": [[], []]}) == {"calls/per_query": 0.0}
+
+
 def test_metrics_at_the_edges():
     assert world_metrics({}) == {}
     assert world_metrics({"route": [None, None]}) == {"route/share/none": 1.0, "route/entropy": 0}
@@ -59,6 +71,8 @@ SICK = {
     "flat": ({"frac_reward_zero_std": 1.0}, "nothing to learn from"),
     "format": ({"route/share/none": 0.6, "route/share/a": 0.4, "route/share/b": 0.0}, "no valid action"),
     "one_member": ({"route/share/none": 0.0, "route/share/a": 0.98, "route/share/b": 0.02}, "a takes 98% of all"),
+    "one_callee": ({"calls/entropy": 0.1, "calls/share/a": 0.98, "calls/share/b": 0.02}, "98% of all calls"),
+    "no_calls": ({"calls/per_query": 0.02}, "makes 0.02 calls per query"),
     "no_teacher": ({"srpo/teacher_available": 0.0}, "nothing is distilled"),
 }
 NOT_SICK = {
@@ -68,6 +82,8 @@ NOT_SICK = {
     "flat": {"frac_reward_zero_std": 0.99},
     "format": {"route/share/none": 0.5},
     "one_member": {"route/share/a": 0.97},
+    "one_callee": {"calls/entropy": 0.1, "calls/share/a": 0.97, "route/share/a": 1.0},
+    "no_calls": {"calls/per_query": 0.03, "route/share/none": 0.97},
     "no_teacher": {"srpo/failed_share": 0.0, "srpo/teacher_available": 0.0},
 }
 

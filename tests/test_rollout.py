@@ -1,6 +1,7 @@
 """The rollout loop on a scripted policy: every token has an owner, every stop its reason, a failure costs one row."""
 
 import asyncio
+import contextlib
 import random
 import threading
 import time
@@ -209,10 +210,8 @@ def hang(kind):
         pass
     end = time.monotonic() + 60
     while kind == "stubborn" and time.monotonic() < end:  # swallows every Exception
-        try:
+        with contextlib.suppress(Exception):
             time.sleep(0.01)
-        except Exception:
-            pass
 
 
 class Hanging(ScriptedEnvironment):
@@ -231,10 +230,8 @@ class Hanging(ScriptedEnvironment):
                         await asyncio.sleep(60)
                     if self.kind == "never":
                         while True:
-                            try:
+                            with contextlib.suppress(asyncio.CancelledError):
                                 await asyncio.sleep(60)
-                            except asyncio.CancelledError:
-                                pass
                     hang(self.kind)
                 return await step(text)
 
