@@ -47,6 +47,8 @@ class Member:
     seed: int | None = None
     system: str | None = None
     """System prompt; None: none is sent."""
+    request: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """More fields of the request's body, as the endpoint knows them; null leaves one out that we would send."""
     concurrency: int = 16
     """Calls in flight at once, per process."""
     requests_per_second: float | None = None
@@ -162,6 +164,13 @@ def _member(entry: Any, path: Path, position: int) -> Member:
             f"{label}: max_tokens {member.max_tokens} leaves no room for a prompt in context_length "
             f"{member.context_length}; lower max_tokens"
         )
+    sent = {"max_tokens": member.max_tokens, **member.request}
+    limits = [sent[key] for key in ("max_tokens", "max_completion_tokens") if sent.get(key) is not None]
+    if set(limits) != {member.max_tokens}:  # else a reservation would be no upper bound
+        raise ValueError(
+            f"{label}: field 'request' changes the longest reply; set it by max_tokens alone. For an endpoint that "
+            "wants the newer name write request: {max_tokens: null, max_completion_tokens: N}, with N = max_tokens"
+        )
     return member
 
 
@@ -223,8 +232,17 @@ def _scores(value: Any) -> dict[str, float]:
     return {_line(task): _number(0.0, 1.0)(score) for task, score in value.items()}
 
 
+def _request(value: Any) -> dict[str, Any]:
+    """More fields of the body; not those that change the question, or the form of the reply."""
+    if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
+        raise ValueError
+    if value.keys() & {"model", "messages", "n", "stream"}:
+        raise ValueError
+    return dict(value)
+
+
 _REQUIRED = ("name", "descriptor", "price_in", "price_out")
-_MAY_HOLD_A_KEY = ("api_key_env", "base_url")  # by mistake: such a value is never shown
+_MAY_HOLD_A_KEY = ("api_key_env", "base_url", "request")  # by mistake: such a value is never shown
 _PRICE = (
     _number(0.0),
     "write a number >= 0 in USD per million tokens (0 if it is really free), or price_from: litellm:MODEL_KEY",
@@ -245,6 +263,7 @@ _RULES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "top_p": (_number(0.0, 1.0, above=True), "write a number in (0, 1]"),
     "seed": (_seed, "write a whole number"),
     "system": (_text, "write the system prompt, or leave it out"),
+    "request": (_request, "write a mapping of body fields, without model, messages, n and stream"),
     "concurrency": _COUNT,
     "requests_per_second": _POSITIVE,
     "tokens_per_minute": _COUNT,

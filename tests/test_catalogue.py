@@ -80,7 +80,9 @@ def test_yaml_cannot_run_code(tmp_path):
 LIVE = (
     "  - {name: b, descriptor: x, price_in: 1, price_out: 1, model: org/b, base_url: 'https://h/v1',"
     " api_key_env: B_KEY, context_length: 8192, max_tokens: 256, temperature: 0.1, top_p: 0.9, seed: 42,"
-    " system: Be brief., concurrency: 4, requests_per_second: 2, tokens_per_minute: 1000, timeout: 9, latency: 0.81, examples: {nq: 0.412, gsm8k: 1}}\n"
+    " system: Be brief., concurrency: 4, requests_per_second: 2,"
+    " request: {max_tokens: null, max_completion_tokens: 256, top_k: 5},"
+    " tokens_per_minute: 1000, timeout: 9, latency: 0.81, examples: {nq: 0.412, gsm8k: 1}}\n"
 )
 
 
@@ -99,6 +101,7 @@ def test_live_fields(tmp_path):
         top_p=0.9,
         seed=42,
         system="Be brief.",
+        request={"max_tokens": None, "max_completion_tokens": 256, "top_k": 5},
         concurrency=4,
         requests_per_second=2.0,
         tokens_per_minute=1000,
@@ -133,11 +136,16 @@ def test_describing_a_member():
         ("examples: {nq: 41}", ["examples", "0 to 1"]),
         ("examples: [1]", ["examples"]),
         ("seed: yes", ["seed"]),
+        ("request: {stream: true, auth: secret}", ["request", "stream"]),
+        ("request: [1]", ["request", "mapping"]),
+        ("request: {max_tokens: null}", ["request", "longest reply", "max_completion_tokens"]),
+        ("request: {max_tokens: null, max_completion_tokens: 513}", ["request", "longest reply"]),
+        ("request: {max_completion_tokens: 9}", ["request", "longest reply"]),
     ],
 )
 def test_a_bad_live_field_is_named_and_a_key_is_never_shown(tmp_path, field, words):
     path = write(tmp_path, GOOD + f"  - {{name: b, descriptor: x, price_in: 1, price_out: 1, {field.strip('{}')}}}\n")
-    if field.startswith("examples: {"):
+    if ": {" in field:
         path = write(tmp_path, GOOD + f"  - {{name: b, descriptor: x, price_in: 1, price_out: 1, {field}}}\n")
     with pytest.raises(ValueError) as caught:
         load_catalogue(path)

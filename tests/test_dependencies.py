@@ -155,6 +155,7 @@ LIGHT = {
     "rewards": {"torch", "transformers", "trl", "datasets"},
     "routers": {"torch", "transformers", "trl", "datasets"},
     "routers.grammar": {"torch", "transformers", "trl", "datasets"},
+    "routers.pool": {"torch", "transformers", "trl", "datasets", "openai"},
     "routers.table": {"torch", "transformers", "trl"},
     "srpo.objectives": {"transformers", "trl", "datasets"},
 }

@@ -4,6 +4,7 @@ import asyncio
 import json
 import math
 import threading
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -146,9 +147,10 @@ def pool_of(backend: Scripted, ledger: Ledger) -> Pool:
     return Pool({"m": MEMBER}, {"m": backend}, ledger=ledger, retry=Retry(base=0.001))
 
 
-def ask_many(pool: Pool, count: int, deadline: float = 5.0):
+def ask_many(pool: Pool, count: int, deadline: float = 5.0, **options):
     async def main():
-        return await asyncio.gather(*(pool.ask("m", f"q{i}", deadline, query_id=f"id{i % 2}") for i in range(count)))
+        calls = [pool.ask("m", f"q{i}", deadline, query_id=f"id{i % 2}", **options) for i in range(count)]
+        return await asyncio.gather(*calls)
 
     return asyncio.run(main())
 
@@ -177,6 +179,50 @@ def test_every_attempt_is_reserved_and_may_be_the_one_that_does_not_fit():
     (reply,) = ask_many(pool_of(backend, ledger), 1)
     assert kind(reply) == "over budget" and reply.cost == pytest.approx(1.0)
     assert len(backend.queries) == 1 and ledger.spent_usd == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("max_cost", "attempts", "error"), [(0.9, 0, "over budget"), (1.5, 1, "over budget"), (2.0, 2, None)]
+)
+def test_a_call_with_a_limit_of_its_own(max_cost, attempts, error):
+    backend, ledger = scripted(Fault(error="server error: 500", usage=Usage(2, 4))), Ledger()
+    (reply,) = ask_many(pool_of(backend, ledger), 1, max_cost=max_cost)
+    assert kind(reply) == error and len(backend.queries) == attempts
+    assert reply.cost == pytest.approx(attempts) and reply.cost <= max_cost
+    assert not ledger.exhausted  # the run has money
+
+
+def test_a_cancelled_call_is_booked_with_what_it_cost():
+    backend = scripted(Fault(error="server error: 500", usage=Usage(2, 4)), Fault(hang=True))
+    ledger = Ledger()
+    pool = pool_of(backend, ledger)
+
+    async def main():
+        call = asyncio.create_task(pool.ask("m", "q", 60.0))
+        while len(backend.queries) < 2:
+            await asyncio.sleep(0.001)
+        call.cancel()
+        await asyncio.gather(call, return_exceptions=True)
+
+    asyncio.run(main())
+    total = ledger.total()
+    assert (total.calls, total.failed, total.cost, total.unmetered) == (1, 1, pytest.approx(1.0), 1)
+    assert ledger.spent_usd == pytest.approx(1.0) and ledger.account.reserved == 0.0
+
+
+def test_sums_and_latency_per_member():
+    ledger = Ledger()
+    members = {name: Member(name, "x", 1e5, 2e5) for name in "ab"}
+    slow, failing = scripted(seconds=0.05), scripted(Fault(error="bad request: no", retry=False))
+    pool = Pool(members, {"a": slow, "b": failing}, ledger=ledger)
+
+    async def main():
+        await asyncio.gather(*(pool.ask(name, "q", 5.0) for name in "aab"))
+
+    asyncio.run(main())
+    spent = ledger.members()
+    assert (spent["a"].calls, spent["a"].cost, spent["b"].failed) == (2, pytest.approx(2.0), 1)
+    assert 0.05 <= spent["a"].latency < 0.5 and spent["b"].latency is None
 
 
 @settings(max_examples=60, deadline=None)
@@ -212,7 +258,7 @@ def test_sums_per_query_step_and_run():
     pool = pool_of(scripted(None, Fault(error="bad request: no", retry=False)), ledger)
     ask_many(pool, 4)  # id0: calls 0 and 2, id1: calls 1 (fails) and 3
     assert ledger.policy(3, 5, "id0") == 13.0  # 3 x 1 + 5 x 2
-    assert ledger.query("id0") == Spending(
+    assert replace(ledger.query("id0"), seconds=0.0) == Spending(
         calls=2,
         prompt_tokens=4,
         completion_tokens=8,
@@ -221,6 +267,7 @@ def test_sums_per_query_step_and_run():
         policy_completion_tokens=5,
         policy_cost=13.0,
     )
+    assert ledger.query("id0").seconds > 0
     assert (ledger.query("id1").calls, ledger.query("id1").failed, ledger.query("id1").cost) == (2, 1, 1.0)
     assert ledger.query("nobody") == Spending()
     assert ledger.step().usd == ledger.total().usd == 16.0
@@ -246,8 +293,9 @@ def test_a_resumed_ledger_goes_on_where_it_was():
     ask_many(pool_of(scripted(), first), 3)
     state = json.loads(json.dumps(first.state_dict()))
     second = Ledger(max_cost_usd=4.5)
-    pool = pool_of(scripted(), second)
+    account, pool = second.account, pool_of(scripted(), second)
     second.load_state_dict(state)
+    assert second.account is account and second.members() == first.members()
     assert second.spent_usd == first.spent_usd == 3.0 and second.total() == first.total()
     assert second.step() == Spending()
     replies = ask_many(pool, 3)

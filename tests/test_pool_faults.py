@@ -306,6 +306,15 @@ def test_what_is_sent(server):
     ]
 
 
+def test_more_body_fields_and_fields_left_out(server):
+    request = {"max_tokens": None, "max_completion_tokens": 512, "temperature": None}
+    request["chat_template_kwargs"] = {"enable_thinking": False}
+    ask(pool_of(member(server, request=request)))
+    (sent,) = server.requests
+    assert sent.keys() - {"authorization"} == {"model", "messages", "max_completion_tokens", "chat_template_kwargs"}
+    assert sent["chat_template_kwargs"] == {"enable_thinking": False}
+
+
 def test_lone_surrogates_and_control_characters_do_not_break_a_call(server):
     assert ask(pool_of(member(server)), query="a\x00b\ud800c").error is None
 

@@ -169,7 +169,7 @@ def test_every_setting_is_part_of_the_key():
 def test_every_setting_of_an_endpoint_that_decides_the_reply_is_in_its_identity(monkeypatch):
     base = Member("a", "x", 1.0, 2.0, base_url="http://h/v1")
     changes = {"model": "b", "base_url": "http://i/v1", "max_tokens": 3, "temperature": 0.5, "top_p": 0.5, "seed": 7}
-    changes["system"] = "S"
+    changes |= {"system": "S", "request": {"top_k": 3}}
     members = {"a": base} | {name: replace(base, **{name: value}) for name, value in changes.items()}
     pool = live_pool(members)
     identities = {json.dumps(dict(caller.backend.identity), sort_keys=True) for caller in pool._callers.values()}

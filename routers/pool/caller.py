@@ -21,6 +21,8 @@ from routers.pool.protocol import (
 )
 from srpo.types import Reply, Usage
 
+LONGEST_PAUSE = 60.0
+"""Seconds that one Retry-After may hold back other calls of the member; a server could ask for a year."""
 _MEMBER_IS_DOWN = (TIMEOUT, SERVER_ERROR, MALFORMED, CONNECTION)  # what the breaker counts
 
 
@@ -71,35 +73,43 @@ class Caller:
         self._tokens = TokenBucket(member.tokens_per_minute)
         self._places: tuple[asyncio.AbstractEventLoop, asyncio.Semaphore] | None = None
 
-    async def ask(self, query: str, deadline: float, query_id: str) -> Reply:
+    async def ask(self, query: str, deadline: float, query_id: str, max_cost: float) -> Reply:
         """The member's answer, or why there is none. Never raises for a failure; cancelling it frees its place.
 
         Args:
             deadline: seconds from now, over queueing, limits and all attempts.
+            max_cost: USD; no attempt is made that could bring the call above it.
         """
         start = time.monotonic()
         total = _Sum()
         answer = None
         try:
             async with asyncio.timeout(deadline):
-                answer = await self._attempts(query, start + deadline, query_id, total)
+                answer = await self._attempts(query, start + deadline, query_id, max_cost, total)
         except TimeoutError:
             if total.sent:
                 self._breaker.ended(worked=False, probe=False)
-                total.spending += Spending(unmetered=1)
             waited = "no reply" if total.sent else f"waiting for one of {self.member.concurrency} places, or a limit"
             before = f"; before that: {total.error}" if total.error else ""
             total.error = f"{TIMEOUT}: {waited} within the deadline of {deadline:g} s{before}"
-        total.spending += Spending(calls=1, failed=int(answer is None))
-        self._ledger.book(query_id, total.spending)
-        return total.reply(answer, time.monotonic() - start)
+        finally:  # also of a call that was cancelled
+            seconds = time.monotonic() - start
+            total.spending += Spending(
+                calls=1,
+                failed=int(answer is None),
+                unmetered=int(total.sent),
+                seconds=0.0 if answer is None else seconds,
+            )
+            self._ledger.book(query_id, total.spending, self.member.name)
+        return total.reply(answer, seconds)
 
-    async def _attempts(self, query: str, end: float, query_id: str, total: _Sum) -> Attempt | None:
+    async def _attempts(self, query: str, end: float, query_id: str, max_cost: float, total: _Sum) -> Attempt | None:
         while True:
             try:
-                attempt = await self._attempt(query, end, query_id, total)
+                attempt = await self._attempt(query, end, query_id, max_cost, total)
             except OverBudget as error:
-                total.error = f"{OVER_BUDGET}: {error} USD"
+                before = f"; before that: {total.error}" if total.error else ""
+                total.error = f"{OVER_BUDGET}: {error} USD{before}"
                 return None
             except CircuitOpen as error:
                 total.error = total.error or f"{CIRCUIT_OPEN}: {error}"
@@ -115,15 +125,18 @@ class Caller:
                 return None
             await asyncio.sleep(pause)
 
-    async def _attempt(self, query: str, end: float, query_id: str, total: _Sum) -> Attempt:
+    async def _attempt(self, query: str, end: float, query_id: str, max_cost: float, total: _Sum) -> Attempt:
         prompt_bound = self.backend.prompt_bound(query)
-        total.sent = False
+        bound = cost(self.member, prompt_bound, self.backend.max_tokens)
+        left = max_cost - total.spending.cost
+        if bound > left:
+            raise OverBudget(f"{bound:.6g} does not fit: {left:.6g} is left for this call")
         async with self._semaphore():
             taken = await self._tokens.take(prompt_bound + self.backend.max_tokens)
             attempt = Attempt()
             try:
                 await self._spacing.wait()
-                reservation = self._ledger.reserve(cost(self.member, prompt_bound, self.backend.max_tokens))
+                reservation = self._ledger.reserve(bound)
                 try:
                     attempt = await self._guarded(query, end, query_id, total)
                     spent = cost(self.member, attempt.usage.prompt_tokens, attempt.usage.completion_tokens)
@@ -132,6 +145,7 @@ class Caller:
                     reservation.cancel()  # of a call that was cancelled or refused; after settling it does nothing
             finally:
                 self._tokens.give_back(taken, attempt.usage.prompt_tokens + attempt.usage.completion_tokens)
+        total.sent = False
         total.spending += Spending(
             prompt_tokens=attempt.usage.prompt_tokens,
             completion_tokens=attempt.usage.completion_tokens,
@@ -140,7 +154,7 @@ class Caller:
             unmetered=int(attempt.unmetered),
         )
         if attempt.retry_after is not None:
-            self._spacing.pause(min(attempt.retry_after, max(0.0, end - time.monotonic())))
+            self._spacing.pause(min(attempt.retry_after, LONGEST_PAUSE))
         return attempt
 
     async def _guarded(self, query: str, end: float, query_id: str, total: _Sum) -> Attempt:

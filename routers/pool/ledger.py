@@ -102,6 +102,12 @@ class Account:
             fitting = min(amount, self.available)
             self._spend(fitting, amount - fitting)
 
+    def restart(self, amount: float) -> None:
+        """Forget what was spent here and charge ``amount``: what a checkpoint says. Reservations stay."""
+        with self._lock:
+            self.spent = self.overrun = 0.0
+        self.charge(amount)
+
     def _spend(self, amount: float, overrun: float) -> None:
         self.spent += amount
         self.overrun += overrun
@@ -138,6 +144,14 @@ class Spending:
     """Attempts without reported usage, counted at their upper bound."""
     unmetered: int = 0
     """Failed attempts without reported usage, counted as nothing; a provider may have billed them."""
+    seconds: float = 0.0
+    """Of the answered calls, waiting for places and limits included."""
+
+    @property
+    def latency(self) -> float | None:
+        """Mean seconds of an answered call; None without one."""
+        answered = self.calls - self.failed
+        return self.seconds / answered if answered else None
 
     @property
     def usd(self) -> float:
@@ -149,7 +163,7 @@ class Spending:
 
 
 class Ledger:
-    """Books every call of a process: per query, per step, for the run. Safe from several threads.
+    """Books every call of a process: per query, step, member and run. Safe from several threads.
 
     Args:
         max_cost_usd: cap of the run in this process; a call whose upper bound does not fit is not made. None: no cap.
@@ -169,6 +183,7 @@ class Ledger:
         self._run = Spending()
         self._step = Spending()
         self._queries: dict[str, Spending] = {}
+        self._members: dict[str, Spending] = {}
         self._lock = threading.Lock()
 
     @property
@@ -184,12 +199,14 @@ class Ledger:
             self.exhausted = True
             raise
 
-    def book(self, query_id: str, spending: Spending) -> None:
-        """Add what a query used. The money itself went through ``account``."""
+    def book(self, query_id: str, spending: Spending, member: str | None = None) -> None:
+        """Add what a query used, and at whom (None: the policy). The money itself went through ``account``."""
         with self._lock:
             self._run += spending
             self._step += spending
             self._queries[query_id] = self._queries.get(query_id, Spending()) + spending
+            if member is not None:
+                self._members[member] = self._members.get(member, Spending()) + spending
 
     def policy(self, prompt_tokens: int, completion_tokens: int, query_id: str = "") -> float:
         """Book the policy's own tokens; returns their price in USD."""
@@ -213,6 +230,10 @@ class Ledger:
         """Of one query since the last ``new_step``."""
         return self._queries.get(query_id, Spending())
 
+    def members(self) -> dict[str, Spending]:
+        """Of the run, by member; members that nobody asked are not in it."""
+        return dict(self._members)
+
     def new_step(self) -> Spending:
         """Returns ``step()`` and starts the next one."""
         with self._lock:
@@ -232,7 +253,9 @@ class Ledger:
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-able: the run's sums and the money spent. What is in flight is not part of it."""
-        return {"run": asdict(self._run), "spent": self.account.spent, "overrun": self.account.overrun}
+        members = {name: asdict(spending) for name, spending in self._members.items()}
+        money = {"spent": self.account.spent, "overrun": self.account.overrun}
+        return {"run": asdict(self._run), "members": members, **money}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Inverse of ``state_dict``; the cap stays the one given now. More spent than the cap counts as overrun.
@@ -240,8 +263,8 @@ class Ledger:
         Raises:
             KeyError, TypeError: not a ledger's state.
         """
-        run, total = Spending(**state["run"]), float(state["spent"]) + float(state["overrun"])
+        run, spent = Spending(**state["run"]), float(state["spent"]) + float(state["overrun"])
+        members = {name: Spending(**spending) for name, spending in state["members"].items()}
         with self._lock:
-            self._run, self._step, self._queries = run, Spending(), {}
-            self.account = Account(self.account.cap)
-            self.account.charge(total)
+            self._run, self._step, self._queries, self._members = run, Spending(), {}, members
+        self.account.restart(spent)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Mapping
 
@@ -11,7 +12,7 @@ from routers.pool.cache import ReplyCache, cache_key, hit
 from routers.pool.caller import Caller
 from routers.pool.ledger import Ledger, Spending
 from routers.pool.limits import Retry
-from routers.pool.protocol import TIMEOUT, Backend, kind
+from routers.pool.protocol import OVER_BUDGET, TIMEOUT, Backend, kind
 from srpo.types import Reply, Usage
 
 
@@ -54,7 +55,9 @@ class Pool:
         self._callers = {n: Caller(m, backends[n], self.ledger, retry) for n, m in self.members.items()}
         self._flights: dict[str, _Flight] = {}
 
-    async def ask(self, member: str, query: str, deadline: float, *, query_id: str = "") -> Reply:
+    async def ask(
+        self, member: str, query: str, deadline: float, *, query_id: str = "", max_cost: float = math.inf
+    ) -> Reply:
         """Ask one member.
 
         Args:
@@ -62,10 +65,13 @@ class Pool:
             query: any text.
             deadline: seconds from now, over queueing, limits and all attempts.
             query_id: the dataset row that the question belongs to: the key of recorded replies, and of the ledger.
+            max_cost: USD that all attempts of this call together may cost. An attempt whose upper bound does not fit
+                is not made; the error is then "over budget".
 
         Returns:
             A reply whose ``error`` is None or ``KIND: words`` (``routers.pool.protocol.KINDS``). A reply out of the
-            cache, or shared with an equal call in flight, has ``cached=True`` and cost 0, and keeps its usage.
+            cache, or shared with an equal call in flight, has ``cached=True`` and cost 0, and keeps the usage and the
+            seconds of the call that was made.
 
         Raises:
             KeyError: no such member.
@@ -73,7 +79,7 @@ class Pool:
         caller = self._caller(member)
         identity = caller.backend.identity
         if self._cache is None or identity is None:
-            return await caller.ask(query, deadline, query_id)
+            return await caller.ask(query, deadline, query_id, max_cost)
         key = cache_key(identity, query)
         end = time.monotonic() + deadline
         while True:
@@ -81,11 +87,12 @@ class Pool:
             if reply is None:
                 flight = self._flights.get(key)
                 if flight is None or flight.task.get_loop() is not asyncio.get_running_loop():
-                    return await self._lead(key, caller, query, end - time.monotonic(), query_id)
+                    return await self._lead(key, caller, query, end - time.monotonic(), query_id, max_cost)
                 reply = await self._follow(key, flight, end - time.monotonic())
-                if kind(reply) == TIMEOUT and end > time.monotonic():
-                    continue  # the other one had less time
-            self.ledger.book(query_id, Spending(cached=1) if reply.error is None else Spending(calls=1, failed=1))
+                if kind(reply) in (TIMEOUT, OVER_BUDGET) and end > time.monotonic():
+                    continue  # the other one had less time, or less money
+            booked = Spending(cached=1) if reply.error is None else Spending(calls=1, failed=1)
+            self.ledger.book(query_id, booked, member)
             return reply
 
     def _caller(self, member: str) -> Caller:
@@ -94,9 +101,11 @@ class Pool:
         except KeyError:
             raise KeyError(f"no member {member!r} in the pool; there are {', '.join(self.members)}") from None
 
-    async def _lead(self, key: str, caller: Caller, query: str, deadline: float, query_id: str) -> Reply:
+    async def _lead(
+        self, key: str, caller: Caller, query: str, deadline: float, query_id: str, max_cost: float
+    ) -> Reply:
         async def call() -> Reply:
-            reply = await caller.ask(query, deadline, query_id)
+            reply = await caller.ask(query, deadline, query_id, max_cost)
             if self._cache is not None and reply.error is None:
                 self._cache.put(key, reply)
             return reply
