@@ -123,7 +123,7 @@ def demonstrations(
 
 
 def copy_drills(
-    replies: Sequence[str], grammar: Grammar, rng: np.random.Generator, count: int, together: int = 5
+    replies: Sequence[str], grammar: Grammar, rng: np.random.Generator, count: int, together: int = 1
 ) -> Iterator[Demonstration]:
     """Exercises without a question: an observation and the answer that repeats it, several times in a row.
 
@@ -141,7 +141,7 @@ def copy_drills(
             if rng.random() < 0.5 and replies:
                 text = replies[rng.integers(len(replies))]
             else:
-                text = "".join(rng.choice(list(_LETTERS), rng.integers(1, 13)))
+                text = "".join(rng.choice(list(_LETTERS), rng.integers(1, 9)))
             text = " ".join(text.split())
             if text and not grammar.tags.search(text):
                 turns += [reply_observation(text, grammar), render_answer("", text, grammar)]
