@@ -164,6 +164,39 @@ def test_a_hot_thing_that_is_cooled_is_not_hot() -> None:
     assert not environment.won
 
 
+def test_a_cold_thing_that_is_heated_is_not_cold() -> None:
+    environment = world(goal("treat", able="coolable", state="isCool", thing="Mug", place="Desk"))
+    play(environment, "go to countertop 1; take mug 2 from countertop 1; go to fridge 1; cool mug 2 with fridge 1")
+    play(environment, "go to microwave 1; heat mug 2 with microwave 1; go to desk 1; move mug 2 to desk 1")
+    assert not environment.won
+
+
+def test_what_look_calls_next_to_it() -> None:
+    # The official grammar lists things of this location that were taken from a receptacle here and not put back into it.
+    environment = world()
+    beside = [
+        ("go to countertop 1; take mug 2 from countertop 1; look", "nothing"),  # it is in the hand
+        ("move mug 2 to coffeemachine 1; look", "a mug 2"),
+        ("go to desk 1; look", "nothing"),  # it is elsewhere
+        ("go to countertop 1; take mug 2 from coffeemachine 1; move mug 2 to countertop 1; look", "a mug 2"),
+    ]
+    for commands, seen in beside:
+        assert play(environment, commands)[-1].endswith(f"Next to it, you see {seen}."), commands
+    play(environment, "take knife 1 from countertop 1; move knife 1 to countertop 1")
+    assert play(environment, "look")[-1].endswith("Next to it, you see a mug 2.")  # the knife is back in its place
+
+
+def test_what_is_sliced_must_be_here() -> None:
+    environment = world()
+    play(
+        environment,
+        "go to countertop 1; take apple 1 from countertop 1; go to sinkbasin 1; move apple 1 to sinkbasin 1",
+    )
+    play(environment, "go to countertop 1; take knife 1 from countertop 1")
+    assert environment.step("slice apple 1 with knife 1")[0] == NOTHING_HAPPENS
+    assert play(environment, "go to sinkbasin 1; slice apple 1 with knife 1")[-1].startswith("You sliced the apple 1")
+
+
 def test_two_things_in_two_places_are_not_two_in_one() -> None:
     environment = world(goal("two", thing="Mug", place="Cabinet"))
     play(environment, "go to countertop 1; take mug 2 from countertop 1; go to cabinet 2; open cabinet 2")

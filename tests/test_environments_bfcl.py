@@ -6,7 +6,7 @@ import pytest
 
 from routers.environments.bfcl import CATEGORIES, Bfcl, load_bfcl
 from routers.environments.protocol import GameError
-from routers.environments.tool_calls import read_calls
+from routers.environments.tool_calls import call_tool, read_calls
 
 INSTALL = "BFCL is not installed: pip install --no-deps bfcl-eval mpmath"
 
@@ -30,6 +30,48 @@ INSTALL = "BFCL is not installed: pip install --no-deps bfcl-eval mpmath"
 )
 def test_only_plain_calls_are_calls(text: str, names: list[str]) -> None:
     assert [call.func.id for call in read_calls(text) if isinstance(call.func, ast.Name)] == names
+
+
+class Tool:
+    """Two methods for the world, one that is not, and things that are no methods."""
+
+    path = "/"
+    kind = str
+
+    def add(self, a: int, b: int = 1) -> dict[str, int]:
+        return {"sum": a + b}
+
+    def fail(self) -> None:
+        raise KeyError("no such file")
+
+    def _secret(self) -> str:
+        return "hidden"
+
+
+@pytest.mark.parametrize(
+    ("call", "result"),
+    [
+        ("add(1)", '{"sum": 2}'),
+        ("add(a=1, b=-3)", '{"sum": -2}'),
+        ("add()", "Error during execution: Tool.add() missing 1 required positional argument: 'a'"),
+        ("add(add(1))", "Error during execution: malformed node or string on line 1: <ast.Call object"),
+        ("add(**{'a': 1})", "Error during execution: Tool.add() missing 1"),
+        ("fail()", "Error during execution: 'no such file'"),
+        ("_secret()", "Error during execution: name '_secret' is not defined"),
+        ("__init__()", "Error during execution: name '__init__' is not defined"),
+        ("path()", "Error during execution: name 'path' is not defined"),
+        ("kind(1)", "Error during execution: name 'kind' is not defined"),
+        ("print(1)", "Error during execution: name 'print' is not defined"),
+    ],
+)
+def test_calls_reach_public_methods_with_literal_arguments_only(call: str, result: str) -> None:
+    (parsed,) = read_calls(call)
+    assert call_tool({"Tool": Tool()}, parsed, ()).startswith(result)
+
+
+def test_excluded_methods_are_not_there() -> None:
+    (parsed,) = read_calls("add(1)")
+    assert call_tool({"Tool": Tool()}, parsed, ("add",)) == "Error during execution: name 'add' is not defined"
 
 
 def test_unsupported_categories_are_named() -> None:

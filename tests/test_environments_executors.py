@@ -150,6 +150,28 @@ def test_the_explorer_opens_what_it_stands_at_and_searches_every_place_once() ->
             assert following == f"open {command.removeprefix('go to ')}"
 
 
+def test_the_explorer_looks_first_where_another_executor_brought_it() -> None:
+    for seed in "abcdef":
+        session = Session(
+            AlfWorld(game(goal("place", thing="Pen", place="CounterTop"), "put a pen in countertop."), 40), seed
+        )
+        session.start()
+        session.take("go to fridge 1")
+        assert explore(honest(session.view)) == "open fridge 1"
+
+
+def test_the_explorer_leaves_what_it_has_delivered() -> None:
+    session = Session(world_of_mugs(), "s")
+    session.start()
+    for command in "go to countertop 1; take mug 2 from countertop 1; go to desk 1; move mug 2 to desk 1".split("; "):
+        session.take(command)
+    while not session.environment.done:
+        command = explore(honest(session.view))
+        assert not command.startswith("take mug 2")
+        session.take(command)
+    assert session.environment.won
+
+
 def test_the_explorer_puts_down_what_another_executor_took() -> None:
     session = Session(AlfWorld(game(), limit=40), "s")
     session.start()
@@ -173,7 +195,7 @@ def test_memory_is_what_the_texts_said() -> None:
     for command in (
         "go to countertop 1; take mug 2 from countertop 1; go to microwave 1; heat mug 2 with microwave 1; "
         "go to fridge 1; cool mug 2 with fridge 1; open fridge 1; move mug 2 to fridge 1; close fridge 1; nonsense; "
-        "go to desk 1"
+        "go to cabinet 1; open cabinet 1; go to desk 1"
     ).split("; "):
         session.take(command)
     memory = remember(honest(session.view))
@@ -185,6 +207,7 @@ def test_memory_is_what_the_texts_said() -> None:
         seen={
             "countertop 1": {"apple 1", "knife 1"},
             "fridge 1": {"mug 2"},
+            "cabinet 1": {"mug 1"},
             "desk 1": {"bowl 1", "desklamp 1", "pen 1"},
         },
         closed={"microwave 1", "fridge 1"},
