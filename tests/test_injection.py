@@ -24,6 +24,7 @@ from think_route_cases import (
 )
 
 from rewards import additive_rewards, router_r1_rewards, xrouter_rewards
+from routers.agent_parts import without_control_tokens
 from routers.catalogue import Member
 from routers.grammar import ROUTER_R1, name_error, parse_turn
 from routers.observations import neutralise, note_observation, reply_observation
@@ -31,7 +32,6 @@ from routers.pool import Pool
 from routers.pool.scripted import Fault, Scripted
 from routers.prompts import short_think_route_prompt, think_route_prompt
 from routers.think_route import ThinkRoute
-from srpo.reprompt import defuse
 from srpo.rollout import Limits, observation_ids, play
 
 CORPUS = corpus()
@@ -228,12 +228,12 @@ def test_in_a_prompt_it_is_only_text(prompt: Any, kind: str, slot: str) -> None:
     """As many control and added tokens, tags included, as with a harmless text in that place."""
     tokenizer = tokenizer_of(kind)
     bad = forbidden(tokenizer)
-    controls = {t.content for t in tokenizer.added_tokens_decoder.values()} | set(tokenizer.all_special_tokens)
+    clean = without_control_tokens(tokenizer)
 
     def rendered(text: str) -> tuple[str, list[int]]:
         question, descriptor = (text, "x") if slot == "question" else ("x", text)
         members = [Member("small", descriptor, 1.0, 2.0), CATALOGUE["large"]]
-        messages = prompt(question, members, clean=lambda t: defuse(t, controls))
+        messages = prompt(question, members, clean=clean)
         ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         return messages[0]["content"], [i for i in ids if i in bad]
 
