@@ -213,8 +213,8 @@ class ThinkRouteEpisode:
     def columns(self, stop: Stop) -> Mapping[str, Any]:
         """See the module's docstring. ``correct`` is 0 without a valid answer."""
         lost, format_error = self._lost, self._format_error
-        if self._answer is None and not format_error:
-            format_error = _NO_ANSWER.get(stop, "")
+        if self._answer is None:
+            format_error = format_error or _NO_ANSWER.get(stop, "")
             if stop == "deadline":  # how fast the machines are is not the policy's doing
                 lost = lost or "the deadline of the episode passed before an answer"
         graded = dict.fromkeys(("em", "f1", CORRECT)) if self._gold is None else self._grades(self._gold)

@@ -136,6 +136,13 @@ def test_a_deadline_is_nobodys_fault() -> None:
     columns = world().episode(ROW, "s").columns("deadline")
     assert "deadline" in columns["lost"] and columns["format_error"] == columns["feedback"] == ""
 
+    async def late() -> Any:
+        played = world().episode(ROW, "s")
+        await played.step("junk")
+        return played.columns("deadline")
+
+    assert "deadline" in asyncio.run(late())["lost"]  # also after a bad turn: slower machines do not change rewards
+
 
 def test_every_episode_has_the_same_columns() -> None:
     for turns in ([], [RIGHT], [ROUTE, WRONG], ["junk"] * 4):
