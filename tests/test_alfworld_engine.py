@@ -172,7 +172,7 @@ def test_a_cold_thing_that_is_heated_is_not_cold() -> None:
 
 
 def test_what_look_calls_next_to_it() -> None:
-    # The official grammar lists things of this location that were taken from a receptacle here and not put back into it.
+    # As the official grammar has it: things of this location that were taken from a receptacle here and not put back.
     environment = world()
     beside = [
         ("go to countertop 1; take mug 2 from countertop 1; look", "nothing"),  # it is in the hand
