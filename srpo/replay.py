@@ -121,7 +121,7 @@ class RoutingReplay:
         The re-forward then replays what its forward replayed, or nothing if that was native, whatever is armed by
         then: for several forwards before one backward, or disarming before it.
         """
-        return nullcontext(), self._hooks.pinned(self._hooks.current())
+        return nullcontext(), self._hooks.pinned(self._hooks.armed)
 
     def divergence(self) -> Tensor:
         """What native routing would have done in the last forward armed with ``measure``.

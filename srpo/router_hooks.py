@@ -95,21 +95,14 @@ class RouterHooks:
         self._columns = (0, 0)
         self.handles = self._install()
 
-    def current(self) -> Armed | None:
-        """What a router that runs now, in this thread, replays."""
-        return getattr(self._thread, "pinned", self.armed)
-
     @contextmanager
     def pinned(self, armed: Armed | None) -> Iterator[None]:
         """Inside, this thread replays `armed`, whatever is armed: a re-forward runs in one thread from end to end."""
-        nested, outer = hasattr(self._thread, "pinned"), self.current()
         self._thread.pinned = armed
         try:
             yield
         finally:
             del self._thread.pinned
-            if nested:
-                self._thread.pinned = outer
 
     def _install(self) -> list[Any]:
         # Functions, not bound methods: copying a model copies its hooks, and with a bound method this object and
@@ -184,7 +177,7 @@ class RouterHooks:
             self.keep(routes.view(*self._columns, *routes.shape[1:]))
 
     def _before_router(self, router: nn.Module, place: int) -> None:
-        selection = Selection(router, place, self.spec, self.current())
+        selection = Selection(router, place, self.spec, getattr(self._thread, "pinned", self.armed))
         selection.__enter__()
         self._thread.selection = selection  # modes are per thread too
 
