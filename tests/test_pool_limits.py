@@ -33,6 +33,18 @@ def test_the_concurrency_cap_holds_over_a_thousand_calls():
         assert server.most_in_flight == 8  # 5 + 3: reached, and never exceeded
 
 
+def test_64_calls_are_64_calls_in_flight():
+    with OpenAIServer(latency=0.5) as server:
+        pool = live_pool({"a": Member("a", "x", 1.0, 1.0, base_url=server.url, concurrency=64)})
+
+        async def main():
+            async with pool:
+                return await asyncio.gather(*(pool.ask("a", "q", 60.0) for _ in range(128)))
+
+        assert all(reply.error is None for reply in asyncio.run(main()))
+        assert server.most_in_flight == 64
+
+
 def test_three_calls_at_one_per_second_take_two_seconds():
     with OpenAIServer() as server:
         pool = live_pool({"a": Member("a", "x", 1.0, 1.0, base_url=server.url, requests_per_second=1.0)})
