@@ -8,7 +8,8 @@
 
 When nothing fits the episode ends (`stop`), or never comes to that: `force_small` keeps all remaining steps affordable
 on the cheapest executor, and refuses a cap that cannot pay for them. Its bound is the current one; where bounds grow
-(a language model's prompt does), the episode may still have to stop. In no case the cap is passed.
+(a language model's prompt does), the episode may still have to stop. The cap is not passed, as long as no call costs
+more than its bound; reports below the truth cannot be noticed.
 
 Source: budget-constrained decoding of Budget-Aware Agentic Routing (arXiv 2602.21227), caps as numbers of large calls;
 INFERRED: the dollar version, the tail, and settling after the call. `routers.pool.Account` books the money.

@@ -90,19 +90,25 @@ class Episodes:
         }
         rules = {name for settings in self.families.values() for name in settings}
         self.policies = [name for name in names if name not in rules]
+        self._played = self._arrays()
 
     def played(self, method: str, cap: float = math.inf) -> Played:
         """[repetitions, tasks] arrays of a method at a cap; the policy's own tokens are part of the cost."""
-        rows = self.frame[(self.frame["method"] == method) & (self.frame["cap"] == cap)]
-        rows = rows.assign(usd=rows["executor_usd"] + rows["policy_usd"])
-        arrays = []
-        for column in ("success", "usd", "large_calls", "steps"):
-            table = rows.pivot_table(index="repetition", columns="game", values=column, aggfunc="mean")
-            table = table.reindex(columns=self.games)
-            if table.empty or table.isna().to_numpy().any():
-                raise ValueError(f"{method} at cap {cap:g} was not played on all {len(self.games)} tasks")
-            arrays.append(table.to_numpy(dtype=float))
-        return Played(*arrays)
+        if (method, cap) not in self._played:
+            raise ValueError(f"{method} at cap {cap:g} was not played on all {len(self.games)} tasks")
+        return self._played[method, cap]
+
+    def _arrays(self) -> dict[tuple[str, float], Played]:
+        found = {}
+        frame = self.frame.assign(usd=self.frame["executor_usd"] + self.frame["policy_usd"])
+        for key, rows in frame.groupby(["method", "cap"], sort=False):
+            sizes = rows.groupby("repetition")["game"].nunique()
+            if (sizes == len(self.games)).all() and len(rows) == len(self.games) * len(sizes):
+                rows = rows.sort_values(["repetition", "game"])
+                shape = (len(sizes), len(self.games))
+                columns = ("success", "usd", "large_calls", "steps")
+                found[key] = Played(*(rows[c].to_numpy(dtype=float).reshape(shape) for c in columns))
+        return found
 
     def methods(self) -> list[Method]:
         """Boundaries and policies without a budget, in the order in which they were first seen."""

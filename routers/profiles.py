@@ -144,6 +144,8 @@ def profile_tasks(
                 f"for are {runs}; profile into another file"
             )
     todo = [task for task in tasks if task not in done]
+    if not todo and not partial.exists():
+        return [done[task] for task in tasks]
     path.parent.mkdir(parents=True, exist_ok=True)
     with partial.open("a", encoding="utf-8") as lines:
         for profile in _profiles(todo, tasks, play, runs, workers):

@@ -45,6 +45,7 @@ from srpo import SRPOConfig, SRPOTrainer
 from srpo.advantages import REFERENCES
 from srpo.recipe import load_recipe, resolved_recipe
 from srpo.rollout import observation_ids
+from srpo.tiny import tiny_causal_lm, train_tokenizer
 from srpo.types import CORRECT
 from srpo.warmstart import imitate
 
@@ -54,7 +55,7 @@ class BopoArguments:
     """Policy, demonstrations and reward."""
 
     model_name_or_path: str = field(
-        default="tiny", metadata={"help": "Hub id or path; `tiny`: a small Qwen3 made from nothing."}
+        default="tiny", metadata={"help": "Hub id or path; `tiny`: a Qwen3 of 0.3M parameters made from nothing."}
     )
     lora_r: int = field(default=0, metadata={"help": "Rank of a LoRA adapter on all linear layers; 0: all weights."})
     bosft_policy: str | None = field(
@@ -104,9 +105,8 @@ def main(argv: list[str] | None = None) -> str | None:
         state.wait_for_everyone()
     # Read from disk, also by the process that wrote it: TRL makes the reference policy of the KL from that path.
     model, tokenizer = load_policy(start, args, 0, lambda: corpus(task, games))
-    before = None
-    if state.is_main_process:
-        before = evaluate(model, tokenizer, task, bopo, args, "BoSFT", folder)
+    if state.is_main_process and not (Path(start) / EPISODES).exists():
+        evaluate(model, tokenizer, task, bopo, args, "BoSFT", folder).to_parquet(Path(start) / EPISODES)
 
     environment = make_environment(task, games)
     trainer = SRPOTrainer(
@@ -126,6 +126,7 @@ def main(argv: list[str] | None = None) -> str | None:
 
     write_profiles(observe(profiled.values(), successes(output)), output / "profiles.parquet")
     after = evaluate(trainer.accelerator.unwrap_model(trainer.model), tokenizer, task, bopo, args, "policy", folder)
+    before = pd.read_parquet(Path(start) / EPISODES)
     episodes = pd.concat([rules(task, folder), before, after], ignore_index=True)
     episodes.to_parquet(output / EPISODES)
     sets = {str(name): Episodes(part) for name, part in episodes.groupby("set")}
@@ -149,7 +150,12 @@ def make_start(
     folder: Path,
 ) -> None:
     """The policy that RL starts from, in `folder`: the named one after BoSFT."""
-    model, tokenizer = load_policy(bopo.model_name_or_path, args, bopo.lora_r, lambda: corpus(task, games))
+    if bopo.model_name_or_path == "tiny":  # few words and two actions need little
+        made = corpus(task, games)
+        tokenizer = train_tokenizer(made.texts, vocab_size=600, whole=made.whole)
+        model = tiny_causal_lm(tokenizer, hidden=96, layers=2, heads=4, intermediate=192, seed=args.seed)
+    else:
+        model, tokenizer = load_policy(bopo.model_name_or_path, args, bopo.lora_r, lambda: corpus(task, games))
     chosen = bosft_demonstrations(task, bopo, games, rows, args.seed) if bopo.bosft_epochs > 0 else []
     if chosen:
         examples = [tokens(demonstration, task, tokenizer) for demonstration in chosen]

@@ -12,7 +12,7 @@ import yaml
 
 from srpo.redact import redacted, scrubbed
 
-_PAPERS = {"GRPO": "2402.03300", "SDPO": "2601.20802", "SRPO": "2604.02288"}
+_PAPERS = {"GRPO": "2402.03300", "SDPO": "2601.20802", "SRPO": "2604.02288", "BoPO": "2602.21227"}
 
 _OBJECTIVES = {
     "grpo": (
@@ -28,6 +28,12 @@ _OBJECTIVES = {
         ("SRPO", "SDPO", "GRPO"),
         "Sample-routed policy optimisation: failed completions for which the self-teacher has information are "
         "distilled (SDPO) with entropy weights, all others are credited with their reward (GRPO).",
+    ),
+    "bopo": (
+        ("BoPO", "GRPO"),
+        "BoPO-style policy optimisation: decisions are credited with a boundary-relative reward beside what always "
+        "using the cheap and always using the expensive executor earn on the same task. The paper's formulas are not "
+        "public; these are inferred.",
     ),
 }
 
@@ -55,7 +61,7 @@ def model_card(
     """Markdown with the Hub's YAML metadata in front.
 
     Args:
-        objective: grpo, sdpo or srpo.
+        objective: grpo, sdpo, srpo or bopo.
         model_name: heading of the card.
         base_model: Hub id of the model that was trained; None when it was made from nothing or is a local folder.
         adapter: the weights are a PEFT adapter and need `base_model`.

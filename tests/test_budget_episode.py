@@ -1,0 +1,187 @@
+"""Episodes of a router over executors: who acts, what it costs, what is masked, and what a fault may cost."""
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from routers.budget import Budget
+from routers.budget_episode import BudgetEnvironment, Situation, drive
+from routers.budget_rules import always_large, always_small, cascade, first_large, random_mix
+from routers.environments.protocol import Act
+from srpo.types import CORRECT, COST, FEEDBACK, Observation, Reply
+
+
+class Corridor:
+    """Won after `length` steps forward; "large" goes two, "small" one."""
+
+    def __init__(self, length: int, limit: int = 10, fault: str = "") -> None:
+        self.seed, self.task, self.task_type, self.limit = f"corridor/{length}", "walk", "walk", limit
+        self.length, self.fault, self.steps, self.at = length, fault, 0, 0
+
+    won = property(lambda self: self.at >= self.length)
+    score = property(lambda self: float(self.won))
+    done = property(lambda self: self.won or self.steps >= self.limit)
+    admissible = ("one", "two")
+
+    def reset(self) -> str:
+        if self.fault == "reset":
+            raise OSError("no such corridor")
+        return "a corridor"
+
+    def step(self, action: str) -> tuple[str, bool]:
+        if self.fault == "step":
+            raise OSError("the floor is gone")
+        self.steps += 1
+        self.at += {"one": 1, "two": 2}.get(action, 0)
+        return f"at {self.at}", self.done
+
+
+class Walker:
+    def __init__(self, name: str, price: float, action: str, error: str | None = None) -> None:
+        self.name, self.price, self.action, self.error = name, price, action, error
+
+    def bound(self, view: Any) -> float:
+        return self.price
+
+    async def act(self, view: Any, deadline: float) -> Act:
+        if self.error == "raise":
+            raise ConnectionError("gone")
+        return Act("" if self.error else self.action, self.price, Reply(self.action, error=self.error))
+
+
+SMALL, LARGE = Walker("small", 0.01, "one"), Walker("large", 0.1, "two")
+
+
+def describe(situation: Situation) -> Observation:
+    return Observation(before=f"<{len(situation.view.steps)}>")
+
+
+def world(budget: Budget | None = None, small: Walker = SMALL, large: Walker = LARGE, **corridor: Any) -> Any:
+    return BudgetEnvironment(
+        lambda row: Corridor(row["length"], **corridor), [small, large], describe, budget, ["<s>", "<l>"]
+    )
+
+
+def test_an_episode_by_hand() -> None:
+    environment = world()
+    driven = drive(environment, {"length": 5}, "x", first_large(2))
+    # two, two, one: 0.1 + 0.1 + 0.01
+    assert [name for name, _ in driven.decisions] == ["large", "large", "small"] and driven.stop == "done"
+    assert driven.first.before == "<0>" and [o.before for _, o in driven.decisions] == ["<1>", "<2>", ""]
+    assert driven.columns[COST] == pytest.approx(0.21) and driven.columns[CORRECT] == 1.0
+    assert driven.columns["large_calls"] == 2 and driven.columns["calls"] == 3 and driven.columns[FEEDBACK] == ""
+    assert environment.spent_usd() == pytest.approx(0.21)
+    metrics = environment.metrics()
+    assert metrics["budget/large_calls"] == 2 and metrics["budget/violations"] == 0 and environment.metrics() == {}
+
+
+def test_the_limit_ends_it_without_success() -> None:
+    driven = drive(world(limit=3), {"length": 9}, "x", always_small)
+    assert driven.stop == "turns" and driven.columns[CORRECT] == 0.0
+    assert driven.columns[FEEDBACK] == "The task was not finished: all 3 steps were used."
+
+
+def test_expensive_calls_are_masked_at_the_cap() -> None:
+    driven = drive(world(Budget(2)), {"length": 9}, "x", always_large)
+    assert [name for name, _ in driven.decisions] == ["large"] * 2 + ["small"] * 5
+    assert driven.columns["budget_used"] == 1.0 and not driven.columns["budget_violated"]
+    # a row's own cap wins; None: no cap
+    assert drive(world(Budget(2)), {"length": 9, "cap": 1}, "x", always_large).columns["large_calls"] == 1
+    assert drive(world(Budget(2)), {"length": 9, "cap": None}, "x", always_large).columns["large_calls"] == 5
+
+
+def test_dollars_end_the_episode_or_are_kept_for_its_rest() -> None:
+    stopped = drive(world(Budget(0.256, "usd")), {"length": 99}, "x", always_large)
+    assert [n for n, _ in stopped.decisions] == ["large"] * 2 + ["small"] * 5 and stopped.stop == "budget"
+    assert stopped.columns[COST] <= 0.256 and "budget" in stopped.columns[FEEDBACK]
+    forced = drive(world(Budget(0.25, "usd", on_empty="force_small")), {"length": 99}, "x", always_large)
+    # ten steps must remain possible: .1 + 9 x .01 <= .25, then .1 + 8 x .01 > .15
+    assert [n for n, _ in forced.decisions] == ["large"] + ["small"] * 9 and forced.stop == "turns"
+
+
+def test_a_budget_that_pays_for_nothing_is_refused_for_its_row() -> None:
+    with pytest.raises(ValueError, match=r"corridor/5: a budget of 0\.005 usd cannot pay for one call of small"):
+        world(Budget(0.005, "usd")).episode({"length": 5}, "x")
+
+
+def test_a_failed_call_costs_its_step_and_its_money() -> None:
+    environment = world(large=Walker("large", 0.1, "two", error="timeout: slow"))
+    driven = drive(environment, {"length": 2}, "x", first_large(1))
+    assert [n for n, _ in driven.decisions] == ["large", "small", "small"]
+    assert driven.columns[COST] == pytest.approx(0.12) and driven.columns[CORRECT] == 1.0
+
+
+def test_an_executor_that_raises_is_paid_for() -> None:
+    environment = world(large=Walker("large", 0.1, "two", error="raise"))
+    episode = environment.episode({"length": 5}, "x")
+    with pytest.raises(ConnectionError):
+        asyncio.run(episode.step("<l>"))
+    columns = episode.columns("lost")
+    assert columns[COST] == pytest.approx(0.1) and columns[CORRECT] is None
+    assert environment.spent_usd() == pytest.approx(0.1)
+
+
+def test_a_fault_of_the_world_costs_one_episode_and_not_the_run() -> None:
+    """Through the real rollout, with a real policy: one row's world raises, one row's world hangs."""
+    import time
+
+    import core_helpers as core
+
+    from srpo.generate import TransformersGenerator
+    from srpo.rollout import Limits, play
+    from srpo.sampling import Sampling
+    from srpo.types import LOST, STOP
+
+    class Hanging(Corridor):
+        def step(self, action: str) -> tuple[str, bool]:
+            time.sleep(3)
+            return super().step(action)
+
+    def make(row: Any) -> Any:
+        return Hanging(4) if row["fault"] == "hang" else Corridor(4, fault=row["fault"])
+
+    tokenizer = core.tokenizer()
+    environment = BudgetEnvironment(make, [SMALL, LARGE], describe, Budget(1), ["a", "b"])
+    rows = [{"fault": fault} for fault in ("", "step", "hang", "reset", "")]
+    prompts = [tokenizer("say red", add_special_tokens=False)["input_ids"]] * 5
+    generator = TransformersGenerator(
+        core.model().eval(), tokenizer, Sampling(), eos_ids=[tokenizer.eos_token_id]
+    )
+    limits = Limits(turns=12, tokens=200, observation_tokens=20, step_seconds=0.3)
+    played = play(environment, rows, prompts, [f"s{i}" for i in range(5)], generator, tokenizer, limits)
+    stops = [t.columns[STOP] for t in played]
+    assert stops == ["done", "lost", "lost", "lost", "done"]
+    assert "the floor is gone" in played[1].columns[LOST] and "no such corridor" in played[3].columns[LOST]
+    for trajectory in (played[0], played[4]):
+        allowed = [turn.choices for turn in trajectory.turns if turn.owner == "policy"]
+        large = tokenizer("b", add_special_tokens=False)["input_ids"][0]
+        calls = [turn.ids[0] == large for turn in trajectory.turns if turn.owner == "policy"]
+        assert sum(calls) <= 1  # the cap
+        for n, choices in enumerate(allowed):
+            assert (large in choices) == (sum(calls[:n]) < 1)
+
+
+def test_rules() -> None:
+    def share(rule: Any, seeds: int = 300) -> float:
+        driven = [drive(world(), {"length": 99}, f"{i}", rule).columns for i in range(seeds)]
+        return sum(c["large_calls"] for c in driven) / sum(c["calls"] for c in driven)
+
+    assert share(random_mix(0.3)) == pytest.approx(0.3, abs=0.03)
+    assert share(first_large(1.5)) == pytest.approx(0.15, abs=0.015)
+    escalated = drive(world(), {"length": 99}, "x", cascade(4))
+    assert [n for n, _ in escalated.decisions] == ["small"] * 4 + ["large"] * 6
+
+
+def test_state_is_the_money() -> None:
+    environment, other = world(), world()
+    drive(environment, {"length": 5}, "x", always_small)
+    other.load_state_dict(environment.state_dict())
+    assert other.spent_usd() == pytest.approx(0.05)
+
+
+def test_executors_and_labels_must_differ() -> None:
+    with pytest.raises(ValueError, match="all different"):
+        BudgetEnvironment(lambda row: Corridor(1), [SMALL, LARGE], describe, labels=["x", "x"])
+    with pytest.raises(ValueError, match="two or more"):
+        BudgetEnvironment(lambda row: Corridor(1), [SMALL], describe)
