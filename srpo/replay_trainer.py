@@ -28,6 +28,7 @@ from srpo.replay import RoutingReplay
 from srpo.replay_settings import Mode, check_replay, has_old_logprobs, replay_mode
 from srpo.replay_vllm import EngineRoutes, returning_routes
 from srpo.routed_experts import cut_routes, pad_routes
+from srpo.sampler import prompt_width
 
 logger = logging.get_logger(__name__)
 
@@ -249,9 +250,7 @@ def generation_mask(
 
     `multiple`: TRL pads prompts to a multiple of it.
     """
-    width, longest = max(map(len, prompt_ids)), max(map(len, completion_ids))
-    if multiple:
-        width = -(-width // multiple) * multiple
+    width, longest = prompt_width(prompt_ids, multiple), max(map(len, completion_ids))
     mask = torch.zeros(len(prompt_ids), width + longest, dtype=torch.bool)
     for row, prompt, completion in zip(mask, prompt_ids, completion_ids, strict=True):
         row[width - len(prompt) : width + len(completion)] = True

@@ -22,14 +22,16 @@ OUTSIDE = (1.05, 2.0)
 
 
 class SampledLogProbs:
-    """Reads the log-probs of the sampled tokens while `model.generate` runs inside this context.
+    """Reads the log-probs of the sampled tokens while `model.generate` runs inside this context. Single use.
 
-    Single use. One forward over several columns is a prefill and starts anew; each later forward feeds the token that
-    was drawn from the logits before it.
+    Args:
+        width: columns of the prompts, in one prefill or several; each column after them is a token that was drawn from
+            the logits before it.
     """
 
-    def __init__(self, model: torch.nn.Module, temperature: float):
+    def __init__(self, model: torch.nn.Module, temperature: float, width: int):
         self._temperature = temperature
+        self._prompt_columns = width
         self._steps: list[Tensor] = []  # [B] each: the tokens that were fed back
         self._last: Tensor | None = None  # [B, V] log-probs after the last forward
         self._hooks = [
@@ -56,8 +58,8 @@ class SampledLogProbs:
 
     def _before(self, _module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ids = kwargs["input_ids"]
-        if self._last is None or ids.size(1) > 1:
-            self._steps.clear()
+        if self._prompt_columns > 0:
+            self._prompt_columns -= ids.size(1)
         else:
             self._steps.append(self._gather(ids[:, 0]))
 
@@ -67,6 +69,12 @@ class SampledLogProbs:
     def _gather(self, ids: Tensor) -> Tensor:
         assert self._last is not None
         return self._last.gather(-1, ids.to(self._last.device).unsqueeze(-1)).squeeze(-1)
+
+
+def prompt_width(prompt_ids: Sequence[Sequence[int]], multiple: int | None) -> int:
+    """Columns of the prompts as TRL pads them for `generate`: the longest one, rounded up to `multiple`."""
+    longest = max(map(len, prompt_ids))
+    return -(-longest // multiple) * multiple if multiple else longest
 
 
 def mismatch_sums(sampler_logp: Tensor, logp: Tensor, mask: Tensor) -> Tensor:
@@ -96,6 +104,7 @@ class SamplerMixin:
     accelerator: Any
     args: Any
     model: Any
+    pad_to_multiple_of: int | None
     temperature: float
     use_vllm: bool
     _metrics: Any
@@ -106,7 +115,8 @@ class SamplerMixin:
             return super()._generate_single_turn(prompt_ids, *args, **kwargs)
         policy = self.accelerator.unwrap_model(self.model)
         policy = policy.get_base_model() if is_peft_model(policy) else policy  # whose own `generate` PEFT calls
-        with SampledLogProbs(policy, self.temperature) as sampled:
+        width = prompt_width(prompt_ids, self.pad_to_multiple_of)
+        with SampledLogProbs(policy, self.temperature, width) as sampled:
             completion_ids, logprobs = super()._generate_single_turn(prompt_ids, *args, **kwargs)
         return completion_ids, sampled.of(completion_ids) if logprobs is None else logprobs
 
