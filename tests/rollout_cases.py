@@ -1,0 +1,130 @@
+"""Runs with an environment, in one process or by torchrun: python tests/rollout_cases.py FOLDER CASE...
+
+Rows differ in how many turns they take, so that processes need different numbers of forwards.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+
+ZERO3 = {
+    "zero_optimization": {
+        "stage": 3,
+        "stage3_param_persistence_threshold": 0,
+        "stage3_gather_16bit_weights_on_model_save": True,
+    },
+    "train_micro_batch_size_per_gpu": "auto",
+    "train_batch_size": "auto",
+    "gradient_accumulation_steps": "auto",
+    "optimizer": {"type": "SGD", "params": {"lr": 1.0}},
+    "zero_allow_untested_optimizer": True,
+}
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    # 20 rollouts in groups of four: the third group lies on both ranks, and loses one of its members.
+    "lost": {"rollouts": 20, "lose": True},
+    "zero3": {},
+    "zero3_sharded": {"ds3_gather_for_generation": False},
+}
+import torch
+from core_helpers import config, dataset, digest, trainer
+from episode_worlds import ScriptedEnvironment
+from safetensors.torch import save_file
+
+from srpo.types import Observation
+
+
+class Ragged(ScriptedEnvironment):
+    """A row takes 1 to 4 turns; `lose`: the third episode of every group fails at its end."""
+
+    def __init__(self, lose: bool = False):
+        super().__init__(self.answer)
+        self.lose = lose
+        self.sizes: dict[str, int] = {}
+
+    def episode(self, row: Any, seed: str) -> Any:
+        made = super().episode(row, seed)
+        if self.lose and seed.endswith(":2"):
+            step = made.step
+
+            async def failing(text: str) -> Observation:
+                observation = await step(text)
+                if observation.end is not None:
+                    raise OSError("member small: connection reset")
+                return observation
+
+            made.step = failing
+        return made
+
+    def answer(self, row: Any, t: int, text: str) -> Observation:
+        if t == digest(row["query_id"]) % 4:
+            return Observation(end="done")
+        return Observation("go on " * (t + 1), before="<|im_end|>\n", after="<|im_start|>assistant\n")
+
+
+def reward(said: list[str], **_: Any) -> list[float]:
+    return [float(digest(text) % 3 == 0) for text in said]
+
+
+def run(folder: Path, case: str, processes: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Weights after two steps, and what was logged; forwards of this process."""
+    settings = dict(CASES[case])
+    size, lose = settings.pop("rollouts", 16), settings.pop("lose", False)
+    if case.startswith("zero3") and processes > 1:
+        import deepspeed
+
+        deepspeed.init_distributed("gloo")
+        settings["deepspeed"] = ZERO3
+    args = config(
+        folder / f"{case}_{processes}",
+        objective="grpo",
+        per_device_train_batch_size=size // processes,
+        max_steps=2,
+        learning_rate=1.0,
+        max_completion_length=80,
+        max_turn_tokens=8,
+        **settings,
+    )
+    made = trainer(args, rewards=reward, rollout_func=None, train_dataset=dataset(40), environment=Ragged(lose))
+    assert made.accelerator.num_processes == processes, "this is not the number of processes that was asked for"
+    forwards, make = [], made._make_generator
+
+    def counted(model: Any) -> Any:
+        generator = make(model)
+        finish = generator.finish
+
+        def finished() -> None:
+            own = generator.forwards
+            finish()
+            forwards.append((own, generator.forwards, generator._any_busy is not None))
+
+        generator.finish = finished
+        return generator
+
+    made._make_generator = counted
+    made.train()
+    model = made.accelerator.get_state_dict(made.model_wrapped)
+    kind = f"{made.accelerator.distributed_type.value}:{made._dist.zero_stage}"
+    return {k: v.detach().clone().contiguous() for k, v in (model or {}).items()}, {
+        "log": made.state.log_history,
+        "forwards": forwards,
+        "kind": kind,
+    }
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    processes, rank = int(os.environ["WORLD_SIZE"]), os.environ["RANK"]
+    for case in sys.argv[2:]:
+        tensors, record = run(folder, case, processes)
+        (folder / f"{case}_rank{rank}.json").write_text(json.dumps(record))
+        save_file(tensors, folder / f"{case}_rank{rank}.st")
+
+
+if __name__ == "__main__":
+    main()
