@@ -126,7 +126,7 @@ def make_executors(task: BudgetTask) -> list[Executor]:
     from routers.environments.react import ReActExecutor
     from routers.pool import live_pool
 
-    pool = live_pool(load_catalogue(task.catalogue))
+    pool = live_pool(load_catalogue(task.catalogue), agent_prompt="{query}")
     return [ReActExecutor(pool, name) for name in task.executors]
 
 

@@ -1,0 +1,123 @@
+"""Metrics of budget-aware routing by hand: equal cost, areas, pairing; and the words of the compact state."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from routers.budget_evaluation import (
+    Played,
+    by_group,
+    chance_auc,
+    difference,
+    draws,
+    estimate,
+    gain_at_equal_cost,
+    normalised_auc,
+    ratio,
+)
+from routers.budget_report import Episodes, render
+
+
+def played(success: list[list[float]], cost: list[list[float]]) -> Played:
+    s = np.array(success, dtype=float)
+    return Played(s, np.array(cost, dtype=float), np.ones_like(s), 2 * np.ones_like(s))
+
+
+def test_gain_at_equal_cost_by_hand() -> None:
+    # The family: success .5 at cost 1 and 1.0 at cost 3 on each task. At cost 2 its mixture has .75.
+    family = [played([[0.5, 0.5]], [[1, 1]]), played([[1, 1]], [[3, 3]])]
+    method = played([[1, 1]], [[1, 3]])  # mean cost 2, success 1
+    gain = gain_at_equal_cost(method, family, draws(2, 1))
+    assert gain.value == pytest.approx(0.25)
+    # A draw of the first task alone costs 1 (gain .5), of the second alone 3 (gain 0).
+    assert (gain.low, gain.high) == (pytest.approx(0.0), pytest.approx(0.5))
+
+
+def test_a_dominated_setting_does_not_lower_the_bar() -> None:
+    family = [played([[0.5]], [[1]]), played([[0.4]], [[2]]), played([[1]], [[3]])]
+    assert gain_at_equal_cost(played([[0.75]], [[2]]), family, draws(1, 1)).value == pytest.approx(0.0)
+
+
+def test_pairing_takes_the_tasks_noise_out() -> None:
+    rng = np.random.default_rng(0)
+    hard = (rng.random(200) < 0.5).astype(float)[None]
+    better = np.minimum(hard + (rng.random((1, 200)) < 0.1), 1.0)
+    drawn = draws(200, 1)
+    gap = difference(better, hard, drawn)
+    assert gap.value > 0 and gap.low > 0
+    own = estimate(better, drawn)
+    assert own.high - own.low > 1.5 * (gap.high - gap.low)
+
+
+def test_ratio_groups_and_shapes() -> None:
+    drawn = draws(2, 2)
+    values = np.array([[1.0, 3.0], [3.0, 5.0]])
+    assert ratio(values, np.array([[2.0, 2.0]]), drawn).value == 1.5
+    assert by_group(values, ["a", "b"]) == {"a": 2.0, "b": 4.0}
+    with pytest.raises(ValueError, match="one shape"):
+        Played(np.ones((1, 2)), np.ones((1, 3)), np.ones((1, 2)), np.ones((1, 2)))
+
+
+def test_auc_by_hand() -> None:
+    # Axis: 10 -> 0, 110 -> 1. Points at .1 (.6) and .5 (.9): .4 x .6 + .5 x .9 = .69
+    assert normalised_auc([(60, 0.9), (20, 0.6)], 10, 110) == pytest.approx(0.69)
+    assert normalised_auc([(20, 0.6), (60, 0.5)], 10, 110) == pytest.approx(0.9 * 0.6)  # upper envelope
+    assert normalised_auc([(5, 0.5), (500, 1.0)], 10, 110) == pytest.approx(0.5)  # clipped to the axis
+    assert normalised_auc([(50, 1.0)], 100, 80) == pytest.approx(0.5)  # inverted boundaries: cost / 100
+    assert chance_auc(0.6, 1.0) == 0.8
+
+
+def frame() -> pd.DataFrame:
+    rows = []
+    methods = {
+        "random mixing 0": (0.5, 1.0),
+        "random mixing 1": (1.0, 11.0),
+        "first-large 1": (0.75, 4.0),
+        "BoSFT": (0.5, 2.0),
+        "policy": (1.0, 3.0),
+    }
+    for method, (success, cost) in methods.items():
+        for repetition in range(2):
+            for task in range(4):
+                for cap in (math.inf, 2.0) if method in ("policy", "BoSFT") else (math.inf,):
+                    won = float(task < success * 4)
+                    rows.append(
+                        {
+                            "set": "s", "method": method, "repetition": repetition, "game": f"g{task}",
+                            "task_type": "even" if task % 2 == 0 else "odd",
+                            "difficulty": "easy" if task < 2 else "hard", "cap": cap, "success": won,
+                            "executor_usd": (cost - 0.5) / 1000, "policy_usd": 0.5 / 1000, "large_calls": 1,
+                            "steps": 4, "violated": False,
+                        }
+                    )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def test_the_report_by_hand() -> None:
+    episodes = Episodes(frame())
+    methods = {m.name: m for m in episodes.methods()}
+    policy = methods["policy"]
+    # cost 3 of 11, the policy's own .5 included; random mixing at cost 3: .5 + .5 x 2/10 = .6
+    assert policy.share_of_large.value == pytest.approx(3 / 11) and policy.usd.value == pytest.approx(0.003)
+    assert policy.gains["random mixing"].value == pytest.approx(0.4)
+    assert policy.by_class == {"easy": 1.0, "hard": 1.0} and methods["always-small"].by_class["hard"] == 0.0
+    assert policy.large_share == 0.25
+    assert episodes.against("policy", "BoSFT").value == pytest.approx(0.5)
+    # AUC: axis 1 -> 0, 11 -> 1; the policy's point at .2: .8 x 1
+    assert policy.auc == pytest.approx(0.8)
+    assert [(c.name, c.cap, c.used, c.violations) for c in episodes.capped()][:2] == [
+        ("BoSFT", 2.0, 0.5, 0), ("policy", 2.0, 0.5, 0)
+    ]  # fmt: skip
+    text = render(episodes, "## s")
+    assert "| always-large " in text and "+40.0 [" in text and "violations" in text
+
+
+def test_the_report_refuses_holes() -> None:
+    whole = frame()
+    with pytest.raises(ValueError, match="steps"):
+        Episodes(whole.drop(columns="steps"))
+    torn = Episodes(whole.drop(whole[(whole["method"] == "policy") & (whole["game"] == "g3")].index))
+    with pytest.raises(ValueError, match="policy at cap inf was not played on all 4 tasks"):
+        torn.methods()

@@ -1,0 +1,141 @@
+"""objective: bopo in a real trainer: GRPO in its limit, advantages by hand, decisions scored as they were sampled."""
+
+from typing import Any
+
+import core_helpers as core
+import pytest
+import torch
+from datasets import Dataset
+from test_budget_episode import world
+
+from rewards.boundary import BoundaryReward, make_boundary_reward
+from routers.budget import Budget
+from srpo.trainer import SRPOTrainer
+from srpo.types import CORRECT
+
+PLAIN = {"advantage_baseline": "none", "advantage_scale": "group"}
+
+
+@pytest.mark.parametrize(
+    "split",
+    [
+        {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 1},
+        {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "steps_per_generation": 4, "beta": 0.1},
+    ],
+    ids=["whole", "cut, off-policy, with a reference"],
+)
+def test_without_references_it_is_trl_grpo_with_group_scaling(tmp_path: Any, split: dict[str, Any]) -> None:
+    """TRL's loss_type "grpo" with scale_rewards "group": the same numbers after several steps."""
+    core.model().save_pretrained(tmp_path / "start")
+    shared = {"max_steps": 4, "max_grad_norm": 0.5, "epsilon_high": 0.2, "model_init_kwargs": {"dtype": "float32"}}
+    after = []
+    for own in ({"objective": "grpo", "loss_type": "grpo", "scale_rewards": "group"}, {"objective": "bopo", **PLAIN}):
+        made = core.trainer(core.config(tmp_path, **shared, **split, **own), str(tmp_path / "start"))
+        made.train()
+        after.append((core.weights(made.model), core.logged(made, "loss")))
+    (trl, trl_losses), (ours, our_losses) = after
+    assert core.distance(trl, core.weights(core.model())) > 1e-4  # something was learned
+    assert core.distance(trl, ours) == 0.0
+    assert our_losses == pytest.approx(trl_losses, abs=1e-4)
+
+
+class Watched(SRPOTrainer):
+    """Keeps the last generation batch."""
+
+    def _generate_and_score_completions(self, inputs: Any) -> Any:
+        self.batch = super()._generate_and_score_completions(inputs)
+        return dict(self.batch)
+
+
+def corridors(count: int = 4) -> Dataset:
+    """Tasks of which the last needs double steps; the budget allows two."""
+    lengths = [3, 5, 8, 11][:count]
+    return Dataset.from_list(
+        [
+            {
+                "prompt": [{"role": "user", "content": f"walk {n}"}],
+                "query_id": f"c{n}",
+                "length": n,
+                "p_small": float(n <= 8),
+                "p_large": 1.0,
+                "cost_small": 0.01 * n,
+                "cost_large": 0.1 * n / 2,
+                "hard": n > 8,
+                "references": [0.5, 1.0 + n / 10],
+            }
+            for n in lengths
+        ]
+    )
+
+
+def bopo_trainer(folder: Any, network: Any = None, data: Dataset | None = None, **changes: Any) -> Any:
+    environment = world(Budget(2))
+    environment.labels = {"small": "a", "large": "b"}
+    args = core.config(
+        folder, **{"objective": "bopo", "max_turns": 10, "max_completion_length": 100, "temperature": 0.7, **changes}
+    )
+    return core.trainer(
+        args,
+        network,
+        rewards=make_boundary_reward(BoundaryReward(0.3, 1.0)),
+        cls=Watched,
+        rollout_func=None,
+        train_dataset=corridors() if data is None else data,
+        environment=environment,
+        correctness=lambda rewards, columns: rewards.new_tensor([s or 0.0 for s in columns[CORRECT]]) >= 1,
+    )
+
+
+def test_old_and_reference_are_scored_as_the_decision_was_sampled(tmp_path: Any) -> None:
+    core.model().save_pretrained(tmp_path / "start")
+    made = bopo_trainer(
+        tmp_path, str(tmp_path / "start"), beta=0.1, steps_per_generation=2, per_device_train_batch_size=8,
+        model_init_kwargs={"dtype": "float32"},
+    )  # fmt: skip
+    made.train()
+    batch = made.batch
+    decided = (batch["choices"] >= 0).any(-1) & batch["tool_mask"].bool() & batch["completion_mask"].bool()
+    assert decided.sum() > 50 and torch.equal(decided, batch["tool_mask"].bool() & batch["completion_mask"].bool())
+    sampled = batch["sampling_per_token_logps"][decided]
+    assert (batch["old_per_token_logps"][decided] - sampled).abs().max() < 1e-5
+    assert (batch["ref_per_token_logps"][decided] - sampled).abs().max() < 1e-5  # it is the start, at step one
+    # After two expensive calls one label is left: the decision is certain.
+    alone = decided & ((batch["choices"] >= 0).sum(-1) == 1)
+    assert alone.any() and batch["old_per_token_logps"][alone].abs().max() == 0.0
+    assert sampled.exp().max() <= 1.0 and sampled.min() > -10  # over two labels, not over the vocabulary
+    assert core.logged(made, "budget/violations") == [0.0]
+
+
+def test_advantages_are_reference_guided(tmp_path: Any) -> None:
+    made = bopo_trainer(tmp_path, advantage_baseline="refmax", advantage_scale="none")
+    made.train()
+    rewards, got = made._local_rewards.view(-1, 4), made.batch["advantages"].view(-1, 4)
+    found = torch.tensor(made._references).view(-1, 4, 2)[:, 0]
+    assert found[:, 1].unique().numel() == 4  # four different tasks
+    best = torch.maximum(rewards.mean(1), found.max(dim=1).values)
+    assert torch.allclose(got, rewards - best[:, None], atol=1e-6) and (got < 0).any()
+    assert list(made._logs["advantages"]) == pytest.approx(made.batch["advantages"].tolist())
+    assert made.teacher is None and not made.batch["routed"].any()
+
+
+def test_dropping_groups_without_success(tmp_path: Any) -> None:
+    made = bopo_trainer(tmp_path, advantage_baseline="none", advantage_scale="group", drop_all_fail=True)
+    made.train()
+    success = torch.tensor([s >= 1 for s in made._columns[CORRECT]]).view(-1, 4).any(1)
+    dropped = made.batch["advantages"].view(-1, 4)[~success]
+    assert (~success).any() and success.any() and dropped.abs().max() == 0.0
+
+
+def test_failed_episodes_with_a_successful_sibling_are_distilled_where_asked(tmp_path: Any) -> None:
+    made = bopo_trainer(tmp_path, distill_failed=True, learning_rate=0.0, per_device_train_batch_size=32,
+                        num_generations=8)  # fmt: skip
+    made.train()
+    success = torch.tensor([s >= 1 for s in made._columns[CORRECT]])
+    mixed = success.view(-1, 8).any(1).repeat_interleave(8) & ~success
+    assert made.teacher is not None and torch.equal(made.batch["routed"], mixed)
+
+
+def test_rows_without_references_are_named(tmp_path: Any) -> None:
+    made = bopo_trainer(tmp_path, data=corridors().remove_columns("references"))
+    with pytest.raises(ValueError, match="row 0 of the batch: column 'references' is None"):
+        made.train()
