@@ -6,7 +6,7 @@ The trainer classes are imported on first use, so that the pure parts (`srpo.obj
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 TRL_SERIES = "1.16"
 """The one TRL minor version whose hooks the trainer core overrides (see tests/test_trl_hooks.py)."""
