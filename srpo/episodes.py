@@ -10,6 +10,7 @@ is that of the survivors. A group of which less than three quarters survive is d
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from srpo.generate_vllm import VLLMGenerator
 from srpo.rollout import Limits, as_columns, play
 from srpo.rollout_limits import RunLimits, without_trl_warning
 from srpo.rollout_metrics import TRUNCATED, Account, Losses, account, rollout_metrics
+from srpo.sampling import text_of
 from srpo.types import LOST, Columns, Environment, Trajectory
 
 logger = logging.get_logger(__name__)
@@ -174,10 +176,7 @@ class RolloutMixin:
 
     def _messages(self, trajectory: Trajectory, plain: bool) -> Any:
         """What reward functions and the completions table get: messages with their owners, or the policy's text."""
-
-        def text(ids: Sequence[int]) -> str:
-            return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
+        text = partial(text_of, self._tokenizer)
         if plain:
             return "".join(text(turn.ids) for turn in trajectory.turns if turn.owner == "policy")
         roles = {"policy": "assistant", "world": "tool"}

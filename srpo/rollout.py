@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from srpo.episode_loop import EpisodeLoop, Failure
 from srpo.generate import Generator, Request
+from srpo.sampling import text_of
 from srpo.types import LOST, STOP, Columns, Environment, Episode, Observation, Row, Stop, Trajectory, Turn
 from srpo.untrusted import encode_frame, encode_untrusted
 
@@ -102,12 +103,12 @@ def play(
     """
     started = time.monotonic()
     plays = [_Play(i, tuple(ids)) for i, ids in enumerate(prompt_ids)]
-    stops = _Text(tokenizer)
+    labels = _Labels(tokenizer)
     with EpisodeLoop() if loop is None else nullcontext(loop) as loop:
         _make(environment, plays, rows, seeds, loop, limits)
         with tqdm(total=len(plays), desc="episodes", disable=not progress, leave=False) as bar:
             while going := [p for p in plays if p.stop is None]:
-                _policy_turns(going, seeds, generator, stops, limits)
+                _policy_turns(going, seeds, generator, labels, tokenizer, limits)
                 _world_turns([p for p in going if p.stop is None], loop, tokenizer, limits, started)
                 bar.update(sum(p.stop is not None for p in plays) - bar.n)
         generator.finish()
@@ -137,7 +138,7 @@ def _make(
 
 
 def _policy_turns(
-    plays: list[_Play], seeds: Sequence[str], generator: Generator, text: "_Text", limits: Limits
+    plays: list[_Play], seeds: Sequence[str], generator: Generator, labels: "_Labels", tokenizer: Any, limits: Limits
 ) -> None:
     requests = []
     for play in plays:
@@ -148,7 +149,7 @@ def _policy_turns(
                 ids=play.context,
                 seed=f"{seeds[play.row]}:{play.policy_turns}",
                 max_tokens=room if limits.turn_tokens is None else min(room, limits.turn_tokens),
-                choices=None if play.choices is None else text.choices(play.choices),
+                choices=None if play.choices is None else labels.ids(play.choices),
             )
         )
     for play, request, sample in zip(plays, requests, generator.generate(requests), strict=True):
@@ -156,7 +157,7 @@ def _policy_turns(
         if request.choices is not None:
             play.text = play.choices[request.choices.index(sample.ids[0])]  # type: ignore[index]
         else:
-            play.text = text.of(sample.ids)
+            play.text = text_of(tokenizer, sample.ids)
         if not sample.ended and play.used >= limits.tokens:
             play.stop = "tokens"  # in the middle of a sentence: there is nothing to answer
 
@@ -243,17 +244,14 @@ def _labels(choices: Sequence[str] | None) -> tuple[str, ...] | None:
     return None if choices is None else tuple(choices)
 
 
-class _Text:
-    """The policy's ids as text, and labels as ids."""
+class _Labels:
+    """Labels as ids, looked up once."""
 
     def __init__(self, tokenizer: Any):
         self._tokenizer = tokenizer
         self._ids: dict[tuple[str, ...], tuple[int, ...]] = {}
 
-    def of(self, ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-    def choices(self, labels: tuple[str, ...]) -> tuple[int, ...]:
+    def ids(self, labels: tuple[str, ...]) -> tuple[int, ...]:
         if labels not in self._ids:
             encoded = [encode_frame(self._tokenizer, label) for label in labels]
             for label, ids in zip(labels, encoded, strict=True):

@@ -92,6 +92,11 @@ def uniforms(seed: str) -> random.Random:
     return random.Random(seed)
 
 
+def text_of(tokenizer: Any, ids: Sequence[int]) -> str:
+    """A turn as the world, the rewards and the tables read it: without special tokens, nothing tidied up."""
+    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
 class Stops:
     """Whether a turn's text holds a stop string, looked up when a token could have completed one."""
 
@@ -102,15 +107,14 @@ class Stops:
         self._window = max((len(text.encode()) for text in stop), default=0) + 4
         self._may_end: dict[int, bool] = {}
 
-    def text(self, ids: Sequence[int]) -> str:
-        """The turn as the world reads it: without special tokens, nothing tidied up."""
-        return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
     def ended(self, ids: Sequence[int]) -> bool:
         """Did the last of these tokens complete a stop string?"""
         if not self._stop or not ids:
             return False
         last = ids[-1]
         if last not in self._may_end:
-            self._may_end[last] = any(c in self._last for c in self.text([last]))
-        return self._may_end[last] and any(s in self.text(ids[-self._window :]) for s in self._stop)
+            self._may_end[last] = any(c in self._last for c in text_of(self._tokenizer, [last]))
+        if not self._may_end[last]:
+            return False
+        text = text_of(self._tokenizer, ids[-self._window :])
+        return any(stop in text for stop in self._stop)

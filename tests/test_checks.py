@@ -57,6 +57,24 @@ def thousand_rows() -> tuple[list[dict[str, Any]], dict[int, str]]:
     return rows, expected
 
 
+def test_lost_rows_are_not_shown_to_a_reward_function():
+    seen, logged = [], []
+
+    def func(completions, gold, log_extra, trainer_state):
+        seen.append((completions, gold, trainer_state))
+        log_extra("note", [g.upper() for g in gold])
+        return [1.0, None]
+
+    columns = {"gold": ["a", "b", "c"], "lost": [None, "503", None], "trainer_state": "s"}
+    values = checked_reward(lambda lost, **k: func(**k))(
+        completions=["x", "y", "z"], log_extra=lambda name, found: logged.append((name, found)), **columns
+    )
+    assert values == [1.0, None, None] and seen == [(["x", "z"], ["a", "c"], "s")]
+    assert logged == [("note", ["A", None, "C"])]
+    nobody = checked_reward(lambda **_: 1 / 0)
+    assert nobody(completions=["x"], lost=["timeout"]) == [None]
+
+
 def test_fifty_bad_rows_of_a_thousand_are_named_and_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     rows, expected = thousand_rows()
     path = tmp_path / "run" / "quarantine.jsonl"
@@ -111,9 +129,10 @@ def test_length_with_a_real_tokenizer(tmp_path: Path, tiny_tokenizer: Any) -> No
         dataset, tokenizer=tiny_tokenizer, max_prompt_length=length - 1, quarantine_path=tmp_path / "q.jsonl"
     )
     assert kept["prompt"][0] == user("7") and len(kept) == 1
-    assert check_rows(
-        dataset, tokenizer=tiny_tokenizer, max_prompt_length=length, quarantine_path=tmp_path / "q.jsonl"
-    ) is dataset
+    assert (
+        check_rows(dataset, tokenizer=tiny_tokenizer, max_prompt_length=length, quarantine_path=tmp_path / "q.jsonl")
+        is dataset
+    )
 
 
 def test_the_first_of_two_rows_with_one_id_is_kept_and_a_bad_row_does_not_take_the_id(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from core_helpers import config, equal, logged, tokenizer, trainer, weights
 from episode_worlds import ScriptedEnvironment
+from peft import LoraConfig
 
 from srpo.flatten import kept_rows, padded_choices, row_seeds
 from srpo.heads import capture_hidden
@@ -97,6 +98,17 @@ def test_sampled_ids_are_trained_ids_and_their_log_probs_agree(tmp_path):
     difference = (batch["old_per_token_logps"] - batch["sampling_per_token_logps"])[mask]
     assert mask.sum() > 100 and difference.abs().max() <= 1e-5
     assert (batch["sampling_per_token_logps"][~mask] == 0).all()
+
+
+def test_a_lora_policy_with_a_reference(tmp_path):
+    """The adapter samples, and old and reference log-probs are scored on the same trajectory."""
+    args = config(tmp_path, objective="grpo", max_completion_length=60, beta=0.1, num_iterations=2, max_turn_tokens=8)
+    peft = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    made = trainer(args, rewards=quality_reward, rollout_func=None, environment=Graded([1.0, 0.0]), peft_config=peft)
+    batch = scored(made)
+    mask = (batch["completion_mask"] * batch["tool_mask"]).bool()
+    assert (batch["old_per_token_logps"] - batch["sampling_per_token_logps"])[mask].abs().max() <= 1e-5
+    assert (batch["ref_per_token_logps"] - batch["old_per_token_logps"])[mask].abs().max() > 1e-2
 
 
 def test_choices_lie_at_their_tokens(tmp_path):
