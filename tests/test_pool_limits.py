@@ -2,6 +2,8 @@
 
 import asyncio
 import random
+import subprocess
+import sys
 import time
 
 import pytest
@@ -206,3 +208,12 @@ def test_a_bug_in_a_member_is_its_failure():
     pool = Pool({"a": Member("a", "x", 0.0, 0.0)}, {"a": Scripted(faults=[ScriptedFault(raises=TypeError("oops"))])})
     reply = asyncio.run(pool.ask("a", "q", 1.0))
     assert reply.error == "malformed reply: TypeError: oops"
+
+
+def test_the_benchmark_prints_a_ratio(repository):
+    script = repository / "scripts" / "benchmark_pool.py"
+    options = ["--latency", "0.1", "--concurrency", "8", "--calls", "32", "--rounds", "1"]
+    run = subprocess.run([sys.executable, script, *options], capture_output=True, text=True, timeout=120, check=True)
+    latency, limit, ours, ratio, _ = (part.strip() for part in run.stdout.splitlines()[-1].split("|"))
+    assert float(latency) == 0.1 and 20 < float(limit) <= 81  # 8 in flight, 0.1 s each: at most 80 a second
+    assert 0 < float(ours) <= 81 and 0 < float(ratio.strip("%")) <= 110
