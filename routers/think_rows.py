@@ -6,7 +6,6 @@ and no outcome is looked at. Whom to ask, and when to ask again, is left to rein
 
 from __future__ import annotations
 
-import string
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +19,6 @@ from routers.warm_rows import Messages, family_phrase
 from srpo.types import Observation
 
 NO_ANSWER = "unknown"
-_LETTERS = string.ascii_letters + string.digits + " .-"
 
 
 @dataclass(frozen=True)
@@ -123,27 +121,36 @@ def demonstrations(
 
 
 def copy_drills(
-    replies: Sequence[str], grammar: Grammar, rng: np.random.Generator, count: int, together: int = 1
+    replies: Sequence[str],
+    words: Sequence[str],
+    grammar: Grammar,
+    rng: np.random.Generator,
+    count: int,
+    together: int = 4,
 ) -> Iterator[Demonstration]:
     """Exercises without a question: an observation and the answer that repeats it, several times in a row.
 
     Reading a reply is copying, and copying is what costs a small model most of its warm start; an exercise has a fifth
-    of an episode's tokens. Half of the texts are recorded replies, half are letters and digits at random.
+    of an episode's tokens. Half of the texts are recorded replies, half are words drawn at random, so that whatever
+    the policy can write it can also repeat.
 
     Args:
         replies: texts to draw from.
+        words: pieces of text that are put together at random, up to eight: the tokens of the policy.
         count: how many exercises.
-        together: so many make one row, about as long as an episode; what was asked before is there to distract.
+        together: so many make one row, about as long as an episode.
     """
+    texts: list[str] = []
+    while len(texts) < count:
+        if rng.random() < 0.5:
+            text = replies[rng.integers(len(replies))]
+        else:
+            text = "".join(words[i] for i in rng.integers(len(words), size=rng.integers(1, 9)))
+        text = " ".join(text.split())
+        if text and not grammar.tags.search(text):
+            texts.append(text)
     for start in range(0, count, together):
         turns: list[str | Observation] = []
-        for _ in range(min(together, count - start)):
-            if rng.random() < 0.5 and replies:
-                text = replies[rng.integers(len(replies))]
-            else:
-                text = "".join(rng.choice(list(_LETTERS), rng.integers(1, 9)))
-            text = " ".join(text.split())
-            if text and not grammar.tags.search(text):
-                turns += [reply_observation(text, grammar), render_answer("", text, grammar)]
-        if turns:
-            yield Demonstration([], tuple(turns))
+        for text in texts[start : start + together]:
+            turns += [reply_observation(text, grammar), render_answer("", text, grammar)]
+        yield Demonstration([], tuple(turns))

@@ -25,6 +25,8 @@ class Corpus:
     texts: Sequence[str]
     whole: Sequence[str]
     """Strings that are one token each: tags, prices."""
+    vocab_size: int = 1500
+    digits: int = 1
 
 
 def load_policy(
@@ -38,7 +40,7 @@ def load_policy(
     """
     if name in ("tiny", "tiny_moe"):
         made = corpus()
-        tokenizer = train_tokenizer(made.texts, whole=made.whole)
+        tokenizer = train_tokenizer(made.texts, made.vocab_size, made.whole, made.digits)
         model = (tiny_causal_lm if name == "tiny" else tiny_moe_lm)(tokenizer, seed=args.seed)
     elif name == "smollm2":
         # A frozen base in bf16 halves the time of a step on a CPU; trained weights stay in fp32.

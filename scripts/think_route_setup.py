@@ -226,6 +226,8 @@ def tiny_corpus(
             seen = reply_observation(table.lookup(row["query_id"], member.name).reply, grammar)
             texts += [str(row["family"]).replace("_", " "), member.name, seen.before, seen.body, seen.after]
     texts += [args.reprompt_template, args.solution_template, args.feedback_template]
+    # What an agent repeats should be short: every number below 1,000 is one token, and so is many a name.
+    texts += [form.format(n) for n in range(1000) for form in ("{}", "{:02}", "{:03}")]
     tags = [tag(name) for name in grammar.names for tag in (grammar.open, grammar.close)]
-    # Digits are tokens of their own, so the prices would be a fifth of every prompt.
-    return Corpus(texts, [*tags, *sorted({price(member) for member in members})])
+    whole = [*tags, *sorted({price(member) for member in members})]
+    return Corpus(texts, whole, vocab_size=2200, digits=3)

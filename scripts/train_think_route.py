@@ -163,7 +163,9 @@ def warm_start_rows(
         rng,
     )
     replies = [shown.lookup(query["query_id"], name).reply for query in queries for name in names]
-    drills = copy_drills(replies, settings.grammar, rng, task.warm_start_drills)
+    words = [tokenizer.decode([i]) for i in range(len(tokenizer)) if i not in tokenizer.added_tokens_decoder]
+    whole = [word for word in words if "\ufffd" not in word]  # a token may be a part of a character
+    drills = copy_drills(replies, whole, settings.grammar, rng, task.warm_start_drills)
     return [encode_demonstration(one, tokenizer, settings) for one in (*episodes, *drills)]
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     PreTrainedTokenizerFast,
     Qwen3Config,
@@ -27,16 +27,19 @@ CHAT_TEMPLATE = (
 
 
 def train_tokenizer(
-    texts: Iterable[str], vocab_size: int = 1500, whole: Sequence[str] = ()
+    texts: Iterable[str], vocab_size: int = 1500, whole: Sequence[str] = (), digits: int = 1
 ) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer with a ChatML template: any text encodes, and decodes to itself.
 
-    Digits stand alone, so that the few merges go into words. The same texts give the same tokenizer.
+    Digits stand alone (or in groups of ``digits``), so that the few merges go into words. The same texts give the same
+    tokenizer.
 
     Args:
         texts: what the model will read and write; training texts only.
         vocab_size: tokens in all; fewer if the texts hold fewer merges. At least the bytes and specials must fit.
         whole: strings that are always one token (the tags of a grammar). They are not special: decoding keeps them.
+        digits: a number is cut from the left into groups of at most this many digits. A group that occurs often in the
+            texts is one token, which makes numbers short that a policy has to repeat.
 
     Raises:
         ValueError: the vocabulary is too small for the bytes and the whole tokens.
@@ -46,7 +49,10 @@ def train_tokenizer(
         raise ValueError(f"vocab_size {vocab_size} is too small; bytes and whole tokens alone are {floor}")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Split(Regex(rf"\d{{1,{digits}}}"), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(

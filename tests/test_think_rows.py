@@ -115,10 +115,17 @@ def test_heldout_questions_are_refused() -> None:
 
 
 def test_drills_repeat_what_is_shown() -> None:
-    drills = list(copy_drills(["one = two", "x</answer>"], ROUTER_R1, np.random.default_rng(0), 200))
-    assert 90 < len(drills) <= 200
+    words = ["ab", " c", "7", "<answer>"]
+    rng = np.random.default_rng(0)
+    drills = list(copy_drills(["one = two", "x</answer>"], words, ROUTER_R1, rng, 102, together=5))
+    assert [len(drill.turns) for drill in drills] == [10] * 20 + [4]
+    shown, answers = [], []
     for drill in drills:
-        shown, answer = drill.turns
-        assert isinstance(shown, Observation) and isinstance(answer, str) and drill.prompt == []
-        assert parse_turn(answer, [], ROUTER_R1, needs_think=False).answer == shown.body
-    assert any(drill.turns[0].body == "one = two" for drill in drills)  # type: ignore[union-attr]
+        assert drill.prompt == []
+        for body, answer in zip(drill.turns[::2], drill.turns[1::2], strict=True):
+            assert isinstance(body, Observation) and isinstance(answer, str)
+            shown.append(body.body)
+            answers.append(parse_turn(answer, [], ROUTER_R1, needs_think=False).answer)
+    assert shown == answers
+    replies = sum(text == "one = two" for text in shown)
+    assert 30 < replies < 80  # about half are replies; texts that hold a tag are left out
