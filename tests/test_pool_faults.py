@@ -256,10 +256,6 @@ def test_one_of_eight_members_hanging_costs_its_deadline_only(server):
         replies = asyncio.run(step())
         assert [reply.error is None for reply in replies] == [m.name != "dead" for _ in range(8) for m in members]
         assert threading.active_count() == threads
-        # the breaker has seen 8 of 10 failures: two more, and the dead member is left alone
-        asyncio.run(step())
-        third = asyncio.run(step())
-        assert {kind(reply) for reply in third} == {None, "circuit open"}
 
 
 def test_cancelling_goes_through_and_frees_the_place(server):

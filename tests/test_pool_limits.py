@@ -139,10 +139,10 @@ def test_a_pause_holds_everybody_back(monkeypatch):
 def test_the_breaker_opens_probes_and_closes(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(limits_module.time, "monotonic", lambda: now[0])
-    breaker = Breaker(failures=3, cooldown=10.0)
+    breaker = Breaker(failures=3, patience=0.0, cooldown=10.0)
 
     def attempt(worked):
-        breaker.ended(worked, breaker.enter())
+        breaker.ended(breaker.enter(), worked)
 
     for worked in (False, False, True, False, False):  # a success in between starts the count again
         attempt(worked)
@@ -151,16 +151,43 @@ def test_the_breaker_opens_probes_and_closes(monkeypatch):
     with pytest.raises(CircuitOpen, match="3 attempts failed in a row, next probe in 10 s"):
         breaker.enter()
     now[0] = 10.0
-    assert breaker.enter() is True
+    probe = breaker.enter()
+    assert probe.probe
     with pytest.raises(CircuitOpen):  # one probe at a time
         breaker.enter()
-    breaker.ended(None, True)  # the probe was cancelled: another may try
+    breaker.ended(probe, None)  # the probe was cancelled: another may try
     attempt(False)
     with pytest.raises(CircuitOpen, match="next probe in 10 s"):
         breaker.enter()
     now[0] = 20.0
     attempt(True)
-    assert breaker.enter() is False and breaker.enter() is False
+    assert not breaker.enter().probe and not breaker.enter().probe
+
+
+def test_a_hiccup_of_many_calls_at_once_does_not_open_the_breaker(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(limits_module.time, "monotonic", lambda: now[0])
+    breaker = Breaker(failures=10, patience=10.0)
+    for _ in range(64):
+        breaker.ended(breaker.enter(), worked=False)
+    now[0] = 9.0
+    breaker.ended(breaker.enter(), worked=False)
+    breaker.enter()  # 65 failures within 9 seconds: a retry may still help
+    hanging = [breaker.enter() for _ in range(3)]
+    now[0] = 11.0
+    breaker.ended(hanging[0], worked=False)  # failing since 0
+    with pytest.raises(CircuitOpen):
+        breaker.enter()
+    breaker.ended(hanging[1], worked=True)  # an answer after all
+    for _ in range(10):
+        breaker.ended(breaker.enter(), worked=False)
+    assert not breaker.enter().probe  # the streak began anew at 11
+    hanging = [breaker.enter() for _ in range(10)]
+    now[0] = 60.0  # their deadline: they failed together, but it took them long enough
+    for entry in hanging:
+        breaker.ended(entry, worked=False)
+    with pytest.raises(CircuitOpen):
+        breaker.enter()
 
 
 def test_a_dead_member_is_left_alone_and_found_again(monkeypatch):
@@ -168,13 +195,16 @@ def test_a_dead_member_is_left_alone_and_found_again(monkeypatch):
     backend = Scripted(faults=[*down, None])
     pool = Pool({"a": Member("a", "x", 0.0, 0.0)}, {"a": backend})
 
+    now = [time.monotonic()]
+    monkeypatch.setattr(limits_module.time, "monotonic", lambda: now[0])
+
     def ask():
+        now[0] += 1.5
         return asyncio.run(pool.ask("a", "q", 1.0))
 
-    assert {kind(ask()) for _ in range(10)} == {"server error"}
+    assert {kind(ask()) for _ in range(10)} == {"server error"}  # over 13.5 seconds
     assert kind(ask()) == "circuit open" and len(backend.queries) == 10
-    later = time.monotonic() + 31
-    monkeypatch.setattr(limits_module.time, "monotonic", lambda: later)
+    now[0] += 31
     assert ask().error is None and ask().error is None
     assert len(backend.queries) == 12
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from routers.catalogue import Member, cost
 from routers.pool.ledger import Ledger, OverBudget, Spending
-from routers.pool.limits import Breaker, CircuitOpen, Retry, Spacing, TokenBucket
+from routers.pool.limits import Breaker, CircuitOpen, Entry, Retry, Spacing, TokenBucket
 from routers.pool.protocol import (
     CIRCUIT_OPEN,
     CONNECTION,
@@ -33,8 +33,8 @@ class _Sum:
     spending: Spending = field(default_factory=Spending)
     error: str = ""
     attempts: int = 0
-    sent: bool = False
-    """Whether the attempt under way has left our queue."""
+    entry: Entry | None = None
+    """Of the attempt under way, once it has left our queue."""
 
     def reply(self, answer: Attempt | None, seconds: float) -> Reply:
         return Reply(
@@ -87,9 +87,13 @@ class Caller:
             async with asyncio.timeout(deadline):
                 answer = await self._attempts(query, start + deadline, query_id, max_cost, total)
         except TimeoutError:
-            if total.sent:
-                self._breaker.ended(worked=False, probe=False)
-            waited = "no reply" if total.sent else f"waiting for one of {self.member.concurrency} places, or a limit"
+            if total.entry is not None:
+                self._breaker.ended(replace(total.entry, probe=False), worked=False)
+            waited = (
+                "no reply"
+                if total.entry is not None
+                else f"waiting for one of {self.member.concurrency} places, or a limit"
+            )
             before = f"; before that: {total.error}" if total.error else ""
             total.error = f"{TIMEOUT}: {waited} within the deadline of {deadline:g} s{before}"
         finally:  # also of a call that was cancelled
@@ -97,7 +101,7 @@ class Caller:
             total.spending += Spending(
                 calls=1,
                 failed=int(answer is None),
-                unmetered=int(total.sent),
+                unmetered=int(total.entry is not None),
                 seconds=0.0 if answer is None else seconds,
             )
             self._ledger.book(query_id, total.spending, self.member.name)
@@ -145,7 +149,7 @@ class Caller:
                     reservation.cancel()  # of a call that was cancelled or refused; after settling it does nothing
             finally:
                 self._tokens.give_back(taken, attempt.usage.prompt_tokens + attempt.usage.completion_tokens)
-        total.sent = False
+        total.entry = None
         total.spending += Spending(
             prompt_tokens=attempt.usage.prompt_tokens,
             completion_tokens=attempt.usage.completion_tokens,
@@ -159,10 +163,10 @@ class Caller:
 
     async def _guarded(self, query: str, end: float, query_id: str, total: _Sum) -> Attempt:
         """One attempt through the breaker; whatever goes wrong with the member is an error in words."""
-        probe = self._breaker.enter()
+        entry = self._breaker.enter()
         worked = None
         total.attempts += 1
-        total.sent = True
+        total.entry = entry
         try:
             async with asyncio.timeout(self.member.timeout):
                 attempt = await self.backend.send(query, min(self.member.timeout, end - time.monotonic()), query_id)
@@ -178,7 +182,7 @@ class Caller:
             worked = False
             attempt = Attempt(error=f"{MALFORMED}: {type(error).__name__}: {error}", unmetered=True)
         finally:
-            self._breaker.ended(worked, probe)
+            self._breaker.ended(entry, worked)
         return attempt
 
     def _semaphore(self) -> asyncio.Semaphore:

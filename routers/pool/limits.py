@@ -90,38 +90,55 @@ class CircuitOpen(Exception):
     """The member failed too often and is left alone for a while."""
 
 
-class Breaker:
-    """Leaves a member alone that does not work. Closed, it lets everybody through; after ``failures`` failed attempts
-    in a row it opens for ``cooldown`` seconds; then one probe may pass, whose outcome closes or opens it again."""
+@dataclass(frozen=True)
+class Entry:
+    """An attempt that the breaker let through."""
 
-    def __init__(self, failures: int = 10, cooldown: float = 30.0) -> None:
+    at: float
+    probe: bool
+
+
+class Breaker:
+    """Leaves a member alone that does not work.
+
+    Closed, it lets everybody through. It opens for ``cooldown`` seconds after at least ``failures`` failed attempts in
+    a row that span at least ``patience`` seconds: many calls at once fail together in a moment's hiccup, which is what
+    retries are for. Then one probe may pass, whose outcome closes or opens it again.
+    """
+
+    def __init__(self, failures: int = 10, patience: float = 10.0, cooldown: float = 30.0) -> None:
         self._limit = failures
+        self._patience = patience
         self._cooldown = cooldown
         self._count = 0
+        self._since = 0.0
         self._open_until: float | None = None
         self._probing = False
 
-    def enter(self) -> bool:
-        """Ask to make an attempt; returns whether it is the probe, for ``ended``.
+    def enter(self) -> Entry:
+        """Ask to make an attempt; its outcome is reported by ``ended``.
 
         Raises:
             CircuitOpen: not now; the message says why.
         """
+        now = time.monotonic()
         if self._open_until is None:
-            return False
-        left = self._open_until - time.monotonic()
+            return Entry(now, probe=False)
+        left = self._open_until - now
         if left > 0 or self._probing:
             raise CircuitOpen(f"{self._count} attempts failed in a row, next probe in {max(left, 0.0):.0f} s")
         self._probing = True
-        return True
+        return Entry(now, probe=True)
 
-    def ended(self, worked: bool | None, probe: bool) -> None:
-        """Report an attempt that was let through; None says nothing about the member (cancelled, our limit, ...)."""
-        if probe:
+    def ended(self, entry: Entry, worked: bool | None) -> None:
+        """Report an attempt; None says nothing about the member (cancelled, or its request was wrong)."""
+        if entry.probe:
             self._probing = False
         if worked:
             self._count, self._open_until = 0, None
         elif worked is False:
+            self._since = min(self._since, entry.at) if self._count else entry.at
             self._count += 1
-            if self._count >= self._limit:
-                self._open_until = time.monotonic() + self._cooldown
+            now = time.monotonic()
+            if self._count >= self._limit and now - self._since >= self._patience:
+                self._open_until = now + self._cooldown
