@@ -24,7 +24,7 @@ from routers.report import Evaluation
 T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 LOGGED = {
     "mismatch k3 x 1e6": ("sampling/kl_k3", 1e6),
-    "mean |dlogp| x 1e3": ("sampling/logp_difference", 1e3),
+    "mean absolute dlogp x 1e3": ("sampling/logp_difference", 1e3),
     "F(1.05) %": ("sampling/outside_1.05", 100.0),
     "flips %": ("router/flip_rate", 100.0),
     "grad norm": ("grad_norm", 1.0),

@@ -54,6 +54,7 @@ class ReplayMixin:
     vllm_generation: Any
     _is_vlm: bool
     _metrics: Any
+    _recorder: Any = None
     _step: int
     _trajectories: Any
 
@@ -67,7 +68,7 @@ class ReplayMixin:
         self._routes: Tensor | None = None  # the same in the padding of the batch
         self._old_pass_due = False
         with returning_routes() if mode == "R3" and args.use_vllm else nullcontext():
-            super().__init__(model, reward_funcs, args, *rest, **kwargs)
+            super().__init__(model, reward_funcs, args, *rest, **kwargs)  # type: ignore[call-arg]
         if mode != "off":
             check_replay(args)  # TRL forces reentrant checkpointing on LoRA with ZeRO-3
             self._install(mode)
@@ -190,7 +191,8 @@ class ReplayMixin:
     @contextmanager
     def _every_forward(self, model: Any, routes: Tensor | None, recorded: list[Tensor]) -> Iterator[None]:
         """Forwards inside take consecutive rows of a batch; they replay `routes`, or without them are `recorded`."""
-        replay, start, context = self.replay, 0, None
+        replay, start = self.replay, 0
+        context: Any = None
         assert replay is not None
 
         def before(_module: Any, _args: Any, kwargs: dict[str, Any]) -> None:
