@@ -8,7 +8,7 @@ Failure is data. A lost rollout leaves its group: it has no reward, no token of 
 is that of the survivors. A group of which less than three quarters survive is dropped whole.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -91,6 +91,7 @@ class RolloutMixin:
                 self._limits(),
                 self._episode_loop if in_training else None,
                 progress=self.accelerator.is_main_process and not self.args.disable_tqdm,
+                out_of_money=self._purse() if training else lambda: False,
             )
         self._trajectories = trajectories
         flat = [flatten(t, self._tokenizer.pad_token_id) for t in trajectories]
@@ -217,6 +218,14 @@ class RolloutMixin:
         ceiling = self.args.max_cost_usd
         if ceiling is not None and spent >= ceiling:
             self._stop_because = f"${spent:.4f} are spent, max_cost_usd is {ceiling:g}: this step is the last"
+
+    def _purse(self) -> Callable[[], bool]:
+        """Whether the run's money is spent, by what this rank knows: all ranks' before the batch, its own since."""
+        ceiling, environment = self.args.max_cost_usd, self.environment
+        if ceiling is None or environment is None:
+            return lambda: False
+        left = ceiling - self._spent() + environment.spent_usd()
+        return lambda: environment.spent_usd() >= left
 
     def _spent(self) -> float:
         return sum(gather_object([float(self.environment.spent_usd())]))  # type: ignore[union-attr]

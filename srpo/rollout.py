@@ -9,7 +9,7 @@ once, without control tokens (`srpo.untrusted`), cut, and framed. An episode tha
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -84,6 +84,7 @@ def play(
     limits: Limits,
     loop: EpisodeLoop | None = None,
     progress: bool = False,
+    out_of_money: Callable[[], bool] = lambda: False,
 ) -> list[Trajectory]:
     """One trajectory per row.
 
@@ -93,6 +94,8 @@ def play(
         seeds: per row a text that names it: (run, step, row, sample). Turn t draws from `seed:t`.
         loop: where the episodes live; None: a loop of this call's own. Clients of an environment belong to a loop.
         progress: show a bar over episodes.
+        out_of_money: asked after the steps of each round; True ends every episode with stop "budget", so that only
+            what was under way is spent.
 
     Returns:
         Trajectories whose columns are the episode's, and `STOP`, `LOST` and "turns". An episode that could not give
@@ -110,6 +113,9 @@ def play(
             while going := [p for p in plays if p.stop is None]:
                 _policy_turns(going, seeds, generator, labels, tokenizer, limits)
                 _world_turns([p for p in going if p.stop is None], loop, tokenizer, limits, started)
+                if out_of_money():
+                    for p in going:
+                        p.stop = p.stop or "budget"
                 bar.update(sum(p.stop is not None for p in plays) - bar.n)
         generator.finish()
         return _trajectories(plays, loop, limits)

@@ -201,13 +201,22 @@ def test_a_few_losses_do_not(tmp_path):
 
 
 def test_the_cost_ceiling_stops_the_run_with_a_checkpoint(tmp_path):
-    # 16 episodes of 2 steps at a cent each: $0.32 a batch; the third batch passes 70 cents.
+    # 16 episodes of 2 steps at a cent each: $0.32 a batch; the third passes 70 cents with its first steps.
     made = made_trainer(tmp_path, Graded([1.0, 0.0]), max_steps=9, max_cost_usd=0.7)
     made.train()
     assert made.state.global_step == 3
-    assert logged(made, "cost/spent_usd") == pytest.approx([0.32, 0.64, 0.96])
+    assert logged(made, "cost/spent_usd") == pytest.approx([0.32, 0.64, 0.80])
     state = json.loads((tmp_path / "checkpoint-3" / "environment_0.json").read_text())
-    assert state == {"environment": {"cents": 96}, "lost_batches": 0}
+    assert state == {"environment": {"cents": 80}, "lost_batches": 0}
+
+
+def test_within_a_batch_only_what_is_under_way_is_overspent(tmp_path):
+    # The ceiling falls into the first round of the second batch (32 + 16 cents): its second turns are not played.
+    made = made_trainer(tmp_path, Graded([1.0, 0.0]), max_steps=9, max_cost_usd=0.4)
+    made.train()
+    assert made.state.global_step == 2
+    assert logged(made, "cost/spent_usd") == pytest.approx([0.32, 0.48])
+    assert logged(made, "rollout/stop/budget") == [0.0, 1.0]
 
 
 # -------------------------------------------------------------------------------------------------- limits and records
