@@ -70,9 +70,13 @@ class TaskArguments:
             raise ValueError(f"cost_weight={self.cost_weight}: must lie in [0, 1), or a cheap wrong answer could win")
 
 
+ARGUMENTS = (TaskArguments, SRPOConfig)
+"""What a line of a recipe may set."""
+
+
 def main(argv: list[str] | None = None) -> Evaluation | None:
     """Run a recipe; returns the held-out evaluation on the main process, None on the others."""
-    recipe = load_recipe((TaskArguments, SRPOConfig), argv)
+    recipe = load_recipe(ARGUMENTS, argv)
     task, args = recipe
     state, output = PartialState(), Path(args.output_dir)
     if state.is_main_process:

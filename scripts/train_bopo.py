@@ -82,9 +82,13 @@ class BopoArguments:
         return Synthesis(self.bosft_sweep, self.bosft_keep, self.bosft_strata)  # type: ignore[arg-type]
 
 
+ARGUMENTS = (BudgetTask, BopoArguments, SRPOConfig)
+"""What a line of a recipe may set."""
+
+
 def main(argv: list[str] | None = None) -> str | None:
     """Run a recipe; returns the tables on the main process, None on the others."""
-    recipe = load_recipe((BudgetTask, BopoArguments, SRPOConfig), argv)
+    recipe = load_recipe(ARGUMENTS, argv)
     task, bopo, args = recipe
     state, output = PartialState(), Path(args.output_dir)
     folder = Path(task.task_dir or output / "task")

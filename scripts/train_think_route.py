@@ -43,12 +43,14 @@ from srpo.rollout import observation_ids
 from srpo.untrusted import encode_frame
 from srpo.warmstart import warm_start
 
-__all__ = ["TaskArguments", "main"]
+
+ARGUMENTS = (TaskArguments, SRPOConfig)
+"""What a line of a recipe may set."""
 
 
 def main(argv: Sequence[str] | None = None) -> AgentEvaluation | None:
     """Run a recipe; returns the held-out evaluation on the main process, None on the others."""
-    recipe = load_recipe((TaskArguments, SRPOConfig), argv)
+    recipe = load_recipe(ARGUMENTS, argv)
     task, args = recipe
     state, output = PartialState(), Path(args.output_dir)
     if state.is_main_process:

@@ -175,10 +175,8 @@ def script(recipe: Path) -> Any:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(ROOT / "recipes")))
 def test_every_recipe_parses(path: Path, tmp_path: Path) -> None:
-    from srpo.config import SRPOConfig
-
-    _, args = load_recipe(
-        (script(path).TaskArguments, SRPOConfig),
+    *_, args = load_recipe(
+        script(path).ARGUMENTS,
         ["--config", str(path), "--use_cpu", "true", "--bf16", "false", "--output_dir", str(tmp_path)],
     )
     parts = path.relative_to(ROOT / "recipes").parts
