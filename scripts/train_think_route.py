@@ -43,7 +43,6 @@ from srpo.rollout import observation_ids
 from srpo.untrusted import encode_frame
 from srpo.warmstart import warm_start
 
-
 ARGUMENTS = (TaskArguments, SRPOConfig)
 """What a line of a recipe may set."""
 
