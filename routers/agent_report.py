@@ -95,7 +95,7 @@ class AgentEvaluation:
 
     def _by_family(self, markdown: bool) -> str:
         labels = np.array(self.families)
-        rows = [("family", "questions", *_HEADER[1:])]
+        rows: list[tuple[str, ...]] = [("family", "questions", *_HEADER[1:])]
         for family in dict.fromkeys(self.families):
             chosen = np.flatnonzero(labels == family)
             part = Line(family, "policy", {m: [self.policy.values[m][i] for i in chosen] for m in METRICS})

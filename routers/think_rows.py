@@ -143,7 +143,7 @@ def copy_drills(
     texts: list[str] = []
     while len(texts) < count:
         if rng.random() < 0.5:
-            text = replies[rng.integers(len(replies))]
+            text = replies[int(rng.integers(len(replies)))]
         else:
             text = "".join(words[i] for i in rng.integers(len(words), size=rng.integers(1, 9)))
         text = " ".join(text.split())
