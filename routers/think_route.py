@@ -196,7 +196,8 @@ class ThinkRouteEpisode:
             )
         self._members.append(member)
         try:
-            reply = await pool.ask(member, query, self._world.call_seconds, query_id=self._query_id)
+            left = reservation.amount + self._account.available  # for retries too
+            reply = await pool.ask(member, query, self._world.call_seconds, query_id=self._query_id, max_cost=left)
             cost = pool.price(member, reply.usage)
             reservation.settle(cost)
         finally:

@@ -24,11 +24,12 @@ from think_route_cases import (
 from rewards import additive_rewards, router_r1_rewards, xrouter_rewards
 from routers.catalogue import Member
 from routers.grammar import Grammar
-from routers.pool import Ledger, Pool
+from routers.pool import Ledger, Pool, Retry
 from routers.pool.scripted import Fault, Scripted
 from routers.prompts import drawn_cost_weight, measured, short_think_route_prompt, think_route_prompt
 from routers.table import ReplyTable
 from routers.think_route import ThinkRoute, cost_scale
+from srpo.types import Usage
 
 KEYS = {
     "route",
@@ -198,6 +199,17 @@ def test_the_cap_of_a_row_goes_first_and_holds() -> None:
     columns, _ = episode(environment, [ROUTE] * 9, ROW | {"max_cost_usd": 50e-6})  # two calls of 20e-6 fit
     assert columns["calls"] == 2 and columns["cost"] <= 50e-6
     assert episode(environment, [ROUTE, RIGHT], ROW | {"max_cost_usd": 0.0})[0]["calls"] == 0
+
+
+def test_billed_retries_stay_within_the_cap_of_the_row() -> None:
+    # The first attempt fails and is billed 20e-6; a second one would bring the question to 40e-6.
+    faults = [Fault("server error: 500", usage=Usage(10, 5))]
+    for cap, attempts, lost in ((30e-6, 1, True), (50e-6, 2, False)):
+        backends = {"small": Scripted("Paris", faults=faults), "large": Scripted("Paris")}
+        members = Pool(CATALOGUE, backends, retry=Retry(attempts=2, base=0.0))
+        columns, _ = episode(ThinkRoute(members, max_cost_usd=cap), [ROUTE, RIGHT])
+        assert (columns["lost"] is not None) is lost
+        assert columns["cost"] == pytest.approx(attempts * SMALL_USD) and columns["cost"] <= cap
 
 
 def test_the_cap_of_the_run_loses_episodes_instead_of_scoring_them() -> None:
