@@ -35,7 +35,8 @@ def test_without_references_it_is_trl_grpo_with_group_scaling(tmp_path: Any, spl
         after.append((core.weights(made.model), core.logged(made, "loss")))
     (trl, trl_losses), (ours, our_losses) = after
     assert core.distance(trl, core.weights(core.model())) > 1e-4  # something was learned
-    assert core.distance(trl, ours) == 0.0
+    # TRL divides a micro-batch's mean, we the sum: the same bits, but for a division by no power of two.
+    assert core.distance(trl, ours) <= (0.0 if "beta" not in split else 5e-7)
     assert our_losses == pytest.approx(trl_losses, abs=1e-4)
 
 
@@ -48,8 +49,8 @@ class Watched(SRPOTrainer):
 
 
 def corridors(count: int = 4) -> Dataset:
-    """Tasks of which the last needs double steps; the budget allows two."""
-    lengths = [3, 5, 8, 11][:count]
+    """Ten steps, two of them double: the last task is out of reach."""
+    lengths = [3, 5, 8, 13][:count]
     return Dataset.from_list(
         [
             {

@@ -1,0 +1,89 @@
+"""The script of budget-aware routing: demonstrations become the rollout's tokens, and one command runs it all."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import budget_task
+import train_bopo
+
+from routers.bosft import Demonstration
+from routers.budget_episode import drive
+from routers.budget_rules import random_mix
+from srpo.generate import Sample
+from srpo.rollout import Limits, play
+from srpo.tiny import train_tokenizer
+
+
+class Replay:
+    """A generator that writes given labels."""
+
+    def __init__(self, labels: list[int]) -> None:
+        self.labels = list(labels)
+
+    def generate(self, requests: Any) -> list[Sample]:
+        return [Sample((self.labels.pop(0),), (0.0,), True) for _ in requests]
+
+    def finish(self) -> None: ...
+
+
+def test_a_demonstration_has_the_tokens_of_the_rollout() -> None:
+    task = budget_task.BudgetTask(train_count=2)
+    games = budget_task.train_games(task)
+    corpus = budget_task.corpus(task, games)
+    tokenizer = train_tokenizer(corpus.texts, vocab_size=600, whole=corpus.whole)
+    environment = budget_task.make_environment(task, games)
+    for row in budget_task.make_rows(task, games, [2.0]):
+        driven = drive(environment, row, "seed", random_mix(0.4))
+        got = train_bopo.tokens(Demonstration(row, driven, "hard", 0.4), task, tokenizer)
+        decided = [label for label in got["labels"] if label != -100]
+        prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=True)
+        limits = Limits(turns=20, tokens=1000, observation_tokens=100, step_seconds=60)
+        [rolled] = play(
+            environment, [row], [prompt["input_ids"]], ["seed"], Replay(decided), tokenizer, limits
+        )
+        assert [*rolled.prompt_ids, *(i for turn in rolled.turns for i in turn.ids)] == got["input_ids"]
+        mine = [i for turn in rolled.turns if turn.owner == "policy" for i in turn.ids]
+        assert mine == decided and len(mine) == len(driven.decisions)
+
+
+def test_rows_carry_what_reward_and_advantage_read() -> None:
+    from routers.profiles import BoundaryProfile
+
+    task, bopo = budget_task.BudgetTask(train_count=1, train_caps=[float("inf"), 1]), train_bopo.BopoArguments()
+    games = budget_task.train_games(task)
+    profile = BoundaryProfile(games[0].id, "x", (0.0, 0.0), (0.1, 0.3), (1.0, 1.0), (1.0, 1.4))
+    rows = train_bopo.training_rows(task, bopo, games, {games[0].id: profile})
+    assert [row["cap"] for row in rows] == [None, 1]
+    assert rows[0]["hard"] and rows[0]["cost_small"] == pytest.approx(0.2)
+    assert rows[0]["references"] == pytest.approx([0.0, 2 - 0.3])  # R_S = 0; R_L = 1 + beta - lambda
+    assert "<b*>" in rows[0]["prompt"][0]["content"] and "<b1>" in rows[1]["prompt"][0]["content"]
+
+
+def test_a_task_folder_of_other_settings_is_refused(tmp_path: Path) -> None:
+    budget_task.check_folder(budget_task.BudgetTask(), tmp_path / "t")
+    budget_task.check_folder(budget_task.BudgetTask(train_count=7), tmp_path / "t")  # other games, same world
+    with pytest.raises(ValueError, match="step_limit=20, the recipe says 30"):
+        budget_task.check_folder(budget_task.BudgetTask(step_limit=30), tmp_path / "t")
+
+
+@pytest.mark.slow
+def test_one_command_runs_it_all(tmp_path: Path) -> None:
+    """Profile, BoSFT, BoPO, evaluation, table and picture, in small."""
+    arguments = {
+        "config": ROOT / "recipes/quickstart/bopo.yaml", "output_dir": tmp_path / "out", "train_count": 12,
+        "heldout_count": 6, "max_steps": 2, "logging_steps": 1, "bosft_epochs": 1, "per_device_train_batch_size": 16,
+    }  # fmt: skip
+    text = train_bopo.main([word for key, value in arguments.items() for word in (f"--{key}", str(value))])
+    assert text is not None and "| policy " in text and "random mixing" in text
+    out = tmp_path / "out"
+    for name in ("model.safetensors", "episodes.parquet", "tables.md", "frontier.png", "profiles.parquet"):
+        assert (out / name).stat().st_size > 0, name
+    assert json.loads((out / "task" / "settings.json").read_text())["step_limit"] == 20
+    assert "BoPO-style" in (out / "README.md").read_text()
