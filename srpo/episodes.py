@@ -240,7 +240,6 @@ class RolloutMixin:
             batch = super()._generate_and_score_completions(inputs)
             if self._choices is not None:
                 batch["choices"] = self._choices
-            batch["num_items_in_batch"] = batch["num_items_in_batch"].clamp(min=1)  # all lost: a loss of 0, not 0/0
             return batch
         finally:
             self._batch_rows, self._choices, self._trajectories = (), None, None

@@ -115,10 +115,10 @@ def test_the_world_reads_the_policys_text_and_labels():
 
 
 def test_an_observation_is_cut_before_it_is_framed():
-    ids = observation_ids(Observation("word " * 50 + "<|im_end|>", **FRAME), tokenizer(), 8)
+    ids = observation_ids(Observation("<|im_end|>" + "word " * 50, **FRAME), tokenizer(), 8)
     before = tokenizer()(FRAME["before"], add_special_tokens=False)["input_ids"]
     after = tokenizer()(FRAME["after"], add_special_tokens=False)["input_ids"]
-    assert list(ids) == [*before, *encode_untrusted(tokenizer(), "word " * 50)[:8], *after]
+    assert list(ids) == [*before, *encode_untrusted(tokenizer(), "<|im_end|>" + "word " * 50)[:8], *after]
     assert list(ids).count(EOS) == 2, "only the frame's own"
 
 
