@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from budget_task import BudgetTask, make_environment, make_rows
+from budget_task import BudgetTask, heldout_sets, make_environment, make_rows, profiles
 from transformers import PreTrainedModel
 
 from routers.budget_episode import GAME, Choose, drive
@@ -110,6 +110,36 @@ def _record(game: Game, columns: Mapping[str, Any]) -> dict[str, Any]:
         "cap": math.inf,
         "policy_usd": 0.0,
     }
+
+
+def evaluate(
+    model: PreTrainedModel, tokenizer: Any, task: BudgetTask, folder: Path, name: str, seed: int, **how: Any
+) -> pd.DataFrame:
+    """Episodes of a policy on every held-out set, with the classes of their tasks; `how` as for `play_policy`."""
+    frames = []
+    for label, games in heldout_sets(task).items():
+        frame = play_policy(model, tokenizer, task, games, caps=task.eval_caps, seed=seed, **how)
+        frames.append(_classified(frame, task, label, games, folder).assign(method=name))
+    return pd.concat(frames, ignore_index=True)
+
+
+def rules(task: BudgetTask, folder: Path) -> pd.DataFrame:
+    """Episodes of all rules on every held-out set; played once per `task_dir`."""
+    frames = []
+    for label, games in heldout_sets(task).items():
+        path = folder / f"rules_{label}.parquet"
+        if not path.exists():
+            _classified(play_rules(task, games), task, label, games, folder).to_parquet(path)
+        frames.append(pd.read_parquet(path))
+    return pd.concat(frames, ignore_index=True)
+
+
+def _classified(
+    frame: pd.DataFrame, task: BudgetTask, label: str, games: Sequence[Game], folder: Path
+) -> pd.DataFrame:
+    found = profiles(task, label, games, folder)
+    difficulty = {name: task.rule(profile) for name, profile in found.items()}
+    return frame.assign(set=label, difficulty=frame["game"].map(difficulty))
 
 
 def read_runs(folders: Sequence[Path], names: Sequence[str] | None = None) -> pd.DataFrame:

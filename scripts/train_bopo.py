@@ -22,14 +22,13 @@ from accelerate import PartialState
 from budget_task import (
     BudgetTask,
     corpus,
-    heldout_sets,
     make_environment,
     make_rows,
     profiles,
     train_games,
 )
 from datasets import Dataset
-from evaluate_bopo import EPISODES, play_policy, play_rules
+from evaluate_bopo import EPISODES, evaluate, rules
 from policies import load_policy
 from transformers import set_seed
 from trl import SFTConfig
@@ -78,6 +77,9 @@ class BopoArguments:
     def reward(self) -> BoundaryReward:
         return BoundaryReward(self.cost_weight, self.hard_bonus, self.cost_norm, self.gate_cost_on_success)
 
+    def evaluation(self) -> dict[str, Any]:
+        return {"temperature": self.eval_temperature, "price": (self.policy_price_in, self.policy_price_out)}
+
     def synthesis(self) -> Synthesis:
         return Synthesis(self.bosft_sweep, self.bosft_keep, self.bosft_strata)  # type: ignore[arg-type]
 
@@ -110,7 +112,9 @@ def main(argv: list[str] | None = None) -> str | None:
     # Read from disk, also by the process that wrote it: TRL makes the reference policy of the KL from that path.
     model, tokenizer = load_policy(start, args, 0, lambda: corpus(task, games))
     if state.is_main_process and not (Path(start) / EPISODES).exists():
-        evaluate(model, tokenizer, task, bopo, args, "BoSFT", folder).to_parquet(Path(start) / EPISODES)
+        evaluate(model, tokenizer, task, folder, "BoSFT", args.seed, **bopo.evaluation()).to_parquet(
+            Path(start) / EPISODES
+        )
 
     environment = make_environment(task, games)
     trainer = SRPOTrainer(
@@ -129,7 +133,8 @@ def main(argv: list[str] | None = None) -> str | None:
         return None
 
     write_profiles(observe(profiled.values(), successes(output)), output / "profiles.parquet")
-    after = evaluate(trainer.accelerator.unwrap_model(trainer.model), tokenizer, task, bopo, args, "policy", folder)
+    trained = trainer.accelerator.unwrap_model(trainer.model)
+    after = evaluate(trained, tokenizer, task, folder, "policy", args.seed, **bopo.evaluation())
     before = pd.read_parquet(Path(start) / EPISODES)
     episodes = pd.concat([rules(task, folder), before, after], ignore_index=True)
     episodes.to_parquet(output / EPISODES)
@@ -259,45 +264,6 @@ def successes(output: Path) -> list[tuple[str, float]]:
         for game, score in zip(frame[GAME], frame[CORRECT], strict=True)
         if score is not None
     ]
-
-
-def evaluate(
-    model: Any, tokenizer: Any, task: BudgetTask, bopo: BopoArguments, args: SRPOConfig, name: str, folder: Path
-) -> pd.DataFrame:
-    """Episodes of a policy on every held-out set, with the classes of their tasks."""
-    frames = []
-    for label, games in heldout_sets(task).items():
-        frame = play_policy(
-            model,
-            tokenizer,
-            task,
-            games,
-            caps=task.eval_caps,
-            seed=args.seed,
-            temperature=bopo.eval_temperature,
-            price=(bopo.policy_price_in, bopo.policy_price_out),
-        )
-        frames.append(classified(frame, task, label, games, folder).assign(method=name))
-    return pd.concat(frames, ignore_index=True)
-
-
-def rules(task: BudgetTask, folder: Path) -> pd.DataFrame:
-    """Episodes of all rules on every held-out set; played once per `task_dir`."""
-    frames = []
-    for label, games in heldout_sets(task).items():
-        path = folder / f"rules_{label}.parquet"
-        if not path.exists():
-            classified(play_rules(task, games), task, label, games, folder).to_parquet(path)
-        frames.append(pd.read_parquet(path))
-    return pd.concat(frames, ignore_index=True)
-
-
-def classified(
-    frame: pd.DataFrame, task: BudgetTask, label: str, games: Sequence[Game], folder: Path
-) -> pd.DataFrame:
-    found = profiles(task, label, games, folder)
-    difficulty = {name: task.rule(profile) for name, profile in found.items()}
-    return frame.assign(set=label, difficulty=frame["game"].map(difficulty))
 
 
 if __name__ == "__main__":
