@@ -9,7 +9,7 @@ cost and success, and mixing two settings by a coin per episode reaches every po
 with the 95 % interval of a bootstrap that draws tasks and seeds, and evaluates both on the same draw (paired).
 
     normalised AUC: cost axis rescaled so that always-small is 0 and always-large 1, clipped to [0, 1];
-    area under the step-wise upper envelope of the method's points (no success before its cheapest point)
+    area under the step-wise upper envelope of the method's points and of both boundary policies
     AUC of chance: the area under the straight line between the two boundaries (random mixing per episode)
 
 INFERRED (A.9 of our specification): the paper speaks of an efficiency frontier and defines no number.

@@ -142,12 +142,14 @@ class Episodes:
         return {**found, "chord (chance)": float(chance_auc(small, large))}
 
     def _auc(self, methods: Sequence[str]) -> float:
-        points = []
+        """Of the methods' settings and caps; the boundary policies need no training and belong to every frontier."""
+        small, large = self.played(SMALL), self.played(LARGE)
+        points = [(float(p.cost.mean()), float(p.success.mean())) for p in (small, large)]
         for method in methods:
             for cap in sorted(self.frame.loc[self.frame["method"] == method, "cap"].unique()):
                 played = self.played(method, cap)
                 points.append((float(played.cost.mean()), float(played.success.mean())))
-        return normalised_auc(points, self.played(SMALL).cost.mean(), self.played(LARGE).cost.mean())
+        return normalised_auc(points, small.cost.mean(), large.cost.mean())
 
     def capped(self) -> list[Capped]:
         """Every policy, and First-Large, under every finite cap (of expensive calls)."""

@@ -185,3 +185,27 @@ def test_executors_and_labels_must_differ() -> None:
         BudgetEnvironment(lambda row: Corridor(1), [SMALL, LARGE], describe, labels=["x", "x"])
     with pytest.raises(ValueError, match="two or more"):
         BudgetEnvironment(lambda row: Corridor(1), [SMALL], describe)
+
+
+def test_retries_of_a_live_executor_stay_within_what_was_reserved() -> None:
+    """The first attempt fails and is billed: a second one would pass the reservation, so it is not made."""
+    from routers.catalogue import Member
+    from routers.environments.alfworld import AlfWorld
+    from routers.environments.executors import Explorer
+    from routers.environments.generate import generated
+    from routers.environments.react import ReActExecutor
+    from routers.pool import Pool, Retry
+    from routers.pool.scripted import Fault, Scripted
+    from srpo.types import Usage
+
+    billed, free = (Fault(error="server error: 500", usage=usage) for usage in (Usage(10, 5), Usage()))
+    for faults, attempts in (([billed, billed, billed], 1), ([free, None, free, None], 2)):
+        backend = Scripted("Action: look", faults=faults)
+        pool = Pool({"m": Member("m", "x", 1e4, 1e4)}, {"m": backend}, retry=Retry(attempts=3, base=0.0))
+        executors = [Explorer(0.001), ReActExecutor(pool, "m")]  # 15 tokens at 1e4 per million: 0.15 a call
+        environment = BudgetEnvironment(
+            lambda row: AlfWorld(generated("generated/train/0")), executors, describe, Budget(0.16, "usd")
+        )
+        driven = drive(environment, {}, "s", first_large(1))
+        assert len(backend.queries) == attempts and driven.columns[COST] <= 0.16
+        assert not driven.columns["budget_violated"] and [n for n, _ in driven.decisions][:2] == ["m", "explorer"]

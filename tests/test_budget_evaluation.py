@@ -105,8 +105,8 @@ def test_the_report_by_hand() -> None:
     assert policy.by_class == {"easy": 1.0, "hard": 1.0} and methods["always-small"].by_class["hard"] == 0.0
     assert policy.large_share == 0.25
     assert episodes.against("policy", "BoSFT").value == pytest.approx(0.5)
-    # AUC: axis 1 -> 0, 11 -> 1; the policy's point at .2: .8 x 1
-    assert policy.auc == pytest.approx(0.8)
+    # AUC: axis 1 -> 0, 11 -> 1; always-small's .5 up to the policy's point at .2, then 1
+    assert policy.auc == pytest.approx(0.2 * 0.5 + 0.8)
     assert [(c.name, c.cap, c.used, c.violations) for c in episodes.capped()][:2] == [
         ("BoSFT", 2.0, 0.5, 0), ("policy", 2.0, 0.5, 0)
     ]  # fmt: skip

@@ -17,7 +17,7 @@ INSTRUCTION = (
 class Members(Protocol):
     """What is used of `routers.pool.Pool`."""
 
-    async def ask(self, member: str, query: str, deadline: float) -> Reply: ...
+    async def ask(self, member: str, query: str, deadline: float, *, max_cost: float) -> Reply: ...
 
     def price(self, member: str, usage: Usage) -> float: ...
 
@@ -52,7 +52,9 @@ class ReActExecutor:
         return self.pool.bound(self.name, self.query(view))
 
     async def act(self, view: View, deadline: float) -> Act:
-        reply = await self.pool.ask(self.name, self.query(view), deadline)
+        # All attempts together stay within what a budget has reserved: a retry only where the first was not billed.
+        query = self.query(view)
+        reply = await self.pool.ask(self.name, query, deadline, max_cost=self.pool.bound(self.name, query))
         action = "" if reply.error else read_action(reply.text, view.admissible)
         return Act(action, self.pool.price(self.name, reply.usage), reply)
 
