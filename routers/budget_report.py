@@ -185,26 +185,26 @@ def render(episodes: Episodes, title: str, markdown: bool = True) -> str:
     header = ["", "success", "$ per 1k episodes", "of always-large's cost", "of its success", "expensive calls"]
     header += [c.capitalize() for c in CLASSES if c in episodes.difficulty]
     header += [f"beyond {family} at equal cost" for family in families] + ["AUC"]
-    lines = []
+    lines: list[tuple[str, ...]] = []
     for m in methods:
         line = [m.name, _interval(m.success, 100, "%"), _interval(m.usd, 1000, "")]
         line += [_interval(m.share_of_large, 100, "%"), f"{100 * m.kept.value:.1f}%"]
         line += [f"{m.large_calls:.2f} ({100 * m.large_share:.0f}% of steps)"]
         line += [f"{100 * m.by_class[c]:.0f}%" for c in CLASSES if c in episodes.difficulty]
         line += [_interval(m.gains[f], 100, "", "+") if f in m.gains else "" for f in families]
-        lines.append([*line, "" if m.auc is None else f"{m.auc:.3f}"])
-    text = [title, "", aligned([header, *lines], markdown), ""]
+        lines.append((*line, "" if m.auc is None else f"{m.auc:.3f}"))
+    text = [title, "", aligned([tuple(header), *lines], markdown), ""]
     text.append("AUC: " + ", ".join(f"{name} {value:.3f}" for name, value in aucs.items()))
     if capped := episodes.capped():
-        rows = [["cap", "", "success", "% of the cap used", "violations"]]
+        rows: list[tuple[str, ...]] = [("cap", "", "success", "% of the cap used", "violations")]
         rows += [
-            [f"{c.cap:g}", c.name, _interval(c.success, 100, "%"), f"{100 * c.used:.0f}%", str(c.violations)]
+            (f"{c.cap:g}", c.name, _interval(c.success, 100, "%"), f"{100 * c.used:.0f}%", str(c.violations))
             for c in capped
         ]
         text += ["", aligned(rows, markdown)]
     types = sorted(set(episodes.types))
-    rows = [["success by task type", *types]]
-    rows += [[m.name, *(f"{100 * m.by_type[t]:.0f}%" for t in types)] for m in methods]
+    rows = [("success by task type", *types)]
+    rows += [(m.name, *(f"{100 * m.by_type[t]:.0f}%" for t in types)) for m in methods]
     return "\n".join([*text, "", aligned(rows, markdown), ""])
 
 

@@ -195,7 +195,8 @@ def _read_partial(path: Path) -> list[BoundaryProfile]:
 
 
 def _profile_of(fields: Mapping[str, Any]) -> BoundaryProfile:
-    return BoundaryProfile(**{k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in fields.items()})
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in fields.items()}
+    return BoundaryProfile(**values)
 
 
 def write_profiles(profiles: Iterable[BoundaryProfile], path: Path) -> None:

@@ -28,7 +28,7 @@ from budget_task import (
     train_games,
 )
 from datasets import Dataset
-from evaluate_bopo import EPISODES, evaluate, rules
+from evaluate_bopo import EPISODES, NOTE, evaluate, rules
 from policies import load_policy
 from transformers import set_seed
 from trl import SFTConfig
@@ -139,7 +139,7 @@ def main(argv: list[str] | None = None) -> str | None:
     episodes = pd.concat([rules(task, folder), before, after], ignore_index=True)
     episodes.to_parquet(output / EPISODES)
     sets = {str(name): Episodes(part) for name, part in episodes.groupby("set")}
-    text = "\n".join(render(part, f"## {name}") for name, part in sets.items())
+    text = "\n".join([*(render(part, f"## {name}") for name, part in sets.items()), NOTE, ""])
     (output / "tables.md").write_text(text)
     draw(sets, output / "frontier.png")
     trainer.heldout_table = text
