@@ -1,5 +1,6 @@
 """The teacher's pass of a generation batch: the routed rows are scored once, before the first update on them."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,8 +8,9 @@ import torch
 from torch import Tensor
 from trl.trainer.utils import pad
 
-from srpo.heads import hidden_entropy, hidden_logp
+from srpo.heads import Divergence, TeacherTargets, hidden_entropy, hidden_logp
 from srpo.objectives import Head, entropy_weights
+from srpo.objectives.divergence import CHUNK_TOKENS
 from srpo.reprompt import Templates, teacher_prompt_ids
 
 
@@ -29,6 +31,7 @@ class DistillationMixin:
     objective: str
     teacher: Any
     temperature: float
+    _divergence: Divergence
     _metrics: Any
     _prompts: list[Any]
     _sum_over_ranks: Any
@@ -64,10 +67,13 @@ class DistillationMixin:
             contexts = [prompts.get(i, [self._tokenizer.pad_token_id]) for i in chunk]
             states = self._teacher_forward(contexts, chunk, batch)
             head = head or self.teacher.head()
-            if not real:  # a rank without rows only keeps a sharded teacher's collectives in step
-                continue
             keep = omega[chunk][:, : states.size(1)]
             flat = states[keep]
+            if not real:  # a rank without rows keeps a sharded teacher's collectives in step
+                hidden_entropy(flat[:0], head, self.temperature)
+                if sampled:
+                    hidden_logp(flat[:0], head, batch["completion_ids"][0, :0], self.temperature)
+                continue
             entropy[chunk] = entropy[chunk].masked_scatter(omega[chunk], hidden_entropy(flat, head, self.temperature))
             if sampled:
                 tokens = batch["completion_ids"][chunk][omega[chunk]]
@@ -92,6 +98,20 @@ class DistillationMixin:
         else:
             targets["teacher_hidden"] = hidden
         return targets
+
+    def _teacher_targets(self, inputs: dict[str, Any], omega: Tensor) -> TeacherTargets | None:
+        """What the student's forward compares itself with; None where no rank has a distilled token."""
+        if "teacher_hidden" not in inputs or self._teacher_head is None:
+            return None
+        tokens = int(omega.sum())
+        chunks = math.ceil(tokens / CHUNK_TOKENS)
+        if self.teacher.sharded:  # the student's head is gathered once per chunk, by all ranks together
+            chunks = int(self.accelerator.gather(torch.tensor([chunks], device=omega.device)).max())
+        if chunks == 0:
+            return None
+        rows = [h for h in inputs["teacher_hidden"] if h is not None]
+        hidden = torch.cat(rows) if rows else torch.zeros(0, self.teacher.width, device=omega.device)
+        return TeacherTargets(omega, hidden, self._teacher_head, self._divergence, chunks)
 
     def _teacher_chunks(self, rows: list[int]) -> list[list[int]]:
         size = self.args.per_device_train_batch_size

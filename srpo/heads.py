@@ -40,6 +40,8 @@ class TeacherTargets:
     """[N, D'] teacher hidden states at the positions that predict those tokens."""
     head: Head
     divergence: Divergence
+    chunks: int = 1
+    """Least number of chunks to compute it in (`hidden_divergence`)."""
 
 
 @dataclass
@@ -117,6 +119,7 @@ def add_distillation_head(model: PreTrainedModel) -> None:
                 top_k=how.top_k,
                 tail=how.tail,
                 temperature=how.temperature,
+                chunks=targets.chunks,
             )
             divergence = values.new_zeros(targets.mask.shape).masked_scatter(targets.mask, values)
         return PolicyOutput(**output, divergence=divergence)
@@ -144,23 +147,24 @@ def completion_hidden(model: torch.nn.Module, base: PreTrainedModel, ids: Tensor
 @torch.no_grad()
 def hidden_entropy(hidden: Tensor, head: Head, temperature: float, chunk_tokens: int = 1024) -> Tensor:
     """Exact entropy over the full vocabulary, in nats: hidden [N, D] -> [N]. fp32."""
-    chunks = []
-    for chunk in hidden.split(chunk_tokens):
-        logp = _log_probs(chunk, head, temperature)
-        chunks.append(torch.special.entr(logp.exp()).sum(-1))
-    return torch.cat(chunks) if chunks else hidden.new_zeros(0, dtype=torch.float32)
+    with head.gather():  # once, however many tokens: a sharded head is gathered by all ranks together
+        chunks = [
+            torch.special.entr(_log_probs(chunk, head, temperature).exp()).sum(-1)
+            for chunk in hidden.split(chunk_tokens)
+        ]
+    return torch.cat(chunks)
 
 
 @torch.no_grad()
 def hidden_logp(hidden: Tensor, head: Head, tokens: Tensor, temperature: float, chunk_tokens: int = 1024) -> Tensor:
     """Log-probability of `tokens` [N] under the head: hidden [N, D] -> [N]. fp32."""
-    chunks = []
-    for chunk, chunk_ids in zip(hidden.split(chunk_tokens), tokens.split(chunk_tokens), strict=True):
-        logp = _log_probs(chunk, head, temperature)
-        chunks.append(logp.gather(-1, chunk_ids.unsqueeze(-1)).squeeze(-1))
-    return torch.cat(chunks) if chunks else hidden.new_zeros(0, dtype=torch.float32)
+    with head.gather():
+        chunks = [
+            _log_probs(chunk, head, temperature).gather(-1, chunk_ids.unsqueeze(-1)).squeeze(-1)
+            for chunk, chunk_ids in zip(hidden.split(chunk_tokens), tokens.split(chunk_tokens), strict=True)
+        ]
+    return torch.cat(chunks)
 
 
 def _log_probs(hidden: Tensor, head: Head, temperature: float) -> Tensor:
-    with head.gather():
-        return torch.log_softmax(head.logits(hidden) / temperature, dim=-1)
+    return torch.log_softmax(head.logits(hidden) / temperature, dim=-1)

@@ -90,6 +90,12 @@ class Teacher:
             return torch.lerp(first.float(), live.float(), self.rate)
         return torch.cat([(1 - self.rate) * first, self.rate * live.to(first.dtype)], dim=-1)
 
+    @property
+    def width(self) -> int:
+        """D' of `score`."""
+        hidden = _base(self.accelerator.unwrap_model(self.student)).config.get_text_config().hidden_size
+        return 2 * hidden if self.kind == "trust_region" and not self.is_adapter else hidden
+
     def head(self) -> Head:
         """The projection of `score`'s hidden states. Call it after `score`, once per scored batch.
 

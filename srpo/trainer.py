@@ -27,7 +27,7 @@ from srpo.config import SRPOConfig
 from srpo.credit import CreditMixin
 from srpo.distillation import DistillationMixin, Plan
 from srpo.episodes import RolloutMixin
-from srpo.heads import Divergence, TeacherTargets, add_distillation_head
+from srpo.heads import Divergence, add_distillation_head
 from srpo.hub import HubMixin
 from srpo.minirl import MiniRLMixin
 from srpo.objectives import (
@@ -346,11 +346,8 @@ class SRPOTrainer(
         attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
         labels = ids.masked_fill(attention == 0, -100)  # completion tokens only, as in TRL
         labels[:, :-length] = -100
-        routed, targets = inputs["routed"], None
+        routed = inputs["routed"]
         omega = mask.bool() & routed.unsqueeze(1)
-        if "teacher_hidden" in inputs and omega.any():
-            hidden = torch.cat([h for h in inputs["teacher_hidden"] if h is not None])
-            targets = TeacherTargets(omega, hidden, self._teacher_head, self._divergence)
 
         def probe(gradient: Tensor) -> None:
             squares = gradient.float().square().sum(dim=(1, 2))
@@ -363,7 +360,7 @@ class SRPOTrainer(
                 attention_mask=attention,
                 labels=labels,
                 fused_lm_head=True,
-                targets=targets,
+                targets=self._teacher_targets(inputs, omega),
                 gradient_probe=probe,
                 **extra,
             )

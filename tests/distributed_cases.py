@@ -1,4 +1,4 @@
-"""Two steps of several cases, in one process or by torchrun: python tests/distributed_cases.py FOLDER.
+"""Two steps of several cases, in one process or by torchrun: python tests/distributed_cases.py FOLDER [CASE...].
 
 Completions depend on (prompt, place in the group) only, and a generation batch holds the same rollouts whether one
 process takes them all or two take half each, so both world sizes train on the same tokens.
@@ -29,6 +29,26 @@ CASES: dict[str, dict[str, Any]] = {
     "idle_rank_sdpo": {"objective": "sdpo", "idle": True},
     "lora": {"objective": "srpo", "lora": True},
 }
+SHARDED: dict[str, dict[str, Any]] = {
+    "zero3_srpo": {"objective": "srpo"},
+    "zero3_idle_rank": {"objective": "srpo", "idle": True},
+    "zero3_idle_rank_trust_region": {"objective": "sdpo", "idle": True, "teacher_model_kind": "trust_region"},
+    "zero3_idle_rank_sampled_token": {
+        "objective": "sdpo",
+        "idle": True,
+        "distillation_mode": "sampled_token",
+        "distillation_alpha": 1.0,
+    },
+}
+ZERO3 = {
+    "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+    "gradient_clipping": 0.0,  # accelerate clips to 1 where this is missing
+    "train_micro_batch_size_per_gpu": "auto",
+    "train_batch_size": "auto",
+    "gradient_accumulation_steps": "auto",
+    "optimizer": {"type": "SGD", "params": {"lr": 1.0}},
+    "zero_allow_untested_optimizer": True,
+}
 HALF = 8
 
 
@@ -55,7 +75,12 @@ def world(_rows: Any, texts: Any) -> dict[str, list[Any]]:
 
 def run(folder: Path, case: str, processes: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """Tensors after two steps, and what was logged and shown to the teacher."""
-    settings = dict(CASES[case])
+    settings = dict((CASES | SHARDED)[case])
+    if case in SHARDED and processes > 1:
+        import deepspeed
+
+        deepspeed.init_distributed("gloo")
+        settings["deepspeed"] = ZERO3
     size, idle, lora = settings.pop("rollouts", 16), settings.pop("idle", False), settings.pop("lora", False)
     accumulation = settings.get("gradient_accumulation_steps", 1)
     args = config(
@@ -84,6 +109,10 @@ def run(folder: Path, case: str, processes: int) -> tuple[dict[str, Any], dict[s
     made._route = spy
     start = weights(made.model)
     made.train()
+    if case in SHARDED:
+        sharded = made.accelerator.distributed_type.value == "DEEPSPEED" and made._dist.is_zero3
+        assert sharded == (processes > 1)
+        return {}, {"plans": plans, "log": made.state.log_history}
     tensors = {f"model/{name}": value for name, value in weights(made.model).items()}
     if made.teacher.model is not None:
         tensors.update({f"teacher/{name}": value for name, value in weights(made.teacher.model).items()})
@@ -114,10 +143,12 @@ def resumed_equals_straight(folder: Path, processes: int) -> bool:
 def main() -> None:
     folder = Path(sys.argv[1])
     processes, rank = int(os.environ["WORLD_SIZE"]), os.environ["RANK"]
-    for case in CASES:
+    for case in sys.argv[2:] or CASES:
         tensors, record = run(folder, case, processes)
         (folder / f"{case}_rank{rank}.json").write_text(json.dumps(record))
         save_file({name: value.contiguous() for name, value in tensors.items()}, folder / f"{case}_rank{rank}.st")
+    if sys.argv[2:]:
+        return
     (folder / f"resumed_rank{rank}.json").write_text(json.dumps(resumed_equals_straight(folder, processes)))
 
 

@@ -8,22 +8,25 @@ from pathlib import Path
 import pytest
 import torch
 from core_helpers import distance
-from distributed_cases import CASES, HALF, run
+from distributed_cases import CASES, HALF, SHARDED, run
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.distributed
 SAME = ("loss", "grad_norm", "reward", "route/entropy", "cost/per_query_usd", "route/share/none")
 
 
+def launched(folder, *cases):
+    script = str(Path(__file__).with_name("distributed_cases.py"))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run([*launch, script, str(folder), *cases], capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder
+
+
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
     """One launch for all cases."""
-    folder = tmp_path_factory.mktemp("distributed")
-    script = str(Path(__file__).with_name("distributed_cases.py"))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run([*launch, script, str(folder)], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return folder
+    return launched(tmp_path_factory.mktemp("distributed"))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -59,3 +62,17 @@ def test_two_processes_resume_inside_a_generation_batch(two_processes):
     assert [json.loads((two_processes / f"resumed_rank{r}.json").read_text()) for r in (0, 1)] == [True, True]
     checkpoint = two_processes / "resume" / "checkpoint-3"
     assert sorted(path.name for path in checkpoint.glob("rollouts_*")) == [f"rollouts_{r}.safetensors" for r in (0, 1)]
+
+
+@pytest.mark.slow
+def test_sharded_ranks_distil_in_step(tmp_path):
+    """ZeRO-3: ranks that distil different numbers of tokens, or none, gather as often as each other."""
+    launched(tmp_path, *SHARDED)
+    for case in SHARDED:
+        _, record = run(tmp_path / "alone", case, 1)
+        ranks = [json.loads((tmp_path / f"{case}_rank{r}.json").read_text()) for r in (0, 1)]
+        assert not case.count("idle") or not any(any(plan["routed"]) for plan in ranks[1]["plans"])
+        logs, theirs = ([e for e in r["log"] if "loss" in e] for r in (record, ranks[0]))
+        for name in ("loss", "grad_norm", "srpo/routed_share"):
+            expected = pytest.approx([e[name] for e in logs], rel=1e-4, abs=1e-6)
+            assert [e[name] for e in theirs] == expected, (case, name)

@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+CHUNK_TOKENS = 512
 MIN_LOGP = -1e4  # e^-1e4 = 0 in every dtype, and 1e4 * probability stays finite
 
 
@@ -105,7 +106,8 @@ def hidden_divergence(
     top_k: int | None,
     tail: bool = True,
     temperature: float = 1.0,
-    chunk_tokens: int = 512,
+    chunk_tokens: int = CHUNK_TOKENS,
+    chunks: int = 1,
 ) -> Tensor:
     """D per token from the last hidden states, without ever holding the logits of all tokens.
 
@@ -113,6 +115,9 @@ def hidden_divergence(
     heads share V but not necessarily D (a trust-region teacher concatenates two hidden states). Both logits are
     divided by `temperature`. Gradient reaches `student_hidden` and the student head. N = 0 gives an empty result that
     is connected to the graph. Returns [N], float32 (float64 for float64 inputs).
+
+    At least `chunks` chunks are made, the last ones empty: each gathers the head, forward and backward, which all
+    ranks of a sharded model must do equally often.
     """
     if student_hidden.shape[0] != teacher_hidden.shape[0]:
         raise ValueError(f"{student_hidden.shape[0]} student tokens but {teacher_hidden.shape[0]} teacher tokens")
@@ -128,8 +133,8 @@ def hidden_divergence(
 
     teacher_hidden = teacher_hidden.detach()
     parts: list[Tensor] = []
-    for start in range(0, max(student_hidden.shape[0], 1), chunk_tokens):
-        rows = slice(start, start + chunk_tokens)
+    for number in range(max(chunks, math.ceil(student_hidden.shape[0] / chunk_tokens))):
+        rows = slice(number * chunk_tokens, (number + 1) * chunk_tokens)
         part = checkpoint(
             chunk, student_hidden[rows], teacher_hidden[rows], use_reentrant=False, preserve_rng_state=False
         )
