@@ -126,9 +126,8 @@ def copy_drills(
     grammar: Grammar,
     rng: np.random.Generator,
     count: int,
-    together: int = 4,
 ) -> Iterator[Demonstration]:
-    """Exercises without a question: an observation and the answer that repeats it, several times in a row.
+    """Exercises without a question: an observation and the answer that repeats it.
 
     Reading a reply is copying, and copying is what costs a small model most of its warm start; an exercise has a fifth
     of an episode's tokens. Half of the texts are recorded replies, half are words drawn at random, so that whatever
@@ -138,19 +137,14 @@ def copy_drills(
         replies: texts to draw from.
         words: pieces of text that are put together at random, up to eight: the tokens of the policy.
         count: how many exercises.
-        together: so many make one row, about as long as an episode.
     """
-    texts: list[str] = []
-    while len(texts) < count:
+    made = 0
+    while made < count:
         if rng.random() < 0.5:
             text = replies[int(rng.integers(len(replies)))]
         else:
             text = "".join(words[i] for i in rng.integers(len(words), size=rng.integers(1, 9)))
         text = " ".join(text.split())
         if text and not grammar.tags.search(text):
-            texts.append(text)
-    for start in range(0, count, together):
-        turns: list[str | Observation] = []
-        for text in texts[start : start + together]:
-            turns += [reply_observation(text, grammar), render_answer("", text, grammar)]
-        yield Demonstration([], tuple(turns))
+            made += 1
+            yield Demonstration([], (reply_observation(text, grammar), render_answer("", text, grammar)))

@@ -72,9 +72,12 @@ def router_corpus(table: ReplyTable, args: SRPOConfig) -> Corpus:
 
 
 def warm_start_config(
-    args: SRPOConfig, folder: Path, *, epochs: float, learning_rate: float, batch_size: int, adam_beta2: float = 0.999
+    args: SRPOConfig, folder: Path, *, epochs: float, learning_rate: float, batch_size: int, **options: Any
 ) -> SFTConfig:
-    """The supervised warm start of a recipe; its seed, device and precision are those of the training that follows."""
+    """The supervised warm start of a recipe; its seed, device and precision are those of the training that follows.
+
+    `options` are further fields of `SFTConfig`.
+    """
     return SFTConfig(
         output_dir=str(folder),
         num_train_epochs=epochs,
@@ -82,7 +85,6 @@ def warm_start_config(
         per_device_train_batch_size=batch_size,
         lr_scheduler_type="cosine",
         warmup_steps=10,
-        adam_beta2=adam_beta2,
         max_length=None,
         save_strategy="no",
         report_to="none",
@@ -91,6 +93,7 @@ def warm_start_config(
         use_cpu=args.use_cpu,
         bf16=args.bf16,
         activation_checkpointing=args.activation_checkpointing,
+        **options,
     )
 
 

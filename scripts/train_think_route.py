@@ -102,7 +102,9 @@ def main(argv: Sequence[str] | None = None) -> AgentEvaluation | None:
             epochs=1,
             learning_rate=task.warm_start_learning_rate,
             batch_size=task.warm_start_batch_size,
-            adam_beta2=0.95,  # a thousand steps are few for a memory of a thousand
+            adam_beta2=0.95,  # some hundred steps are too few for a memory of a thousand
+            # Drills are a quarter as long as episodes: rows of a batch stand in one line instead of being padded.
+            padding_free=task.warm_start_drills > 0,
         )
         model = warm_start(model, tokenizer, examples, config)
         if state.is_main_process:

@@ -1,12 +1,14 @@
 """`RouterAgent` on a real tiny policy: answers, costs, caps, many questions at once, hostile ones, nothing left."""
 
 import asyncio
+import json
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from agent_helpers import MEMBERS, SETTINGS, scripted_pool, train_policy
 
 from routers import RouterAgent
@@ -142,3 +144,28 @@ def test_settings_survive_a_round_trip_and_bad_files_are_named(tmp_path: Path) -
         AgentSettings(prompt="long")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="turns is 0"):
         AgentSettings(turns=0)
+
+
+def test_the_command_line_asks_one_question(
+    policy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from openai_server import OpenAIServer
+    from route import main  # scripts/route.py
+
+    with OpenAIServer(reply="two words") as server:
+        entries = [
+            {"name": m.name, "descriptor": m.descriptor, "price_in": m.price_in, "price_out": m.price_out,
+             "base_url": server.url, "max_tokens": 20}
+            for m in MEMBERS
+        ]  # fmt: skip
+        catalogue = tmp_path / "members.yaml"
+        catalogue.write_text(yaml.safe_dump({"members": entries}))
+        words = ["--model", str(policy), "--catalogue", str(catalogue), "beta beta"]
+        assert main(words) == 0
+        plain = capsys.readouterr().out
+        assert main([*words, "--json", "--max-cost-usd", "0"]) == 0
+        document = json.loads(capsys.readouterr().out)
+    assert "<search>beta:</search>" in plain and "two words" in plain and "answer: ok" in plain
+    assert f"cost: ${cost(MEMBERS[1], *server.usage[0]):.6f}, asked: beta" in plain
+    assert (document["answer"], document["members"], document["cost_usd"]) == ("ok", [], 0.0)
+    assert len(server.usage) == 1  # the capped question asked nobody

@@ -116,16 +116,12 @@ def test_heldout_questions_are_refused() -> None:
 
 def test_drills_repeat_what_is_shown() -> None:
     words = ["ab", " c", "7", "<answer>"]
-    rng = np.random.default_rng(0)
-    drills = list(copy_drills(["one = two", "x</answer>"], words, ROUTER_R1, rng, 102, together=5))
-    assert [len(drill.turns) for drill in drills] == [10] * 20 + [4]
-    shown, answers = [], []
+    drills = list(copy_drills(["one = two", "x</answer>"], words, ROUTER_R1, np.random.default_rng(0), 100))
+    shown = []
     for drill in drills:
-        assert drill.prompt == []
-        for body, answer in zip(drill.turns[::2], drill.turns[1::2], strict=True):
-            assert isinstance(body, Observation) and isinstance(answer, str)
-            shown.append(body.body)
-            answers.append(parse_turn(answer, [], ROUTER_R1, needs_think=False).answer)
-    assert shown == answers
-    replies = sum(text == "one = two" for text in shown)
-    assert 30 < replies < 80  # about half are replies; texts that hold a tag are left out
+        body, answer = drill.turns
+        assert isinstance(body, Observation) and isinstance(answer, str) and drill.prompt == []
+        assert parse_turn(answer, [], ROUTER_R1, needs_think=False).answer == body.body
+        shown.append(body.body)
+    assert len(drills) == 100 and not any("<answer>" in text for text in shown)
+    assert 30 < sum(text == "one = two" for text in shown) < 80  # half are replies, but for those that hold a tag
