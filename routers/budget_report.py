@@ -187,11 +187,11 @@ def render(episodes: Episodes, title: str, markdown: bool = True) -> str:
     header += [f"beyond {family} at equal cost" for family in families] + ["AUC"]
     lines: list[tuple[str, ...]] = []
     for m in methods:
-        line = [m.name, _interval(m.success, 100, "%"), _interval(m.usd, 1000, "")]
+        line = [m.name, _interval(m.success, 100, "%"), _interval(m.usd, 1000, "", ".2f")]
         line += [_interval(m.share_of_large, 100, "%"), f"{100 * m.kept.value:.1f}%"]
         line += [f"{m.large_calls:.2f} ({100 * m.large_share:.0f}% of steps)"]
         line += [f"{100 * m.by_class[c]:.0f}%" for c in CLASSES if c in episodes.difficulty]
-        line += [_interval(m.gains[f], 100, "", "+") if f in m.gains else "" for f in families]
+        line += [_interval(m.gains[f], 100, "", "+.1f") if f in m.gains else "" for f in families]
         lines.append((*line, "" if m.auc is None else f"{m.auc:.3f}"))
     text = [title, "", aligned([tuple(header), *lines], markdown), ""]
     text.append("AUC: " + ", ".join(f"{name} {value:.3f}" for name, value in aucs.items()))
@@ -208,8 +208,6 @@ def render(episodes: Episodes, title: str, markdown: bool = True) -> str:
     return "\n".join([*text, "", aligned(rows, markdown), ""])
 
 
-def _interval(value: Estimate, factor: float, unit: str, sign: str = "") -> str:
-    low, high = factor * value.low, factor * value.high
-    digits = 1 if abs(factor * value.value) >= 1 or unit else 3
-    return f"{factor * value.value:{sign}.{digits}f}{unit} [{low:{sign}.{digits}f}, {high:{sign}.{digits}f}]"
-
+def _interval(value: Estimate, factor: float, unit: str, spec: str = ".1f") -> str:
+    number, low, high = (format(factor * v, spec) for v in (value.value, value.low, value.high))
+    return f"{number}{unit} [{low}, {high}]"
