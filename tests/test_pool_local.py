@@ -82,5 +82,5 @@ def test_a_prompt_without_room_is_refused(tiny_model, tiny_tokenizer):
 
 
 def test_sampling_is_refused(tiny_model, tiny_tokenizer):
-    with pytest.raises(ValueError, match="'tiny'.*greedy"):
+    with pytest.raises(ValueError, match=r"'tiny'.*greedy"):
         LocalModel(Member("tiny", "x", 1.0, 1.0, temperature=0.7), tiny_model, tiny_tokenizer)

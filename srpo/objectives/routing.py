@@ -14,7 +14,8 @@ The four cases of SRPO (P-SRPO Table 7):
     no        no    (the whole group is wrong)                 GRPO   (fallback; A = 0 with binary rewards)
 
 SDPO (P-SDPO section 3, spec section 3.5) distils whatever has teacher information, correct or not: z^S = m; its other
-completions contribute nothing. GRPO distils nothing. BoPO routes as SRPO does where the settings ask for it. Differs from the paper: none.
+completions contribute nothing. GRPO distils nothing. BoPO routes as SRPO does where the settings ask for it. Differs
+from the paper: none.
 """
 
 from __future__ import annotations
