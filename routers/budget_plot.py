@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from routers.budget_report import Episodes
+from routers.evaluation import Estimate
 
 # Okabe and Ito's palette, as in `routers.plots`; line styles and markers tell them apart in grey.
 _LINES = {"random mixing": ("#E69F00", "-"), "first-large": ("#CC79A7", "--"), "cascade": ("#56B4E9", ":")}
@@ -30,8 +31,8 @@ def draw(sets: Mapping[str, Episodes], path: str | Path) -> None:
             axes.errorbar(
                 1000 * cost.value,
                 success.value,
-                xerr=[[1000 * (cost.value - cost.low)], [1000 * (cost.high - cost.value)]],
-                yerr=[[success.value - success.low], [success.high - success.value]],
+                xerr=_arms(cost, 1000),
+                yerr=_arms(success, 1),
                 fmt=_MARKERS[i % len(_MARKERS)],
                 color=_POINTS[i % len(_POINTS)],
                 capsize=2,
@@ -46,3 +47,8 @@ def draw(sets: Mapping[str, Episodes], path: str | Path) -> None:
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     figure.savefig(path)
+
+
+def _arms(value: Estimate, factor: float) -> list[list[float]]:
+    """Lengths below and above; an interval of one value may miss its mean by a rounding error."""
+    return [[max(0.0, factor * (value.value - value.low))], [max(0.0, factor * (value.high - value.value))]]
