@@ -114,7 +114,12 @@ class RouterAgent:
         return cls(model, tokenizer, asked, AgentSettings.load(folder), **options)
 
     def answer(
-        self, question: str, max_cost_usd: float | None = None, *, on_turn: OnTurn | None = None
+        self,
+        question: str,
+        max_cost_usd: float | None = None,
+        *,
+        cost_weight: float | None = None,
+        on_turn: OnTurn | None = None,
     ) -> AgentAnswer:
         """Answer one question; blocks until it is done.
 
@@ -122,10 +127,12 @@ class RouterAgent:
             question: any text; the policy's control tokens and the grammar's tags in it are made harmless.
             max_cost_usd: hard cap: a member is only asked if the most that it could cost still fits. The policy's own
                 tokens count as well, after they were written.
+            cost_weight: price sensitivity, for a policy that was trained with several; None: the first of them.
             on_turn: see `OnTurn`.
 
         Raises:
-            ValueError: an empty question, or a cap that is not a number >= 0.
+            ValueError: an empty question, a cap that is not a number >= 0, or a price sensitivity that the policy was
+                not trained with.
             RuntimeError: the agent was closed.
         """
         if self._closed:
@@ -134,8 +141,16 @@ class RouterAgent:
             raise ValueError("the question is empty")
         if max_cost_usd is not None and not max_cost_usd >= 0:
             raise ValueError(f"max_cost_usd is {max_cost_usd!r}; it must be a number >= 0")
+        weights = self.settings.cost_weights
+        if cost_weight is None and weights:
+            cost_weight = weights[0]
+        if cost_weight is not None and cost_weight not in weights:
+            known = ", ".join(map(str, weights)) or "none"
+            raise ValueError(f"cost_weight is {cost_weight!r}; the policy was trained with: {known}")
         number = next(self._numbers)
-        prompt = self.settings.messages(question, self._world.members, clean=self._clean)
+        prompt = self.settings.messages(
+            question, self._world.members, cost_weight=cost_weight, clean=self._clean
+        )
         ids = self._tokenizer.apply_chat_template(
             prompt,
             add_generation_prompt=True,
@@ -149,17 +164,13 @@ class RouterAgent:
         found = play(world, [row], [ids], [f"{number}"], generator, self._tokenizer, self._limits, loop=self._loop)
         return self._answer(found[0])
 
-    def submit(
-        self, question: str, max_cost_usd: float | None = None, *, on_turn: OnTurn | None = None
-    ) -> Future[AgentAnswer]:
+    def submit(self, question: str, max_cost_usd: float | None = None, **options: Any) -> Future[AgentAnswer]:
         """`answer` in a thread of the agent's own: a future of the `AgentAnswer`."""
-        return self._threads.submit(self.answer, question, max_cost_usd, on_turn=on_turn)
+        return self._threads.submit(self.answer, question, max_cost_usd, **options)
 
-    async def aanswer(
-        self, question: str, max_cost_usd: float | None = None, *, on_turn: OnTurn | None = None
-    ) -> AgentAnswer:
+    async def aanswer(self, question: str, max_cost_usd: float | None = None, **options: Any) -> AgentAnswer:
         """`answer` for asyncio."""
-        return await asyncio.wrap_future(self.submit(question, max_cost_usd, on_turn=on_turn))
+        return await asyncio.wrap_future(self.submit(question, max_cost_usd, **options))
 
     def close(self) -> None:
         """Finish what was begun, then end every thread and connection. Further questions are refused."""

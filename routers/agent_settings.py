@@ -42,6 +42,8 @@ class AgentSettings:
     turn_tokens: int | None = 1024
     observation_tokens: int = 600
     chat_template_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    cost_weights: tuple[float, ...] = ()
+    """Price sensitivities that prompts of the training stated, one each; empty: prompts state none."""
     members: tuple[Member, ...] = ()
     """The pool that the policy was trained with, in the order of its prompt; empty: unknown."""
 
@@ -68,6 +70,7 @@ class AgentSettings:
     def save(self, folder: str | Path) -> None:
         """Write `agent.yaml` into a checkpoint's folder. Endpoints and names of keys stay out: a machine has those."""
         document = dataclasses.asdict(self)
+        document["cost_weights"] = list(self.cost_weights)
         document["members"] = [
             {name: value for name, value in dataclasses.asdict(m).items() if name not in ("base_url", "api_key_env")}
             for m in self.members
@@ -88,6 +91,7 @@ class AgentSettings:
         try:
             document = yaml.safe_load(path.read_text(encoding="utf-8"))
             document["grammar"] = Grammar(**document["grammar"])
+            document["cost_weights"] = tuple(document.get("cost_weights", ()))
             document["members"] = tuple(Member(**entry) for entry in document["members"])
             return cls(**document)
         except (yaml.YAMLError, TypeError, KeyError, ValueError) as error:

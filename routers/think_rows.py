@@ -77,7 +77,7 @@ def restricted(
 def demonstrations(
     queries: Sequence[Mapping[str, Any]],
     table: ReplyTable,
-    prompt: Callable[[str], Messages],
+    prompt: Callable[[Mapping[str, Any]], Messages],
     grammar: Grammar,
     rng: np.random.Generator,
     *,
@@ -93,7 +93,7 @@ def demonstrations(
     Args:
         queries: ``query_id``, ``query``, ``family`` and ``split``; a held-out query is refused.
         table: what each member replied.
-        prompt: question -> the policy's prompt.
+        prompt: query -> the policy's prompt.
         grammar: the tags.
         rng: draws members; the same generator state gives the same episodes.
         failed: whether a reply is no answer, by its text.
@@ -116,7 +116,7 @@ def demonstrations(
             if not failed(reply):
                 break
         answer = NO_ANSWER if failed(reply) or grammar.tags.search(reply) else reply
-        made.append(Demonstration(prompt(query["query"]), (*turns, render_answer("", answer, grammar))))
+        made.append(Demonstration(prompt(query), (*turns, render_answer("", answer, grammar))))
     return made
 
 

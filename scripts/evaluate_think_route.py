@@ -16,13 +16,16 @@ from typing import Any
 import numpy as np
 from evaluate import load_checkpoint
 from think_route_setup import (
+    COST_WEIGHT,
     TaskArguments,
     load_questions,
     load_replies,
     make_pool,
     make_rewards,
     make_world,
+    prompt_of,
     seen_members,
+    with_cost_weight,
 )
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -52,7 +55,7 @@ def play_questions(
     step_seconds: float = 60.0,
 ) -> Columns:
     """Greedy episodes of all questions, in order; the model's mode is left as it was."""
-    rows = [{**q, "prompt": settings.messages(q["query"], world.members)} for q in questions]
+    rows = [{**q, "prompt": prompt_of(q, settings, world.members)} for q in questions]
     prompts = [
         tokenizer.apply_chat_template(
             row["prompt"],
@@ -85,7 +88,11 @@ def play_questions(
         seeds = [f"evaluation:{i}" for i in range(start, min(start + BATCH, len(rows)))]
         trajectories += play(world, rows[part], prompts[part], seeds, generator, tokenizer, limits)
     model.train(was_training)
-    return as_columns(trajectories)
+    return {**as_columns(trajectories), **_sensitivities(questions)}
+
+
+def _sensitivities(questions: Sequence[dict[str, Any]]) -> Columns:
+    return {COST_WEIGHT: [q[COST_WEIGHT] for q in questions]} if COST_WEIGHT in questions[0] else {}
 
 
 def ask_once(
@@ -114,6 +121,7 @@ def ask_once(
             "format_error": [""] * len(texts),
             "invalid_actions": [0] * len(texts),
             LOST: [reply.error for reply in replies],
+            **_sensitivities(questions),
         }
     return found
 
@@ -204,10 +212,10 @@ def main(argv: Sequence[str] | None = None) -> AgentEvaluation:
         tokenizer,
         world,
         settings,
-        heldout,
+        [with_cost_weight(row, settings) for row in heldout],
         make_rewards(task, world.members),
         name="policy",
-        train=train if task.pool == "recorded" else (),
+        train=[with_cost_weight(row, settings) for row in train] if task.pool == "recorded" else (),
     )
     path = evaluation.write(Path(args.output_dir))
     print(evaluation.text(), path, sep="\n\n")

@@ -1,6 +1,6 @@
 """What training, evaluating and routing by hand share: questions, pool, environment, rewards, generator."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,7 @@ from routers.agent_settings import AgentSettings
 from routers.catalogue import Member, load_catalogue
 from routers.observations import reply_observation
 from routers.pool import Ledger, Pool, ReplyCache, live_pool, recorded_pool
-from routers.prompts import price
+from routers.prompts import Messages, drawn_cost_weight, price
 from routers.qa import load_qa, without_duplicates
 from routers.table import ReplyTable, load_table, quickstart_table
 from routers.think_route import ThinkRoute, cost_scale
@@ -22,6 +22,8 @@ from srpo import SRPOConfig
 POOLS = ("recorded", "endpoint")
 REPLIES = ("full", "result")
 SCHEMES = ("additive", "router_r1", "xrouter")
+COST_WEIGHT = "cost_weight"
+"""Column: the price sensitivity that a row's prompt states and its reward takes."""
 
 
 @dataclass
@@ -89,6 +91,13 @@ class TaskArguments:
     cost_weight: float = field(
         default=0.2, metadata={"help": "Weight of cost; alpha of router_r1, lambda of xrouter."}
     )
+    cost_weights: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "Several weights for one checkpoint: each training question draws one, which its prompt states "
+            "and its reward takes. The policy is evaluated at each. Instead of cost_weight."
+        },
+    )
     format_weight: float = field(default=1.0, metadata={"help": "additive: penalty for an invalid episode."})
     cost_scale_usd: float | None = field(
         default=None,
@@ -119,6 +128,8 @@ class TaskArguments:
             raise ValueError("pool: recorded needs a table")
         if self.pool == "endpoint" and self.catalogue is None:
             raise ValueError("pool: endpoint needs a catalogue, which names the endpoints")
+        if self.cost_weights is not None and (not self.cost_weights or self.reward == "xrouter"):
+            raise ValueError("cost_weights needs at least one weight, and reward: additive or router_r1")
         if self.warm_start_passes and self.table is None:
             raise ValueError("the warm start is made from the replies of a table; set warm_start_passes: 0")
 
@@ -184,6 +195,7 @@ def make_settings(task: TaskArguments, args: SRPOConfig, members: Sequence[Membe
         turn_tokens=args.max_turn_tokens,
         observation_tokens=args.max_observation_tokens,
         chat_template_kwargs=args.chat_template_kwargs or {},
+        cost_weights=tuple(task.cost_weights or ()),
         members=tuple(members),
     )
 
@@ -208,11 +220,25 @@ def make_world(
 def make_rewards(task: TaskArguments, members: Sequence[Member]) -> tuple[list[Any], list[float]]:
     """Reward functions and their weights."""
     scale = task.cost_scale_usd or cost_scale(members)
+    weight = None if task.cost_weights else task.cost_weight  # None: each row's own
     if task.reward == "router_r1":
-        return router_r1_rewards(scale, task.cost_weight)
+        return router_r1_rewards(scale, weight)
     if task.reward == "xrouter":
         return xrouter_rewards(scale, task.cost_weight)
-    return additive_rewards(scale, task.cost_weight, task.format_weight)
+    return additive_rewards(scale, weight, task.format_weight)
+
+
+def with_cost_weight(row: dict[str, Any], settings: AgentSettings, weight: float | None = None) -> dict[str, Any]:
+    """A question with its price sensitivity, where the policy has one: `weight`, or drawn by the question's id."""
+    if not settings.cost_weights:
+        return row
+    drawn = drawn_cost_weight(row["query_id"], settings.cost_weights)
+    return {**row, COST_WEIGHT: drawn if weight is None else weight}
+
+
+def prompt_of(row: Mapping[str, Any], settings: AgentSettings, members: Sequence[Member]) -> Messages:
+    """The prompt of a question, with the price sensitivity that it has."""
+    return settings.messages(row["query"], members, cost_weight=row.get(COST_WEIGHT))
 
 
 def tiny_corpus(
@@ -220,7 +246,7 @@ def tiny_corpus(
 ) -> Corpus:
     """Prompts, turns and replies of the training questions, and the templates of the self-teacher."""
     grammar, members = settings.grammar, settings.members
-    texts = [settings.messages(row["query"], members)[0]["content"] for row in train]
+    texts = [prompt_of(row, settings, members)[0]["content"] for row in train]
     for row in train:
         for member in members:
             seen = reply_observation(table.lookup(row["query_id"], member.name).reply, grammar)

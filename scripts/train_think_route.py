@@ -27,8 +27,10 @@ from think_route_setup import (
     make_rewards,
     make_settings,
     make_world,
+    prompt_of,
     seen_members,
     tiny_corpus,
+    with_cost_weight,
 )
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
@@ -61,6 +63,7 @@ def main(argv: Sequence[str] | None = None) -> AgentEvaluation | None:
     names = seen_members(task, pool)
     settings = make_settings(task, args, [pool.members[name] for name in names])
     rewards, args.reward_weights = make_rewards(task, settings.members)
+    train = [with_cost_weight(row, settings) for row in train]
     args.stop_strings = list(settings.grammar.stops)
 
     set_seed(args.seed)
@@ -70,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> AgentEvaluation | None:
     policy = str(start) if resumes and warm_starts else task.model_name_or_path
     model, tokenizer = load_policy(policy, args, task.lora_r, lambda: tiny_corpus(settings, train, table, args))
     world = make_world(task, settings, pool, names, tokenizer)
-    rows = [{"prompt": settings.messages(row["query"], settings.members), **row} for row in train]
+    rows = [{"prompt": prompt_of(row, settings, settings.members), **row} for row in train]
     dataset = check_rows(
         rows,
         tokenizer=tokenizer,
@@ -79,17 +82,19 @@ def main(argv: Sequence[str] | None = None) -> AgentEvaluation | None:
         chat_template_kwargs=args.chat_template_kwargs,
     )
 
-    def evaluate(policy: PreTrainedModel, name: str, members: Sequence[str]) -> AgentEvaluation:
+    def evaluate(
+        policy: PreTrainedModel, name: str, members: Sequence[str], weight: float | None = None
+    ) -> AgentEvaluation:
         recorded = task.pool == "recorded"
         return evaluate_agent(
             policy,
             tokenizer,
             make_world(task, settings, make_pool(task, table), members, tokenizer),  # not on the training's ledger
             settings,
-            heldout,
+            [with_cost_weight(row, settings, weight) for row in heldout],
             (rewards, args.reward_weights),
             name=name,
-            train=train if recorded else (),
+            train=[with_cost_weight(row, settings, weight) for row in train] if recorded else (),
             baselines=recorded,  # endpoints would be asked for every question: scripts/evaluate_think_route.py does
         )
 
@@ -135,6 +140,10 @@ def main(argv: Sequence[str] | None = None) -> AgentEvaluation | None:
         after.write(output)
         trainer.heldout_table = after.text(before, markdown=True)
         print(after.text(before))
+        for weight in settings.cost_weights:  # one checkpoint, one point of its frontier each
+            point = evaluate(final, f"{args.objective}, price sensitivity {weight:g}", names, weight)
+            point.write(output / f"cost_weight_{weight:g}")
+            print(point.text())
         if task.unseen_members:
             added = evaluate(final, f"{args.objective}, {', '.join(task.unseen_members)} added", list(pool.members))
             added.write(output / "unseen")
@@ -161,7 +170,7 @@ def warm_start_rows(
     episodes = demonstrations(
         queries * task.warm_start_passes,
         shown,
-        lambda question: settings.messages(question, settings.members),
+        lambda query: prompt_of(query, settings, settings.members),
         settings.grammar,
         rng,
     )

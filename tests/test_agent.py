@@ -1,6 +1,7 @@
 """`RouterAgent` on a real tiny policy: answers, costs, caps, many questions at once, hostile ones, nothing left."""
 
 import asyncio
+import dataclasses
 import json
 import threading
 import time
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 from agent_helpers import MEMBERS, SETTINGS, scripted_pool, train_policy
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from routers import RouterAgent
 from routers.agent_settings import AgentSettings
@@ -131,6 +133,23 @@ def test_misuse_is_named(policy: Path) -> None:
     agent.close()
     with pytest.raises(RuntimeError, match="closed"):
         agent.answer("q")
+
+
+def test_a_price_sensitivity_stands_in_the_prompt_and_must_be_a_trained_one(policy: Path) -> None:
+    settings = dataclasses.replace(AgentSettings.load(policy), cost_weights=(0.1, 0.8))
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(policy), AutoTokenizer.from_pretrained(policy)
+    with RouterAgent(model, tokenizer, scripted_pool(), settings) as agent:
+        prompts = [
+            tokenizer.decode(agent.answer("Count to nine", cost_weight=w).trajectory.prompt_ids)
+            for w in (None, 0.1, 0.8)
+        ]
+        assert prompts[0] == prompts[1] and "Price sensitivity: 0.10" in prompts[1]
+        assert "Price sensitivity: 0.80" in prompts[2]
+        with pytest.raises(ValueError, match=r"0\.5.*trained with: 0\.1, 0\.8"):
+            agent.answer("Count to nine", cost_weight=0.5)
+    with RouterAgent.from_pretrained(policy, scripted_pool()) as agent:
+        with pytest.raises(ValueError, match="trained with: none"):
+            agent.answer("Count to nine", cost_weight=0.1)
 
 
 def test_settings_survive_a_round_trip_and_bad_files_are_named(tmp_path: Path) -> None:

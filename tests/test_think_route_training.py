@@ -78,3 +78,17 @@ def test_recorded_endpoint_and_cache_train_alike(tmp_path: Path) -> None:
         run(tmp_path / "cached", "--members", *names, **options)
         assert len(server.usage) == calls  # the second run costs nothing, and is the same
         same(completions(tmp_path / "live"), completions(tmp_path / "cached"))
+
+
+@pytest.mark.slow
+def test_one_checkpoint_learns_several_price_sensitivities(tmp_path: Path) -> None:
+    weights = ("0.0", "0.8")
+    run(tmp_path, "--cost_weights", *weights, warm_start_passes=4, warm_start_drills=0, eval_limit=20)
+    made = completions(tmp_path)
+    stated = [next(w for w in weights if f"Price sensitivity: {float(w):.2f}" in str(p)) for p in made["prompt"]]
+    assert set(stated) == set(weights)
+    asked = made["calls"] > 0
+    costs = dict(made[asked].groupby([stated[i] for i in made[asked].index])["cost_reward"].min())
+    assert costs["0.0"] == 0.0 and costs["0.8"] < 0.0  # what the prompt says is what the reward takes
+    assert AgentSettings.load(tmp_path).cost_weights == (0.0, 0.8)
+    assert {p.parent.name for p in tmp_path.glob("*/agent_evaluation.json")} >= {"cost_weight_0", "cost_weight_0.8"}

@@ -60,7 +60,7 @@ def episodes(table: ReplyTable, again: float = 0.5) -> list[tuple[list[str], lis
     made = demonstrations(
         table.queries("train"),
         table,
-        lambda q: SETTINGS.messages(q, list(table.catalogue.values())),
+        lambda q: SETTINGS.messages(q["query"], list(table.catalogue.values())),
         ROUTER_R1,
         np.random.default_rng(0),
         again=again,
