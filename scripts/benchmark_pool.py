@@ -1,6 +1,6 @@
 """Throughput of the pool client beside the limit of a loopback server, with 64 calls in flight.
 
-    python scripts/benchmark_pool.py --latency 0.2 0.1 0
+    python scripts/benchmark_pool.py --latency 1.0 0.5 0.2 0
 
 The server (`tests/openai_server.py`) runs in its own process and takes a fixed time for every reply, as a model does.
 Its limit is what a minimal client measures in the same run: raw sockets, one prepared request, no JSON, no retries.
@@ -71,7 +71,7 @@ async def measure(url: str, concurrency: int, calls: int, rounds: int) -> tuple[
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--latency", type=float, nargs="+", default=[0.2, 0.1, 0.0], help="Seconds of every reply.")
+    parser.add_argument("--latency", type=float, nargs="+", default=[1.0, 0.5, 0.2, 0.0], help="Seconds of every reply.")
     parser.add_argument("--concurrency", type=int, default=64)
     parser.add_argument("--calls", type=int, default=3200, help="Per round and client.")
     parser.add_argument("--rounds", type=int, default=3)
