@@ -71,7 +71,7 @@ async def measure(url: str, concurrency: int, calls: int, rounds: int) -> tuple[
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--latency", type=float, nargs="+", default=[1.0, 0.5, 0.2, 0.0], help="Seconds of every reply.")
+    parser.add_argument("--latency", type=float, nargs="+", default=[1.0, 0.5, 0.2, 0], help="Seconds of every reply.")
     parser.add_argument("--concurrency", type=int, default=64)
     parser.add_argument("--calls", type=int, default=3200, help="Per round and client.")
     parser.add_argument("--rounds", type=int, default=3)
