@@ -29,9 +29,8 @@ from budget_task import (
 )
 from datasets import Dataset
 from evaluate_bopo import EPISODES, NOTE, evaluate, rules
-from policies import load_policy
+from policies import load_policy, warm_start_config
 from transformers import set_seed
-from trl import SFTConfig
 
 from rewards.boundary import Boundary, BoundaryReward, cheap_failure_pays, make_boundary_reward
 from routers.bosft import Demonstration, Synthesis, balance, demonstrations, write_dataset
@@ -168,7 +167,14 @@ def make_start(
     chosen = bosft_demonstrations(task, bopo, games, rows, args.seed) if bopo.bosft_epochs > 0 else []
     if chosen:
         examples = [tokens(demonstration, task, tokenizer) for demonstration in chosen]
-        model = imitate(model, tokenizer, examples, sft_config(bopo, args, folder))
+        config = warm_start_config(
+            args,
+            folder,
+            epochs=bopo.bosft_epochs,
+            learning_rate=bopo.bosft_learning_rate,
+            batch_size=bopo.bosft_batch_size,
+        )
+        model = imitate(model, tokenizer, examples, config)
     if PartialState().is_main_process:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -227,25 +233,6 @@ def tokens(demonstration: Demonstration, task: BudgetTask, tokenizer: Any) -> di
         ids += [*decision, *said]
         labels += [*decision, *[-100] * len(said)]
     return {"input_ids": ids, "labels": labels}
-
-
-def sft_config(bopo: BopoArguments, args: SRPOConfig, folder: Path) -> SFTConfig:
-    return SFTConfig(
-        output_dir=str(folder),
-        num_train_epochs=bopo.bosft_epochs,
-        learning_rate=bopo.bosft_learning_rate,
-        per_device_train_batch_size=bopo.bosft_batch_size,
-        lr_scheduler_type="cosine",
-        warmup_steps=10,
-        max_length=None,
-        save_strategy="no",
-        report_to="none",
-        logging_steps=20,
-        seed=args.seed,
-        use_cpu=args.use_cpu,
-        bf16=args.bf16,
-        activation_checkpointing=args.activation_checkpointing,
-    )
 
 
 def succeeded(rewards: Any, columns: Any) -> Any:

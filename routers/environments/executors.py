@@ -6,6 +6,7 @@ completion tokens costs at the list price of a large model ($2 and $8 per millio
 """
 
 import random
+from abc import ABC, abstractmethod
 
 from routers.environments.explorer import explore
 from routers.environments.protocol import Act, GameError, View
@@ -15,15 +16,15 @@ PLANNER_USD = 0.0024
 EXPLORER_USD = 0.00006
 
 
-class _Scripted:
+class _Scripted(ABC):
     def __init__(self, price: float) -> None:
         self.price = price
 
     def bound(self, view: View) -> float:
         return self.price
 
-    def choose(self, view: View) -> str:
-        raise NotImplementedError
+    @abstractmethod
+    def choose(self, view: View) -> str: ...
 
     async def act(self, view: View, deadline: float) -> Act:
         action = self.choose(view)
