@@ -28,7 +28,7 @@ from routers.think_route import ThinkRoute
 from srpo.episode_loop import EpisodeLoop
 from srpo.generate import Generator, Request, Sample, TransformersGenerator
 from srpo.rollout import Limits, play
-from srpo.sampling import Sampling
+from srpo.sampling import Sampling, end_ids
 from srpo.types import COST, LOST, Trajectory
 
 
@@ -60,8 +60,6 @@ class RouterAgent:
         episode_seconds: float = 180.0,
     ) -> None:
         tokenizer = LockedTokenizer(tokenizer)
-        ends = model.generation_config.eos_token_id
-        eos = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
         sampling = Sampling(temperature=temperature, stop=settings.grammar.stops)
         self.pool = pool
         self.settings = settings
@@ -84,7 +82,8 @@ class RouterAgent:
             episode_seconds=episode_seconds,
         )
         self._numbers = itertools.count()
-        self._batches = _Batches(TransformersGenerator(model, tokenizer, sampling, eos_ids=sorted(eos)), max_batch)
+        generator = TransformersGenerator(model, tokenizer, sampling, eos_ids=end_ids(model, tokenizer))
+        self._batches = _Batches(generator, max_batch)
         self._loop = EpisodeLoop()
         self._loop.run([_nothing], 10.0)  # starts its thread, before several need it at once
         self._threads = ThreadPoolExecutor(max_concurrent, thread_name_prefix="router-agent")

@@ -22,6 +22,7 @@ from routers.grammar import Grammar, parse
 from routers.prompts import policy_prompt
 from routers.report import EVALUATION, Evaluation, evaluate_routes
 from routers.table import SPLITS, ReplyTable, load_table, quickstart_table
+from srpo.sampling import end_ids
 
 __all__ = ["EVALUATION", "Evaluation", "evaluate_policy", "load_checkpoint", "main", "spread"]
 
@@ -119,8 +120,7 @@ def generate(
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # batches of like length need little padding
     texts, tokens_out = [""] * len(ids), [0] * len(ids)
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    ends = model.generation_config.eos_token_id
-    ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+    ends = end_ids(model, tokenizer)
     was_training = model.training
     model.eval()
     for start in tqdm(range(0, len(ids), batch_size), desc="routing", unit="batch", leave=False):
@@ -137,7 +137,7 @@ def generate(
             temperature=None,
             top_p=None,
             top_k=None,
-            eos_token_id=sorted(ends),
+            eos_token_id=ends,
             pad_token_id=pad,
             use_cache=True,
         )

@@ -38,7 +38,7 @@ from srpo import SRPOConfig
 from srpo.generate import TransformersGenerator
 from srpo.recipe import load_recipe
 from srpo.rollout import Limits, as_columns, play
-from srpo.sampling import Sampling
+from srpo.sampling import Sampling, end_ids
 from srpo.types import CORRECT, COST, LOST, STOP, Columns
 
 Rewards = tuple[Sequence[Any], Sequence[float]]
@@ -66,12 +66,11 @@ def play_questions(
         )
         for row in rows
     ]
-    ends = model.generation_config.eos_token_id
     generator = TransformersGenerator(
         model,
         tokenizer,
         Sampling(temperature=0.0, stop=settings.grammar.stops),
-        eos_ids=sorted({tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}),
+        eos_ids=end_ids(model, tokenizer),
     )
     limits = Limits(
         turns=settings.turns,
