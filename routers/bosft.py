@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from routers.budget_episode import BudgetEnvironment, Driven, drive
+from routers.budget_episode import TASK, BudgetEnvironment, Driven, drive
 from routers.budget_rules import always_large, always_small, random_mix
 from routers.profiles import Class
 from srpo.types import CORRECT, COST, Row
@@ -65,7 +65,7 @@ class Demonstration:
     def record(self) -> dict[str, Any]:
         """A row of a dataset: texts and decisions only, no tokens."""
         return {
-            "game": self.row["game"],
+            TASK: self.row[TASK],
             "prompt": self.row["prompt"],
             "decisions": [
                 {"executor": name, "before": o.before, "body": o.body, "after": o.after}

@@ -20,8 +20,8 @@ from srpo.types import CORRECT, COST, FEEDBACK, Observation, Row, Stop
 
 CAP = "cap"
 """Dataset column: the row's own cap, in the budget's unit; None: no limit."""
-GAME = "game"
-"""Dataset column: names the task; the same for all rows and rollouts of a task."""
+TASK = "task"
+"""Dataset column: id of the task; the same for all rows and rollouts of a task."""
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,22 @@ class BudgetEnvironment:
         Raises:
             ValueError: a budget that cannot pay for one call, or not for what `force_small` promises.
         """
-        cap = row.get(CAP, self.budget.cap)
-        return BudgetEpisode(self, self.make(row), BudgetGate(replace(self.budget, cap=cap)), seed)
+        session = Session(self.make(row), seed)
+        session.start()
+        return BudgetEpisode(self, session, self._gate(row.get(CAP, self.budget.cap)))
+
+    def starts(self, row: Row, caps: Sequence[float | None]) -> list[Situation]:
+        """The situation before the first decision at each of these caps; the world is made once.
+
+        Raises:
+            ValueError: as `episode`.
+        """
+        session = Session(self.make(row), "start")
+        session.start()
+        return [BudgetEpisode(self, session, self._gate(cap)).situation for cap in caps]
+
+    def _gate(self, cap: float | None) -> BudgetGate:
+        return BudgetGate(replace(self.budget, cap=cap))
 
     def ended(self, episode: BudgetEpisode, cost: float, success: float) -> None:
         """Book an episode; it calls this once."""
@@ -118,13 +132,13 @@ class BudgetEnvironment:
 
 
 class BudgetEpisode:
-    """One episode; an `Episode` of `srpo.types`."""
+    """One episode, from a session that was started; an `Episode` of `srpo.types`."""
 
-    def __init__(self, parent: BudgetEnvironment, environment: AgentEnvironment, gate: BudgetGate, seed: str) -> None:
+    def __init__(self, parent: BudgetEnvironment, session: Session, gate: BudgetGate) -> None:
+        environment = session.environment
         self._parent = parent
         self._environment = environment
-        self._session = Session(environment, seed)
-        self._session.start()
+        self._session = session
         self._calls: list[str] = []
         self._cost = 0.0
         self._error = ""

@@ -29,7 +29,7 @@ from routers.profiles import CLASSES
 from routers.report import aligned
 
 COLUMNS = (
-    "set method repetition game task_type difficulty cap success executor_usd policy_usd large_calls steps violated"
+    "set method repetition task task_type difficulty cap success executor_usd policy_usd large_calls steps violated"
 ).split()
 FAMILIES = ("random mixing", "first-large", "cascade")
 SMALL, LARGE = "random mixing 0", "random mixing 1"
@@ -80,10 +80,10 @@ class Episodes:
         if missing := [name for name in COLUMNS if name not in frame]:
             raise ValueError(f"the episodes have no column {missing[0]!r}")
         self.frame = frame
-        self.games = sorted(frame["game"].unique())
-        tasks = frame.drop_duplicates("game").set_index("game").loc[self.games]
-        self.types = tasks["task_type"].tolist()
-        self.difficulty = tasks["difficulty"].tolist()
+        self.tasks = sorted(frame["task"].unique())
+        known = frame.drop_duplicates("task").set_index("task").loc[self.tasks]
+        self.types = known["task_type"].tolist()
+        self.difficulty = known["difficulty"].tolist()
         names = frame["method"].unique().tolist()
         self.families = {
             family: [name for name in names if name.startswith(family + " ")] for family in FAMILIES
@@ -95,17 +95,17 @@ class Episodes:
     def played(self, method: str, cap: float = math.inf) -> Played:
         """[repetitions, tasks] arrays of a method at a cap; the policy's own tokens are part of the cost."""
         if (method, cap) not in self._played:
-            raise ValueError(f"{method} at cap {cap:g} was not played on all {len(self.games)} tasks")
+            raise ValueError(f"{method} at cap {cap:g} was not played on all {len(self.tasks)} tasks")
         return self._played[method, cap]
 
     def _arrays(self) -> dict[tuple[str, float], Played]:
         found = {}
         frame = self.frame.assign(usd=self.frame["executor_usd"] + self.frame["policy_usd"])
         for key, rows in frame.groupby(["method", "cap"], sort=False):
-            sizes = rows.groupby("repetition")["game"].nunique()
-            if (sizes == len(self.games)).all() and len(rows) == len(self.games) * len(sizes):
-                rows = rows.sort_values(["repetition", "game"])
-                shape = (len(sizes), len(self.games))
+            sizes = rows.groupby("repetition")["task"].nunique()
+            if (sizes == len(self.tasks)).all() and len(rows) == len(self.tasks) * len(sizes):
+                rows = rows.sort_values(["repetition", "task"])
+                shape = (len(sizes), len(self.tasks))
                 columns = ("success", "usd", "large_calls", "steps")
                 found[key] = Played(*(rows[c].to_numpy(dtype=float).reshape(shape) for c in columns))
         return found

@@ -1,16 +1,18 @@
 """What a router is told after every step: a few words of a fixed vocabulary, or the texts themselves.
 
-`compact` is for small policies: one word each for what the episode needs next, how many steps are gone, how many
-places were never looked into, and what is left of the budget. It reads the episode's texts only (`memory`), never the
-hidden state, so a router that sees it knows no more than the explorer does. Works on ALFWorld's texts.
+`compact` and `progress` are for small policies. `compact`, for ALFWorld: one word each for what the episode needs
+next, how many steps are gone, how many places were never looked into, and what is left of the budget. It reads the
+episode's texts only (`memory`), never the hidden state, so a router that sees it knows no more than the explorer does.
+`progress`, for any environment: steps, budget, the score so far, and whether the last step showed anything new.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
-from routers.budget_episode import Situation
+from routers.budget_episode import Describe, Situation
 from routers.environments.facts import TREATMENTS
 from routers.environments.memory import Memory, kind, remember
 from srpo.types import Observation
@@ -21,10 +23,8 @@ seen: it was seen. held: in the hand, to be treated or brought under a lamp that
 _MOST = 30
 
 
-def vocabulary() -> list[str]:
-    """All words of `compact`."""
-    numbers = [f"<{letter}{n}>" for letter in "tub" for n in range(_MOST + 1)]
-    return [f"<{phase}>" for phase in PHASES] + numbers + ["<b*>"]
+def _numbers(letters: str) -> list[str]:
+    return [f"<{letter}{n}>" for letter in letters for n in range(_MOST + 1)] + ["<b*>"]
 
 
 def compact(situation: Situation) -> Observation:
@@ -69,6 +69,16 @@ def _searching(memory: Memory) -> str:
     return "closed" if memory.here in memory.closed else "search"
 
 
+def progress(situation: Situation) -> Observation:
+    """`<new><t4><s3><b2>`: whether the last observation is one that was not seen before (else `<again>`), steps taken,
+    score so far in tenths (0 where the environment tells it at the end only), what is left of the budget."""
+    seen = [situation.view.first, *(step.observation for step in situation.view.steps)]
+    score = math.floor(10 * situation.view.environment.score)
+    steps = min(len(situation.view.steps), _MOST)
+    words = ["again" if seen[-1] in seen[:-1] else "new", f"t{steps}", f"s{score}", f"b{_left(situation)}"]
+    return Observation(before="".join(f"<{word}>" for word in words))
+
+
 def verbose(situation: Situation) -> Observation:
     """The last action and its observation as text of others, in a frame that says who acted and what is left."""
     left = "" if situation.gate.budget.cap is None else f", budget left {situation.gate.remaining:.4g}"
@@ -81,12 +91,18 @@ def verbose(situation: Situation) -> Observation:
     )
 
 
-def compact_prompt(task: str, situation: Situation, labels: Mapping[str, str]) -> str:
+def compact_prompt(situation: Situation, labels: Mapping[str, str]) -> str:
     """The task, and the words of the start."""
-    return f"{task}\n{compact(situation).before}"
+    return f"{situation.view.environment.task}\n{compact(situation).before}"
 
 
-def verbose_prompt(task: str, situation: Situation, labels: Mapping[str, str]) -> str:
+def progress_prompt(situation: Situation, labels: Mapping[str, str]) -> str:
+    """The task and its type, and the words of the start."""
+    environment = situation.view.environment
+    return f"{environment.task_type}: {environment.task}\n{progress(situation).before}"
+
+
+def verbose_prompt(situation: Situation, labels: Mapping[str, str]) -> str:
     """What a language model is asked to do, who can act, what is left, and the first observation."""
     cap = situation.gate.budget.cap
     limit = "There is no budget." if cap is None else f"The budget is {cap:g} {situation.gate.budget.unit}."
@@ -96,3 +112,22 @@ def verbose_prompt(task: str, situation: Situation, labels: Mapping[str, str]) -
         f"after it are stronger and more expensive. Answer with its word only.\n{names}\n{limit} "
         f"There are {situation.steps_left} steps.\n\n{situation.view.first}"
     )
+
+
+@dataclass(frozen=True)
+class Style:
+    """One way of telling a router what happens."""
+
+    describe: Describe
+    prompt: Callable[[Situation, Mapping[str, str]], str]
+    """The user's message, from the situation at the start and the labels of the executors by name."""
+    words: tuple[str, ...] = ()
+    """What must be one token each of a policy that is made from nothing."""
+
+
+OBSERVATIONS = {
+    "compact": Style(compact, compact_prompt, (*(f"<{phase}>" for phase in PHASES), *_numbers("tub"))),
+    "progress": Style(progress, progress_prompt, ("<new>", "<again>", *_numbers("tsb"))),
+    "verbose": Style(verbose, verbose_prompt),
+}
+"""Names that recipes use."""

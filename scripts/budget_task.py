@@ -1,9 +1,9 @@
-"""The task of budget-aware routing as a recipe names it: games, executors, budgets, profiles; for the scripts."""
+"""The task of budget-aware routing as a recipe names it: environment, executors, budgets, profiles."""
 
 import functools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -11,62 +11,70 @@ from typing import Any, Literal
 from policies import Corpus
 
 from routers.budget import Budget
-from routers.budget_episode import CAP, GAME, BudgetEnvironment, drive
+from routers.budget_episode import CAP, TASK, BudgetEnvironment, drive
 from routers.budget_rules import always_large, always_small
-from routers.budget_state import compact, compact_prompt, verbose, verbose_prompt, vocabulary
+from routers.budget_state import OBSERVATIONS
 from routers.catalogue import load_catalogue
-from routers.environments.alfworld import AlfWorld
-from routers.environments.executors import EXPLORER_USD, PLANNER_USD, Explorer, Planner
-from routers.environments.facts import Game
-from routers.environments.games import load_games
-from routers.environments.generate import generate_games, generated
-from routers.environments.protocol import AgentEnvironment, Executor
+from routers.environments.executors import EXPLORER_USD, PLANNER_USD, SCRIPTED
+from routers.environments.protocol import Executor
+from routers.environments.suites import suite
 from routers.profiles import BoundaryProfile, DifficultyRule, Run, profile_tasks
 from srpo.types import CORRECT, COST, Row
 
 
 @dataclass
 class BudgetTask:
-    """Games, executors, budgets."""
+    """Environment, executors, budgets."""
 
-    train_games: str = field(
-        default="generated",
-        metadata={"help": "`generated`, or a packed file or folder of ALFWorld games (routers.environments.games)."},
+    environment: str = field(
+        default="alfworld", metadata={"help": "alfworld, appworld, bfcl, scienceworld or textworld."}
     )
-    train_count: int = field(default=192, metadata={"help": "Use this many training games; 0: all of a file."})
-    heldout_count: int = field(default=180, metadata={"help": "Generated held-out games."})
-    heldout_games: str | None = field(
-        default=None, metadata={"help": "A file or folder of ALFWorld games to evaluate on too, such as valid_unseen."}
+    train_tasks: str = field(
+        default="generated/train",
+        metadata={
+            "help": "Part of the environment: generated/SPLIT or a file or folder of games (alfworld), a split "
+            "(scienceworld, appworld), a category (bfcl), a folder of games (textworld)."
+        },
     )
+    train_count: int = field(default=192, metadata={"help": "Use this many training tasks; 0: all."})
+    heldout_tasks: list[str] = field(
+        default_factory=lambda: ["generated/heldout"], metadata={"help": "Parts to evaluate on, one table each."}
+    )
+    heldout_count: int = field(default=180, metadata={"help": "Use at most this many tasks of each; 0: all."})
     step_limit: int = field(default=20, metadata={"help": "Steps of an episode."})
     executors: list[str] = field(
         default_factory=lambda: ["explorer", "planner"],
         metadata={
-            "help": "Cheapest first: the SCRIPTED explorer and planner, or names of `catalogue`, each driven by a "
-            "ReAct prompt."
+            "help": "Cheapest first: SCRIPTED ones (routers.environments.executors), or names of `catalogue`, each "
+            "driven by a ReAct prompt."
         },
+    )
+    executor_usd: list[float] = field(
+        default_factory=lambda: [EXPLORER_USD, PLANNER_USD],
+        metadata={"help": "USD per call of each scripted executor; members of `catalogue` have prices of their own."},
     )
     labels: list[str] = field(
         default_factory=lambda: ["<small>", "<large>"],
         metadata={"help": "The policy's words for the executors; each must be one token of the policy."},
     )
     catalogue: str | None = field(default=None, metadata={"help": "Prices and endpoints (YAML) of live executors."})
-    explorer_usd: float = field(default=EXPLORER_USD, metadata={"help": "USD per call of the scripted explorer."})
-    planner_usd: float = field(default=PLANNER_USD, metadata={"help": "USD per call of the scripted planner."})
     observation: str = field(
         default="compact",
-        metadata={"help": "What the policy is told: compact (a few words, ALFWorld only) or verbose (the texts)."},
+        metadata={
+            "help": "What the policy is told: compact (a few words, ALFWorld only), progress (a few words, any "
+            "environment) or verbose (the texts)."
+        },
     )
     budget_unit: str = field(default="large_calls", metadata={"help": "usd or large_calls."})
     train_caps: list[float] = field(
-        default_factory=lambda: [math.inf], metadata={"help": "Every training game is played at each; .inf: no cap."}
+        default_factory=lambda: [math.inf], metadata={"help": "Every training task is played at each; .inf: no cap."}
     )
     eval_caps: list[float] = field(
         default_factory=lambda: [math.inf], metadata={"help": "Caps of the evaluation; .inf: no cap."}
     )
     tail_calls: int = field(default=0, metadata={"help": "Cheap calls that an expensive one must leave affordable."})
     on_empty: str = field(default="stop", metadata={"help": "When nothing is affordable: stop, or force_small."})
-    profile_runs: int = field(default=5, metadata={"help": "K runs of each boundary policy per game."})
+    profile_runs: int = field(default=5, metadata={"help": "K runs of each boundary policy per task."})
     profile_workers: int = field(default=1, metadata={"help": "Processes for profiling."})
     tau_easy: float = field(default=0.6, metadata={"help": "Easy: always-small succeeds at least this often."})
     tau_large: float = field(default=0.2, metadata={"help": "Hard: not Easy, and always-large succeeds this often."})
@@ -75,10 +83,13 @@ class BudgetTask:
     )
 
     def __post_init__(self) -> None:
-        if len(self.labels) != len(self.executors):
-            raise ValueError(f"{len(self.labels)} labels for {len(self.executors)} executors")
-        if self.observation not in ("compact", "verbose"):
-            raise ValueError(f"observation={self.observation!r} is not one of compact, verbose")
+        if not len(self.labels) == len(self.executors) == len(self.executor_usd):
+            raise ValueError(
+                f"{len(self.executors)} executors, {len(self.labels)} labels, {len(self.executor_usd)} executor_usd: "
+                "give one of each per executor"
+            )
+        if self.observation not in OBSERVATIONS:
+            raise ValueError(f"observation={self.observation!r} is not one of {', '.join(OBSERVATIONS)}")
         self.budget()
 
     def budget(self) -> Budget:
@@ -89,8 +100,8 @@ class BudgetTask:
         return DifficultyRule(self.tau_easy, self.tau_large)
 
     def profile_settings(self) -> dict[str, Any]:
-        """What profiles and baselines depend on, beside the game."""
-        names = ("step_limit", "executors", "catalogue", "explorer_usd", "planner_usd", "profile_runs")
+        """What profiles and baselines depend on, beside the tasks."""
+        names = ("environment", "step_limit", "executors", "executor_usd", "catalogue", "profile_runs")
         return {name: getattr(self, name) for name in names}
 
 
@@ -99,84 +110,116 @@ def cap_of(value: float) -> float | None:
     return None if math.isinf(value) else value
 
 
-def train_games(task: BudgetTask) -> list[Game]:
-    """The training games that the recipe names."""
-    if task.train_games == "generated":
-        return generate_games(task.train_count, "train")
-    games = load_games(task.train_games)
-    return games[: task.train_count] if task.train_count else games
+def train_tasks(task: BudgetTask) -> Mapping[str, str]:
+    """Training tasks: id -> type."""
+    return load_tasks(task.environment, task.train_tasks, task.train_count)
 
 
-def heldout_sets(task: BudgetTask) -> dict[str, list[Game]]:
-    """Name -> games of every set to evaluate on."""
-    sets = {"generated": generate_games(task.heldout_count, "heldout")} if task.heldout_count else {}
-    if task.heldout_games:
-        path = Path(task.heldout_games)
-        sets[path.name.split(".")[0]] = load_games(path)
+def heldout_sets(task: BudgetTask) -> dict[str, str]:
+    """Name of every set to evaluate on -> its part.
+
+    Raises:
+        ValueError: two parts would share a name.
+    """
+    sets: dict[str, str] = {}
+    for which in task.heldout_tasks:
+        name = "generated" if which == "generated/heldout" else Path(which).name.split(".")[0]
+        if name in sets or name == "train":
+            raise ValueError(f"heldout_tasks: {which!r} would be called {name!r}, which another part is called")
+        sets[name] = which
     return sets
 
 
 def make_executors(task: BudgetTask) -> list[Executor]:
     """The recipe's executors, cheapest first."""
-    if task.catalogue is None:
-        scripted = {"explorer": Explorer(task.explorer_usd), "planner": Planner(task.planner_usd)}
-        if unknown := [name for name in task.executors if name not in scripted]:
-            raise ValueError(f"executors: {unknown[0]!r} is neither explorer nor planner, and there is no catalogue")
-        return [scripted[name] for name in task.executors]
-    from routers.environments.react import ReActExecutor
-    from routers.pool import live_pool
+    live = [name for name in task.executors if name not in SCRIPTED]
+    if live and task.catalogue is None:
+        raise ValueError(
+            f"executors: {live[0]!r} is not one of the scripted {', '.join(SCRIPTED)}, and there is no catalogue"
+        )
+    pool: Any = None
+    if live:
+        from routers.environments.react import ReActExecutor
+        from routers.pool import live_pool
 
-    pool = live_pool(load_catalogue(task.catalogue), agent_prompt="{query}")
-    return [ReActExecutor(pool, name) for name in task.executors]
-
-
-def make_environment(task: BudgetTask, games: Sequence[Game]) -> BudgetEnvironment:
-    """The environment of rows whose `game` is among these, or the id of a generated game."""
-    known = {game.id: game for game in games}
-
-    def make(row: Row) -> AgentEnvironment:
-        name = row[GAME]
-        return AlfWorld(known[name] if name in known else generated(name), limit=task.step_limit)
-
-    describe = compact if task.observation == "compact" else verbose
-    return BudgetEnvironment(make, make_executors(task), describe, task.budget(), task.labels)
+        catalogue = load_catalogue(str(task.catalogue))
+        if unknown := [name for name in live if name not in catalogue]:
+            raise ValueError(f"executors: {unknown[0]!r} is not in {task.catalogue}")
+        pool = live_pool(catalogue, agent_prompt="{query}")
+    return [
+        ReActExecutor(pool, name) if name in live else SCRIPTED[name](usd)
+        for name, usd in zip(task.executors, task.executor_usd, strict=True)
+    ]
 
 
-def make_rows(task: BudgetTask, games: Sequence[Game], caps: Sequence[float]) -> list[dict[str, Any]]:
-    """A row per game and cap: prompt (chat messages), game, cap, query_id."""
-    environment = make_environment(task, games)
-    prompt = compact_prompt if task.observation == "compact" else verbose_prompt
-    rows = []
-    for cap in caps:
-        for game in games:
-            row = {GAME: game.id, CAP: cap_of(cap), "query_id": f"{game.id}@{cap:g}"}
-            situation = environment.episode(row, "prompt").situation
-            text = prompt(game.task, situation, environment.labels)
-            rows.append({"prompt": [{"role": "user", "content": text}], **row})
-    return rows
+def make_environment(task: BudgetTask) -> BudgetEnvironment:
+    """The environment of rows whose `task` the suite knows."""
+    tasks = suite(task.environment)
+    describe = OBSERVATIONS[task.observation].describe
+    return BudgetEnvironment(
+        lambda row: tasks.make(row[TASK], task.step_limit), make_executors(task), describe, task.budget(), task.labels
+    )
 
 
-def corpus(task: BudgetTask, games: Sequence[Game]) -> Corpus:
-    """For the tokenizer of a policy made from nothing: the task lines, and the words that are one token each."""
-    return Corpus([game.task for game in games], [*task.labels, *vocabulary()])
+def make_rows(task: BudgetTask, names: Iterable[str], caps: Sequence[float]) -> list[dict[str, Any]]:
+    """A row per cap and task: prompt (chat messages), task, cap, query_id."""
+    environment, prompt = make_environment(task), OBSERVATIONS[task.observation].prompt
+    limits = [cap_of(cap) for cap in caps]
+    texts = {
+        name: [prompt(start, environment.labels) for start in environment.starts({TASK: name}, limits)]
+        for name in names
+    }
+    return [
+        {
+            "prompt": [{"role": "user", "content": texts[name][number]}],
+            TASK: name,
+            CAP: limit,
+            "query_id": f"{name}@{cap:g}",
+        }
+        for number, (cap, limit) in enumerate(zip(caps, limits, strict=True))
+        for name in texts
+    ]
 
 
-def _play(game: str, boundary: Literal["small", "large"], k: int, task: BudgetTask, games: dict[str, Game]) -> Run:
-    environment = make_environment(task, [games[game]])
-    choose = always_small if boundary == "small" else always_large
-    columns = drive(environment, {GAME: game}, f"profile/{boundary}/{k}/{game}", choose).columns
-    return Run(columns[CORRECT], columns[COST])
+def corpus(task: BudgetTask, rows: Sequence[Row]) -> Corpus:
+    """For the tokenizer of a policy made from nothing: the prompts, and the words that are one token each."""
+    return Corpus([row["prompt"][0]["content"] for row in rows], [*task.labels, *OBSERVATIONS[task.observation].words])
 
 
-def profiles(task: BudgetTask, name: str, games: Sequence[Game], folder: Path) -> dict[str, BoundaryProfile]:
-    """Profiles of a set of games, by game; made once, in `folder`.
+class Boundaries:
+    """Plays the boundary policies on the tasks of a part, in this process or (it can be pickled) in others."""
+
+    def __init__(self, task: BudgetTask, which: str, count: int) -> None:
+        self.task, self.which, self.count = task, which, count
+
+    def __call__(self, name: str, boundary: Literal["small", "large"], k: int) -> Run:
+        choose = always_small if boundary == "small" else always_large
+        columns = drive(self._environment, {TASK: name}, f"profile/{boundary}/{k}/{name}", choose).columns
+        return Run(columns[CORRECT], columns[COST])
+
+    @functools.cached_property
+    def _environment(self) -> BudgetEnvironment:
+        load_tasks(self.task.environment, self.which, self.count)  # another process has yet to load them
+        return make_environment(self.task)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_environment"}
+
+
+@functools.cache
+def load_tasks(environment: str, which: str, count: int) -> Mapping[str, str]:
+    """Tasks of a part, id -> type; loaded once per process."""
+    return suite(environment).tasks(which, count)
+
+
+def profiles(task: BudgetTask, name: str, which: str, count: int, folder: Path) -> dict[str, BoundaryProfile]:
+    """Profiles of the tasks of a part, by task; made once, in `folder`.
 
     Raises:
         ValueError: the folder was made with other settings.
     """
     check_folder(task, folder)
-    play = functools.partial(_play, task=task, games={game.id: game for game in games})
-    types = {game.id: game.task_type for game in games}
+    play, types = Boundaries(task, which, count), dict(load_tasks(task.environment, which, count))
     found = profile_tasks(types, play, folder / f"profiles_{name}.parquet", task.profile_runs, task.profile_workers)
     return {profile.task: profile for profile in found}
 

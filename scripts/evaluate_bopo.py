@@ -1,4 +1,4 @@
-"""Evaluate a router on held-out games, or put several runs into one table with intervals and a picture.
+"""Evaluate a router on held-out tasks, or put several runs into one table with intervals and a picture.
 
     python scripts/evaluate_bopo.py outputs/bopo-seed0 outputs/bopo-seed1 outputs/bopo-seed2 --markdown
 
@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from budget_task import BudgetTask, heldout_sets, make_environment, make_rows, profiles
+from budget_task import BudgetTask, heldout_sets, load_tasks, make_environment, make_rows, profiles
 from transformers import PreTrainedModel
 
-from routers.budget_episode import GAME, Choose, drive
+from routers.budget_episode import TASK, Choose, drive
 from routers.budget_plot import draw
 from routers.budget_report import Episodes, render
 from routers.budget_rules import always_large, always_small, cascade, first_large, random_mix
-from routers.environments.facts import Game
 from srpo.generate import TransformersGenerator
 from srpo.rollout import Limits, play
 from srpo.sampling import Sampling
@@ -41,17 +40,17 @@ FAMILIES: dict[str, Mapping[str, Choose]] = {
 }
 
 
-def play_rules(task: BudgetTask, games: Sequence[Game]) -> pd.DataFrame:
-    """Every setting of every family on every game: one row per episode."""
-    environment = make_environment(task, games)
+def play_rules(task: BudgetTask, types: Mapping[str, str]) -> pd.DataFrame:
+    """Every setting of every family on every task (id -> type): one row per episode."""
+    environment = make_environment(task)
     rows = []
     for family, settings in FAMILIES.items():
         for setting, choose in settings.items():
             for repetition in range(REPETITIONS):
-                for game in games:
-                    seed = f"evaluation/{repetition}/{game.id}"
-                    columns = drive(environment, {GAME: game.id}, seed, choose).columns
-                    rows.append({"method": f"{family} {setting}", "repetition": repetition, **_record(game, columns)})
+                for name, kind in types.items():
+                    columns = drive(environment, {TASK: name}, f"evaluation/{repetition}/{name}", choose).columns
+                    record = _record(name, kind, columns)
+                    rows.append({"method": f"{family} {setting}", "repetition": repetition, **record})
     return pd.DataFrame(rows)
 
 
@@ -59,7 +58,7 @@ def play_policy(
     model: PreTrainedModel,
     tokenizer: Any,
     task: BudgetTask,
-    games: Sequence[Game],
+    types: Mapping[str, str],
     *,
     caps: Sequence[float],
     seed: int,
@@ -67,17 +66,18 @@ def play_policy(
     price: tuple[float, float],
     batch: int = 64,
 ) -> pd.DataFrame:
-    """The policy on every game at every cap. Its own tokens are priced, each token of a context once (it is cached).
+    """The policy on every task (id -> type) at every cap.
+
+    Its own tokens are priced, each token of a context once (it is cached).
 
     Raises:
         RuntimeError: an episode was lost.
     """
-    environment = make_environment(task, games)
-    known = {game.id: game for game in games}
+    environment = make_environment(task)
     records = []
     model.eval()
     for cap in caps:
-        rows = make_rows(task, games, [cap])
+        rows = make_rows(task, types, [cap])
         for start in range(0, len(rows), batch):
             some = rows[start : start + batch]
             prompts = [
@@ -88,24 +88,24 @@ def play_policy(
                 model, tokenizer, Sampling(temperature=temperature), eos_ids=[tokenizer.eos_token_id]
             )
             limits = Limits(task.step_limit, 100_000, 1024, step_seconds=120.0)
-            seeds = [f"evaluation/{seed}/{row[GAME]}" for row in some]
+            seeds = [f"evaluation/{seed}/{row[TASK]}" for row in some]
             for row, trajectory in zip(
                 some, play(environment, some, prompts, seeds, generator, tokenizer, limits), strict=True
             ):
                 if trajectory.stop == "lost":
-                    raise RuntimeError(f"{row[GAME]} was lost: {trajectory.columns[LOST]}")
+                    raise RuntimeError(f"{row[TASK]} was lost: {trajectory.columns[LOST]}")
                 read = len(trajectory.prompt_ids) + sum(len(t.ids) for t in trajectory.turns if t.owner == "world")
                 written = sum(len(t.ids) for t in trajectory.turns if t.owner == "policy")
                 own = (read * price[0] + written * price[1]) / 1e6
-                record = _record(known[row[GAME]], trajectory.columns)
+                record = _record(row[TASK], types[row[TASK]], trajectory.columns)
                 records.append({**record, "repetition": seed, "cap": cap, "policy_usd": own})
     return pd.DataFrame(records)
 
 
-def _record(game: Game, columns: Mapping[str, Any]) -> dict[str, Any]:
+def _record(name: str, kind: str, columns: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        "game": game.id,
-        "task_type": game.task_type,
+        "task": name,
+        "task_type": kind,
         "success": float(columns[CORRECT]),
         "executor_usd": float(columns[COST]),
         "large_calls": int(columns["large_calls"]),
@@ -121,29 +121,29 @@ def evaluate(
 ) -> pd.DataFrame:
     """Episodes of a policy on every held-out set, with the classes of their tasks; `how` as for `play_policy`."""
     frames = []
-    for label, games in heldout_sets(task).items():
-        frame = play_policy(model, tokenizer, task, games, caps=task.eval_caps, seed=seed, **how)
-        frames.append(_classified(frame, task, label, games, folder).assign(method=name))
+    for label, which in heldout_sets(task).items():
+        types = load_tasks(task.environment, which, task.heldout_count)
+        frame = play_policy(model, tokenizer, task, types, caps=task.eval_caps, seed=seed, **how)
+        frames.append(_classified(frame, task, label, which, folder).assign(method=name))
     return pd.concat(frames, ignore_index=True)
 
 
 def rules(task: BudgetTask, folder: Path) -> pd.DataFrame:
     """Episodes of all rules on every held-out set; played once per `task_dir`."""
     frames = []
-    for label, games in heldout_sets(task).items():
+    for label, which in heldout_sets(task).items():
         path = folder / f"rules_{label}.parquet"
         if not path.exists():
-            _classified(play_rules(task, games), task, label, games, folder).to_parquet(path)
+            played = play_rules(task, load_tasks(task.environment, which, task.heldout_count))
+            _classified(played, task, label, which, folder).to_parquet(path)
         frames.append(pd.read_parquet(path))
     return pd.concat(frames, ignore_index=True)
 
 
-def _classified(
-    frame: pd.DataFrame, task: BudgetTask, label: str, games: Sequence[Game], folder: Path
-) -> pd.DataFrame:
-    found = profiles(task, label, games, folder)
+def _classified(frame: pd.DataFrame, task: BudgetTask, label: str, which: str, folder: Path) -> pd.DataFrame:
+    found = profiles(task, label, which, task.heldout_count, folder)
     difficulty = {name: task.rule(profile) for name, profile in found.items()}
-    return frame.assign(set=label, difficulty=frame["game"].map(difficulty))
+    return frame.assign(set=label, difficulty=frame["task"].map(difficulty))
 
 
 def read_runs(folders: Sequence[Path], names: Sequence[str] | None = None) -> pd.DataFrame:
@@ -156,7 +156,7 @@ def read_runs(folders: Sequence[Path], names: Sequence[str] | None = None) -> pd
         frame = pd.read_parquet(folder / EPISODES)
         name = re.sub(r"-seed\d+$", "", folder.name)
         frames.append(frame.assign(method=frame["method"].replace("policy", name)))
-    return pd.concat(frames).drop_duplicates(["set", "method", "repetition", "game", "cap"], ignore_index=True)
+    return pd.concat(frames).drop_duplicates(["set", "method", "repetition", "task", "cap"], ignore_index=True)
 
 
 def main(argv: Sequence[str] | None = None) -> str:

@@ -25,7 +25,7 @@ from budget_task import (
     make_environment,
     make_rows,
     profiles,
-    train_games,
+    train_tasks,
 )
 from datasets import Dataset
 from evaluate_bopo import EPISODES, NOTE, evaluate, rules
@@ -34,10 +34,9 @@ from transformers import set_seed
 
 from rewards.boundary import Boundary, BoundaryReward, cheap_failure_pays, make_boundary_reward
 from routers.bosft import Demonstration, Synthesis, balance, demonstrations, write_dataset
-from routers.budget_episode import GAME
+from routers.budget_episode import TASK
 from routers.budget_plot import draw
 from routers.budget_report import Episodes, render
-from routers.environments.facts import Game
 from routers.profiles import BoundaryProfile, observe, write_profiles
 from srpo import SRPOConfig, SRPOTrainer
 from srpo.advantages import REFERENCES
@@ -93,29 +92,28 @@ def main(argv: list[str] | None = None) -> str | None:
     task, bopo, args = recipe
     state, output = PartialState(), Path(args.output_dir)
     folder = Path(task.task_dir or output / "task")
-    games = train_games(task)
     if state.is_main_process:
         output.mkdir(parents=True, exist_ok=True)
         (output / "recipe.yaml").write_text(yaml.safe_dump(resolved_recipe(recipe), sort_keys=False))
     with state.main_process_first():  # the others read what the first has written
-        profiled = profiles(task, "train", games, folder)
-    rows = training_rows(task, bopo, games, profiled)
+        profiled = profiles(task, "train", task.train_tasks, task.train_count, folder)
+    rows = training_rows(task, bopo, profiled)
     if state.is_main_process:
         print(describe_profiles(task, bopo, profiled.values()))
 
     set_seed(args.seed)
     start = bopo.bosft_policy or str(output / "bosft")
     if bopo.bosft_policy is None and args.resume_from_checkpoint is None:
-        make_start(task, bopo, args, games, rows, Path(start))
+        make_start(task, bopo, args, rows, Path(start))
         state.wait_for_everyone()
     # Read from disk, also by the process that wrote it: TRL makes the reference policy of the KL from that path.
-    model, tokenizer = load_policy(start, args, 0, lambda: corpus(task, games))
+    model, tokenizer = load_policy(start, args, 0, lambda: corpus(task, rows))
     if state.is_main_process and not (Path(start) / EPISODES).exists():
         evaluate(model, tokenizer, task, folder, "BoSFT", args.seed, **bopo.evaluation()).to_parquet(
             Path(start) / EPISODES
         )
 
-    environment = make_environment(task, games)
+    environment = make_environment(task)
     trainer = SRPOTrainer(
         model,
         make_boundary_reward(bopo.reward()),
@@ -153,18 +151,17 @@ def make_start(
     task: BudgetTask,
     bopo: BopoArguments,
     args: SRPOConfig,
-    games: Sequence[Game],
     rows: Sequence[dict[str, Any]],
     folder: Path,
 ) -> None:
     """The policy that RL starts from, in `folder`: the named one after BoSFT."""
     if bopo.model_name_or_path == "tiny":  # few words and two actions need little
-        made = corpus(task, games)
+        made = corpus(task, rows)
         tokenizer = train_tokenizer(made.texts, vocab_size=600, whole=made.whole)
         model = tiny_causal_lm(tokenizer, hidden=96, layers=2, heads=4, intermediate=192, seed=args.seed)
     else:
-        model, tokenizer = load_policy(bopo.model_name_or_path, args, bopo.lora_r, lambda: corpus(task, games))
-    chosen = bosft_demonstrations(task, bopo, games, rows, args.seed) if bopo.bosft_epochs > 0 else []
+        model, tokenizer = load_policy(bopo.model_name_or_path, args, bopo.lora_r, lambda: corpus(task, rows))
+    chosen = bosft_demonstrations(task, bopo, rows, args.seed) if bopo.bosft_epochs > 0 else []
     if chosen:
         examples = [tokens(demonstration, task, tokenizer) for demonstration in chosen]
         config = warm_start_config(
@@ -183,13 +180,13 @@ def make_start(
 
 
 def training_rows(
-    task: BudgetTask, bopo: BopoArguments, games: Sequence[Game], profiled: dict[str, BoundaryProfile]
+    task: BudgetTask, bopo: BopoArguments, profiled: dict[str, BoundaryProfile]
 ) -> list[dict[str, Any]]:
-    """A row per game and cap, with what the reward and the advantage read."""
+    """A row per cap and task, with what the reward and the advantage read."""
     rule = bopo.reward()
     rows = []
-    for row in make_rows(task, games, task.train_caps):
-        columns = profiled[row[GAME]].columns(task.rule)
+    for row in make_rows(task, train_tasks(task), task.train_caps):
+        columns = profiled[row[TASK]].columns(task.rule)
         boundary = Boundary(*(columns[name] for name in ("p_small", "p_large", "cost_small", "cost_large", "hard")))
         budget = row["cap"] if task.budget_unit == "usd" else None
         rows.append({**row, **columns, "budget": budget, REFERENCES: list(rule.references(boundary, budget))})
@@ -197,7 +194,7 @@ def training_rows(
 
 
 def describe_profiles(task: BudgetTask, bopo: BopoArguments, profiled: Any) -> str:
-    """Classes of the training games, and a warning where cheap failure pays."""
+    """Classes of the training tasks, and a warning where cheap failure pays."""
     found = [(p, p.columns(task.rule)) for p in profiled]
     counts = Counter(columns["difficulty"] for _, columns in found)
     hard = [
@@ -205,14 +202,14 @@ def describe_profiles(task: BudgetTask, bopo: BopoArguments, profiled: Any) -> s
     ]
     warning = cheap_failure_pays(bopo.reward(), hard)
     classes = ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
-    return f"training games: {classes}" + (f"\nWARNING: {warning}" if warning else "")
+    return f"training tasks: {classes}" + (f"\nWARNING: {warning}" if warning else "")
 
 
 def bosft_demonstrations(
-    task: BudgetTask, bopo: BopoArguments, games: Sequence[Game], rows: Sequence[dict[str, Any]], seed: int
+    task: BudgetTask, bopo: BopoArguments, rows: Sequence[dict[str, Any]], seed: int
 ) -> list[Demonstration]:
     """Balanced demonstrations on the training rows, at their caps."""
-    environment, how = make_environment(task, games), bopo.synthesis()
+    environment, how = make_environment(task), bopo.synthesis()
     found = []
     for row in rows:
         seeds = [f"bosft/{seed}/{k}/{row['query_id']}" for k in range(task.profile_runs)]
@@ -241,14 +238,14 @@ def succeeded(rewards: Any, columns: Any) -> Any:
 
 
 def successes(output: Path) -> list[tuple[str, float]]:
-    """(game, score) of every training episode, from the completions tables."""
+    """(task, score) of every training episode, from the completions tables."""
     files = sorted((output / "completions").glob("*.parquet"))
     frames = [pd.read_parquet(file) for file in files]
     return [
-        (game, score)
+        (name, score)
         for frame in frames
-        if GAME in frame
-        for game, score in zip(frame[GAME], frame[CORRECT], strict=True)
+        if TASK in frame
+        for name, score in zip(frame[TASK], frame[CORRECT], strict=True)
         if score is not None
     ]
 

@@ -15,7 +15,7 @@ SEEDS = [f"s{k}" for k in range(5)]
 
 
 def row(length: int) -> dict[str, Any]:
-    return {"length": length, "game": f"corridor/{length}", "prompt": "walk"}
+    return {"length": length, "task": f"corridor/{length}", "prompt": "walk"}
 
 
 def test_hard_keeps_the_cheapest_success_of_the_sweep() -> None:

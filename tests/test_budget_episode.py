@@ -22,7 +22,7 @@ class Corridor:
     won = property(lambda self: self.at >= self.length)
     score = property(lambda self: float(self.won))
     done = property(lambda self: self.won or self.steps >= self.limit)
-    admissible = ("one", "two")
+    admissible, how = ("one", "two"), ""
 
     def reset(self) -> str:
         if self.fault == "reset":

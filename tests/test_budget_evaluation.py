@@ -85,7 +85,7 @@ def frame() -> pd.DataFrame:
                     won = float(task < success * 4)
                     rows.append(
                         {
-                            "set": "s", "method": method, "repetition": repetition, "game": f"g{task}",
+                            "set": "s", "method": method, "repetition": repetition, "task": f"g{task}",
                             "task_type": "even" if task % 2 == 0 else "odd",
                             "difficulty": "easy" if task < 2 else "hard", "cap": cap, "success": won,
                             "executor_usd": (cost - 0.5) / 1000, "policy_usd": 0.5 / 1000, "large_calls": 1,
@@ -118,6 +118,6 @@ def test_the_report_refuses_holes() -> None:
     whole = frame()
     with pytest.raises(ValueError, match="steps"):
         Episodes(whole.drop(columns="steps"))
-    torn = Episodes(whole.drop(whole[(whole["method"] == "policy") & (whole["game"] == "g3")].index))
+    torn = Episodes(whole.drop(whole[(whole["method"] == "policy") & (whole["task"] == "g3")].index))
     with pytest.raises(ValueError, match="policy at cap inf was not played on all 4 tasks"):
         torn.methods()

@@ -3,15 +3,25 @@
 
 import pytest
 
-from routers.budget import Budget
-from routers.budget_episode import GAME, BudgetEnvironment, Situation, drive
+from routers.budget import Budget, BudgetGate
+from routers.budget_episode import TASK, BudgetEnvironment, Situation, drive
 from routers.budget_rules import always_small, random_mix
-from routers.budget_state import compact, compact_prompt, phase, verbose, verbose_prompt, vocabulary
+from routers.budget_state import (
+    OBSERVATIONS,
+    compact,
+    compact_prompt,
+    phase,
+    progress,
+    progress_prompt,
+    verbose,
+    verbose_prompt,
+)
 from routers.environments.alfworld import AlfWorld
 from routers.environments.executors import Explorer, Planner
 from routers.environments.facts import Goal
 from routers.environments.generate import generated
 from routers.environments.memory import Memory
+from routers.environments.protocol import Step, View
 
 CLEAN = Goal("pick_clean_then_place_in_recep", "mug", "shelf", None)
 TWO = Goal("pick_two_obj_and_place", "mug", "shelf", None)
@@ -42,14 +52,14 @@ def test_phases_by_hand(memory: Memory, expected: str) -> None:
 
 def environment(budget: Budget | None = None, describe=compact) -> BudgetEnvironment:
     return BudgetEnvironment(
-        lambda row: AlfWorld(generated(row[GAME]), limit=20), [Explorer(), Planner()], describe, budget
+        lambda row: AlfWorld(generated(row[TASK]), limit=20), [Explorer(), Planner()], describe, budget
     )
 
 
 def test_words_stay_in_the_vocabulary_and_count_down() -> None:
-    words = set(vocabulary())
+    words = set(OBSERVATIONS["compact"].words)
     for number in range(12):
-        row = {GAME: f"generated/heldout/{number}"}
+        row = {TASK: f"generated/heldout/{number}"}
         driven = drive(environment(Budget(3)), row, "s", random_mix(0.3))
         told = [driven.first, *(o for _, o in driven.decisions if o.end is None)]
         spent = 0
@@ -62,15 +72,15 @@ def test_words_stay_in_the_vocabulary_and_count_down() -> None:
 
 
 def test_money_is_shown_in_thirtieths() -> None:
-    gate = environment(Budget(0.3, "usd")).episode({GAME: "generated/train/0"}, "s")
+    gate = environment(Budget(0.3, "usd")).episode({TASK: "generated/train/0"}, "s")
     gate.gate.account.charge(0.21)  # .09 of .3 left: 9 thirtieths, floored against rounding
     assert compact(gate.situation).before.endswith(("<b8>", "<b9>"))
-    assert compact(environment().episode({GAME: "generated/train/0"}, "s").situation).before.endswith("<b*>")
+    assert compact(environment().episode({TASK: "generated/train/0"}, "s").situation).before.endswith("<b*>")
 
 
 def test_it_reads_texts_and_never_the_hidden_state() -> None:
     """The same texts with another world behind them give the same words."""
-    episode = environment().episode({GAME: "generated/train/4"}, "s")
+    episode = environment().episode({TASK: "generated/train/4"}, "s")
     situation = episode.situation
     other = AlfWorld(generated("generated/train/5"), limit=20)
     view = type(situation.view)(situation.view.first, situation.view.steps, (), other, "x")
@@ -79,12 +89,30 @@ def test_it_reads_texts_and_never_the_hidden_state() -> None:
 
 def test_prompts_and_texts_for_language_models() -> None:
     made = environment(Budget(3), verbose)
-    episode = made.episode({GAME: "generated/train/0"}, "s")
+    episode = made.episode({TASK: "generated/train/0"}, "s")
     labels = {"explorer": "small", "planner": "large"}
-    text = verbose_prompt("ignored", episode.situation, labels)
+    text = verbose_prompt(episode.situation, labels)
     assert "small: explorer\nlarge: planner\nThe budget is 3 large_calls. There are 20 steps." in text
     assert text.endswith(episode.situation.view.first)
-    driven = drive(made, {GAME: "generated/train/0"}, "s", always_small)
+    driven = drive(made, {TASK: "generated/train/0"}, "s", always_small)
     told = driven.decisions[0][1]
     assert told.before == "\nexplorer acted.\n[steps left 19, budget left 3]\n" and told.body.startswith("> ")
-    assert compact_prompt("put a mug in shelf.", environment().episode({GAME: "generated/train/0"}, "s").situation, {})
+    start = environment().episode({TASK: "generated/train/0"}, "s").situation
+    assert compact_prompt(start, {}) == f"{start.view.environment.task}\n{compact(start).before}"
+    kind = start.view.environment.task_type
+    assert progress_prompt(start, {}) == f"{kind}: {start.view.environment.task}\n<new><t0><s0><b*>"
+
+
+def test_progress_tells_what_is_new_and_the_score_by_hand() -> None:
+    class Scored:
+        score = 0.37
+
+    said = [Step("a", "One."), Step("b", "Two."), Step("c", "One.")]
+    gate = BudgetGate(Budget(2))
+    words = []
+    for count in range(4):
+        view = View("First.", tuple(said[:count]), (), Scored(), "s")
+        words.append(progress(Situation(view, 20 - count, gate, ())).before)
+    assert words == ["<new><t0><s3><b2>", "<new><t1><s3><b2>", "<new><t2><s3><b2>", "<again><t3><s3><b2>"]
+    known = set(OBSERVATIONS["progress"].words)
+    assert all(f"<{word}" in known for line in words for word in line.split("<")[1:])

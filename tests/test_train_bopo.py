@@ -35,11 +35,11 @@ class Replay:
 
 def test_a_demonstration_has_the_tokens_of_the_rollout() -> None:
     task = budget_task.BudgetTask(train_count=2)
-    games = budget_task.train_games(task)
-    corpus = budget_task.corpus(task, games)
+    rows = budget_task.make_rows(task, budget_task.train_tasks(task), [2.0])
+    corpus = budget_task.corpus(task, rows)
     tokenizer = train_tokenizer(corpus.texts, vocab_size=600, whole=corpus.whole)
-    environment = budget_task.make_environment(task, games)
-    for row in budget_task.make_rows(task, games, [2.0]):
+    environment = budget_task.make_environment(task)
+    for row in rows:
         driven = drive(environment, row, "seed", random_mix(0.4))
         got = train_bopo.tokens(Demonstration(row, driven, "hard", 0.4), task, tokenizer)
         decided = [label for label in got["labels"] if label != -100]
@@ -57,9 +57,9 @@ def test_rows_carry_what_reward_and_advantage_read() -> None:
     from routers.profiles import BoundaryProfile
 
     task, bopo = budget_task.BudgetTask(train_count=1, train_caps=[float("inf"), 1]), train_bopo.BopoArguments()
-    games = budget_task.train_games(task)
-    profile = BoundaryProfile(games[0].id, "x", (0.0, 0.0), (0.1, 0.3), (1.0, 1.0), (1.0, 1.4))
-    rows = train_bopo.training_rows(task, bopo, games, {games[0].id: profile})
+    [name] = budget_task.train_tasks(task)
+    profile = BoundaryProfile(name, "x", (0.0, 0.0), (0.1, 0.3), (1.0, 1.0), (1.0, 1.4))
+    rows = train_bopo.training_rows(task, bopo, {name: profile})
     assert [row["cap"] for row in rows] == [None, 1]
     assert rows[0]["hard"] and rows[0]["cost_small"] == pytest.approx(0.2)
     assert rows[0]["references"] == pytest.approx([0.0, 2 - 0.3])  # R_S = 0; R_L = 1 + beta - lambda
@@ -68,7 +68,7 @@ def test_rows_carry_what_reward_and_advantage_read() -> None:
 
 def test_a_task_folder_of_other_settings_is_refused(tmp_path: Path) -> None:
     budget_task.check_folder(budget_task.BudgetTask(), tmp_path / "t")
-    budget_task.check_folder(budget_task.BudgetTask(train_count=7), tmp_path / "t")  # other games, same world
+    budget_task.check_folder(budget_task.BudgetTask(train_count=7), tmp_path / "t")  # other tasks, same world
     with pytest.raises(ValueError, match="step_limit=20, the recipe says 30"):
         budget_task.check_folder(budget_task.BudgetTask(step_limit=30), tmp_path / "t")
 

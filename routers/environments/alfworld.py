@@ -5,13 +5,51 @@ Loads in milliseconds where the official package takes seconds (it starts a plan
 
 from routers.environments import text
 from routers.environments.facts import Game
+from routers.environments.games import load_games
+from routers.environments.generate import SPLITS, generate_games, generated
 from routers.environments.planner import plan
 from routers.environments.protocol import NOTHING_HAPPENS, GameError
 from routers.environments.state import State
 
+GENERATED = "generated/"
+
+
+class AlfWorldSuite:
+    """ALFWorld's games, generated or its own; a `Suite`.
+
+    Parts: `generated/SPLIT` with a count, or the path of a packed file or folder (see `games.load_games`).
+    """
+
+    def __init__(self) -> None:
+        self._loaded: dict[str, Game] = {}
+
+    def tasks(self, which: str, count: int = 0) -> dict[str, str]:
+        if which.startswith(GENERATED):
+            split = which.removeprefix(GENERATED)
+            if split not in SPLITS or count < 1:
+                raise GameError(f"{which}, {count} games: name one of generated/{{{','.join(SPLITS)}}} and a count")
+            games = generate_games(count, split)
+        else:
+            games = load_games(which, count or None)
+        for game in games:
+            if self._loaded.setdefault(game.id, game) != game:
+                raise GameError(f"{which}: another game of the id {game.id} was loaded before; ids must be unique")
+        return {game.id: game.task_type for game in games}
+
+    def make(self, task: str, limit: int) -> "AlfWorld":
+        if task not in self._loaded and task.startswith(GENERATED):
+            self._loaded[task] = generated(task)
+        if task not in self._loaded:
+            raise GameError(f"{task} is no generated game, and no file with it was loaded")
+        return AlfWorld(self._loaded[task], limit)
+
+    def close(self) -> None: ...
+
 
 class AlfWorld:
     """One episode of a game; an `AgentEnvironment`. Score: 1 once the goal holds, else 0."""
+
+    how = ""
 
     def __init__(self, game: Game, limit: int = 20) -> None:
         if limit < 1:

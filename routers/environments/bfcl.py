@@ -65,6 +65,7 @@ class Bfcl:
     """One conversation; an `AgentEnvironment` with free text. Score: 1 if every turn was right, known at the end."""
 
     admissible: tuple[str, ...] = ()
+    how = INSTRUCTION
 
     def __init__(self, task: BfclTask, limit: int = 40) -> None:
         self._task = task

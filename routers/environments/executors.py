@@ -17,6 +17,8 @@ EXPLORER_USD = 0.00006
 
 
 class _Scripted(ABC):
+    name: str
+
     def __init__(self, price: float) -> None:
         self.price = price
 
@@ -71,3 +73,7 @@ class RandomActor(_Scripted):
 
     def choose(self, view: View) -> str:
         return random.Random(f"random/{view.seed}/{len(view.steps)}").choice(view.admissible)
+
+
+SCRIPTED: dict[str, type[_Scripted]] = {kind.name: kind for kind in (Explorer, Planner, RandomActor)}
+"""Names that recipes use."""

@@ -57,6 +57,10 @@ class AgentEnvironment(Protocol):
     def admissible(self) -> tuple[str, ...]:
         """Commands that are possible now, sorted; empty where actions are free text."""
 
+    @property
+    def how(self) -> str:
+        """How actions are written, for the prompt of a language model; "" where `admissible` says it all."""
+
     def reset(self) -> str:
         """The first observation, task included."""
 
@@ -82,6 +86,8 @@ class View:
     environment: AgentEnvironment
     seed: str
     """Names the rollout: the randomness of a scripted executor is a function of it."""
+    how: str = ""
+    """How actions are written, for a language model; "" where `admissible` says it all."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +128,9 @@ class Session:
         if self._first is None:
             raise GameError(f"{self.environment.seed}: the session has not been started; call start() first")
         environment = self.environment
-        return View(self._first, tuple(self._steps), environment.admissible, environment, self.seed)
+        return View(
+            self._first, tuple(self._steps), environment.admissible, environment, self.seed, environment.how
+        )
 
     def start(self) -> str:
         self._first = self.environment.reset()

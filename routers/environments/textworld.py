@@ -15,6 +15,7 @@ class TextWorld:
     """One game; an `AgentEnvironment`. Score: the game's points over its maximum."""
 
     task_type = "textworld"
+    how = ""
 
     def __init__(self, path: str | Path, limit: int = 50) -> None:
         if Path(path).suffix != ".z8" or not Path(path).is_file():  # the .json beside it is playable, but has no text
