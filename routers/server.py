@@ -1,7 +1,8 @@
 """A `RouterAgent` behind an OpenAI-compatible endpoint (FastAPI): completions, streaming, models, health, metrics.
 
 The question is the one user message of a request; a trained router answers questions, it does not chat. Beyond
-OpenAI's fields, a request may carry ``max_cost_usd`` (a hard cap), and a reply has in ``usage``
+OpenAI's fields, a request may carry ``max_cost_usd`` (a hard cap) and, for a policy that was trained with several
+price sensitivities, ``cost_weight`` (one of them); and a reply has in ``usage``
 
     cost_usd    USD of every member's tokens at catalogue prices, and of the policy's own where they have a price
     members     who was asked, in order
@@ -19,7 +20,7 @@ import json
 import math
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -54,6 +55,7 @@ class Asked:
 
     question: str
     max_cost_usd: float | None
+    cost_weight: float | None
     stream: bool
     include_usage: bool
 
@@ -103,13 +105,13 @@ def create_app(
     @app.post("/v1/chat/completions", response_model=None)
     async def chat(request: Request) -> Response:
         _authorise(request, api_key)
-        asked = read_request(await _body(request), name)
+        asked = read_request(await _body(request), name, agent.settings.cost_weights)
         if metrics.in_flight >= max_waiting:
             raise RequestError(429, "too many requests are waiting; try again later", code="rate_limit_exceeded")
         if asked.stream:
             return StreamingResponse(_stream(agent, asked, name, metrics), media_type="text/event-stream")
         with metrics.working():
-            found = await agent.aanswer(asked.question, asked.max_cost_usd)
+            found = await agent.aanswer(asked.question, asked.max_cost_usd, cost_weight=asked.cost_weight)
         metrics.answered(found)
         if found.stop == "lost":
             raise RequestError(502, f"the pool failed: {found.error}", code="pool_error")
@@ -122,8 +124,13 @@ def create_app(
     return app
 
 
-def read_request(document: Any, name: str) -> Asked:
+def read_request(document: Any, name: str, cost_weights: Sequence[float] = ()) -> Asked:
     """Check a request's body.
+
+    Args:
+        document: the body, as JSON.
+        name: of the model.
+        cost_weights: price sensitivities that the policy was trained with.
 
     Raises:
         RequestError: 400 or 404, with the field that is wrong.
@@ -141,11 +148,17 @@ def read_request(document: Any, name: str) -> Asked:
     stream, options = document.get("stream") or False, document.get("stream_options") or {}
     if not isinstance(stream, bool) or not isinstance(options, dict):
         raise RequestError(400, "'stream' must be true or false, and 'stream_options' an object", "stream")
-    cap = document.get("max_cost_usd")
-    is_number = isinstance(cap, (int, float)) and not isinstance(cap, bool)
-    if cap is not None and not (is_number and math.isfinite(cap) and cap >= 0):
+    cap, weight = document.get("max_cost_usd"), document.get("cost_weight")
+    if cap is not None and not (_is_number(cap) and cap >= 0):
         raise RequestError(400, "'max_cost_usd' must be a number of US dollars >= 0", "max_cost_usd")
-    return Asked(_question(document.get("messages")), cap, stream, bool(options.get("include_usage")))
+    if weight is not None and not (_is_number(weight) and weight in cost_weights):
+        known = ", ".join(map(str, cost_weights)) or "none"
+        raise RequestError(400, f"'cost_weight' must be one that the policy was trained with: {known}", "cost_weight")
+    return Asked(_question(document.get("messages")), cap, weight, stream, bool(options.get("include_usage")))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _question(messages: Any) -> str:
@@ -196,7 +209,9 @@ async def _stream(agent: RouterAgent, asked: Asked, name: str, metrics: ServerMe
     status = 499
     try:
         with metrics.working():
-            answering = asyncio.ensure_future(agent.aanswer(asked.question, asked.max_cost_usd, on_turn=told))
+            answering = asyncio.ensure_future(
+                agent.aanswer(asked.question, asked.max_cost_usd, cost_weight=asked.cost_weight, on_turn=told)
+            )
             answering.add_done_callback(lambda _: turns.put_nowait(None))
             yield chunk({"role": "assistant", "content": ""})
             while (text := await turns.get()) is not None:

@@ -29,6 +29,7 @@ from think_route_setup import (
 )
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from routers.agent_parts import without_control_tokens
 from routers.agent_report import METRICS, AgentEvaluation, Line, best_per_family, single_lines
 from routers.agent_settings import AgentSettings
 from routers.answers import exact_match, f1, score
@@ -55,7 +56,8 @@ def play_questions(
     step_seconds: float = 60.0,
 ) -> Columns:
     """Greedy episodes of all questions, in order; the model's mode is left as it was."""
-    rows = [{**q, "prompt": prompt_of(q, settings, world.members)} for q in questions]
+    clean = without_control_tokens(tokenizer)
+    rows = [{**q, "prompt": prompt_of(q, settings, world.members, clean)} for q in questions]
     prompts = [
         tokenizer.apply_chat_template(
             row["prompt"],

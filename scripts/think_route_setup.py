@@ -12,7 +12,7 @@ from routers.agent_settings import AgentSettings
 from routers.catalogue import Member, load_catalogue
 from routers.observations import reply_observation
 from routers.pool import Ledger, Pool, ReplyCache, live_pool, recorded_pool
-from routers.prompts import Messages, drawn_cost_weight, price
+from routers.prompts import Clean, Messages, drawn_cost_weight, price
 from routers.qa import load_qa, without_duplicates
 from routers.table import ReplyTable, load_table, quickstart_table
 from routers.think_route import ThinkRoute, cost_scale
@@ -236,9 +236,11 @@ def with_cost_weight(row: dict[str, Any], settings: AgentSettings, weight: float
     return {**row, COST_WEIGHT: drawn if weight is None else weight}
 
 
-def prompt_of(row: Mapping[str, Any], settings: AgentSettings, members: Sequence[Member]) -> Messages:
-    """The prompt of a question, with the price sensitivity that it has."""
-    return settings.messages(row["query"], members, cost_weight=row.get(COST_WEIGHT))
+def prompt_of(
+    row: Mapping[str, Any], settings: AgentSettings, members: Sequence[Member], clean: Clean | None = None
+) -> Messages:
+    """The prompt of a question, with the price sensitivity that it has; `clean` breaks the policy's control tokens."""
+    return settings.messages(row["query"], members, cost_weight=row.get(COST_WEIGHT), clean=clean)
 
 
 def tiny_corpus(

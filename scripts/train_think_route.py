@@ -34,6 +34,7 @@ from think_route_setup import (
 )
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+from routers.agent_parts import without_control_tokens
 from routers.agent_report import AGENT_EVALUATION, AgentEvaluation
 from routers.agent_settings import AgentSettings
 from routers.table import ReplyTable
@@ -73,7 +74,8 @@ def main(argv: Sequence[str] | None = None) -> AgentEvaluation | None:
     policy = str(start) if resumes and warm_starts else task.model_name_or_path
     model, tokenizer = load_policy(policy, args, task.lora_r, lambda: tiny_corpus(settings, train, table, args))
     world = make_world(task, settings, pool, names, tokenizer)
-    rows = [{"prompt": prompt_of(row, settings, settings.members), **row} for row in train]
+    clean = without_control_tokens(tokenizer)
+    rows = [{"prompt": prompt_of(row, settings, settings.members, clean), **row} for row in train]
     dataset = check_rows(
         rows,
         tokenizer=tokenizer,
@@ -166,11 +168,11 @@ def warm_start_rows(
     rng = np.random.default_rng(args.seed)
     queries = [train[i] for i in spread(len(train), task.warm_start_limit)]
     names = [member.name for member in settings.members]
-    shown = restricted(table, names)
+    shown, clean = restricted(table, names), without_control_tokens(tokenizer)
     episodes = demonstrations(
         queries * task.warm_start_passes,
         shown,
-        lambda query: prompt_of(query, settings, settings.members),
+        lambda query: prompt_of(query, settings, settings.members, clean),
         settings.grammar,
         rng,
     )

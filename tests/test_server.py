@@ -1,7 +1,10 @@
 """The served router: a real uvicorn process on loopback, asked by the real openai client."""
 
+import asyncio
 import concurrent.futures
+import dataclasses
 import json
+import math
 import os
 import signal
 import socket
@@ -16,11 +19,15 @@ import httpx
 import openai
 import pytest
 import yaml
-from agent_helpers import MEMBERS, train_policy
+from agent_helpers import MEMBERS, scripted_pool, train_policy
 from openai_server import Fault, OpenAIServer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from routers.agent import RouterAgent
+from routers.agent_settings import AgentSettings
 from routers.catalogue import cost
 from routers.pool.endpoint import AGENT_PROMPT
+from routers.server import RequestError, create_app, read_request
 
 ROOT = Path(__file__).resolve().parents[1]
 KEY = "canary-key-9f2d"
@@ -152,6 +159,7 @@ def test_the_cap_of_a_request_is_hard(client: openai.OpenAI, members: OpenAIServ
         ({"max_cost_usd": -1}, 400, "number of US dollars"),
         ({"max_cost_usd": "1"}, 400, "number of US dollars"),
         ({"max_cost_usd": True}, 400, "number of US dollars"),
+        ({"cost_weight": 0.5}, 400, "trained with: none"),
     ],
 )
 def test_bad_requests_in_openai_s_shape(served: Served, body: dict[str, Any], status: int, message: str) -> None:
@@ -161,6 +169,36 @@ def test_bad_requests_in_openai_s_shape(served: Served, body: dict[str, Any], st
     error = reply.json()["error"]
     assert reply.status_code == status and message in error["message"]
     assert error["type"] == "invalid_request_error" and set(error) == {"message", "type", "param", "code"}
+
+
+@pytest.mark.parametrize("weight", [0.5, "0.8", True, math.nan])
+def test_a_price_sensitivity_must_be_one_of_the_policy_s(weight: object) -> None:
+    body = {"model": "r", "messages": [{"role": "user", "content": "q"}], "cost_weight": weight}
+    with pytest.raises(RequestError, match=r"trained with: 0\.1, 0\.8"):
+        read_request(body, "r", (0.1, 0.8))
+    assert read_request({**body, "cost_weight": 0.8}, "r", (0.1, 0.8)).cost_weight == 0.8
+    assert read_request({**body, "cost_weight": None}, "r", (0.1, 0.8)).cost_weight is None
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_s_price_sensitivity_reaches_the_prompt(tmp_path: Path, stream: bool) -> None:
+    policy = train_policy(tmp_path)
+    settings = dataclasses.replace(AgentSettings.load(policy), cost_weights=(0.1, 0.8))
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(policy), AutoTokenizer.from_pretrained(policy)
+    read: list[str] = []
+    agent = RouterAgent(model, tokenizer, scripted_pool(), settings)
+    answered = agent._answer
+    agent._answer = lambda found: read.append(tokenizer.decode(found.prompt_ids)) or answered(found)
+    body = {"model": "router", "messages": [{"role": "user", "content": "q"}], "cost_weight": 0.8, "stream": stream}
+
+    async def post() -> httpx.Response:
+        transport = httpx.ASGITransport(create_app(agent))
+        async with httpx.AsyncClient(transport=transport, base_url="http://router") as http:
+            return await http.post("/v1/chat/completions", json=body)
+
+    reply = asyncio.run(post())
+    agent.close()
+    assert reply.status_code == 200 and "Price sensitivity: 0.80" in read[0]
 
 
 def test_other_refusals(served: Served) -> None:
