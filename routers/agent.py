@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import queue
-import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -24,9 +22,10 @@ from routers.agent_parts import AgentAnswer, Listening, LockedTokenizer, OnTurn,
 from routers.agent_settings import AGENT, AgentSettings
 from routers.catalogue import load_catalogue
 from routers.pool import Pool, live_pool
+from routers.shared_policy import Batches, load_checkpoint
 from routers.think_route import ThinkRoute
 from srpo.episode_loop import EpisodeLoop
-from srpo.generate import Generator, Request, Sample, TransformersGenerator
+from srpo.generate import Request, Sample, TransformersGenerator
 from srpo.rollout import Limits, play
 from srpo.sampling import Sampling, end_ids
 from srpo.types import COST, LOST, Trajectory
@@ -83,7 +82,7 @@ class RouterAgent:
         )
         self._numbers = itertools.count()
         generator = TransformersGenerator(model, tokenizer, sampling, eos_ids=end_ids(model, tokenizer))
-        self._batches = _Batches(generator, max_batch)
+        self._batches = Batches(generator, max_batch)
         self._loop = EpisodeLoop()
         self._loop.run([_nothing], 10.0)  # starts its thread, before several need it at once
         self._threads = ThreadPoolExecutor(max_concurrent, thread_name_prefix="router-agent")
@@ -108,7 +107,7 @@ class RouterAgent:
             ValueError: the catalogue or the settings cannot be used.
             OSError: no such checkpoint.
         """
-        model, tokenizer, folder = _load(str(name))
+        model, tokenizer, folder = load_checkpoint(str(name), AGENT)
         asked = pool if isinstance(pool, Pool) else live_pool(load_catalogue(pool))
         return cls(model, tokenizer, asked, AgentSettings.load(folder), **options)
 
@@ -206,49 +205,10 @@ class RouterAgent:
         )
 
 
-class _Batches:
-    """One thread that owns the model: turns that wait at the same time are generated together."""
-
-    def __init__(self, generator: Generator, size: int) -> None:
-        self._generator = generator
-        self._size = size
-        self._waiting: queue.Queue[tuple[Request, Future[Sample]] | None] = queue.Queue()
-        self._thread = threading.Thread(target=self._work, name="router-agent-model", daemon=True)
-        self._thread.start()
-
-    def ask(self, requests: Sequence[Request]) -> list[Sample]:
-        futures: list[Future[Sample]] = [Future() for _ in requests]
-        for item in zip(requests, futures, strict=True):
-            self._waiting.put(item)
-        return [future.result() for future in futures]
-
-    def close(self) -> None:
-        self._waiting.put(None)
-        self._thread.join()
-
-    def _work(self) -> None:
-        while (first := self._waiting.get()) is not None:
-            batch = [first]
-            while len(batch) < self._size and not self._waiting.empty():
-                item = self._waiting.get()
-                if item is None:
-                    self._waiting.put(None)  # closes after this batch
-                    break
-                batch.append(item)
-            try:
-                samples = self._generator.generate([request for request, _ in batch])
-            except Exception as error:
-                for _, future in batch:
-                    future.set_exception(error)
-                continue
-            for (_, future), sample in zip(batch, samples, strict=True):
-                future.set_result(sample)
-
-
 class _Conversation:
     """One question's way to the shared batches; a number tells its rows from those of others."""
 
-    def __init__(self, batches: _Batches, number: int) -> None:
+    def __init__(self, batches: Batches, number: int) -> None:
         self._batches = batches
         self._number = number
 
@@ -262,23 +222,3 @@ class _Conversation:
 
 async def _nothing() -> None:
     pass
-
-
-def _load(name: str) -> tuple[Any, Any, Path]:
-    """(model, tokenizer, folder that may hold the settings) of a checkpoint."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import cached_file
-
-    def find(file: str) -> str | None:
-        return cached_file(name, file, _raise_exceptions_for_missing_entries=False)  # type: ignore[no-any-return]
-
-    if find("adapter_config.json"):
-        from peft import AutoPeftModelForCausalLM
-
-        model = AutoPeftModelForCausalLM.from_pretrained(name)
-    else:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
-    model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    settings = find(AGENT)
-    return model, AutoTokenizer.from_pretrained(name), Path(settings).parent if settings else Path(name)

@@ -38,13 +38,13 @@ class AgentAnswer:
 
 
 def without_control_tokens(tokenizer: Any) -> Callable[[str], str]:
-    """A function that breaks every special token that a text spells out ("<|im_end|>" becomes "< |im_end|>").
+    """A function that breaks every control token that a text spells out ("<|im_end|>" becomes "< |im_end|>").
 
-    A chat template is text, and would read it as the end of the user's turn.
+    A chat template is text, and would read it as the end of the user's turn. Control tokens are the special ones and,
+    as in `srpo.untrusted`, added ones of two or more characters, such as Qwen's <tool_call> or a policy's labels.
     """
-    added = tokenizer.added_tokens_decoder.values()
-    special = {token.content for token in added if token.special} | set(tokenizer.all_special_tokens)
-    long = sorted((content for content in special if len(content) > 1), key=len, reverse=True)
+    control = {token.content for token in tokenizer.added_tokens_decoder.values()} | set(tokenizer.all_special_tokens)
+    long = sorted((content for content in control if len(content.strip()) > 1), key=len, reverse=True)
     if not long:
         return lambda text: text
     pattern = re.compile("|".join(map(re.escape, long)))

@@ -111,14 +111,26 @@ class BudgetGate:
         Raises:
             routers.pool.OverBudget: it does not fit any more (somebody else used the account); nothing was called.
         """
-        reservation: Reservation = self.account.reserve(self._amount(name, bounds))
+        reservation = self.reserve(name, bounds)
         cost = math.nan  # not believed, hence charged in full
         try:
             result = await act()
-            cost = usd(result) if self.budget.unit == "usd" else reservation.amount
+            cost = usd(result)
         finally:
-            reservation.settle(cost)
+            self.settle(reservation, cost)
         return result
+
+    def reserve(self, name: str, bounds: Mapping[str, float]) -> Reservation:
+        """Set aside what a call of this executor costs at most; `settle` it afterwards.
+
+        Raises:
+            routers.pool.OverBudget: it does not fit.
+        """
+        return self.account.reserve(self._amount(name, bounds))
+
+    def settle(self, reservation: Reservation, usd: float) -> None:
+        """The call is over and cost this. What is not a number >= 0 is not believed, and costs its reservation."""
+        reservation.settle(usd if self.budget.unit == "usd" else reservation.amount)
 
     @property
     def remaining(self) -> float:

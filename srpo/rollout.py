@@ -106,7 +106,7 @@ def play(
     """
     started = time.monotonic()
     plays = [_Play(i, tuple(ids)) for i, ids in enumerate(prompt_ids)]
-    labels = _Labels(tokenizer)
+    labels = Labels(tokenizer)
     with EpisodeLoop() if loop is None else nullcontext(loop) as loop:
         _make(environment, plays, rows, seeds, loop, limits)
         with tqdm(total=len(plays), desc="episodes", disable=not progress, leave=False) as bar:
@@ -144,7 +144,7 @@ def _make(
 
 
 def _policy_turns(
-    plays: list[_Play], seeds: Sequence[str], generator: Generator, labels: "_Labels", tokenizer: Any, limits: Limits
+    plays: list[_Play], seeds: Sequence[str], generator: Generator, labels: "Labels", tokenizer: Any, limits: Limits
 ) -> None:
     requests = []
     for play in plays:
@@ -250,8 +250,8 @@ def _labels(choices: Sequence[str] | None) -> tuple[str, ...] | None:
     return None if choices is None else tuple(choices)
 
 
-class _Labels:
-    """Labels as ids, looked up once."""
+class Labels:
+    """Labels of choices as ids, looked up once; each must be one token."""
 
     def __init__(self, tokenizer: Any):
         self._tokenizer = tokenizer
