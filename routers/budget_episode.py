@@ -15,7 +15,7 @@ from typing import Any
 
 from routers.budget import Budget, BudgetGate
 from routers.environments.protocol import AgentEnvironment, Executor, Session, View
-from routers.pool.ledger import OverBudget
+from routers.pool.ledger import Ledger, OverBudget
 from srpo.types import CORRECT, COST, FEEDBACK, Observation, Row, Stop
 
 CAP = "cap"
@@ -41,6 +41,10 @@ Choose = Callable[[Situation, Sequence[str]], str]
 """A routing rule: the situation and the affordable executors' names -> one of these names."""
 
 
+class OutOfMoney(RuntimeError):
+    """The run's money does not pay for the next call; it was not made."""
+
+
 class BudgetEnvironment:
     """Makes the episodes; an `Environment` of `srpo.types`.
 
@@ -51,6 +55,8 @@ class BudgetEnvironment:
         budget: of every episode; a row's own cap (column `cap`) replaces its cap.
         labels: the executors' labels, each one token of the policy; None: their names.
         deadline: seconds for one call of an executor.
+        ledger: of the pool behind live executors: what the run has spent, and its cap. None: the episodes' costs at
+            list prices are what is spent.
 
     Raises:
         ValueError: fewer than two executors, or labels or names that are not different.
@@ -64,6 +70,7 @@ class BudgetEnvironment:
         budget: Budget | None = None,
         labels: Sequence[str] | None = None,
         deadline: float = 60.0,
+        ledger: Ledger | None = None,
     ) -> None:
         names = [executor.name for executor in executors]
         self.labels = dict(zip(names, names if labels is None else labels, strict=True))
@@ -74,6 +81,7 @@ class BudgetEnvironment:
         self.describe = describe
         self.budget = Budget(None) if budget is None else budget
         self.deadline = deadline
+        self.ledger = ledger
         self._spent = 0.0
         self._episodes: list[dict[str, float]] = []
 
@@ -121,14 +129,22 @@ class BudgetEnvironment:
         values = {name: [numbers[name] for numbers in episodes if name in numbers] for name in sorted(names)}
         return {name: sum(found) / len(found) for name, found in values.items()}
 
+    def out_of_money(self) -> bool:
+        """Whether a call was not made because the run's money would not have paid for it."""
+        return self.ledger is not None and self.ledger.exhausted
+
     def spent_usd(self) -> float:
-        return self._spent
+        return self._spent if self.ledger is None else self.ledger.spent_usd
 
     def state_dict(self) -> dict[str, Any]:
-        return {"spent_usd": self._spent}
+        return {"spent_usd": self.spent_usd()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._spent = float(state["spent_usd"])
+        spent = float(state["spent_usd"])
+        if self.ledger is None:
+            self._spent = spent
+        else:  # what was spent after the checkpoint is spent too: a ledger that knows more keeps it
+            self.ledger.account.charge(max(0.0, spent - self.ledger.spent_usd))
 
 
 class BudgetEpisode:
@@ -141,7 +157,8 @@ class BudgetEpisode:
         self._session = session
         self._calls: list[str] = []
         self._cost = 0.0
-        self._error = ""
+        self.errors: list[str] = []
+        """Of failed calls, as the pool words them."""
         self.gate = gate
         gate.check_start(self._bounds(), environment.limit)
         if not self.affordable():
@@ -167,7 +184,11 @@ class BudgetEpisode:
         return [self._parent.labels[name] for name in self.affordable()]
 
     async def step(self, text: str) -> Observation:
-        """Let the executor with this label act. A failed call costs a step and its money, and the episode goes on."""
+        """Let the executor with this label act. A failed call costs a step and its money, and the episode goes on.
+
+        Raises:
+            OutOfMoney: the run cannot pay; a call that was not made says nothing about the executor.
+        """
         name = next(name for name, label in self._parent.labels.items() if label == text)
         executor, view, bounds = self._parent.executors[name], self._session.view, self._bounds()
         try:
@@ -181,7 +202,10 @@ class BudgetEpisode:
             raise
         self._calls.append(name)
         self._cost += act.cost
-        self._error = act.reply.error or ""
+        if act.reply.error is not None:
+            self.errors.append(act.reply.error)
+            if self._parent.out_of_money():
+                raise OutOfMoney(act.reply.error)
         _, done = self._session.take(act.action)
         if done:
             return Observation(end="done" if self._environment.won else "turns")
@@ -234,13 +258,17 @@ def drive(environment: BudgetEnvironment, row: Row, seed: str, choose: Choose) -
     """Play one episode by a rule. Exceptions of the environment or an executor pass through."""
 
     async def play() -> Driven:
-        episode = environment.episode(row, seed)
-        first = environment.describe(episode.situation)
-        decisions: list[tuple[str, Observation]] = []
-        while not decisions or decisions[-1][1].end is None:
-            name = choose(episode.situation, episode.affordable())
-            decisions.append((name, await episode.step(environment.labels[name])))
-        stop = decisions[-1][1].end or "done"
-        return Driven(first, tuple(decisions), episode.columns(stop), stop)
+        return await drive_episode(environment, environment.episode(row, seed), choose)
 
     return asyncio.run(play())
+
+
+async def drive_episode(environment: BudgetEnvironment, episode: BudgetEpisode, choose: Choose) -> Driven:
+    """Play a fresh episode of the environment by a rule. Exceptions of its world or an executor pass through."""
+    first = environment.describe(episode.situation)
+    decisions: list[tuple[str, Observation]] = []
+    while not decisions or decisions[-1][1].end is None:
+        name = choose(episode.situation, episode.affordable())
+        decisions.append((name, await episode.step(environment.labels[name])))
+    stop = decisions[-1][1].end or "done"
+    return Driven(first, tuple(decisions), episode.columns(stop), stop)

@@ -49,12 +49,16 @@ class EpisodeLoop:
     def __exit__(self, *_: Any) -> None:
         self.close()
 
-    def run(self, jobs: Sequence[Job], seconds: float) -> list[Any]:
-        """Results of all jobs; a `Failure` for each that raised, waited or blocked for more than `seconds`."""
+    def run(self, jobs: Sequence[Job], seconds: float, blocking: float | None = None) -> list[Any]:
+        """Results of all jobs; a `Failure` for each that raised, took more than `seconds`, or blocked for too long.
+
+        Args:
+            blocking: seconds between two `await`s of a job; None: `seconds`. The last value given holds for all jobs.
+        """
         if not jobs:
             return []
         loop = self._started()
-        self._stretches.seconds = seconds  # type: ignore[union-attr]
+        self._stretches.seconds = seconds if blocking is None else blocking  # type: ignore[union-attr]
         future = asyncio.run_coroutine_threadsafe(_all(jobs, seconds), loop)
         try:
             return future.result()
