@@ -2,7 +2,8 @@
 
 import difflib
 import re
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from routers.environments.protocol import Act, View
@@ -12,6 +13,12 @@ INSTRUCTION = (
     "You act in a text world, one command at a time. Think in one short sentence, then give the next command on a "
     "line of its own, exactly as it stands in the list of possible commands:\nThought: ...\nAction: ..."
 )
+"""Where possible commands are listed."""
+FREE_INSTRUCTION = (
+    "You act in an environment, one action at a time. Think in one short sentence, then give the next action:\n"
+    "Thought: ...\nAction: ..."
+)
+"""Where the environment says how actions are written."""
 
 
 class Members(Protocol):
@@ -25,26 +32,41 @@ class Members(Protocol):
 
 
 class ReActExecutor:
-    """Asks a member of the pool for the next command. A failed call is an empty action and `reply.error`.
+    """Asks a member of the pool for the next action. A failed call is an empty action and `reply.error`.
 
     The query is a whole prompt: make a live pool with `agent_prompt="{query}"`.
+
+    Args:
+        pool: knows the member.
+        member: its name.
+        instruction: the first words of the prompt; None: one of the two above.
+        history: the last so many steps are shown.
+        characters: of an action or observation of theirs; a longer one is shown without its middle, and says so.
     """
 
-    def __init__(self, pool: Members, member: str, instruction: str = INSTRUCTION, history: int = 20) -> None:
+    def __init__(
+        self, pool: Members, member: str, instruction: str | None = None, history: int = 20, characters: int = 4000
+    ) -> None:
         self.pool = pool
         self.name = member
         self.instruction = instruction
         self.history = history
-        """The last so many steps are shown."""
+        self.characters = characters
 
     def query(self, view: View) -> str:
         """The prompt of the next call."""
-        lines = [self.instruction, "", view.first]
+        listed = not view.how and bool(view.admissible)
+        lines = [self.instruction or (INSTRUCTION if listed else FREE_INSTRUCTION)]
+        lines += [view.how, "", view.first] if view.how else ["", view.first]
         if len(view.steps) > self.history:
             lines.append(f"({len(view.steps) - self.history} earlier steps are left out)")
         for step in view.steps[-self.history :]:
-            lines += [f"> {step.action}", step.observation]
-        if view.admissible:
+            action, observation = cut(step.action, self.characters), quoted(cut(step.observation, self.characters))
+            if view.admissible:
+                lines += [f"> {action}", observation]
+            else:
+                lines += ["Action:", "```", action, "```", "Observation:", observation]
+        if listed:
             lines += ["", f"Possible commands: {'; '.join(view.admissible)}"]
         return "\n".join([*lines, "Thought:"])
 
@@ -59,6 +81,23 @@ class ReActExecutor:
         return Act(action, self.pool.price(self.name, reply.usage), reply)
 
 
+def cut(text: str, characters: int) -> str:
+    """A text without its middle where it is longer: a listing begins with what it is, a traceback ends with it."""
+    if len(text) <= characters:
+        return text
+    head = characters * 3 // 4
+    note = f"[... {len(text) - characters} characters are left out ...]"
+    return f"{text[:head]}\n{note}\n{text[len(text) - characters + head :]}"
+
+
+_OWN = re.compile(r"^(?=[ \t]*(?:>|```|(?:thought|action|observation|possible commands)\W*:))", re.I | re.M)
+
+
+def quoted(observation: str) -> str:
+    """An observation, with a bar before lines that look like the prompt's own: it cannot pretend to be a step."""
+    return _OWN.sub("| ", "\n".join(observation.splitlines()))
+
+
 _ACTION = re.compile(r"^\W*(?:next )?(?:action|command)\W*:[\s*`'\">]*(.*)$", re.IGNORECASE | re.MULTILINE)
 _OTHER_WORDS = (("put", "move"), ("pick up", "take"), ("place", "move"), ("goto", "go to"), ("turn on", "use"))
 
@@ -69,12 +108,12 @@ def read_action(text: str, admissible: Sequence[str], closeness: float = 0.9) ->
     Case, quotes, articles, "in/on" and usual other verbs are forgiven; then the closest admissible command is taken
     if it has the same numbers and is as similar as `closeness` (difflib's ratio, from 0 to 1). What fits nothing is
     returned as it is, on one line, so that the environment can say that nothing happens. With no admissible commands
-    (free text) the words after "Action:" are returned as they stand.
+    the action is free text, see `read_free_action`.
     """
+    if not admissible:
+        return read_free_action(text)
     marked = _ACTION.search(text)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    if not admissible:
-        return marked[1].strip() if marked else text.strip()
     tidy = {_tidy(command): command for command in admissible}
     said = marked[1] if marked else next((line for line in lines if _tidy(line) in tidy), (lines or [""])[-1])
     wanted = _tidy(said)
@@ -94,3 +133,32 @@ def _tidy(command: str) -> str:
             break
     words = re.sub(r"\b(?:in/on|into|onto|in|on)\b", "to", words)
     return " ".join(re.sub(r"\b(?:the|a|an)\b", " ", words).split())
+
+
+_BLOCK = re.compile(r"(?:^|:)[ \t*]*(?P<fence>```)[\w+-]*[ \t]*\n(?P<inside>.*?)(?:^[ \t]*```|\Z)", re.S | re.M)
+_BEFORE = r"^[ \t*#>]*"
+_FREE_ACTION = re.compile(_BEFORE + r"(?:next )?action[ \t*]*:[ \t*]*", re.IGNORECASE | re.MULTILINE)
+_NEXT_STEP = re.compile(_BEFORE + r"(?:thought|observation)[ \t*]*:", re.IGNORECASE | re.MULTILINE)
+
+
+def read_free_action(text: str) -> str:
+    """The action in a reply whose actions are free text, such as code: what comes first of
+
+    - the fenced block behind the first "Action:", and before the next "Observation:" or "Thought:", with which a model
+      dreams on; in a fenced block these words mean nothing, so that one in a thought is a quotation
+    - the words there, on one or several lines
+    - without "Action:": the first fenced block, else the whole text
+    """
+    blocks = list(_BLOCK.finditer(text))
+
+    def outside(pattern: re.Pattern[str], start: int = 0) -> Iterator[re.Match[str]]:
+        found = pattern.finditer(text, start)
+        return (m for m in found if not any(block.start("fence") < m.start() < block.end() for block in blocks))
+
+    action = next(outside(_FREE_ACTION), None)
+    start = action.end() if action else 0
+    end = next((step.start() for step in outside(_NEXT_STEP, start)), len(text)) if action else len(text)
+    block = next((block for block in blocks if start <= block.start("fence") < end), None)
+    if block:
+        return textwrap.dedent(block["inside"]).strip("\n")
+    return text[start:end].strip().strip("`").strip()
