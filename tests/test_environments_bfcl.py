@@ -1,12 +1,17 @@
 """BFCL's multi-turn tasks; what needs the package is skipped where it is not installed."""
 
 import ast
+import asyncio
 
 import pytest
+from openai_server import Fault, OpenAIServer
 
-from routers.environments.bfcl import CATEGORIES, Bfcl, load_bfcl
-from routers.environments.protocol import GameError
+from routers.catalogue import Member
+from routers.environments.bfcl import CATEGORIES, INSTRUCTION, Bfcl, load_bfcl
+from routers.environments.protocol import GameError, Session
+from routers.environments.react import ReActExecutor
 from routers.environments.tool_calls import call_tool, read_calls
+from routers.pool import Retry, live_pool
 
 INSTALL = "BFCL is not installed: pip install --no-deps bfcl-eval mpmath"
 
@@ -137,3 +142,39 @@ def test_the_limit_ends_a_conversation() -> None:
     episode.reset()
     assert [episode.step("[ls()]")[1] for _ in range(2)] == [False, True]
     assert not episode.won
+
+
+def test_a_model_behind_an_endpoint_solves_a_conversation() -> None:
+    """Every way in which models write an action, and an endpoint that fails: the user's turn must not end by it."""
+    pytest.importorskip("bfcl_eval", reason=INSTALL)
+    task = load_bfcl()[0]
+    ways = (
+        "Thought: so be it.\nAction: {}",
+        "Action:\n```python\n{}\n```\nObservation: all right",
+        "{}",
+        "I call\n```\n{}\n```",
+    )
+    with OpenAIServer() as server:
+        member = Member("m", "x", 2.0, 8.0, base_url=server.url)
+        pool = live_pool({"m": member}, agent_prompt="{query}", retry=Retry(attempts=1))
+        executor, session = ReActExecutor(pool, "m"), Session(Bfcl(task), "s")
+        session.start()
+
+        async def episode() -> None:
+            for number, action in enumerate(task.walkthrough):
+                server.reply = ways[number % len(ways)].format(action)
+                server.faults = [Fault(status=500)] if number == 2 else []
+                for _ in range(1 + (number == 2)):
+                    bound = executor.bound(session.view)
+                    act = await executor.act(session.view, 5.0)
+                    assert act.cost <= bound
+                    session.take(act.action)
+            await pool.aclose()
+
+        asyncio.run(episode())
+    assert session.environment.won and session.environment.steps == len(task.walkthrough) + 1
+    assert (session.view.steps[2].action, session.view.steps[2].observation) == ("", "Nothing happens.")
+    prompt = server.requests[-1]["messages"][0]["content"]
+    assert INSTRUCTION in prompt and '{"name": "mv"' in prompt and "Possible commands" not in prompt
+    assert all(turn in prompt for turn in task.turns)
+    assert f"Action:\n```\n{task.walkthrough[0]}\n```\nObservation:\n{session.view.steps[0].observation}" in prompt

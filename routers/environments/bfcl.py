@@ -11,15 +11,15 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
-from routers.environments.protocol import GameError
+from routers.environments.protocol import NOTHING_HAPPENS, GameError
 from routers.environments.tool_calls import call_tool, read_calls
 
 CATEGORIES = ("base", "long_context", "miss_param")
 """Of the package's four; `miss_func`, which hides tools and shows them later, is not supported."""
 
 INSTRUCTION = (
-    "Answer with calls of these functions, as a list: [f(a=1), g(b='x')]. You see the results and may call again. "
-    "Once the request is dealt with, answer without a call."
+    "An action is a list of calls of these functions: [f(a=1), g(b='x')]. You see the results and may call again. Once "
+    "the request is dealt with, the action is a sentence without a call; there may be a further request."
 )
 
 
@@ -37,8 +37,9 @@ class BfclTask:
 
     @property
     def walkthrough(self) -> tuple[str, ...]:
-        """Actions that solve it: the right calls of each turn, then the end of the turn."""
-        return tuple(action for calls in self.gold for action in ([f"[{', '.join(calls)}]", ""] if calls else [""]))
+        """Actions that solve it: the right calls of each turn, then words that end the turn."""
+        done = "That is done."
+        return tuple(a for calls in self.gold for a in ([f"[{', '.join(calls)}]", done] if calls else [done]))
 
 
 def load_bfcl(category: str = "base") -> list[BfclTask]:
@@ -62,7 +63,10 @@ def load_bfcl(category: str = "base") -> list[BfclTask]:
 
 
 class Bfcl:
-    """One conversation; an `AgentEnvironment` with free text. Score: 1 if every turn was right, known at the end."""
+    """One conversation; an `AgentEnvironment` with free text. Score: 1 if every turn was right, known at the end.
+
+    Words without a call end the user's turn, as in the package; no words at all cost a step and change nothing.
+    """
 
     admissible: tuple[str, ...] = ()
     how = INSTRUCTION
@@ -91,12 +95,14 @@ class Bfcl:
             raise GameError(f"{self.seed}: an episode object is played once; make a new one")
         self._turn = 0
         docs = "\n".join(json.dumps(doc) for doc in _documents(self._task))
-        return f"{docs}\n{INSTRUCTION}\n\n{self._task.turns[0]}"
+        return f"{docs}\n\n{self._task.turns[0]}"
 
     def step(self, action: str) -> tuple[str, bool]:
         if self._turn < 0 or self.done:
             raise GameError(f"{self.seed}: step() {'before reset()' if self._turn < 0 else 'after the end'}")
         self.steps += 1
+        if not action:  # an executor that could not be reached has not said that it is done
+            return NOTHING_HAPPENS, self.done
         calls = read_calls(action)
         if calls:
             self._called = True

@@ -24,7 +24,7 @@ FREE_INSTRUCTION = (
 class Members(Protocol):
     """What is used of `routers.pool.Pool`."""
 
-    async def ask(self, member: str, query: str, deadline: float, *, max_cost: float) -> Reply: ...
+    async def ask(self, member: str, query: str, deadline: float, *, max_cost: float, sample: str) -> Reply: ...
 
     def price(self, member: str, usage: Usage) -> float: ...
 
@@ -76,7 +76,8 @@ class ReActExecutor:
     async def act(self, view: View, deadline: float) -> Act:
         # All attempts together stay within what a budget has reserved: a retry only where the first was not billed.
         query = self.query(view)
-        reply = await self.pool.ask(self.name, query, deadline, max_cost=self.pool.bound(self.name, query))
+        most = self.pool.bound(self.name, query)
+        reply = await self.pool.ask(self.name, query, deadline, max_cost=most, sample=view.seed)
         action = "" if reply.error else read_action(reply.text, view.admissible)
         return Act(action, self.pool.price(self.name, reply.usage), reply)
 
