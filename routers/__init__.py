@@ -1,5 +1,6 @@
 """The world a routing policy acts in: pool members and prices, recorded replies, environments, evaluation, serving."""
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from routers.catalogue import Member, cost, load_catalogue
@@ -7,12 +8,14 @@ from routers.table import Recorded, ReplyTable, load_table, quickstart_table
 
 if TYPE_CHECKING:
     from routers.agent import RouterAgent
+    from routers.step_router import StepRouter
 
 __all__ = [
     "Member",
     "Recorded",
     "ReplyTable",
     "RouterAgent",
+    "StepRouter",
     "cost",
     "load_catalogue",
     "load_table",
@@ -20,9 +23,10 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name == "RouterAgent":  # only when it is asked for: it needs torch
-        from routers.agent import RouterAgent
+_NEED_TORCH = {"RouterAgent": "routers.agent", "StepRouter": "routers.step_router"}
 
-        return RouterAgent
+
+def __getattr__(name: str) -> Any:
+    if name in _NEED_TORCH:  # only when they are asked for
+        return getattr(importlib.import_module(_NEED_TORCH[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -12,9 +12,14 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("srpo", "routers", "rewards")
 # Package -> modules of the other packages that it may import.
 ALLOWED: dict[str, set[str]] = {"srpo": set(), "routers": {"srpo.types"}, "rewards": {"srpo.types"}}
-# The one exception: a trained agent answers by the very loop that it was trained with, or it would have a second one.
+# The one exception: trained agents act by the very loop that they were trained with, or they would have a second one.
 LOOP = {"srpo.episode_loop", "srpo.generate", "srpo.rollout", "srpo.sampling"}
-EXCEPTIONS: dict[str, set[str]] = {"routers.agent": LOOP}
+EXCEPTIONS: dict[str, set[str]] = {
+    "routers.agent": LOOP,
+    "routers.shared_policy": {"srpo.generate"},
+    "routers.step_router": LOOP,
+    "routers.step_session": {"srpo.generate", "srpo.rollout"},
+}
 
 FORBIDDEN_NAMES = {"eval", "exec"}
 FORBIDDEN_MODULES = {"pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
