@@ -102,6 +102,19 @@ def test_without_a_cache_samples_stay_independent():
     assert len(backend.queries) == 4
 
 
+@pytest.mark.parametrize(
+    ("settings", "calls"),
+    [({"temperature": 0.7}, 3), ({"temperature": 0.0}, 1), ({"temperature": 0.7, "seed": 4}, 1)],
+)
+def test_independent_draws_have_their_own_places_where_the_member_samples(tmp_path, settings, calls):
+    """Three runs ask the same; a resumed run asks nobody."""
+    backend = Scripted(lambda query: f"reply {len(backend.queries)}", cached_as="s")
+    pool = Pool({"m": Member("m", "x", 0.0, 0.0, **settings)}, {"m": backend}, cache=ReplyCache(tmp_path))
+    for _ in range(2):
+        replies = [asyncio.run(pool.ask("m", "q", 5.0, sample=f"run {k}")).text for k in range(3)]
+        assert len(backend.queries) == calls == len(set(replies))
+
+
 def test_cancelling_the_first_of_two_does_not_cancel_the_second(tmp_path):
     pool = scripted_pool(Scripted(seconds=0.1, cached_as="s"), tmp_path)
 

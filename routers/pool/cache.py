@@ -19,9 +19,9 @@ from typing import Any
 from srpo.types import Reply, Usage
 
 
-def cache_key(identity: Mapping[str, Any], query: str) -> str:
+def cache_key(identity: Mapping[str, Any], query: str, sample: str = "") -> str:
     """SHA-256 over everything that decides a reply. Equal only for equal content, in whatever order of fields."""
-    text = json.dumps([dict(identity), query], sort_keys=True)
+    text = json.dumps([dict(identity), query, *([sample] if sample else [])], sort_keys=True)
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 

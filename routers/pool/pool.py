@@ -56,7 +56,14 @@ class Pool:
         self._flights: dict[str, _Flight] = {}
 
     async def ask(
-        self, member: str, query: str, deadline: float, *, query_id: str = "", max_cost: float = math.inf
+        self,
+        member: str,
+        query: str,
+        deadline: float,
+        *,
+        query_id: str = "",
+        max_cost: float = math.inf,
+        sample: str = "",
     ) -> Reply:
         """Ask one member.
 
@@ -67,6 +74,8 @@ class Pool:
             query_id: the dataset row that the question belongs to: the key of recorded replies, and of the ledger.
             max_cost: USD that all attempts of this call together may cost. An attempt whose upper bound does not fit
                 is not made; the error is then "over budget".
+            sample: names an independent draw. A member that samples (a temperature above 0, and no seed of its own)
+                has a place in the cache for each; any other member's reply serves them all.
 
         Returns:
             A reply whose ``error`` is None or ``KIND: words`` (``routers.pool.protocol.KINDS``). A reply out of the
@@ -80,7 +89,8 @@ class Pool:
         identity = caller.backend.identity
         if self._cache is None or identity is None:
             return await caller.ask(query, deadline, query_id, max_cost)
-        key = cache_key(identity, query)
+        samples = caller.member.temperature > 0 and caller.member.seed is None
+        key = cache_key(identity, query, sample if samples else "")
         end = time.monotonic() + deadline
         while True:
             reply = self._cache.get(key)
