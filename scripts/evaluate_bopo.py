@@ -1,7 +1,11 @@
-"""Evaluate a router on held-out tasks, or put several runs into one table with intervals and a picture.
+"""Evaluate a checkpoint on held-out tasks beside all baselines, or put several runs into one table with intervals.
 
+    python scripts/evaluate_bopo.py --model outputs/quickstart/bopo --temperature 1 0 --eval_caps inf 2
     python scripts/evaluate_bopo.py outputs/bopo-seed0 outputs/bopo-seed1 outputs/bopo-seed2 --markdown
 
+The first plays a checkpoint (folder or Hub id) as the recipe beside it says; further options are lines of that recipe
+(fields of `BudgetTask`, scripts/budget_task.py), such as `--heldout_tasks valid_unseen.jsonl.xz --heldout_count 0`. It
+writes `episodes.parquet`, `tables.md` and `frontier.png` to `--output`, which is then one of the runs of the second.
 Runs are grouped by the name of their folder without "-seedN"; every run of scripts/train_bopo.py writes
 `episodes.parquet`. The scripted executors of the quickstart are SCRIPTED: the planner reads the hidden state.
 """
@@ -9,6 +13,7 @@ Runs are grouped by the name of their folder without "-seedN"; every run of scri
 import argparse
 import math
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,12 +26,17 @@ from routers.budget_episode import TASK, Choose, drive
 from routers.budget_plot import draw
 from routers.budget_report import Episodes, render
 from routers.budget_rules import always_large, always_small, cascade, first_large, random_mix
+from routers.shared_policy import load_checkpoint
+from routers.step_settings import STEP_ROUTER, StepSettings
 from srpo.generate import TransformersGenerator
+from srpo.recipe import load_recipe
 from srpo.rollout import Limits, play
-from srpo.sampling import Sampling
+from srpo.sampling import Sampling, end_ids
 from srpo.types import CORRECT, COST, LOST
 
 EPISODES = "episodes.parquet"
+POLICY = "policy"
+"""How a run calls its policy; with something after it, another way of decoding."""
 REPETITIONS = 3
 NOTE = (
     "Explorer and planner are SCRIPTED executors, no language models; the planner reads the hidden state of the game. "
@@ -59,14 +69,14 @@ def play_policy(
     tokenizer: Any,
     task: BudgetTask,
     types: Mapping[str, str],
+    settings: StepSettings,
     *,
     caps: Sequence[float],
     seed: int,
     temperature: float,
-    price: tuple[float, float],
     batch: int = 64,
 ) -> pd.DataFrame:
-    """The policy on every task (id -> type) at every cap.
+    """The policy on every task (id -> type) at every cap, told about it as `settings` say.
 
     Its own tokens are priced, each token of a context once (it is cached).
 
@@ -81,13 +91,15 @@ def play_policy(
         for start in range(0, len(rows), batch):
             some = rows[start : start + batch]
             prompts = [
-                tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=True)["input_ids"]
+                tokenizer.apply_chat_template(
+                    row["prompt"], add_generation_prompt=True, return_dict=False, **settings.chat_template_kwargs
+                )
                 for row in some
             ]
             generator = TransformersGenerator(
-                model, tokenizer, Sampling(temperature=temperature), eos_ids=[tokenizer.eos_token_id]
+                model, tokenizer, Sampling(temperature=temperature), eos_ids=end_ids(model, tokenizer)
             )
-            limits = Limits(task.step_limit, 100_000, 1024, step_seconds=120.0)
+            limits = Limits(task.step_limit, 100_000, settings.observation_tokens, step_seconds=120.0)
             seeds = [f"evaluation/{seed}/{row[TASK]}" for row in some]
             for row, trajectory in zip(
                 some, play(environment, some, prompts, seeds, generator, tokenizer, limits), strict=True
@@ -96,7 +108,7 @@ def play_policy(
                     raise RuntimeError(f"{row[TASK]} was lost: {trajectory.columns[LOST]}")
                 read = len(trajectory.prompt_ids) + sum(len(t.ids) for t in trajectory.turns if t.owner == "world")
                 written = sum(len(t.ids) for t in trajectory.turns if t.owner == "policy")
-                own = (read * price[0] + written * price[1]) / 1e6
+                own = (read * settings.policy_price[0] + written * settings.policy_price[1]) / 1e6
                 record = _record(row[TASK], types[row[TASK]], trajectory.columns)
                 records.append({**record, "repetition": seed, "cap": cap, "policy_usd": own})
     return pd.DataFrame(records)
@@ -117,13 +129,22 @@ def _record(name: str, kind: str, columns: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def evaluate(
-    model: PreTrainedModel, tokenizer: Any, task: BudgetTask, folder: Path, name: str, seed: int, **how: Any
+    model: PreTrainedModel,
+    tokenizer: Any,
+    task: BudgetTask,
+    settings: StepSettings,
+    folder: Path,
+    name: str,
+    *,
+    seed: int,
+    temperature: float,
 ) -> pd.DataFrame:
-    """Episodes of a policy on every held-out set, with the classes of their tasks; `how` as for `play_policy`."""
+    """Episodes of a policy on every held-out set, with the classes of their tasks (profiles lie in `folder`)."""
     frames = []
     for label, which in heldout_sets(task).items():
         types = load_tasks(task.environment, which, task.heldout_count)
-        frame = play_policy(model, tokenizer, task, types, caps=task.eval_caps, seed=seed, **how)
+        how = {"caps": task.eval_caps, "seed": seed, "temperature": temperature}
+        frame = play_policy(model, tokenizer, task, types, settings, **how)
         frames.append(_classified(frame, task, label, which, folder).assign(method=name))
     return pd.concat(frames, ignore_index=True)
 
@@ -132,11 +153,12 @@ def rules(task: BudgetTask, folder: Path) -> pd.DataFrame:
     """Episodes of all rules on every held-out set; played once per `task_dir`."""
     frames = []
     for label, which in heldout_sets(task).items():
-        path = folder / f"rules_{label}.parquet"
-        if not path.exists():
-            played = play_rules(task, load_tasks(task.environment, which, task.heldout_count))
-            _classified(played, task, label, which, folder).to_parquet(path)
-        frames.append(pd.read_parquet(path))
+        path, types = folder / f"rules_{label}.parquet", load_tasks(task.environment, which, task.heldout_count)
+        known = pd.read_parquet(path) if path.exists() else None
+        if known is None or not set(types) <= set(known["task"]):
+            known = _classified(play_rules(task, types), task, label, which, folder)
+            known.to_parquet(path)
+        frames.append(known[known["task"].isin(types)])
     return pd.concat(frames, ignore_index=True)
 
 
@@ -146,7 +168,7 @@ def _classified(frame: pd.DataFrame, task: BudgetTask, label: str, which: str, f
     return frame.assign(set=label, difficulty=frame["task"].map(difficulty))
 
 
-def read_runs(folders: Sequence[Path], names: Sequence[str] | None = None) -> pd.DataFrame:
+def read_runs(folders: Sequence[Path]) -> pd.DataFrame:
     """All episodes of several runs in one frame. A run's policy is named after its folder, without "-seedN".
 
     Rules and the BoSFT policy of a seed are the same in all runs that share them, and are kept once.
@@ -155,25 +177,68 @@ def read_runs(folders: Sequence[Path], names: Sequence[str] | None = None) -> pd
     for folder in folders:
         frame = pd.read_parquet(folder / EPISODES)
         name = re.sub(r"-seed\d+$", "", folder.name)
-        frames.append(frame.assign(method=frame["method"].replace("policy", name)))
+        frames.append(frame.assign(method=frame["method"].str.replace(f"^{POLICY}(?=$|,)", name, regex=True)))
     return pd.concat(frames).drop_duplicates(["set", "method", "repetition", "task", "cap"], ignore_index=True)
 
 
-def main(argv: Sequence[str] | None = None) -> str:
-    """Print the tables of finished runs."""
-    parser = argparse.ArgumentParser(description="Put runs of train_bopo.py into one table.")
-    parser.add_argument("runs", nargs="+", type=Path, help="output folders of scripts/train_bopo.py")
+def tables(frame: pd.DataFrame, markdown: bool, picture: Path | None) -> str:
+    """The tables of every set of tasks, and the picture."""
+    sets = {str(name): Episodes(part) for name, part in frame.groupby("set")}
+    if picture:
+        draw(sets, picture)
+    return "\n".join([*(render(part, f"## {name}", markdown) for name, part in sets.items()), NOTE, ""])
+
+
+def evaluate_checkpoint(argv: Sequence[str]) -> str:
+    """Play a checkpoint on the held-out tasks of the recipe beside it; returns the tables that it wrote."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="folder or Hub id, as scripts/train_bopo.py writes them")
+    parser.add_argument("--config", help="recipe of the tasks; default: recipe.yaml beside the model")
+    parser.add_argument("--temperature", nargs="+", type=float, default=[1.0], help="0: greedy; a row for each")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the policy's dice; repetitions")
+    parser.add_argument("--task_dir", type=Path, help="profiles and baselines; default: the run's, else OUTPUT/task")
+    parser.add_argument("--output", type=Path, help="default: outputs/evaluation/NAME_OF_THE_MODEL")
+    options, overrides = parser.parse_known_args(argv)
+    model, tokenizer, folder = load_checkpoint(options.model, STEP_ROUTER)
+    settings = StepSettings.load(folder)
+    recipe = load_recipe(
+        BudgetTask, ["--config", options.config or str(folder / "recipe.yaml"), *overrides], partial=True
+    )
+    [task] = recipe
+    output = options.output or Path("outputs/evaluation", Path(options.model).name)
+    output.mkdir(parents=True, exist_ok=True)
+    places = [Path(place) for place in (task.task_dir, folder / "task") if place is not None]
+    known = options.task_dir or next((place for place in places if place.exists()), output / "task")
+    frames = [rules(task, known)]
+    for temperature in options.temperature:
+        name = POLICY + {0.0: ", greedy", 1.0: ""}.get(temperature, f", temperature {temperature:g}")
+        for seed in options.seeds:
+            frames.append(evaluate(model, tokenizer, task, settings, known, name, seed=seed, temperature=temperature))
+    episodes = pd.concat(frames, ignore_index=True)
+    episodes.to_parquet(output / EPISODES)
+    text = tables(episodes, True, output / "frontier.png")
+    (output / "tables.md").write_text(text)
+    print(text, output, sep="\n")
+    return text
+
+
+def compare(argv: Sequence[str]) -> str:
+    """Put finished runs into one table; returns it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, help="output folders of scripts/train_bopo.py, or of --model")
     parser.add_argument("--markdown", action="store_true")
     parser.add_argument("--picture", type=Path, help="where to draw the frontiers (PNG)")
     options = parser.parse_args(argv)
-    frame = read_runs(options.runs)
-    sets = {str(name): Episodes(part) for name, part in frame.groupby("set")}
-    text = "\n".join(render(episodes, name, options.markdown) for name, episodes in sets.items())
-    if options.picture:
-        draw(sets, options.picture)
-    text += "\n" + NOTE
+    text = tables(read_runs(options.runs), options.markdown, options.picture)
     print(text)
     return text
+
+
+def main(argv: Sequence[str] | None = None) -> str:
+    """Command line; the tables."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    asked = any(word.split("=")[0] == "--model" for word in words)
+    return evaluate_checkpoint(words) if asked else compare(words)
 
 
 if __name__ == "__main__":

@@ -28,16 +28,15 @@ from budget_task import (
     train_tasks,
 )
 from datasets import Dataset
-from evaluate_bopo import EPISODES, NOTE, evaluate, rules
+from evaluate_bopo import EPISODES, POLICY, evaluate, rules, tables
 from policies import load_policy, warm_start_config
 from transformers import set_seed
 
 from rewards.boundary import Boundary, BoundaryReward, cheap_failure_pays, make_boundary_reward
 from routers.bosft import Demonstration, Synthesis, balance, demonstrations, write_dataset
 from routers.budget_episode import TASK
-from routers.budget_plot import draw
-from routers.budget_report import Episodes, render
 from routers.profiles import BoundaryProfile, observe, write_profiles
+from routers.step_settings import StepSettings
 from srpo import SRPOConfig, SRPOTrainer
 from srpo.advantages import REFERENCES
 from srpo.recipe import load_recipe, resolved_recipe
@@ -75,9 +74,6 @@ class BopoArguments:
     def reward(self) -> BoundaryReward:
         return BoundaryReward(self.cost_weight, self.hard_bonus, self.cost_norm, self.gate_cost_on_success)
 
-    def evaluation(self) -> dict[str, Any]:
-        return {"temperature": self.eval_temperature, "price": (self.policy_price_in, self.policy_price_out)}
-
     def synthesis(self) -> Synthesis:
         return Synthesis(self.bosft_sweep, self.bosft_keep, self.bosft_strata)  # type: ignore[arg-type]
 
@@ -92,9 +88,11 @@ def main(argv: list[str] | None = None) -> str | None:
     task, bopo, args = recipe
     state, output = PartialState(), Path(args.output_dir)
     folder = Path(task.task_dir or output / "task")
+    settings = step_settings(task, bopo, args)
     if state.is_main_process:
         output.mkdir(parents=True, exist_ok=True)
         (output / "recipe.yaml").write_text(yaml.safe_dump(resolved_recipe(recipe), sort_keys=False))
+        settings.save(output)
     with state.main_process_first():  # the others read what the first has written
         profiled = profiles(task, "train", task.train_tasks, task.train_count, folder)
     rows = training_rows(task, bopo, profiled)
@@ -104,14 +102,13 @@ def main(argv: list[str] | None = None) -> str | None:
     set_seed(args.seed)
     start = bopo.bosft_policy or str(output / "bosft")
     if bopo.bosft_policy is None and args.resume_from_checkpoint is None:
-        make_start(task, bopo, args, rows, Path(start))
+        make_start(task, bopo, args, settings, rows, Path(start))
         state.wait_for_everyone()
     # Read from disk, also by the process that wrote it: TRL makes the reference policy of the KL from that path.
     model, tokenizer = load_policy(start, args, 0, lambda: corpus(task, rows))
+    how = {"seed": args.seed, "temperature": bopo.eval_temperature}
     if state.is_main_process and not (Path(start) / EPISODES).exists():
-        evaluate(model, tokenizer, task, folder, "BoSFT", args.seed, **bopo.evaluation()).to_parquet(
-            Path(start) / EPISODES
-        )
+        evaluate(model, tokenizer, task, settings, folder, "BoSFT", **how).to_parquet(Path(start) / EPISODES)
 
     environment = make_environment(task)
     trainer = SRPOTrainer(
@@ -131,14 +128,12 @@ def main(argv: list[str] | None = None) -> str | None:
 
     write_profiles(observe(profiled.values(), successes(output)), output / "profiles.parquet")
     trained = trainer.accelerator.unwrap_model(trainer.model)
-    after = evaluate(trained, tokenizer, task, folder, "policy", args.seed, **bopo.evaluation())
+    after = evaluate(trained, tokenizer, task, settings, folder, POLICY, **how)
     before = pd.read_parquet(Path(start) / EPISODES)
     episodes = pd.concat([rules(task, folder), before, after], ignore_index=True)
     episodes.to_parquet(output / EPISODES)
-    sets = {str(name): Episodes(part) for name, part in episodes.groupby("set")}
-    text = "\n".join([*(render(part, f"## {name}") for name, part in sets.items()), NOTE, ""])
+    text = tables(episodes, True, output / "frontier.png")
     (output / "tables.md").write_text(text)
-    draw(sets, output / "frontier.png")
     trainer.heldout_table = text
     trainer.create_model_card(model_name=output.name)
     if args.push_to_hub:
@@ -151,6 +146,7 @@ def make_start(
     task: BudgetTask,
     bopo: BopoArguments,
     args: SRPOConfig,
+    settings: StepSettings,
     rows: Sequence[dict[str, Any]],
     folder: Path,
 ) -> None:
@@ -163,7 +159,7 @@ def make_start(
         model, tokenizer = load_policy(bopo.model_name_or_path, args, bopo.lora_r, lambda: corpus(task, rows))
     chosen = bosft_demonstrations(task, bopo, rows, args.seed) if bopo.bosft_epochs > 0 else []
     if chosen:
-        examples = [tokens(demonstration, task, tokenizer) for demonstration in chosen]
+        examples = [tokens(demonstration, settings, tokenizer) for demonstration in chosen]
         config = warm_start_config(
             args,
             folder,
@@ -175,13 +171,29 @@ def make_start(
     if PartialState().is_main_process:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        settings.save(folder)
         if chosen:
             write_dataset(chosen, folder / "demonstrations", task.executors)
 
 
-def training_rows(
-    task: BudgetTask, bopo: BopoArguments, profiled: dict[str, BoundaryProfile]
-) -> list[dict[str, Any]]:
+def step_settings(task: BudgetTask, bopo: BopoArguments, args: SRPOConfig) -> StepSettings:
+    """How the policy is told about an episode, in training and ever after."""
+    return StepSettings(
+        executors=tuple(task.executors),
+        labels=tuple(task.labels),
+        observation=task.observation,
+        unit=task.budget_unit,
+        tail_calls=task.tail_calls,
+        on_empty=task.on_empty,
+        step_limit=task.step_limit,
+        observation_tokens=args.max_observation_tokens,
+        chat_template_kwargs=args.chat_template_kwargs or {},
+        environment=task.environment,
+        policy_price=(bopo.policy_price_in, bopo.policy_price_out),
+    )
+
+
+def training_rows(task: BudgetTask, bopo: BopoArguments, profiled: dict[str, BoundaryProfile]) -> list[dict[str, Any]]:
     """A row per cap and task, with what the reward and the advantage read."""
     rule = bopo.reward()
     rows = []
@@ -217,16 +229,15 @@ def bosft_demonstrations(
     return balance(found, how, random.Random(seed))
 
 
-def tokens(demonstration: Demonstration, task: BudgetTask, tokenizer: Any) -> dict[str, list[int]]:
+def tokens(demonstration: Demonstration, settings: StepSettings, tokenizer: Any) -> dict[str, list[int]]:
     """A demonstration as the rollout would have made it, with labels on the decisions only."""
     prompt = tokenizer.apply_chat_template(
-        demonstration.row["prompt"], add_generation_prompt=True, return_dict=True
-    )["input_ids"]
+        demonstration.row["prompt"], add_generation_prompt=True, return_dict=False, **settings.chat_template_kwargs
+    )
     ids, labels = list(prompt), [-100] * len(prompt)
-    words = dict(zip(task.executors, task.labels, strict=True))
     for name, observation in demonstration.driven.decisions:
-        decision = tokenizer(words[name], add_special_tokens=False)["input_ids"]
-        said = [] if observation.end else list(observation_ids(observation, tokenizer, 1024))
+        decision = tokenizer(settings.names[name], add_special_tokens=False)["input_ids"]
+        said = [] if observation.end else observation_ids(observation, tokenizer, settings.observation_tokens)
         ids += [*decision, *said]
         labels += [*decision, *[-100] * len(said)]
     return {"input_ids": ids, "labels": labels}

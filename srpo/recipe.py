@@ -45,12 +45,14 @@ class Recipe(tuple[Any, ...]):
     path: Path | None
 
 
-def load_recipe(dataclass_types: Any, argv: Sequence[str] | None = None) -> Recipe:
+def load_recipe(dataclass_types: Any, argv: Sequence[str] | None = None, *, partial: bool = False) -> Recipe:
     """Reads `--config recipe.yaml` and `--key value` overrides into dataclasses.
 
     Args:
         dataclass_types: one dataclass, or several; no two may share a field name.
         argv: command line without the program's name; None: `sys.argv[1:]`.
+        partial: pass over keys of the file that belong to other dataclasses. For the recorded recipe of a run, which
+            was checked then.
 
     Raises:
         RecipeError: unknown key (with the nearest valid one), key written twice, wrong type, missing key, a value that
@@ -62,6 +64,8 @@ def load_recipe(dataclass_types: Any, argv: Sequence[str] | None = None) -> Reci
 
     path, rest = _split_config(list(sys.argv[1:] if argv is None else argv))
     given = _read_file(path) if path is not None else {}
+    if partial:
+        given = {key: item for key, item in given.items() if key in fields}
     for key, item in given.items():
         if key not in fields:
             raise RecipeError(f"{item.where}: unknown key {key!r}{_nearest(key, fields)}")
