@@ -69,6 +69,22 @@ class Batches:
                 future.set_result(sample)
 
 
+def find_file(name: str, file: str) -> Path | None:
+    """A file of a checkpoint, downloaded if need be; None: it has no such file.
+
+    Args:
+        name: a folder or Hub id.
+        file: its name in there.
+
+    Raises:
+        OSError: no such checkpoint.
+    """
+    from transformers.utils import cached_file
+
+    found = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
+    return None if found is None else Path(found)
+
+
 def load_checkpoint(name: str, settings: str) -> tuple[Any, Any, Path]:
     """(model, tokenizer, folder that may hold `settings`) of a folder or Hub id, full weights or LoRA adapter.
 
@@ -79,17 +95,13 @@ def load_checkpoint(name: str, settings: str) -> tuple[Any, Any, Path]:
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import cached_file
 
-    def find(file: str) -> str | None:
-        return cached_file(name, file, _raise_exceptions_for_missing_entries=False)  # type: ignore[no-any-return]
-
-    if find("adapter_config.json"):
+    if find_file(name, "adapter_config.json"):
         from peft import AutoPeftModelForCausalLM
 
         model = AutoPeftModelForCausalLM.from_pretrained(name)
     else:
         model = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    found = find(settings)
-    return model, AutoTokenizer.from_pretrained(name), Path(found).parent if found else Path(name)
+    found = find_file(name, settings)
+    return model, AutoTokenizer.from_pretrained(name), found.parent if found else Path(name)

@@ -26,7 +26,7 @@ from routers.budget_episode import TASK, Choose, drive
 from routers.budget_plot import draw
 from routers.budget_report import Episodes, render
 from routers.budget_rules import always_large, always_small, cascade, first_large, random_mix
-from routers.shared_policy import load_checkpoint
+from routers.shared_policy import find_file, load_checkpoint
 from routers.step_settings import STEP_ROUTER, StepSettings
 from srpo.generate import TransformersGenerator
 from srpo.recipe import load_recipe
@@ -37,31 +37,10 @@ from srpo.types import CORRECT, COST, LOST
 EPISODES = "episodes.parquet"
 POLICY = "policy"
 """How a run calls its policy; with something after it, another way of decoding."""
-REPETITIONS = 3
 NOTE = (
     "Explorer and planner are SCRIPTED executors, no language models; the planner reads the hidden state of the game. "
     "Costs hold the policy's own tokens. Intervals are 95 %, over tasks and seeds; gains in points, paired by task."
 )
-SHARES = (0.02, 0.04, 0.06, 0.08, 0.1, 0.13, 0.16, 0.2, 0.25, 0.3, 0.4, 0.6)
-FAMILIES: dict[str, Mapping[str, Choose]] = {
-    "random mixing": {"0": always_small, **{f"{p:g}": random_mix(p) for p in SHARES}, "1": always_large},
-    "first-large": {"0": always_small, **{str(k): first_large(k) for k in range(1, 7)}, "all": always_large},
-    "cascade": {"never": always_small, **{str(k): cascade(k) for k in range(2, 20, 2)}, "at once": always_large},
-}
-
-
-def play_rules(task: BudgetTask, types: Mapping[str, str]) -> pd.DataFrame:
-    """Every setting of every family on every task (id -> type): one row per episode."""
-    environment = make_environment(task)
-    rows = []
-    for family, settings in FAMILIES.items():
-        for setting, choose in settings.items():
-            for repetition in range(REPETITIONS):
-                for name, kind in types.items():
-                    columns = drive(environment, {TASK: name}, f"evaluation/{repetition}/{name}", choose).columns
-                    record = _record(name, kind, columns)
-                    rows.append({"method": f"{family} {setting}", "repetition": repetition, **record})
-    return pd.DataFrame(rows)
 
 
 def play_policy(
@@ -109,23 +88,9 @@ def play_policy(
                 read = len(trajectory.prompt_ids) + sum(len(t.ids) for t in trajectory.turns if t.owner == "world")
                 written = sum(len(t.ids) for t in trajectory.turns if t.owner == "policy")
                 own = (read * settings.policy_price[0] + written * settings.policy_price[1]) / 1e6
-                record = _record(row[TASK], types[row[TASK]], trajectory.columns)
+                record = episode_row(row[TASK], types[row[TASK]], trajectory.columns)
                 records.append({**record, "repetition": seed, "cap": cap, "policy_usd": own})
     return pd.DataFrame(records)
-
-
-def _record(name: str, kind: str, columns: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "task": name,
-        "task_type": kind,
-        "success": float(columns[CORRECT]),
-        "executor_usd": float(columns[COST]),
-        "large_calls": int(columns["large_calls"]),
-        "steps": int(columns["calls"]),
-        "violated": bool(columns["budget_violated"]),
-        "cap": math.inf,
-        "policy_usd": 0.0,
-    }
 
 
 def evaluate(
@@ -189,6 +154,21 @@ def tables(frame: pd.DataFrame, markdown: bool, picture: Path | None) -> str:
     return "\n".join([*(render(part, f"## {name}", markdown) for name, part in sets.items()), NOTE, ""])
 
 
+def recorded_task(model: str, config: str | None, overrides: Sequence[str]) -> BudgetTask:
+    """The task of a checkpoint, from the recipe beside it (or another one) and lines given on the command line.
+
+    Raises:
+        ValueError: there is no recipe, or it cannot be used.
+    """
+    found = config or find_file(model, "recipe.yaml")
+    if found is None:
+        raise ValueError(
+            f"{model} has no recipe.yaml, which scripts/train_bopo.py writes: name a recipe with --config"
+        )
+    [task] = load_recipe(BudgetTask, ["--config", str(found), *overrides], partial=True)
+    return task
+
+
 def evaluate_checkpoint(argv: Sequence[str]) -> str:
     """Play a checkpoint on the held-out tasks of the recipe beside it; returns the tables that it wrote."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -199,12 +179,9 @@ def evaluate_checkpoint(argv: Sequence[str]) -> str:
     parser.add_argument("--task_dir", type=Path, help="profiles and baselines; default: the run's, else OUTPUT/task")
     parser.add_argument("--output", type=Path, help="default: outputs/evaluation/NAME_OF_THE_MODEL")
     options, overrides = parser.parse_known_args(argv)
+    task = recorded_task(options.model, options.config, overrides)
     model, tokenizer, folder = load_checkpoint(options.model, STEP_ROUTER)
     settings = StepSettings.load(folder)
-    recipe = load_recipe(
-        BudgetTask, ["--config", options.config or str(folder / "recipe.yaml"), *overrides], partial=True
-    )
-    [task] = recipe
     output = options.output or Path("outputs/evaluation", Path(options.model).name)
     output.mkdir(parents=True, exist_ok=True)
     places = [Path(place) for place in (task.task_dir, folder / "task") if place is not None]
