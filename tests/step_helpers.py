@@ -16,7 +16,7 @@ from srpo.sampling import Sampling, end_ids
 from srpo.types import Trajectory
 
 LABELS = ("<small>", "<large>")
-GAMES = list(suite("alfworld").tasks("generated/heldout", 6))
+GAMES = list(suite("alfworld").tasks("generated/test", 6))
 
 
 def settings(observation: str = "verbose", **changes: Any) -> StepSettings:

@@ -31,14 +31,14 @@ def test_task_types_take_turns_and_can_be_asked_for() -> None:
 
 
 def test_games_are_distinct_and_the_splits_share_none() -> None:
-    facts = [game.facts for split in ("train", "heldout") for game in generate_games(300, split)]
+    facts = [game.facts for split in ("train", "test") for game in generate_games(300, split)]
     assert len(set(facts)) == 600
-    ids = [game.id for split in ("train", "heldout") for game in generate_games(300, split)]
+    ids = [game.id for split in ("train", "test") for game in generate_games(300, split)]
     assert len(set(ids)) == 600
 
 
 def test_a_game_is_a_function_of_its_id() -> None:
-    for game in (generate(17), generate(17, "heldout"), generate(4, task_type=TASK_TYPES[1])):
+    for game in (generate(17), generate(17, "test"), generate(4, task_type=TASK_TYPES[1])):
         assert generated(game.id) == game
     assert generate(0).task == "put some watch on desk."
 
@@ -54,7 +54,7 @@ def test_games_stay_what_they_are() -> None:
     assert hashlib.sha256(text.encode()).hexdigest()[:16] == "f07efbf2f8ad9d43"
 
 
-@pytest.mark.parametrize("game_id", ["generated/train", "generated/test/3", "generated/train/-1", "real/train/3", ""])
+@pytest.mark.parametrize("game_id", ["generated/train", "generated/dev/3", "generated/train/-1", "real/train/3", ""])
 def test_ids_that_name_no_game(game_id: str) -> None:
     with pytest.raises(GameError, match=r"no generated game"):
         generated(game_id)
@@ -84,7 +84,7 @@ def won(games: list[Game], executors: list[Executor], first: int) -> float:
 
 
 def test_small_games_are_easy_for_the_explorer_large_ones_are_not_and_the_planner_wins_all() -> None:
-    games = generate_games(180, "heldout")
+    games = generate_games(180, "test")
     small = [game for game in games if len(game.facts.receptacles) < 18]
     large = [game for game in games if len(game.facts.receptacles) >= 18]
     assert min(len(small), len(large)) > 50

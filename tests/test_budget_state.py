@@ -59,7 +59,7 @@ def environment(budget: Budget | None = None, describe=compact) -> BudgetEnviron
 def test_words_stay_in_the_vocabulary_and_count_down() -> None:
     words = set(OBSERVATIONS["compact"].words)
     for number in range(12):
-        row = {TASK: f"generated/heldout/{number}"}
+        row = {TASK: f"generated/test/{number}"}
         driven = drive(environment(Budget(3)), row, "s", random_mix(0.3))
         told = [driven.first, *(o for _, o in driven.decisions if o.end is None)]
         spent = 0

@@ -177,7 +177,7 @@ def test_the_explorer_puts_down_what_another_executor_took() -> None:
 
 def test_the_seed_decides_the_search_and_nothing_else_does() -> None:
     def commands(seed: str) -> list[str]:
-        played = generate_games(1, "heldout")[0]
+        played = generate_games(1, "test")[0]
         return [s.action for s in asyncio.run(play(AlfWorld(played), [Explorer()], lambda view: 0, seed)).steps]
 
     assert commands("a") == commands("a")

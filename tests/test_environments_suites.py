@@ -37,9 +37,9 @@ def test_games_of_a_file_are_known_once_it_was_listed(tmp_path: Path) -> None:
     assert made.make("b", 7).limit == 7
 
 
-@pytest.mark.parametrize(("which", "count"), [("generated/test", 3), ("generated/train", 0)])
+@pytest.mark.parametrize(("which", "count"), [("generated/dev", 3), ("generated/train", 0)])
 def test_a_part_that_does_not_exist_names_those_that_do(which: str, count: int) -> None:
-    with pytest.raises(GameError, match=r"generated/\{train,validation,heldout\} and a count"):
+    with pytest.raises(GameError, match=r"generated/\{train,validation,test\} and a count"):
         AlfWorldSuite().tasks(which, count)
 
 

@@ -13,7 +13,7 @@ from routers.environments.protocol import GameError
 from routers.environments.rooms import LAMPS, OPENABLE, ROOMS, SHARES, THINGS, ThingKind
 from routers.environments.state import State
 
-SPLITS = ("train", "validation", "heldout")
+SPLITS = ("train", "validation", "test")
 ATTEMPTS = 100
 
 _LINES = {
