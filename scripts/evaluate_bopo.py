@@ -37,10 +37,31 @@ from srpo.types import CORRECT, COST, LOST
 EPISODES = "episodes.parquet"
 POLICY = "policy"
 """How a run calls its policy; with something after it, another way of decoding."""
+REPETITIONS = 3
 NOTE = (
     "Explorer and planner are SCRIPTED executors, no language models; the planner reads the hidden state of the game. "
     "Costs hold the policy's own tokens. Intervals are 95 %, over tasks and seeds; gains in points, paired by task."
 )
+SHARES = (0.02, 0.04, 0.06, 0.08, 0.1, 0.13, 0.16, 0.2, 0.25, 0.3, 0.4, 0.6)
+FAMILIES: dict[str, Mapping[str, Choose]] = {
+    "random mixing": {"0": always_small, **{f"{p:g}": random_mix(p) for p in SHARES}, "1": always_large},
+    "first-large": {"0": always_small, **{str(k): first_large(k) for k in range(1, 7)}, "all": always_large},
+    "cascade": {"never": always_small, **{str(k): cascade(k) for k in range(2, 20, 2)}, "at once": always_large},
+}
+
+
+def play_rules(task: BudgetTask, types: Mapping[str, str]) -> pd.DataFrame:
+    """Every setting of every family on every task (id -> type): one row per episode."""
+    environment = make_environment(task)
+    rows = []
+    for family, settings in FAMILIES.items():
+        for setting, choose in settings.items():
+            for repetition in range(REPETITIONS):
+                for name, kind in types.items():
+                    columns = drive(environment, {TASK: name}, f"evaluation/{repetition}/{name}", choose).columns
+                    record = _record(name, kind, columns)
+                    rows.append({"method": f"{family} {setting}", "repetition": repetition, **record})
+    return pd.DataFrame(rows)
 
 
 def play_policy(
@@ -88,9 +109,23 @@ def play_policy(
                 read = len(trajectory.prompt_ids) + sum(len(t.ids) for t in trajectory.turns if t.owner == "world")
                 written = sum(len(t.ids) for t in trajectory.turns if t.owner == "policy")
                 own = (read * settings.policy_price[0] + written * settings.policy_price[1]) / 1e6
-                record = episode_row(row[TASK], types[row[TASK]], trajectory.columns)
+                record = _record(row[TASK], types[row[TASK]], trajectory.columns)
                 records.append({**record, "repetition": seed, "cap": cap, "policy_usd": own})
     return pd.DataFrame(records)
+
+
+def _record(name: str, kind: str, columns: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "task": name,
+        "task_type": kind,
+        "success": float(columns[CORRECT]),
+        "executor_usd": float(columns[COST]),
+        "large_calls": int(columns["large_calls"]),
+        "steps": int(columns["calls"]),
+        "violated": bool(columns["budget_violated"]),
+        "cap": math.inf,
+        "policy_usd": 0.0,
+    }
 
 
 def evaluate(
