@@ -30,8 +30,7 @@ from srpo.objectives import Head
 def choice_log_probs(hidden: Tensor, head: Head, choices: Tensor, temperature: float) -> Tensor:
     """hidden [N, D], choices [N, A] -> log-probabilities [N, A] over each row's choices; -inf at the padding. fp32."""
     with head.gather():
-        logits = head.logits_at(hidden, choices.clamp(min=0))
-    return (logits / temperature).masked_fill(choices < 0, -torch.inf).log_softmax(dim=-1)
+        return (head.logits(hidden, choices) / temperature).log_softmax(dim=-1)
 
 
 def score_choices(

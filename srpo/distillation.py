@@ -47,6 +47,7 @@ class DistillationMixin:
         entropy = torch.zeros(mask.shape, device=mask.device)
         sampled = self.args.distillation_mode == "sampled_token"
         teacher_logp = torch.zeros(mask.shape, device=mask.device)
+        choices = batch.get("choices")
         hidden: list[Tensor | None] = [None] * mask.size(0)
 
         prompts = {
@@ -69,17 +70,18 @@ class DistillationMixin:
             head = head or self.teacher.head()
             keep = omega[chunk][:, : states.size(1)]
             flat = states[keep]
+            allowed = None if choices is None else choices[chunk][omega[chunk]]
             if not real:  # a rank without rows keeps a sharded teacher's collectives in step
                 hidden_entropy(flat[:0], head, self.temperature)
                 if sampled:
                     hidden_logp(flat[:0], head, batch["completion_ids"][0, :0], self.temperature)
                 continue
-            entropy[chunk] = entropy[chunk].masked_scatter(omega[chunk], hidden_entropy(flat, head, self.temperature))
+            nats = hidden_entropy(flat, head, self.temperature, allowed)
+            entropy[chunk] = entropy[chunk].masked_scatter(omega[chunk], nats)
             if sampled:
                 tokens = batch["completion_ids"][chunk][omega[chunk]]
-                teacher_logp[chunk] = teacher_logp[chunk].masked_scatter(
-                    omega[chunk], hidden_logp(flat, head, tokens, self.temperature)
-                )
+                logp = hidden_logp(flat, head, tokens, self.temperature, allowed)
+                teacher_logp[chunk] = teacher_logp[chunk].masked_scatter(omega[chunk], logp)
             else:
                 for i, states_i in zip(chunk, flat.split(keep.sum(dim=1).tolist()), strict=True):
                     hidden[i] = states_i
@@ -111,7 +113,9 @@ class DistillationMixin:
             return None
         rows = [h for h in inputs["teacher_hidden"] if h is not None]
         hidden = torch.cat(rows) if rows else torch.zeros(0, self.teacher.width, device=omega.device)
-        return TeacherTargets(omega, hidden, self._teacher_head, self._divergence, chunks)
+        choices = inputs.get("choices")
+        allowed = None if choices is None else choices[omega]
+        return TeacherTargets(omega, hidden, self._teacher_head, self._divergence, allowed, chunks)
 
     def _teacher_chunks(self, rows: list[int]) -> list[list[int]]:
         size = self.args.per_device_train_batch_size

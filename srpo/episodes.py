@@ -20,7 +20,7 @@ from transformers.utils import logging
 from trl.models.utils import unwrap_model_for_generation
 
 from srpo.episode_loop import EpisodeLoop
-from srpo.flatten import Flat, flatten, kept_rows, padded_choices, row_key, row_seeds
+from srpo.flatten import Flat, flatten, kept_rows, most_choices, padded_choices, row_key, row_seeds
 from srpo.generate import Generator, Recorder, Sampling, TransformersGenerator
 from srpo.generate_vllm import VLLMGenerator
 from srpo.rollout import Limits, as_columns, play
@@ -99,7 +99,9 @@ class RolloutMixin:
         masks = [[k * p for p in f.policy] for f, k in zip(flat, kept, strict=True)]
         multiple = self.pad_to_multiple_of or 1
         length = -(-max(len(f.ids) for f in flat) // multiple) * multiple
-        choices = padded_choices([f.choices for f in flat], length)
+        rows = [f.choices for f in flat]
+        # Of all ranks: a rank whose episodes were all lost scores choices too, as it gathers a sharded head in step.
+        choices = padded_choices(rows, length, max(gather_object([most_choices(rows)])))
         self._choices = None if choices is None else choices.to(self.accelerator.device)
         completions = [self._messages(t, isinstance(prompts[0], str)) for t in trajectories]
         ids, logprobs = [f.ids for f in flat], [f.logprobs for f in flat]

@@ -41,9 +41,13 @@ def flatten(trajectory: Trajectory, pad_id: int) -> Flat:
     return flat if flat.ids else Flat([pad_id], [0], [0.0], [()])
 
 
-def padded_choices(rows: Sequence[Sequence[tuple[int, ...]]], length: int) -> Tensor | None:
-    """[B, T, A] int64, padded with -1, of each token's allowed ids; None if no token was restricted."""
-    widest = max((len(allowed) for row in rows for allowed in row), default=0)
+def most_choices(rows: Sequence[Sequence[tuple[int, ...]]]) -> int:
+    """A: how many ids the widest decision had; 0 if no token was restricted."""
+    return max((len(allowed) for row in rows for allowed in row), default=0)
+
+
+def padded_choices(rows: Sequence[Sequence[tuple[int, ...]]], length: int, widest: int) -> Tensor | None:
+    """[B, T, A] int64, padded with -1, of each token's allowed ids; None if A, `widest`, is 0."""
     if not widest:
         return None
     table = torch.full((len(rows), length, widest), -1)

@@ -6,6 +6,7 @@ Rows differ in how many turns they take, so that processes need different number
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,11 @@ CASES: dict[str, dict[str, Any]] = {
     "lost": {"rollouts": 20, "lose": True},
     "zero3": {},
     "zero3_sharded": {"ds3_gather_for_generation": False},
+    # Failures are distilled; on the first rank decisions and texts, on the second texts only.
+    "decisions": {"free": True},
+    "zero3_decisions": {"free": True},
 }
+BOPO = {"objective": "bopo", "distill_failed": True, "advantage_baseline": "none", "advantage_scale": "none"}
 import torch
 from core_helpers import config, dataset, digest, trainer
 from episode_worlds import ScriptedEnvironment
@@ -67,6 +72,20 @@ class Ragged(ScriptedEnvironment):
         return Observation("go on " * (t + 1), before="<|im_end|>\n", after="<|im_start|>assistant\n")
 
 
+class HalfFree(Ragged):
+    """Every other turn, the first too, is a decision between two labels; but not in the episodes that are `free`."""
+
+    def __init__(self, free: Callable[[int], bool]):
+        super().__init__()
+        self.free = free
+
+    def episode(self, row: Any, seed: str) -> Any:
+        made = super().episode(row, seed)
+        if not self.free(len(self.made) - 1):
+            made._labels = lambda t: None if t % 2 else ("a", "b")
+        return made
+
+
 def reward(said: list[str], **_: Any) -> list[float]:
     return [float(digest(text) % 3 == 0) for text in said]
 
@@ -74,7 +93,7 @@ def reward(said: list[str], **_: Any) -> list[float]:
 def run(folder: Path, case: str, processes: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Weights after two steps, and what was logged; forwards of this process."""
     settings = dict(CASES[case])
-    size, lose = settings.pop("rollouts", 16), settings.pop("lose", False)
+    size, lose, free = (settings.pop(name, other) for name, other in (("rollouts", 16), ("lose", 0), ("free", 0)))
     if case.startswith("zero3") and processes > 1:
         import deepspeed
 
@@ -82,7 +101,7 @@ def run(folder: Path, case: str, processes: int) -> tuple[dict[str, torch.Tensor
         settings["deepspeed"] = ZERO3
     args = config(
         folder / f"{case}_{processes}",
-        objective="grpo",
+        **(BOPO if free else {"objective": "grpo"}),
         per_device_train_batch_size=size // processes,
         max_steps=2,
         learning_rate=1.0,
@@ -90,7 +109,9 @@ def run(folder: Path, case: str, processes: int) -> tuple[dict[str, torch.Tensor
         max_turn_tokens=8,
         **settings,
     )
-    made = trainer(args, rewards=reward, rollout_func=None, train_dataset=dataset(40), environment=Ragged(lose))
+    rank, half = int(os.environ.get("RANK", 0)), size // 2
+    world = HalfFree(lambda n: rank == 1 or (n % size >= half and processes == 1)) if free else Ragged(bool(lose))
+    made = trainer(args, rewards=reward, rollout_func=None, train_dataset=dataset(40), environment=world)
     assert made.accelerator.num_processes == processes, "this is not the number of processes that was asked for"
     forwards, make = [], made._make_generator
 

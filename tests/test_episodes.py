@@ -8,7 +8,7 @@ from core_helpers import config, equal, logged, tokenizer, trainer, weights
 from episode_worlds import ScriptedEnvironment
 from peft import LoraConfig
 
-from srpo.flatten import kept_rows, padded_choices, row_seeds
+from srpo.flatten import kept_rows, most_choices, padded_choices, row_seeds
 from srpo.heads import capture_hidden
 from srpo.rollout_limits import LostRollouts
 from srpo.types import Observation
@@ -124,11 +124,15 @@ def test_choices_lie_at_their_tokens(tmp_path):
 
 
 def test_padded_choices_by_hand():
-    assert padded_choices([[(), (7, 8)], [(9,)]], 3).tolist() == [
+    rows = [[(), (7, 8)], [(9,)]]
+    assert most_choices(rows) == 2 and most_choices([[(), ()]]) == 0
+    assert padded_choices(rows, 3, 2).tolist() == [
         [[-1, -1], [7, 8], [-1, -1]],
         [[9, -1], [-1, -1], [-1, -1]],
     ]
-    assert padded_choices([[(), ()]], 2) is None
+    assert padded_choices([[(), ()]], 2, 0) is None
+    # Another rank had decisions: this one, where nothing was decided, scores among choices all the same.
+    assert padded_choices([[()]], 2, 1).tolist() == [[[-1], [-1]]]
 
 
 # ------------------------------------------------------------------------------------------------------------- failure

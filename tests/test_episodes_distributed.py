@@ -45,7 +45,7 @@ def compared(folder, case, tmp_path):
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
-    launched(folder, "plain", "lost")
+    launched(folder, "plain", "lost", "decisions")
     return folder
 
 
@@ -58,6 +58,19 @@ def test_ranks_with_different_numbers_of_turns(two, tmp_path, case):
     assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
     lost = [entry["rollout/stop/lost"] for entry in ranks[0]["log"] if "loss" in entry]
     assert lost == ([0.25, 0.25] if case == "lost" else [0.0, 0.0])
+
+
+def test_a_rank_without_a_decision_beside_one_that_distils_them(two, tmp_path):
+    ranks = compared(two, "decisions", tmp_path)
+    for record in ranks:
+        assert all(entry["srpo/routed_share"] > 0 for entry in record["log"] if "loss" in entry)
+
+
+@pytest.mark.slow
+def test_a_sharded_policy_distils_decisions_in_step(tmp_path):
+    """ZeRO-3: the head is gathered as often on a rank that has no decision at all."""
+    launched(tmp_path, "zero3_decisions")
+    compared(tmp_path, "zero3_decisions", tmp_path / "alone")
 
 
 @pytest.mark.slow

@@ -1,5 +1,7 @@
 """objective: bopo in a real trainer: GRPO in its limit, advantages by hand, decisions scored as they were sampled."""
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import core_helpers as core
@@ -13,6 +15,7 @@ from routers.budget import Budget
 from srpo.trainer import SRPOTrainer
 from srpo.types import CORRECT
 
+LN2 = math.log(2)
 PLAIN = {"advantage_baseline": "none", "advantage_scale": "group"}
 
 
@@ -48,15 +51,15 @@ class Watched(SRPOTrainer):
         return dict(self.batch)
 
 
-def corridors(count: int = 4) -> Dataset:
-    """Ten steps, two of them double: the last task is out of reach."""
-    lengths = [3, 5, 8, 13][:count]
+def corridors(lengths: Sequence[int] = (3, 5, 8, 13), cap: float = 2.0) -> Dataset:
+    """Ten steps, of which `cap` may be double."""
     return Dataset.from_list(
         [
             {
                 "prompt": [{"role": "user", "content": f"walk {n}"}],
                 "query_id": f"c{n}",
                 "length": n,
+                "cap": cap,
                 "p_small": float(n <= 8),
                 "p_large": 1.0,
                 "cost_small": 0.01 * n,
@@ -127,13 +130,89 @@ def test_dropping_groups_without_success(tmp_path: Any) -> None:
     assert (~success).any() and success.any() and dropped.abs().max() == 0.0
 
 
-def test_failed_episodes_with_a_successful_sibling_are_distilled_where_asked(tmp_path: Any) -> None:
-    made = bopo_trainer(tmp_path, distill_failed=True, learning_rate=0.0, per_device_train_batch_size=32,
-                        num_generations=8)  # fmt: skip
+def distilling(folder: Any, **changes: Any) -> Any:
+    """Who takes less than five or six double steps of ten fails, and has a sibling who did not; six are allowed."""
+    made = bopo_trainer(
+        folder, data=corridors([15, 16, 15, 16], cap=6.0), distill_failed=True, learning_rate=0.0, num_generations=8,
+        per_device_train_batch_size=32, teacher_model_kind="frozen", **changes,
+    )  # fmt: skip
+    made.contexts, forward = {}, made._teacher_forward
+
+    def spy(prompts: Any, rows: Any, batch: Any) -> Any:
+        made.contexts |= dict(zip(rows, prompts, strict=True))
+        return forward(prompts, rows, batch)
+
+    made._teacher_forward = spy
     made.train()
+    return made
+
+
+def test_failed_episodes_with_a_successful_sibling_are_distilled_where_asked(tmp_path: Any) -> None:
+    made = distilling(tmp_path)
     success = torch.tensor([s >= 1 for s in made._columns[CORRECT]])
     mixed = success.view(-1, 8).any(1).repeat_interleave(8) & ~success
-    assert made.teacher is not None and torch.equal(made.batch["routed"], mixed)
+    assert mixed.any() and success.any() and torch.equal(made.batch["routed"], mixed)
+
+
+@pytest.mark.parametrize("room", [85, 1000])
+def test_the_teacher_reads_the_siblings_decisions_and_observations(tmp_path: Any, room: int) -> None:
+    made = distilling(tmp_path, max_reprompt_len=room)
+    success, members = [s >= 1 for s in made._columns[CORRECT]], made._columns["members"]
+    assert sorted(made.contexts) == made.batch["routed"].nonzero().flatten().tolist()
+    for row, context in made.contexts.items():
+        sibling = next(i for i in range(row - row % 8, row + 8) if success[i])
+        whole = "".join(f"{'ab'[name == 'large']}<{n}>" for n, name in enumerate(members[sibling], 1))
+        whole = whole[: whole.rindex("<")]  # after the last decision nothing is said
+        text = made._tokenizer.decode(context)
+        shown = text.split("Correct solution:\n\n")[1].split("\n\nCorrectly solve")[0]
+        assert len(context) <= room and f"walk {(15, 16)[row // 8 % 2]}" in text
+        assert shown == whole if room > 100 else shown and whole.endswith(shown) and len(shown) < len(whole)
+
+
+def kl(p: torch.Tensor, q: torch.Tensor) -> float:
+    return (p.exp() * (p - q)).sum().item()
+
+
+@pytest.mark.parametrize(
+    ("how", "by_hand"),
+    [
+        ({}, lambda s, q, at: (kl(s, torch.logaddexp(s, q) - LN2) + kl(q, torch.logaddexp(s, q) - LN2)) / 2),
+        ({"distillation_alpha": 1.0, "distillation_topk": 1}, lambda s, q, at: kl(s, q)),
+        (
+            {"distillation_alpha": 1.0, "distillation_mode": "sampled_token"},
+            lambda s, q, at: ((s[at] - q[at]) * s[at]).item(),
+        ),
+    ],
+    ids=["jensen-shannon", "reverse, top-k 1", "sampled token"],
+)
+def test_distilled_decisions_are_compared_among_their_choices(
+    tmp_path: Any, how: dict[str, Any], by_hand: Any
+) -> None:
+    """From plain logits of both models, renormalised over the choices; and the weights, from the teacher's entropy."""
+    made = distilling(tmp_path, **how)
+    batch = made.batch
+    mask = batch["completion_mask"] * batch["tool_mask"]
+    student, teacher = made.model.eval(), made.teacher.model
+    got = made._policy_forward(student, batch, mask)[2]
+    raw, seen = torch.zeros_like(got), 0
+    for row, context in made.contexts.items():
+        ids, prompt = batch["completion_ids"][row], batch["prompt_ids"][row][batch["prompt_mask"][row].bool()]
+        for t in mask[row].nonzero().flatten().tolist():
+            allowed = batch["choices"][row, t]
+            allowed = allowed[allowed >= 0]
+            with torch.no_grad():
+                s, q = (
+                    torch.log_softmax(network(torch.cat([start, ids[:t]])[None]).logits[0, -1, allowed] / 0.7, -1)
+                    for network, start in ((student, prompt), (teacher, torch.tensor(context)))
+                )
+            expected = by_hand(s, q, (allowed == ids[t]).int().argmax())
+            assert got[row, t].item() == pytest.approx(expected, abs=2e-5)
+            seen += abs(expected) > 1e-3
+            raw[row, t] = torch.exp((q.exp() * q).sum())  # exp(-H)
+    assert seen > 20
+    distilled = mask.bool() & batch["routed"][:, None]
+    assert torch.allclose(batch["distillation_weights"], raw / raw[distilled].mean(), atol=1e-4)
+    assert (got[~distilled] == 0).all()
 
 
 def test_rows_without_references_are_named(tmp_path: Any) -> None:

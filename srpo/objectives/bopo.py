@@ -9,7 +9,8 @@
 
 A long episode has more decisions, not more weight. The result does not depend on the split into micro-batches.
 Where the settings ask for it (`distill_failed`), a failed trajectory with a successful sibling takes SRPO's
-distillation loss instead: l_it = w_it l^S_it for z_i = 1, in the same mean.
+distillation loss instead: l_it = w_it l^S_it for z_i = 1, in the same mean. A decision's divergence and its teacher's
+entropy are over the allowed actions too; the teacher reads the sibling's decisions and observations as text.
 
 Source: Budget-Aware Agentic Routing (arXiv 2602.21227) describes a GRPO variant; INFERRED, as no formula and no code
 are public: the length normalisation per trajectory, the renormalised decisions, where the KL applies. With references

@@ -8,9 +8,11 @@ Over a support S with student log-probs s and teacher log-probs t (a constant), 
                     D = (1-alpha) KL(student || m) + alpha KL(teacher || m);  alpha = 1/2: Jensen-Shannon, D <= ln 2
 
 Support: the whole vocabulary (exact), or the K tokens that the *student* ranks highest now, plus one bucket that holds
-the rest of the mass (`tail`), or renormalised over the K. With the tail D is never above the exact value.
+the rest of the mass (`tail`), or renormalised over the K. With the tail D is never above the exact value. A decision
+was sampled among its choices C only, so its support is C, exactly, and both are renormalised over it (srpo.choices).
 
     hidden [N,D], [N,D']   weight [V,D], [V,D']   logits [N,V]   D [N]   (N = scored tokens, V = vocabulary)
+    choices [N,A] token ids padded with -1; a row of -1 is a token without restriction
 
 Source: P-SDPO section 2 and A.3 (top-K and tail), the alpha family as in the released code (spec section 3.2).
 Differs: computed in chunks of tokens that are recomputed in the backward pass, so neither student nor teacher logits
@@ -45,14 +47,17 @@ class Head:
     # Entered around every read of the weight, in forward and again in recomputation: gathers a sharded weight.
     gather: Callable[[], AbstractContextManager[object]] = nullcontext
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [N,D] -> logits [N,V], float32 (float64 stays float64), before the temperature."""
-        return self._transformed(F.linear(hidden.to(self.weight.dtype), self.weight, self.bias))
+    def logits(self, hidden: Tensor, choices: Tensor | None = None) -> Tensor:
+        """hidden [N,D] -> logits [N,V], float32 (float64 stays float64), before the temperature.
 
-    def logits_at(self, hidden: Tensor, tokens: Tensor) -> Tensor:
-        """hidden [N,D], tokens [N,A] -> the logits [N,A] of those tokens only, as `logits` gives them."""
+        With choices [N,A]: those logits only, [N,A], -inf at the padding; no other row of the weight is read.
+        """
+        if choices is None:
+            return self._transformed(F.linear(hidden.to(self.weight.dtype), self.weight, self.bias))
+        tokens = choices.clamp(min=0)
         logits = torch.einsum("nd,nad->na", hidden.to(self.weight.dtype), self.weight[tokens])
-        return self._transformed(logits if self.bias is None else logits + self.bias[tokens])
+        logits = self._transformed(logits if self.bias is None else logits + self.bias[tokens])
+        return logits.masked_fill(choices < 0, -torch.inf)
 
     def _transformed(self, logits: Tensor) -> Tensor:
         logits = _upcast(logits) * self.scale
@@ -96,6 +101,23 @@ def topk_divergence(
     return divergence(s, t, alpha)
 
 
+def supports(choices: Tensor | None) -> list[tuple[Tensor | slice, Tensor | None]]:
+    """[(rows, their choices)] of N tokens: those without restriction (None), and the decisions."""
+    if choices is None:
+        return [(slice(None), None)]
+    decided = (choices >= 0).any(dim=-1)
+    return [(~decided, None), (decided, choices[decided])]
+
+
+def joined(parts: list[Tensor], choices: Tensor | None) -> Tensor:
+    """One value per token of each of `supports(choices)` -> [N], every value in its row."""
+    if choices is None:
+        return parts[0]
+    decided = (choices >= 0).any(dim=-1)
+    free, among = parts
+    return free.new_zeros(len(choices)).masked_scatter(~decided, free).masked_scatter(decided, among)
+
+
 def hidden_divergence(
     student_hidden: Tensor,
     student_head: Head,
@@ -106,6 +128,7 @@ def hidden_divergence(
     top_k: int | None,
     tail: bool = True,
     temperature: float = 1.0,
+    choices: Tensor | None = None,
     chunk_tokens: int = CHUNK_TOKENS,
     chunks: int = 1,
 ) -> Tensor:
@@ -113,8 +136,9 @@ def hidden_divergence(
 
     `student_hidden` [N,D] and `teacher_hidden` [N,D'] are the states that predict the same N sampled tokens; the two
     heads share V but not necessarily D (a trust-region teacher concatenates two hidden states). Both logits are
-    divided by `temperature`. Gradient reaches `student_hidden` and the student head. N = 0 gives an empty result that
-    is connected to the graph. Returns [N], float32 (float64 for float64 inputs).
+    divided by `temperature`. `top_k` and `tail` are for tokens without `choices` [N,A]. Gradient reaches
+    `student_hidden` and the student head. N = 0 gives an empty result that is connected to the graph. Returns [N],
+    float32 (float64 for float64 inputs).
 
     At least `chunks` chunks are made, the last ones empty: each gathers the head, forward and backward, which all
     ranks of a sharded model must do equally often.
@@ -124,21 +148,24 @@ def hidden_divergence(
     if temperature <= 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
 
-    def chunk(student: Tensor, teacher: Tensor) -> Tensor:
+    def chunk(student: Tensor, teacher: Tensor, allowed: Tensor | None) -> Tensor:
+        found = supports(allowed)
         with student_head.gather():
-            student_logits = student_head.logits(student) / temperature
+            own = [student_head.logits(student[rows], among) / temperature for rows, among in found]
         with torch.no_grad(), teacher_head.gather():
-            teacher_logits = teacher_head.logits(teacher) / temperature
-        return topk_divergence(student_logits, teacher_logits, top_k, alpha, tail)
+            other = [teacher_head.logits(teacher[rows], among) / temperature for rows, among in found]
+        parts = [
+            topk_divergence(s, t, top_k if among is None else None, alpha, tail)
+            for s, t, (_, among) in zip(own, other, found, strict=True)
+        ]
+        return joined(parts, allowed)
 
     teacher_hidden = teacher_hidden.detach()
     parts: list[Tensor] = []
     for number in range(max(chunks, math.ceil(student_hidden.shape[0] / chunk_tokens))):
         rows = slice(number * chunk_tokens, (number + 1) * chunk_tokens)
-        part = checkpoint(
-            chunk, student_hidden[rows], teacher_hidden[rows], use_reentrant=False, preserve_rng_state=False
-        )
-        parts.append(part)
+        inputs = student_hidden[rows], teacher_hidden[rows], None if choices is None else choices[rows]
+        parts.append(checkpoint(chunk, *inputs, use_reentrant=False, preserve_rng_state=False))
     return torch.cat(parts)
 
 

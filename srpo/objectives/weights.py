@@ -2,7 +2,8 @@
 
     w~_it = exp(-beta H_it)        w_it = w~_it / Z        Z = 1/|Omega| sum_{Omega} w~        (eq. 4.2)
 
-    H [B,T] teacher entropy, nats, full vocabulary     Omega [B,T] trained tokens of routed completions
+    H [B,T] teacher entropy, nats, over the vocabulary, of a decision over its choices (srpo.choices)
+    Omega [B,T] trained tokens of routed completions
 
 so that the mean of w over Omega is 1 and the scale of the loss is kept. w is a constant for the gradient.
 Source: P-SRPO section 3.2, beta = 1. Differs: the paper leaves open over what Omega ranges; here it is the generation
