@@ -21,7 +21,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from routers.environments.appworld_server import START_SECONDS, Connection, Server
+from routers.environments.appworld_server import ANSWER_SECONDS, START_SECONDS, Connection, Server
 from routers.environments.protocol import GameError
 
 INSTALL = (
@@ -131,7 +131,7 @@ class AppWorld:
             raise GameError(f"{self.seed}: step() {'after the end' if self._world else 'before reset()'}")
         self._started = self._started or self._world.receive(START_SECONDS)
         self.steps += 1
-        answer = self._world.ask("execute", action, pid=self._started["pid"])
+        answer = self._world.ask("execute", action, seconds=ANSWER_SECONDS, pid=self._started["pid"])
         self.done = answer["completed"] or self.steps >= self.limit
         if self.done:
             self.won = self._evaluate()

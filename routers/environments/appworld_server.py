@@ -56,6 +56,8 @@ class Server:
         return Connection(ours, self._last_words)
 
     def _last_words(self) -> str:
+        with contextlib.suppress(subprocess.TimeoutExpired):  # if it is the server that ends, it may still be speaking
+            self._process.wait(1.0)
         size = os.fstat(self._words.fileno()).st_size
         return os.pread(self._words.fileno(), 2000, max(0, size - 2000)).decode(errors="replace").strip()
 
@@ -78,7 +80,7 @@ class Connection:
         self._pid: int | None = None
         """Set while the process may run a model's code, which may not end by itself."""
 
-    def ask(self, *request: Any, seconds: float = ANSWER_SECONDS, pid: int | None = None) -> Any:
+    def ask(self, *request: Any, seconds: float, pid: int | None = None) -> Any:
         """`send` and `receive`; `pid` is killed if there is no answer."""
         self._pid = pid
         self.send(*request)

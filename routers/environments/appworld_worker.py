@@ -104,6 +104,8 @@ class _Worker:
             output = self.world.execute(code)
         except Exception as error:  # code that AppWorld cannot even read, such as a null character
             output = f"Execution failed. Traceback:\n{type(error).__name__}: {error}"
+        for entry in self.world.environment_io[-1:]:  # written to a file with all before it, at every step from now on
+            entry.update({name: text.encode(errors="replace").decode() for name, text in entry.items()})
         return {"output": output[:OUTPUT_CHARACTERS], "completed": self.world.task_completed()}
 
     def evaluate(self, task: str, folder: str) -> bool:
