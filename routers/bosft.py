@@ -18,12 +18,13 @@ from __future__ import annotations
 
 import random
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from routers.budget_episode import TASK, BudgetEnvironment, Driven, drive
+from routers.budget_episode import TASK, Choose, Driven
+from routers.budget_jobs import Job, PlayAll, play_jobs
 from routers.budget_rules import always_large, always_small, random_mix
 from routers.profiles import Class
 from srpo.types import CORRECT, COST, Row
@@ -55,55 +56,68 @@ class Synthesis:
 
 @dataclass(frozen=True)
 class Demonstration:
-    """One episode to imitate: the row, what was said and decided, and where it comes from."""
+    """One episode to imitate: what was said and decided, and where it comes from. Texts only, no tokens."""
 
-    row: Row
-    driven: Driven
+    task: str
+    prompt: Any
+    """Chat messages."""
+    decisions: Sequence[Mapping[str, str]]
+    """Per step: `executor`, and the observation that followed as `before`, `body`, `after` (`srpo.types.Observation`);
+    all three are empty after the last one."""
     difficulty: Class
     p_large: float
-
-    def record(self) -> dict[str, Any]:
-        """A row of a dataset: texts and decisions only, no tokens."""
-        return {
-            TASK: self.row[TASK],
-            "prompt": self.row["prompt"],
-            "decisions": [
-                {"executor": name, "before": o.before, "body": o.body, "after": o.after}
-                for name, o in self.driven.decisions
-            ],
-            "difficulty": self.difficulty,
-            "p_large": self.p_large,
-            "score": float(self.driven.columns[CORRECT]),
-            "cost_usd": float(self.driven.columns[COST]),
-        }
+    score: float
+    cost_usd: float
 
 
 def demonstrations(
-    environment: BudgetEnvironment, row: Row, difficulty: Class, how: Synthesis, seeds: Sequence[str]
+    rows: Iterable[Row], how: Synthesis, seeds: Callable[[Row], Sequence[str]], play: PlayAll, path: Path
 ) -> list[Demonstration]:
-    """The demonstrations of one task; none where nothing succeeded on a task that is not Intractable.
+    """The demonstrations of each row; none where nothing succeeded on a task that is not Intractable.
 
     Args:
-        row: dataset row; without a cap of its own the episodes are free to spend.
-        seeds: of always-small and always-large runs; the sweep adds its k to the first.
+        rows: dataset rows with `query_id` and `difficulty`; without a cap of its own an episode is free to spend.
+        seeds: of a row's always-small and always-large runs; the sweep adds its k to the first.
+        path: where finished runs are kept, see `play_jobs`.
     """
+    planned = [(row, _plan(row, how, seeds(row))) for row in rows]
+    played = iter(play_jobs([job for _, runs in planned for _, job in runs], path, play, _kept))
+    found = []
+    for row, runs in planned:
+        pool = [
+            Demonstration(row[TASK], row["prompt"], *kept[:1], row["difficulty"], p_large, *kept[1:])
+            for (p_large, _), kept in zip(runs, played, strict=False)
+        ]
+        if row["difficulty"] == "intractable":
+            found += _cheapest([d for d in pool if d.decisions], 1)
+        else:
+            found += _cheapest([d for d in pool if d.score >= 1], how.keep if row["difficulty"] == "hard" else 1)
+    return found
 
-    def runs(rule: Any, p_large: float, names: Iterable[str]) -> list[Demonstration]:
-        return [Demonstration(row, drive(environment, row, name, rule), difficulty, p_large) for name in names]
 
-    if difficulty != "hard":
-        pool = runs(always_small, 0.0, seeds)
-        if difficulty == "easy":
-            pool = [d for d in pool if d.driven.columns[CORRECT] >= 1]
-        return _cheapest(pool, 1)
-    pool = runs(always_large, 1.0, seeds)
-    for k in range(1, how.sweep):
-        pool += runs(random_mix(k / how.sweep), k / how.sweep, [f"{seeds[0]}/sweep{k}"])
-    return _cheapest([d for d in pool if d.driven.columns[CORRECT] >= 1], how.keep)
+def _plan(row: Row, how: Synthesis, seeds: Sequence[str]) -> list[tuple[float, Job]]:
+    """The runs of a row, with their share of expensive calls."""
+
+    def run(p_large: float, seed: str, rule: Choose) -> tuple[float, Job]:
+        return p_large, Job(f"{row['query_id']}/{p_large:g}/{seed}", row, seed, rule)
+
+    if row["difficulty"] != "hard":
+        return [run(0.0, seed, always_small) for seed in seeds]
+    shares = [k / how.sweep for k in range(1, how.sweep)]
+    sweep = [run(p, f"{seeds[0]}/sweep{k}", random_mix(p)) for k, p in enumerate(shares, 1)]
+    return [*(run(1.0, seed, always_large) for seed in seeds), *sweep]
+
+
+def _kept(driven: Driven) -> tuple[list[dict[str, str]], float, float]:
+    """Decisions, score and cost. A lost episode has no decisions."""
+    decisions = [
+        {"executor": name, "before": o.before, "body": o.body, "after": o.after} for name, o in driven.decisions
+    ]
+    return decisions, float(driven.columns[CORRECT]), float(driven.columns[COST])
 
 
 def _cheapest(pool: Sequence[Demonstration], count: int) -> list[Demonstration]:
-    return sorted(pool, key=lambda d: d.driven.columns[COST])[:count]
+    return sorted(pool, key=lambda d: d.cost_usd)[:count]
 
 
 def balance(found: Sequence[Demonstration], how: Synthesis, rng: random.Random) -> list[Demonstration]:
@@ -117,9 +131,7 @@ def balance(found: Sequence[Demonstration], how: Synthesis, rng: random.Random) 
     for demonstration in chosen:
         strata[_stratum(demonstration, how)].append(demonstration)
     most = max((len(s) for s in strata.values()), default=0) if how.strata != "none" else 0
-    balanced = [
-        d for s in strata.values() for d in (*s, *(rng.choice(s) for _ in range(most - len(s))))
-    ]
+    balanced = [d for s in strata.values() for d in (*s, *(rng.choice(s) for _ in range(most - len(s))))]
     rng.shuffle(balanced)
     return balanced
 
@@ -136,11 +148,18 @@ def write_dataset(chosen: Sequence[Demonstration], folder: Path, executors: Sequ
     import pyarrow.parquet
 
     folder.mkdir(parents=True, exist_ok=True)
-    records = [demonstration.record() for demonstration in chosen]
+    records = [asdict(demonstration) for demonstration in chosen]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), folder / "train.parquet")
     counts = Counter(record["difficulty"] for record in records)
     classes = "\n".join(f"| {name} | {count} |" for name, count in sorted(counts.items()))
     (folder / "README.md").write_text(_CARD.format(executors=", ".join(executors), classes=classes), encoding="utf-8")
+
+
+def read_dataset(folder: Path) -> list[Demonstration]:
+    """Inverse of `write_dataset`."""
+    import pyarrow.parquet
+
+    return [Demonstration(**row) for row in pyarrow.parquet.read_table(folder / "train.parquet").to_pylist()]
 
 
 _CARD = """---
@@ -155,7 +174,7 @@ tags:
 
 Episodes in which a router picked, at every step, which executor acts ({executors}; the first is the cheapest): the
 cheapest successful ones of boundary runs and of a sweep over the expensive executor's share, balanced by repeating
-episodes. Columns: `prompt` (chat messages), `decisions` (executor, and what the router was told afterwards),
+episodes. Columns: `task`, `prompt` (chat messages), `decisions` (executor, and what the router was told afterwards),
 `difficulty`, `p_large` (share in the sweep), `score`, `cost_usd`. Train on the decisions only, every episode with the
 same weight.
 

@@ -263,12 +263,19 @@ def drive(environment: BudgetEnvironment, row: Row, seed: str, choose: Choose) -
     return asyncio.run(play())
 
 
-async def drive_episode(environment: BudgetEnvironment, episode: BudgetEpisode, choose: Choose) -> Driven:
-    """Play a fresh episode of the environment by a rule. Exceptions of its world or an executor pass through."""
+async def drive_episode(
+    environment: BudgetEnvironment, episode: BudgetEpisode, choose: Choose, seconds: float | None = None
+) -> Driven:
+    """Play a fresh episode of the environment by a rule. Exceptions of its world or an executor pass through.
+
+    Raises:
+        TimeoutError: a step took more than `seconds`.
+    """
     first = environment.describe(episode.situation)
     decisions: list[tuple[str, Observation]] = []
     while not decisions or decisions[-1][1].end is None:
         name = choose(episode.situation, episode.affordable())
-        decisions.append((name, await episode.step(environment.labels[name])))
+        async with asyncio.timeout(seconds):
+            decisions.append((name, await episode.step(environment.labels[name])))
     stop = decisions[-1][1].end or "done"
     return Driven(first, tuple(decisions), episode.columns(stop), stop)

@@ -14,26 +14,20 @@ specification): the thresholds, both guards.
 
 from __future__ import annotations
 
-import json
-import multiprocessing
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
 
+from routers.budget_episode import TASK, Choose, Driven
+from routers.budget_jobs import Job, PlayAll, play_jobs
+from routers.budget_rules import always_large, always_small
+from srpo.types import CORRECT, COST
+
 Class = Literal["easy", "hard", "intractable"]
 CLASSES: tuple[Class, ...] = ("easy", "hard", "intractable")
-
-
-@dataclass(frozen=True)
-class Run:
-    """One run of a boundary policy: score in [0, 1], cost in USD."""
-
-    score: float
-    cost: float
 
 
 @dataclass(frozen=True)
@@ -67,9 +61,7 @@ class BoundaryProfile:
 
     def observed(self, runs: int, successes: int) -> BoundaryProfile:
         """With further episodes of the policy on this task added."""
-        return replace(
-            self, policy_runs=self.policy_runs + runs, policy_successes=self.policy_successes + successes
-        )
+        return replace(self, policy_runs=self.policy_runs + runs, policy_successes=self.policy_successes + successes)
 
     def columns(self, rule: DifficultyRule) -> dict[str, Any]:
         """Dataset columns: what the boundary reward reads, and the class."""
@@ -112,86 +104,48 @@ class DifficultyRule:
         return "hard" if profile.policy_successes else "intractable"
 
 
-Play = Callable[[str, Literal["small", "large"], int], Run]
-"""(task, boundary policy, number of the run) -> the run; the same arguments give the same run. With several workers it
-is called in other processes: a function of a module, or a partial of one."""
+def profile_jobs(tasks: Iterable[str], runs: int) -> list[Job]:
+    """K runs of always-small and K of always-large on every task."""
+    rules: dict[str, Choose] = {"small": always_small, "large": always_large}
+    seeds = [(task, name, f"profile/{name}/{k}/{task}") for task in tasks for name in rules for k in range(runs)]
+    return [Job(seed, {TASK: task}, seed, rules[name]) for task, name, seed in seeds]
 
 
-def profile_tasks(
-    tasks: Mapping[str, str], play: Play, path: Path, runs: int = 5, workers: int = 1
-) -> list[BoundaryProfile]:
+def profile_tasks(tasks: Mapping[str, str], play: PlayAll, path: Path, runs: int = 5) -> list[BoundaryProfile]:
     """Profile tasks into a parquet file, and return the profiles in the order of `tasks`.
 
-    Every finished task is a line of `path` + ".partial"; an interrupted call goes on from there, and gives the same
+    Every finished run is a line of `path` + ".partial"; an interrupted call goes on from there, and gives the same
     file. An existing file keeps its tasks, and is extended by those that are new.
 
     Args:
         tasks: task -> its type.
-        play: plays one run; an exception stops the profiling, what is finished stays.
+        play: plays the runs; an exception stops the profiling, what is finished stays.
         runs: K, of each boundary policy.
-        workers: processes.
 
     Raises:
         ValueError: the file holds profiles of another number of runs.
     """
-    partial = path.with_name(path.name + ".partial")
     done = {p.task: p for p in (read_profiles(path) if path.exists() else [])}
-    done |= {p.task: p for p in _read_partial(partial)}
     for profile in done.values():
         if len(profile.scores_small) != runs or len(profile.scores_large) != runs:
             raise ValueError(
                 f"{path}: {profile.task} has {len(profile.scores_small)} and {len(profile.scores_large)} runs, asked "
                 f"for are {runs}; profile into another file"
             )
-    todo = [task for task in tasks if task not in done]
-    if not todo and not partial.exists():
-        return [done[task] for task in tasks]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with partial.open("a", encoding="utf-8") as lines:
-        for profile in _profiles(todo, tasks, play, runs, workers):
-            lines.write(json.dumps(asdict(profile)) + "\n")
-            lines.flush()
-            done[profile.task] = profile
-    write_profiles(done.values(), path)
-    partial.unlink()
+    if todo := [task for task in tasks if task not in done]:
+        partial = path.with_name(path.name + ".partial")
+        played = play_jobs(profile_jobs(todo, runs), partial, play, _score_and_cost)
+        for number, task in enumerate(todo):
+            scores, costs = zip(*played[2 * runs * number : 2 * runs * (number + 1)], strict=True)
+            halves = scores[:runs], costs[:runs], scores[runs:], costs[runs:]
+            done[task] = BoundaryProfile(task, tasks[task], *halves)
+        write_profiles(done.values(), path)
+        partial.unlink()
     return [done[task] for task in tasks]
 
 
-def _profiles(
-    todo: Sequence[str], tasks: Mapping[str, str], play: Play, runs: int, workers: int
-) -> Iterable[BoundaryProfile]:
-    jobs = [(task, tasks[task], play, runs) for task in todo]
-    if workers <= 1 or len(jobs) < 2:
-        yield from map(_profile, jobs)
-        return
-    # Not fork: the parent may hold threads of torch, and a forked copy of their locks never opens.
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(_profile, jobs, chunksize=8)
-
-
-def _profile(job: tuple[str, str, Play, int]) -> BoundaryProfile:
-    task, task_type, play, runs = job
-    small = [play(task, "small", k) for k in range(runs)]
-    large = [play(task, "large", k) for k in range(runs)]
-    return BoundaryProfile(
-        task,
-        task_type,
-        tuple(float(r.score) for r in small),
-        tuple(float(r.cost) for r in small),
-        tuple(float(r.score) for r in large),
-        tuple(float(r.cost) for r in large),
-    )
-
-
-def _read_partial(path: Path) -> list[BoundaryProfile]:
-    """Finished tasks; a last line that was cut off in the middle counts as not finished, and is removed."""
-    if not path.exists():
-        return []
-    text = path.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        path.write_text(whole, encoding="utf-8")
-    return [_profile_of(json.loads(line)) for line in whole.splitlines()]
+def _score_and_cost(driven: Driven) -> tuple[float, float]:
+    return float(driven.columns[CORRECT]), float(driven.columns[COST])
 
 
 def _profile_of(fields: Mapping[str, Any]) -> BoundaryProfile:

@@ -6,20 +6,24 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from policies import Corpus
+from budget_play import PAUSE, Player
 
 from routers.budget import Budget
-from routers.budget_episode import CAP, TASK, BudgetEnvironment, drive
-from routers.budget_rules import always_large, always_small
+from routers.budget_episode import CAP, TASK, BudgetEnvironment
 from routers.budget_state import OBSERVATIONS
 from routers.catalogue import load_catalogue
 from routers.environments.executors import EXPLORER_USD, PLANNER_USD, SCRIPTED
 from routers.environments.protocol import Executor
+from routers.environments.react import ReActExecutor
 from routers.environments.suites import suite
-from routers.profiles import BoundaryProfile, DifficultyRule, Run, profile_tasks
-from srpo.types import CORRECT, COST, Row
+from routers.pool import Pool, ReplyCache, live_pool
+from routers.profiles import BoundaryProfile, DifficultyRule, profile_tasks
+from srpo.types import Row
+
+if TYPE_CHECKING:
+    from policies import Corpus
 
 
 @dataclass
@@ -38,7 +42,7 @@ class BudgetTask:
     )
     train_count: int = field(default=192, metadata={"help": "Use this many training tasks; 0: all."})
     heldout_tasks: list[str] = field(
-        default_factory=lambda: ["generated/heldout"], metadata={"help": "Parts to evaluate on, one table each."}
+        default_factory=lambda: ["generated/test"], metadata={"help": "Parts to evaluate on, one table each."}
     )
     heldout_count: int = field(default=180, metadata={"help": "Use at most this many tasks of each; 0: all."})
     step_limit: int = field(default=20, metadata={"help": "Steps of an episode."})
@@ -58,6 +62,13 @@ class BudgetTask:
         metadata={"help": "The policy's words for the executors; each must be one token of the policy."},
     )
     catalogue: str | None = field(default=None, metadata={"help": "Prices and endpoints (YAML) of live executors."})
+    concurrency: int = field(
+        default=32, metadata={"help": "Episodes at once of profiling, demonstrations and rules with live executors."}
+    )
+    reply_cache: str | None = field(
+        default=None,
+        metadata={"help": "Folder where live executors' replies are kept: what was asked before is free."},
+    )
     observation: str = field(
         default="compact",
         metadata={
@@ -75,7 +86,7 @@ class BudgetTask:
     tail_calls: int = field(default=0, metadata={"help": "Cheap calls that an expensive one must leave affordable."})
     on_empty: str = field(default="stop", metadata={"help": "When nothing is affordable: stop, or force_small."})
     profile_runs: int = field(default=5, metadata={"help": "K runs of each boundary policy per task."})
-    profile_workers: int = field(default=1, metadata={"help": "Processes for profiling."})
+    profile_workers: int = field(default=1, metadata={"help": "Processes for the same with scripted executors."})
     tau_easy: float = field(default=0.6, metadata={"help": "Easy: always-small succeeds at least this often."})
     tau_large: float = field(default=0.2, metadata={"help": "Hard: not Easy, and always-large succeeds this often."})
     task_dir: str | None = field(
@@ -90,7 +101,19 @@ class BudgetTask:
             )
         if self.observation not in OBSERVATIONS:
             raise ValueError(f"observation={self.observation!r} is not one of {', '.join(OBSERVATIONS)}")
+        if self.live and self.catalogue is None:
+            raise ValueError(
+                f"executors: {self.live[0]!r} is not one of the scripted {', '.join(SCRIPTED)}, and there is no "
+                "catalogue"
+            )
+        if self.concurrency < 1 or self.profile_workers < 1:
+            raise ValueError("concurrency and profile_workers must be at least 1")
         self.budget()
+
+    @property
+    def live(self) -> list[str]:
+        """Executors behind endpoints."""
+        return [name for name in self.executors if name not in SCRIPTED]
 
     def budget(self) -> Budget:
         return Budget(None, self.budget_unit, self.tail_calls, self.on_empty)  # type: ignore[arg-type]
@@ -103,6 +126,13 @@ class BudgetTask:
         """What profiles and baselines depend on, beside the tasks."""
         names = ("environment", "step_limit", "executors", "executor_usd", "catalogue", "profile_runs")
         return {name: getattr(self, name) for name in names}
+
+    def row_settings(self) -> dict[str, Any]:
+        """What the training rows and their order depend on, beside that."""
+        names = (
+            "train_tasks train_count train_caps budget_unit tail_calls on_empty observation labels tau_easy tau_large"
+        )
+        return {name: getattr(self, name) for name in names.split()}
 
 
 def cap_of(value: float) -> float | None:
@@ -123,42 +153,66 @@ def heldout_sets(task: BudgetTask) -> dict[str, str]:
     """
     sets: dict[str, str] = {}
     for which in task.heldout_tasks:
-        name = "generated" if which == "generated/heldout" else Path(which).name.split(".")[0]
+        name = "generated" if which == "generated/test" else Path(which).name.split(".")[0]
         if name in sets or name == "train":
             raise ValueError(f"heldout_tasks: {which!r} would be called {name!r}, which another part is called")
         sets[name] = which
     return sets
 
 
+@functools.cache
+def live_executors(catalogue: str, names: tuple[str, ...], reply_cache: str | None) -> Pool:
+    """The one pool of this process behind these executors: limits, circuit breakers and money are shared.
+
+    Raises:
+        ValueError: a member is missing, or not usable.
+    """
+    members = load_catalogue(catalogue)
+    if unknown := [name for name in names if name not in members]:
+        raise ValueError(f"executors: {unknown[0]!r} is not in {catalogue}")
+    cache = None if reply_cache is None else ReplyCache(reply_cache)
+    return live_pool({name: members[name] for name in names}, cache=cache, agent_prompt="{query}")
+
+
+def make_pool(task: BudgetTask) -> Pool | None:
+    """The pool of the recipe's live executors; None where all are scripted."""
+    return live_executors(str(task.catalogue), tuple(task.live), task.reply_cache) if task.live else None
+
+
 def make_executors(task: BudgetTask) -> list[Executor]:
     """The recipe's executors, cheapest first."""
-    live = [name for name in task.executors if name not in SCRIPTED]
-    if live and task.catalogue is None:
-        raise ValueError(
-            f"executors: {live[0]!r} is not one of the scripted {', '.join(SCRIPTED)}, and there is no catalogue"
-        )
-    pool: Any = None
-    if live:
-        from routers.environments.react import ReActExecutor
-        from routers.pool import live_pool
-
-        catalogue = load_catalogue(str(task.catalogue))
-        if unknown := [name for name in live if name not in catalogue]:
-            raise ValueError(f"executors: {unknown[0]!r} is not in {task.catalogue}")
-        pool = live_pool(catalogue, agent_prompt="{query}")
+    pool = make_pool(task)
     return [
-        ReActExecutor(pool, name) if name in live else SCRIPTED[name](usd)
+        SCRIPTED[name](usd) if pool is None or name in SCRIPTED else ReActExecutor(pool, name)
         for name, usd in zip(task.executors, task.executor_usd, strict=True)
     ]
 
 
-def make_environment(task: BudgetTask) -> BudgetEnvironment:
-    """The environment of rows whose `task` the suite knows."""
-    tasks = suite(task.environment)
-    describe = OBSERVATIONS[task.observation].describe
+def make_environment(task: BudgetTask, *parts: tuple[str, int]) -> BudgetEnvironment:
+    """The environment of rows whose `task` the suite knows.
+
+    Args:
+        parts: (part, count) to load before, for a process that has not listed them.
+    """
+    for which, count in parts:
+        load_tasks(task.environment, which, count)
+    tasks, pool = suite(task.environment), make_pool(task)
     return BudgetEnvironment(
-        lambda row: tasks.make(row[TASK], task.step_limit), make_executors(task), describe, task.budget(), task.labels
+        lambda row: tasks.make(row[TASK], task.step_limit),
+        make_executors(task),
+        OBSERVATIONS[task.observation].describe,
+        task.budget(),
+        task.labels,
+        ledger=None if pool is None else pool.ledger,
     )
+
+
+def make_player(task: BudgetTask, *parts: tuple[str, int]) -> Player:
+    """Plays rules on tasks of these parts: scripted executors in processes, live ones in one event loop."""
+    make = functools.partial(make_environment, task, *parts)
+    if task.live:
+        return Player(make, threads=task.concurrency, pause=PAUSE)
+    return Player(make, processes=task.profile_workers)
 
 
 def make_rows(task: BudgetTask, names: Iterable[str], caps: Sequence[float]) -> list[dict[str, Any]]:
@@ -181,29 +235,11 @@ def make_rows(task: BudgetTask, names: Iterable[str], caps: Sequence[float]) -> 
     ]
 
 
-def corpus(task: BudgetTask, rows: Sequence[Row]) -> Corpus:
+def corpus(task: BudgetTask, rows: Sequence[Row]) -> "Corpus":
     """For the tokenizer of a policy made from nothing: the prompts, and the words that are one token each."""
+    from policies import Corpus  # imports torch, which processes that only play need not
+
     return Corpus([row["prompt"][0]["content"] for row in rows], [*task.labels, *OBSERVATIONS[task.observation].words])
-
-
-class Boundaries:
-    """Plays the boundary policies on the tasks of a part, in this process or (it can be pickled) in others."""
-
-    def __init__(self, task: BudgetTask, which: str, count: int) -> None:
-        self.task, self.which, self.count = task, which, count
-
-    def __call__(self, name: str, boundary: Literal["small", "large"], k: int) -> Run:
-        choose = always_small if boundary == "small" else always_large
-        columns = drive(self._environment, {TASK: name}, f"profile/{boundary}/{k}/{name}", choose).columns
-        return Run(columns[CORRECT], columns[COST])
-
-    @functools.cached_property
-    def _environment(self) -> BudgetEnvironment:
-        load_tasks(self.task.environment, self.which, self.count)  # another process has yet to load them
-        return make_environment(self.task)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_environment"}
 
 
 @functools.cache
@@ -218,24 +254,23 @@ def profiles(task: BudgetTask, name: str, which: str, count: int, folder: Path) 
     Raises:
         ValueError: the folder was made with other settings.
     """
-    check_folder(task, folder)
-    play, types = Boundaries(task, which, count), dict(load_tasks(task.environment, which, count))
-    found = profile_tasks(types, play, folder / f"profiles_{name}.parquet", task.profile_runs, task.profile_workers)
+    check_folder(task.profile_settings(), folder)
+    types = load_tasks(task.environment, which, count)
+    play = make_player(task, (which, count))
+    found = profile_tasks(types, play, folder / f"profiles_{name}.parquet", task.profile_runs)
     return {profile.task: profile for profile in found}
 
 
-def check_folder(task: BudgetTask, folder: Path) -> None:
-    """Refuse a folder of other settings; mark a new one."""
-    mark, now = folder / "settings.json", json.loads(json.dumps(task.profile_settings()))
+def check_folder(settings: Mapping[str, Any], folder: Path) -> None:
+    """Refuse a folder that was made with other settings; mark a new one."""
+    mark, now = folder / "settings.json", json.loads(json.dumps(settings))
     if mark.exists():
         then = json.loads(mark.read_text())
         if changed := sorted(key for key in now if now[key] != then.get(key)):
             raise ValueError(
                 f"{folder} was made with {changed[0]}={then.get(changed[0])!r}, the recipe says {now[changed[0]]!r}; "
-                "give another task_dir"
+                "give another folder, or remove that one"
             )
         return
     folder.mkdir(parents=True, exist_ok=True)
     mark.write_text(json.dumps(now, indent=1) + "\n")
-
-

@@ -11,57 +11,36 @@ Runs are grouped by the name of their folder without "-seedN"; every run of scri
 """
 
 import argparse
-import math
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from budget_task import BudgetTask, heldout_sets, load_tasks, make_environment, make_rows, profiles
+from budget_baselines import episode_row, play_rules
+from budget_play import NOTHING, RAISE, STEP_SECONDS, PhaseStopped
+from budget_task import BudgetTask, heldout_sets, load_tasks, make_environment, make_player, make_rows, profiles
 from transformers import PreTrainedModel
 
-from routers.budget_episode import TASK, Choose, drive
+from routers.budget_episode import TASK
 from routers.budget_plot import draw
 from routers.budget_report import Episodes, render
-from routers.budget_rules import always_large, always_small, cascade, first_large, random_mix
 from routers.shared_policy import find_file, load_checkpoint
 from routers.step_settings import STEP_ROUTER, StepSettings
 from srpo.generate import TransformersGenerator
 from srpo.recipe import load_recipe
 from srpo.rollout import Limits, play
 from srpo.sampling import Sampling, end_ids
-from srpo.types import CORRECT, COST, LOST
+from srpo.types import CORRECT, LOST, Row, Trajectory
 
 EPISODES = "episodes.parquet"
 POLICY = "policy"
 """How a run calls its policy; with something after it, another way of decoding."""
-REPETITIONS = 3
 NOTE = (
     "Explorer and planner are SCRIPTED executors, no language models; the planner reads the hidden state of the game. "
     "Costs hold the policy's own tokens. Intervals are 95 %, over tasks and seeds; gains in points, paired by task."
 )
-SHARES = (0.02, 0.04, 0.06, 0.08, 0.1, 0.13, 0.16, 0.2, 0.25, 0.3, 0.4, 0.6)
-FAMILIES: dict[str, Mapping[str, Choose]] = {
-    "random mixing": {"0": always_small, **{f"{p:g}": random_mix(p) for p in SHARES}, "1": always_large},
-    "first-large": {"0": always_small, **{str(k): first_large(k) for k in range(1, 7)}, "all": always_large},
-    "cascade": {"never": always_small, **{str(k): cascade(k) for k in range(2, 20, 2)}, "at once": always_large},
-}
-
-
-def play_rules(task: BudgetTask, types: Mapping[str, str]) -> pd.DataFrame:
-    """Every setting of every family on every task (id -> type): one row per episode."""
-    environment = make_environment(task)
-    rows = []
-    for family, settings in FAMILIES.items():
-        for setting, choose in settings.items():
-            for repetition in range(REPETITIONS):
-                for name, kind in types.items():
-                    columns = drive(environment, {TASK: name}, f"evaluation/{repetition}/{name}", choose).columns
-                    record = _record(name, kind, columns)
-                    rows.append({"method": f"{family} {setting}", "repetition": repetition, **record})
-    return pd.DataFrame(rows)
 
 
 def play_policy(
@@ -78,54 +57,62 @@ def play_policy(
 ) -> pd.DataFrame:
     """The policy on every task (id -> type) at every cap, told about it as `settings` say.
 
-    Its own tokens are priced, each token of a context once (it is cached).
+    Its own tokens are priced, each token of a context once (it is cached). A lost episode is played again with the
+    same seed; lost again, it counts as failed.
 
     Raises:
-        RuntimeError: an episode was lost.
+        PhaseStopped: the run's money is spent.
     """
     environment = make_environment(task)
     records = []
     model.eval()
+
+    def played(rows: Sequence[Row]) -> list[Trajectory]:
+        prompts = [
+            tokenizer.apply_chat_template(
+                row["prompt"], add_generation_prompt=True, return_dict=False, **settings.chat_template_kwargs
+            )
+            for row in rows
+        ]
+        generator = TransformersGenerator(
+            model, tokenizer, Sampling(temperature=temperature), eos_ids=end_ids(model, tokenizer)
+        )
+        limits = Limits(task.step_limit, 100_000, settings.observation_tokens, STEP_SECONDS)
+        seeds = [f"evaluation/{seed}/{row[TASK]}" for row in rows]
+        out = environment.out_of_money
+        return play(environment, rows, prompts, seeds, generator, tokenizer, limits, out_of_money=out)
+
     for cap in caps:
         rows = make_rows(task, types, [cap])
         for start in range(0, len(rows), batch):
             some = rows[start : start + batch]
-            prompts = [
-                tokenizer.apply_chat_template(
-                    row["prompt"], add_generation_prompt=True, return_dict=False, **settings.chat_template_kwargs
-                )
-                for row in some
-            ]
-            generator = TransformersGenerator(
-                model, tokenizer, Sampling(temperature=temperature), eos_ids=end_ids(model, tokenizer)
-            )
-            limits = Limits(task.step_limit, 100_000, settings.observation_tokens, step_seconds=120.0)
-            seeds = [f"evaluation/{seed}/{row[TASK]}" for row in some]
-            for row, trajectory in zip(
-                some, play(environment, some, prompts, seeds, generator, tokenizer, limits), strict=True
-            ):
-                if trajectory.stop == "lost":
-                    raise RuntimeError(f"{row[TASK]} was lost: {trajectory.columns[LOST]}")
+            for row, trajectory in zip(some, _twice(played, some), strict=True):
+                if environment.out_of_money():
+                    raise PhaseStopped(f"max_cost_usd is reached: ${environment.spent_usd():.4f} are spent. {RAISE}")
                 read = len(trajectory.prompt_ids) + sum(len(t.ids) for t in trajectory.turns if t.owner == "world")
                 written = sum(len(t.ids) for t in trajectory.turns if t.owner == "policy")
                 own = (read * settings.policy_price[0] + written * settings.policy_price[1]) / 1e6
-                record = _record(row[TASK], types[row[TASK]], trajectory.columns)
+                record = episode_row(row[TASK], types[row[TASK]], _known(row[TASK], trajectory))
                 records.append({**record, "repetition": seed, "cap": cap, "policy_usd": own})
     return pd.DataFrame(records)
 
 
-def _record(name: str, kind: str, columns: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "task": name,
-        "task_type": kind,
-        "success": float(columns[CORRECT]),
-        "executor_usd": float(columns[COST]),
-        "large_calls": int(columns["large_calls"]),
-        "steps": int(columns["calls"]),
-        "violated": bool(columns["budget_violated"]),
-        "cap": math.inf,
-        "policy_usd": 0.0,
-    }
+def _twice(played: Callable[[Sequence[Row]], list[Trajectory]], rows: Sequence[Row]) -> list[Trajectory]:
+    """Trajectories of rows, lost ones at their second attempt."""
+    found = played(rows)
+    lost = [i for i, trajectory in enumerate(found) if trajectory.stop == "lost"]
+    for i, again in zip(lost, played([rows[i] for i in lost]) if lost else [], strict=True):
+        found[i] = again
+    return found
+
+
+def _known(name: str, trajectory: Trajectory) -> Mapping[str, Any]:
+    """Columns of an episode; a lost one counts as failed."""
+    if trajectory.stop != "lost":
+        return trajectory.columns
+    print(f"WARNING: lost twice, counts as failed: {name}: {trajectory.columns[LOST]}", flush=True)
+    known = {key: value for key, value in trajectory.columns.items() if value is not None}
+    return {**NOTHING, **known, CORRECT: 0.0}
 
 
 def evaluate(
@@ -156,8 +143,11 @@ def rules(task: BudgetTask, folder: Path) -> pd.DataFrame:
         path, types = folder / f"rules_{label}.parquet", load_tasks(task.environment, which, task.heldout_count)
         known = pd.read_parquet(path) if path.exists() else None
         if known is None or not set(types) <= set(known["task"]):
-            known = _classified(play_rules(task, types), task, label, which, folder)
+            partial = path.with_suffix(".partial")
+            player = make_player(task, (which, task.heldout_count))
+            known = _classified(play_rules(task, types, player, partial), task, label, which, folder)
             known.to_parquet(path)
+            partial.unlink()
         frames.append(known[known["task"].isin(types)])
     return pd.concat(frames, ignore_index=True)
 

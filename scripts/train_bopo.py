@@ -10,19 +10,26 @@ started from, and its demonstrations), `task/` (profiles, baselines), `episodes.
 """
 
 import random
+import sys
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import yaml
 from accelerate import PartialState
+from budget_money import Money, StopWithoutMoney, estimate, phases
+from budget_play import PhaseStopped
 from budget_task import (
     BudgetTask,
+    check_folder,
     corpus,
+    heldout_sets,
     make_environment,
+    make_player,
+    make_pool,
     make_rows,
     profiles,
     train_tasks,
@@ -33,7 +40,7 @@ from policies import load_policy, warm_start_config
 from transformers import set_seed
 
 from rewards.boundary import Boundary, BoundaryReward, cheap_failure_pays, make_boundary_reward
-from routers.bosft import Demonstration, Synthesis, balance, demonstrations, write_dataset
+from routers.bosft import Demonstration, Synthesis, balance, demonstrations, read_dataset, write_dataset
 from routers.budget_episode import TASK
 from routers.profiles import BoundaryProfile, observe, write_profiles
 from routers.step_settings import StepSettings
@@ -42,7 +49,7 @@ from srpo.advantages import REFERENCES
 from srpo.recipe import load_recipe, resolved_recipe
 from srpo.rollout import observation_ids
 from srpo.tiny import tiny_causal_lm, train_tokenizer
-from srpo.types import CORRECT
+from srpo.types import CORRECT, Observation
 from srpo.warmstart import imitate
 
 
@@ -93,7 +100,11 @@ def main(argv: list[str] | None = None) -> str | None:
         output.mkdir(parents=True, exist_ok=True)
         (output / "recipe.yaml").write_text(yaml.safe_dump(resolved_recipe(recipe), sort_keys=False))
         settings.save(output)
-    with state.main_process_first():  # the others read what the first has written
+    money = Money(make_pool(task), args.max_cost_usd, output / f"spending_{state.process_index}.json")
+    if task.live and state.is_main_process:
+        runs = task.profile_runs + bopo.bosft_sweep - 1 if bopo.bosft_epochs > 0 and bopo.bosft_policy is None else 0
+        print(estimate(task, phases(task, args, runs, state.num_processes), args.max_cost_usd), flush=True)
+    with state.main_process_first(), money.phase("profiling"):  # the others read what the first has written
         profiled = profiles(task, "train", task.train_tasks, task.train_count, folder)
     rows = training_rows(task, bopo, profiled)
     if state.is_main_process:
@@ -102,13 +113,20 @@ def main(argv: list[str] | None = None) -> str | None:
     set_seed(args.seed)
     start = bopo.bosft_policy or str(output / "bosft")
     if bopo.bosft_policy is None and args.resume_from_checkpoint is None:
-        make_start(task, bopo, args, settings, rows, Path(start))
+        with state.main_process_first(), money.phase("demonstrations"):
+            chosen = bosft_demonstrations(task, bopo, rows, args.seed, Path(start) / "demonstrations")
+        make_start(task, bopo, args, settings, rows, chosen, Path(start))
         state.wait_for_everyone()
     # Read from disk, also by the process that wrote it: TRL makes the reference policy of the KL from that path.
     model, tokenizer = load_policy(start, args, 0, lambda: corpus(task, rows))
     how = {"seed": args.seed, "temperature": bopo.eval_temperature}
     if state.is_main_process and not (Path(start) / EPISODES).exists():
-        evaluate(model, tokenizer, task, settings, folder, "BoSFT", **how).to_parquet(Path(start) / EPISODES)
+        with money.phase("profiling of held-out tasks"):
+            for name, which in heldout_sets(task).items():
+                profiles(task, name, which, task.heldout_count, folder)
+        with money.phase("evaluation of BoSFT"):
+            evaluate(model, tokenizer, task, settings, folder, "BoSFT", **how).to_parquet(Path(start) / EPISODES)
+    money.check("What was played is kept.")
 
     environment = make_environment(task)
     trainer = SRPOTrainer(
@@ -121,16 +139,24 @@ def main(argv: list[str] | None = None) -> str | None:
         correctness=succeeded,
         recipe=resolved_recipe(recipe),
     )
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.add_callback(StopWithoutMoney(environment))
+    money.share()
+    with money.phase("training"):
+        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()
+    money.take_back()
     if not state.is_main_process:
         return None
 
     write_profiles(observe(profiled.values(), successes(output)), output / "profiles.parquet")
+    money.check(f"The policy is saved; scripts/evaluate_bopo.py --model {output} evaluates it.")
     trained = trainer.accelerator.unwrap_model(trainer.model)
-    after = evaluate(trained, tokenizer, task, settings, folder, POLICY, **how)
+    with money.phase("evaluation of the policy"):
+        after = evaluate(trained, tokenizer, task, settings, folder, POLICY, **how)
+    with money.phase("rules"):
+        ruled = rules(task, folder)
     before = pd.read_parquet(Path(start) / EPISODES)
-    episodes = pd.concat([rules(task, folder), before, after], ignore_index=True)
+    episodes = pd.concat([ruled, before, after], ignore_index=True)
     episodes.to_parquet(output / EPISODES)
     text = tables(episodes, True, output / "frontier.png")
     (output / "tables.md").write_text(text)
@@ -148,16 +174,16 @@ def make_start(
     args: SRPOConfig,
     settings: StepSettings,
     rows: Sequence[dict[str, Any]],
+    chosen: Sequence[Demonstration],
     folder: Path,
 ) -> None:
-    """The policy that RL starts from, in `folder`: the named one after BoSFT."""
+    """The policy that RL starts from, in `folder`: the named one after BoSFT on these demonstrations."""
     if bopo.model_name_or_path == "tiny":  # few words and two actions need little
         made = corpus(task, rows)
         tokenizer = train_tokenizer(made.texts, vocab_size=600, whole=made.whole)
         model = tiny_causal_lm(tokenizer, hidden=96, layers=2, heads=4, intermediate=192, seed=args.seed)
     else:
         model, tokenizer = load_policy(bopo.model_name_or_path, args, bopo.lora_r, lambda: corpus(task, rows))
-    chosen = bosft_demonstrations(task, bopo, rows, args.seed) if bopo.bosft_epochs > 0 else []
     if chosen:
         examples = [tokens(demonstration, settings, tokenizer) for demonstration in chosen]
         config = warm_start_config(
@@ -172,8 +198,6 @@ def make_start(
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         settings.save(folder)
-        if chosen:
-            write_dataset(chosen, folder / "demonstrations", task.executors)
 
 
 def step_settings(task: BudgetTask, bopo: BopoArguments, args: SRPOConfig) -> StepSettings:
@@ -218,26 +242,39 @@ def describe_profiles(task: BudgetTask, bopo: BopoArguments, profiled: Any) -> s
 
 
 def bosft_demonstrations(
-    task: BudgetTask, bopo: BopoArguments, rows: Sequence[dict[str, Any]], seed: int
+    task: BudgetTask, bopo: BopoArguments, rows: Sequence[dict[str, Any]], seed: int, folder: Path
 ) -> list[Demonstration]:
-    """Balanced demonstrations on the training rows, at their caps."""
-    environment, how = make_environment(task), bopo.synthesis()
-    found = []
-    for row in rows:
-        seeds = [f"bosft/{seed}/{k}/{row['query_id']}" for k in range(task.profile_runs)]
-        found += demonstrations(environment, row, row["difficulty"], how, seeds)
-    return balance(found, how, random.Random(seed))
+    """Balanced demonstrations on the training rows, at their caps; made once, in `folder`.
+
+    Raises:
+        ValueError: the folder was made with other settings.
+    """
+    if bopo.bosft_epochs <= 0:
+        return []
+    how = bopo.synthesis()
+    check_folder({**task.profile_settings(), **task.row_settings(), **asdict(how), "seed": seed}, folder)
+    if not (folder / "train.parquet").exists():
+
+        def seeds(row: Mapping[str, Any]) -> list[str]:
+            return [f"bosft/{seed}/{k}/{row['query_id']}" for k in range(task.profile_runs)]
+
+        play, partial = make_player(task, (task.train_tasks, task.train_count)), folder / "runs.partial"
+        found = demonstrations(rows, how, seeds, play, partial)
+        write_dataset(balance(found, how, random.Random(seed)), folder, task.executors)
+        partial.unlink(missing_ok=True)
+    return read_dataset(folder)
 
 
 def tokens(demonstration: Demonstration, settings: StepSettings, tokenizer: Any) -> dict[str, list[int]]:
     """A demonstration as the rollout would have made it, with labels on the decisions only."""
     prompt = tokenizer.apply_chat_template(
-        demonstration.row["prompt"], add_generation_prompt=True, return_dict=False, **settings.chat_template_kwargs
+        demonstration.prompt, add_generation_prompt=True, return_dict=False, **settings.chat_template_kwargs
     )
     ids, labels = list(prompt), [-100] * len(prompt)
-    for name, observation in demonstration.driven.decisions:
-        decision = tokenizer(settings.names[name], add_special_tokens=False)["input_ids"]
-        said = [] if observation.end else observation_ids(observation, tokenizer, settings.observation_tokens)
+    for step in demonstration.decisions:
+        decision = tokenizer(settings.names[step["executor"]], add_special_tokens=False)["input_ids"]
+        observation = Observation(step["body"], step["before"], step["after"])
+        said = observation_ids(observation, tokenizer, settings.observation_tokens)
         ids += [*decision, *said]
         labels += [*decision, *[-100] * len(said)]
     return {"input_ids": ids, "labels": labels}
@@ -262,4 +299,7 @@ def successes(output: Path) -> list[tuple[str, float]]:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except PhaseStopped as stopped:
+        sys.exit(f"STOPPED: {stopped}")

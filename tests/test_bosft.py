@@ -2,50 +2,100 @@
 
 import json
 import random
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from test_budget_episode import world
 
-from routers.bosft import Demonstration, Synthesis, balance, demonstrations, write_dataset
+from routers.bosft import Demonstration, Synthesis, balance, demonstrations, read_dataset, write_dataset
+from routers.budget_episode import Driven, drive
+from routers.budget_jobs import Job, PlayAll
 from srpo.types import CORRECT, COST
 
 SEEDS = [f"s{k}" for k in range(5)]
 
 
-def row(length: int) -> dict[str, Any]:
-    return {"length": length, "task": f"corridor/{length}", "prompt": "walk"}
+def row(length: int, difficulty: str = "hard") -> dict[str, Any]:
+    task = f"corridor/{length}"
+    return {"length": length, "task": task, "query_id": task, "prompt": "walk", "difficulty": difficulty}
 
 
-def test_hard_keeps_the_cheapest_success_of_the_sweep() -> None:
+def one_by_one(jobs: Sequence[Job]) -> Iterator[tuple[Job, Driven]]:
+    for job in jobs:
+        yield job, drive(world(), job.row, job.seed, job.choose)
+
+
+def made(folder: Path, row: dict[str, Any], how: Synthesis, play: PlayAll = one_by_one) -> list[Demonstration]:
+    """Of one row; in a fresh file."""
+    path = folder / "partial"
+    path.unlink(missing_ok=True)
+    return demonstrations([row], how, lambda row: SEEDS, play, path)
+
+
+def executors(demonstration: Demonstration) -> list[str]:
+    return [step["executor"] for step in demonstration.decisions]
+
+
+def test_hard_keeps_the_cheapest_success_of_the_sweep(tmp_path: Path) -> None:
     # 10 steps, 12 to go: at least two double steps are needed. Always-large takes 6 calls, the optimum 2.
-    found = demonstrations(world(), row(12), "hard", Synthesis(sweep=10, keep=1), SEEDS)
-    assert len(found) == 1 and found[0].driven.columns[CORRECT] == 1.0
-    cost = found[0].driven.columns[COST]
-    assert 2 * 0.1 + 8 * 0.01 <= cost < 6 * 0.1 and 0 < found[0].p_large < 1
-    several = demonstrations(world(), row(12), "hard", Synthesis(sweep=10, keep=3), SEEDS)
-    costs = [d.driven.columns[COST] for d in several]
-    assert costs == sorted(costs) and costs[0] == cost and len(several) == 3
+    [found] = made(tmp_path, row(12), Synthesis(sweep=10, keep=1))
+    assert found.score == 1.0
+    assert 2 * 0.1 + 8 * 0.01 <= found.cost_usd < 6 * 0.1 and 0 < found.p_large < 1
+    several = made(tmp_path, row(12), Synthesis(sweep=10, keep=3))
+    costs = [d.cost_usd for d in several]
+    assert costs == sorted(costs) and costs[0] == found.cost_usd and len(several) == 3
 
 
-def test_hard_without_a_success_is_left_out_and_always_large_is_the_fallback() -> None:
-    assert demonstrations(world(), row(21), "hard", Synthesis(), SEEDS) == []
-    [only] = demonstrations(world(), row(20), "hard", Synthesis(sweep=2), SEEDS)  # every step must be double
-    assert only.p_large == 1.0 and [name for name, _ in only.driven.decisions] == ["large"] * 10
+def test_hard_without_a_success_is_left_out_and_always_large_is_the_fallback(tmp_path: Path) -> None:
+    assert made(tmp_path, row(21), Synthesis()) == []
+    [only] = made(tmp_path, row(20), Synthesis(sweep=2))  # every step must be double
+    assert only.p_large == 1.0 and executors(only) == ["large"] * 10
 
 
-def test_easy_and_intractable_are_always_small() -> None:
-    [easy] = demonstrations(world(), row(5), "easy", Synthesis(), SEEDS)
-    assert {name for name, _ in easy.driven.decisions} == {"small"} and easy.driven.columns[CORRECT] == 1.0
-    assert demonstrations(world(), row(11), "easy", Synthesis(), SEEDS) == []  # no success to show
-    [lost] = demonstrations(world(), row(99), "intractable", Synthesis(), SEEDS)
-    assert {name for name, _ in lost.driven.decisions} == {"small"} and lost.driven.columns[CORRECT] == 0.0
+def test_easy_and_intractable_are_always_small(tmp_path: Path) -> None:
+    [easy] = made(tmp_path, row(5, "easy"), Synthesis())
+    assert set(executors(easy)) == {"small"} and easy.score == 1.0
+    assert made(tmp_path, row(11, "easy"), Synthesis()) == []  # no success to show
+    [lost] = made(tmp_path, row(99, "intractable"), Synthesis())
+    assert set(executors(lost)) == {"small"} and lost.score == 0.0
+
+
+def test_a_lost_episode_is_nobodys_demonstration(tmp_path: Path) -> None:
+    def lose_the_first(jobs: Sequence[Job]) -> Iterator[tuple[Job, Driven]]:
+        for job, driven in one_by_one(jobs):
+            nothing = Driven(driven.first, (), {CORRECT: 0.0, COST: 0.0}, "lost")
+            yield job, nothing if job.seed == "s0" else driven
+
+    [kept] = made(tmp_path, row(99, "intractable"), Synthesis(), lose_the_first)
+    assert len(kept.decisions) == 10 and kept.cost_usd == pytest.approx(0.1)
+
+
+def test_interrupted_and_resumed_gives_the_same_demonstrations(tmp_path: Path) -> None:
+    rows = [row(n, difficulty) for n, difficulty in ((12, "hard"), (5, "easy"), (13, "hard"), (99, "intractable"))]
+    whole = demonstrations(rows, Synthesis(), lambda row: SEEDS, one_by_one, tmp_path / "whole")
+    jobs = list[Job]()
+
+    def torn(some: Sequence[Job]) -> Iterator[tuple[Job, Driven]]:
+        for job, driven in one_by_one(some):
+            if len(jobs) == 20:
+                jobs.append(job)
+                raise KeyboardInterrupt
+            jobs.append(job)
+            yield job, driven
+
+    for _ in range(2):
+        try:
+            found = demonstrations(rows, Synthesis(), lambda row: SEEDS, torn, tmp_path / "torn")
+        except KeyboardInterrupt:
+            continue
+    assert found == whole and len(whole) == 4
+    assert len(jobs) == 2 * 14 + 2 * 5 + 1  # one was played twice: it had not come to its end
 
 
 def some(count: int, difficulty: str, p_large: float = 0.0) -> list[Demonstration]:
-    [one] = demonstrations(world(), row(3), "easy", Synthesis(), SEEDS[:1])
-    return [Demonstration(one.row, one.driven, difficulty, p_large) for _ in range(count)]  # type: ignore[arg-type]
+    return [Demonstration("t", "walk", [], difficulty, p_large, 1.0, 0.1) for _ in range(count)]  # type: ignore
 
 
 def test_balance_by_class_by_share_and_not_at_all() -> None:
@@ -65,11 +115,12 @@ def test_balance_by_class_by_share_and_not_at_all() -> None:
 def test_the_dataset_reads_back_and_holds_no_tokens(tmp_path: Path) -> None:
     from datasets import load_dataset
 
-    found = demonstrations(world(), row(12), "hard", Synthesis(), SEEDS)
+    found = made(tmp_path, {**row(12), "prompt": [{"role": "user", "content": "walk"}]}, Synthesis())
     write_dataset(found, tmp_path / "d", ["small", "large"])
     read = load_dataset(str(tmp_path / "d"), split="train", cache_dir=str(tmp_path / "cache"))
-    assert [d["executor"] for d in read[0]["decisions"]] == [name for name, _ in found[0].driven.decisions]
-    assert read[0]["cost_usd"] == found[0].driven.columns[COST] and read[0]["difficulty"] == "hard"
+    assert [d["executor"] for d in read[0]["decisions"]] == executors(found[0])
+    assert read[0]["cost_usd"] == found[0].cost_usd and read[0]["difficulty"] == "hard"
+    assert read_dataset(tmp_path / "d") == found
     assert "| hard | 1 |" in (tmp_path / "d" / "README.md").read_text()
     assert "input_ids" not in json.dumps(read.column_names)
 

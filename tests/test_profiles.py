@@ -1,19 +1,22 @@
 """Boundary profiles: classes by hand, the guards, and that an interrupted profiling ends in the same file."""
 
-import functools
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
+from routers.budget_episode import Driven
+from routers.budget_jobs import Job, play_jobs
+from routers.budget_rules import always_large, always_small
 from routers.profiles import (
     BoundaryProfile,
     DifficultyRule,
-    Run,
     observe,
     profile_tasks,
     read_profiles,
     write_profiles,
 )
+from srpo.types import CORRECT, COST, Observation
 
 
 def made(small: int, large: int, runs: int = 5, **more: int) -> BoundaryProfile:
@@ -65,15 +68,23 @@ def test_the_policy_relabels_what_the_boundaries_could_not_solve() -> None:
     assert other.policy_runs == 0 and DifficultyRule()(other) == "intractable"
 
 
-def play(task: str, boundary: str, k: int, stop_at: str = "", log: str = "") -> Run:
-    """A deterministic world; raises at one task, and notes what it played."""
-    if task == stop_at:
-        raise KeyboardInterrupt
-    if log:
-        with open(log, "a") as file:
-            file.write(f"{task}\n")
-    number = int(task[1:])
-    return Run(float((number + k) % 3 == 0 or boundary == "large"), 0.01 * number + k + 5 * (boundary == "large"))
+class Play:
+    """A deterministic world; ends at one job as a crash would, and knows what it played."""
+
+    def __init__(self, stop_at: str = "") -> None:
+        self.stop_at, self.played = stop_at, list[str]()
+
+    def __call__(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, Driven]]:
+        for job in reversed(jobs):  # in any order
+            if job.key == self.stop_at:
+                raise KeyboardInterrupt
+            self.played.append(job.key)
+            _, boundary, k, task = job.seed.split("/")
+            number, large = int(task[1:]), job.choose is always_large
+            assert large == (boundary == "large") and job.row == {"task": task}
+            score = float((number + int(k)) % 3 == 0 or large)
+            columns = {CORRECT: score, COST: 0.01 * number + int(k) + 5 * large}
+            yield job, Driven(Observation(), (), columns, "done")
 
 
 TASKS = {f"t{i}": "even" if i % 2 == 0 else "odd" for i in range(12)}
@@ -81,26 +92,34 @@ TASKS = {f"t{i}": "even" if i % 2 == 0 else "odd" for i in range(12)}
 
 def test_interrupted_and_resumed_gives_the_same_file(tmp_path: Path) -> None:
     whole, torn = tmp_path / "whole.parquet", tmp_path / "torn.parquet"
-    expected = profile_tasks(TASKS, play, whole, runs=3)
+    expected = profile_tasks(TASKS, Play(), whole, runs=3)
+    assert expected[1] == BoundaryProfile("t1", "odd", (0, 0, 1), (0.01, 1.01, 2.01), (1, 1, 1), (5.01, 6.01, 7.01))
     with pytest.raises(KeyboardInterrupt):
-        profile_tasks(TASKS, functools.partial(play, stop_at="t7"), torn, runs=3)
+        profile_tasks(TASKS, Play("profile/large/1/t7"), torn, runs=3)
     assert not torn.exists()
     partial = tmp_path / "torn.parquet.partial"
-    partial.write_text(partial.read_text() + '{"task": "t7", "task_ty')  # the crash was in the middle of a line
-    log = tmp_path / "log"
-    found = profile_tasks(TASKS, functools.partial(play, log=str(log)), torn, runs=3)
+    assert partial.read_text().count("\n") == 4 * 6 + 1  # t11 to t8 whole, and one run of t7
+    partial.write_text(partial.read_text() + '["profile/large/1/t7", [1.')  # the crash was in the middle of a line
+    rest = Play()
+    found = profile_tasks(TASKS, rest, torn, runs=3)
     assert found == expected and torn.read_bytes() == whole.read_bytes() and not partial.exists()
-    assert sorted(set(log.read_text().split())) == ["t10", "t11", "t7", "t8", "t9"]  # and nothing was played twice
+    assert len(rest.played) == 72 - 25 and "profile/large/2/t7" not in rest.played  # nothing was played twice
 
 
-def test_other_processes_give_the_same_file_and_new_tasks_extend_it(tmp_path: Path) -> None:
+def test_new_tasks_extend_a_file_and_other_runs_do_not(tmp_path: Path) -> None:
     one, two = tmp_path / "one.parquet", tmp_path / "two.parquet"
-    profile_tasks(TASKS, play, one, runs=2)
-    profile_tasks(dict(list(TASKS.items())[:5]), play, two, runs=2)
-    profile_tasks(TASKS, play, two, runs=2, workers=2)
+    profile_tasks(TASKS, Play(), one, runs=2)
+    profile_tasks(dict(list(TASKS.items())[:5]), Play(), two, runs=2)
+    profile_tasks(TASKS, Play(), two, runs=2)
     assert one.read_bytes() == two.read_bytes()
     with pytest.raises(ValueError, match="t0 has 2 and 2 runs, asked for are 3"):
-        profile_tasks(TASKS, play, one, runs=3)
+        profile_tasks(TASKS, Play(), one, runs=3)
+
+
+def test_jobs_need_names_of_their_own(tmp_path: Path) -> None:
+    job = Job("same", {}, "s", always_small)
+    with pytest.raises(ValueError, match="two jobs"):
+        play_jobs([job, job], tmp_path / "x", Play(), lambda driven: None)
 
 
 def test_raw_costs_survive_the_file(tmp_path: Path) -> None:
