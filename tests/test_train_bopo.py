@@ -14,7 +14,7 @@ import budget_task
 import train_bopo
 
 from routers.bosft import Demonstration
-from routers.budget_episode import drive
+from routers.budget_episode import Driven, drive
 from routers.budget_rules import random_mix
 from routers.step_settings import StepSettings
 from srpo.generate import Sample
@@ -34,6 +34,11 @@ class Replay:
     def finish(self) -> None: ...
 
 
+def demonstration(row: Any, driven: Driven) -> Demonstration:
+    said = [{"executor": name, "before": o.before, "body": o.body, "after": o.after} for name, o in driven.decisions]
+    return Demonstration(row["task"], row["prompt"], said, "hard", 0.4, 1.0, 0.0)
+
+
 def test_a_demonstration_has_the_tokens_of_the_rollout() -> None:
     task = budget_task.BudgetTask(train_count=2)
     rows = budget_task.make_rows(task, budget_task.train_tasks(task), [2.0])
@@ -43,7 +48,7 @@ def test_a_demonstration_has_the_tokens_of_the_rollout() -> None:
     settings = StepSettings(tuple(task.executors), tuple(task.labels), task.observation, observation_tokens=100)
     for row in rows:
         driven = drive(environment, row, "seed", random_mix(0.4))
-        got = train_bopo.tokens(Demonstration(row, driven, "hard", 0.4), settings, tokenizer)
+        got = train_bopo.tokens(demonstration(row, driven), settings, tokenizer)
         decided = [label for label in got["labels"] if label != -100]
         prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=True)
         limits = Limits(turns=20, tokens=1000, observation_tokens=100, step_seconds=60)
@@ -67,10 +72,13 @@ def test_rows_carry_what_reward_and_advantage_read() -> None:
 
 
 def test_a_task_folder_of_other_settings_is_refused(tmp_path: Path) -> None:
-    budget_task.check_folder(budget_task.BudgetTask(), tmp_path / "t")
-    budget_task.check_folder(budget_task.BudgetTask(train_count=7), tmp_path / "t")  # other tasks, same world
+    def check(**fields: Any) -> None:
+        budget_task.check_folder(budget_task.BudgetTask(**fields).profile_settings(), tmp_path / "t")
+
+    check()
+    check(train_count=7)  # other tasks, same world
     with pytest.raises(ValueError, match="step_limit=20, the recipe says 30"):
-        budget_task.check_folder(budget_task.BudgetTask(step_limit=30), tmp_path / "t")
+        check(step_limit=30)
 
 
 @pytest.mark.slow
