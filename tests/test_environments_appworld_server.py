@@ -157,6 +157,7 @@ def test_tasks_and_their_types(suite: AppWorldSuite) -> None:
     assert suite.tasks("train") == {"abc1234_1": "difficulty 1", "abc1234_2": "difficulty 2"}
     assert suite.tasks("train", 1) == {"abc1234_1": "difficulty 1"}
     assert suite.tasks("dev") == {"abc1234_2": "difficulty 2"}  # without its tag
+    assert suite.make("abc1234_2", 40).task_type == "appworld"  # the difficulty comes with the solutions
     with pytest.raises(GameError, match="no data set 'test_normal'; there are dev, train"):
         suite.tasks("test_normal")
     with pytest.raises(GameError, match="no task 'abc1234_3'"):

@@ -44,8 +44,9 @@ answer=... if the task asks for something; if it cannot be done, call it with st
 
 
 class AppWorldSuite:
-    """AppWorld's tasks by data set (`train`, `dev`, `test_normal`, `test_challenge`); a `Suite`. A task's type is its
-    difficulty, from 1 to 3.
+    """AppWorld's tasks by data set (`train`, `dev`, `test_normal`, `test_challenge`); a `Suite`.
+
+    Types are the difficulties in AppWorld's tables, 1 to 3. They come with the solutions: episodes do not tell them.
 
     Every open episode is a process: with the small world of our tests 90 MB of its own and half a second to start;
     AppWorld's own databases are larger.
@@ -67,16 +68,14 @@ class AppWorldSuite:
             raise GameError(f"AppWorld has no data set {which!r}; there are {', '.join(known)}")
         lines = (self._data / "datasets" / f"{which}.txt").read_text(encoding="utf-8").split()
         tasks = [line.split(":")[0] for line in lines]  # behind a colon: a tag
-        return {task: self._type(task) for task in tasks[: count or None]}
+        truth = "ground_truth/metadata.json"
+        return {task: f"difficulty {self._read(task, truth)['difficulty']}" for task in tasks[: count or None]}
 
     def make(self, task: str, limit: int) -> "AppWorld":
-        return AppWorld(self._server, task, self._read(task, "specs.json"), self._type(task), limit)
+        return AppWorld(self._server, task, self._read(task, "specs.json"), limit)
 
     def close(self) -> None:
         self._server.close()
-
-    def _type(self, task: str) -> str:
-        return f"difficulty {self._read(task, 'ground_truth/metadata.json')['difficulty']}"
 
     def _read(self, task: str, name: str) -> dict[str, Any]:
         path = self._data / "tasks" / task / name
@@ -100,12 +99,13 @@ class AppWorld:
 
     admissible: tuple[str, ...] = ()
     how = HOW
+    task_type = "appworld"
 
-    def __init__(self, server: Server, task: str, specs: dict[str, Any], task_type: str, limit: int = 40) -> None:
+    def __init__(self, server: Server, task: str, specs: dict[str, Any], limit: int = 40) -> None:
         if limit < 1:
             raise GameError(f"{task}: the step limit is {limit}; it must be at least 1")
         self._server, self._specs = server, specs
-        self.seed, self.task, self.task_type, self.limit = task, str(specs["instruction"]), task_type, limit
+        self.seed, self.task, self.limit = task, str(specs["instruction"]), limit
         self.steps, self.won, self.done = 0, False, False
         self._world: Connection | None = None
         self._started: dict[str, Any] = {}

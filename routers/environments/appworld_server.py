@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ class Server:
 
     def __init__(self, python: str, root: Path) -> None:
         self._python, self._root = python, root
+        self._lock = threading.Lock()
         self._start()
 
     def _start(self) -> None:
@@ -48,8 +50,9 @@ class Server:
 
     def open(self) -> "Connection":
         """A connection to a new process; returns before it is there."""
-        if self._process.poll() is not None:
-            self._start()
+        with self._lock:
+            if self._process.poll() is not None:
+                self._start()
         ours, theirs = socket.socketpair()
         with theirs, contextlib.suppress(BrokenPipeError):  # it has just ended: the connection will say so
             socket.send_fds(self._control, [b"+"], [theirs.fileno()])
