@@ -15,7 +15,7 @@ import asyncio
 import itertools
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ from routers.budget import BudgetGate
 from routers.environments.protocol import AgentEnvironment, Executor, Session, View
 from routers.environments.react import ReActExecutor
 from routers.shared_policy import Batches, load_checkpoint
-from routers.step_session import RoutedStep, StepSession
+from routers.step_parts import PlayedEpisode
+from routers.step_session import StepSession
 from routers.step_settings import STEP_ROUTER, StepSettings
 from srpo.episode_loop import EpisodeLoop, Failure
 from srpo.generate import TransformersGenerator
@@ -36,41 +37,16 @@ GRACE_SECONDS = 15.0
 """An executor that does not keep its own deadline is left behind after so much more."""
 
 
-@dataclass(frozen=True)
-class PlayedEpisode:
-    """What became of one episode."""
-
-    score: float
-    """Of the environment, in [0, 1]."""
-    won: bool
-    stop: Stop
-    """done: won. turns: the step limit. budget: nothing was affordable any more. lost: see `error`."""
-    error: str | None
-    """Why the environment or an executor raised, or did not come back in time; the money of the open call counts."""
-    steps: tuple[RoutedStep, ...]
-    executor_usd: float
-    policy_usd: float
-    """The policy's own tokens at `StepSettings.policy_price`; not a part of the cap."""
-    violated: bool
-    """Whether a call cost more than its bound; without that the cap cannot be passed."""
-    ids: tuple[int, ...]
-    """What the policy read and wrote."""
-
-    @property
-    def cost_usd(self) -> float:
-        return self.executor_usd + self.policy_usd
-
-
 class StepRouter:
     """Decides for many episodes at once who acts next. Safe in many threads and tasks; close it at the end.
 
     Args:
         model, tokenizer: the policy, in evaluation mode.
         settings: how it was trained.
-        temperature: 1 draws from the probabilities that training has optimised. 0 always takes the likeliest executor,
-            which is another policy: with the quickstart's BoPO it has 3 points less success, with BoSFT 25.
+        temperature: None: that of the training, which draws from the probabilities that were optimised. 0 always takes
+            the likeliest executor, which is another policy: the quickstart's BoPO loses 3 points of success, BoSFT 25.
         max_batch: decisions that are made together.
-        max_concurrent: episodes that `submit` and `aplay` work on at once; further ones wait.
+        max_concurrent: episodes that are played at once; further ones wait. Sessions are not limited.
         call_seconds: deadline of one call of an executor, in `play`.
 
     Raises:
@@ -83,7 +59,7 @@ class StepRouter:
         tokenizer: Any,
         settings: StepSettings,
         *,
-        temperature: float = 1.0,
+        temperature: float | None = None,
         max_batch: int = 32,
         max_concurrent: int = 64,
         call_seconds: float = 60.0,
@@ -95,7 +71,7 @@ class StepRouter:
         self._clean = without_control_tokens(self._tokenizer)
         self._call_seconds = call_seconds
         self._numbers = itertools.count()
-        sampling = Sampling(temperature=temperature)
+        sampling = Sampling(settings.temperature if temperature is None else temperature)
         generator = TransformersGenerator(model, self._tokenizer, sampling, eos_ids=end_ids(model, self._tokenizer))
         self._batches = Batches(generator, max_batch)
         self._loop = EpisodeLoop()
@@ -174,7 +150,7 @@ class StepRouter:
         unit: str | None = None,
         seed: str | None = None,
     ) -> PlayedEpisode:
-        """Play a fresh environment to its end; blocks until then.
+        """Play a fresh environment to its end, in a thread of the router's own; blocks until then.
 
         Args:
             environment: single use.
@@ -185,6 +161,34 @@ class StepRouter:
             ValueError: other executors, or what `StepSession.choose` refuses.
             RuntimeError: the router was closed.
         """
+        return self.submit(environment, executors, cap, unit=unit, seed=seed).result()
+
+    def submit(
+        self,
+        environment: AgentEnvironment,
+        executors: Sequence[Executor],
+        cap: float | None = None,
+        *,
+        unit: str | None = None,
+        seed: str | None = None,
+    ) -> Future[PlayedEpisode]:
+        """`play`, as a future."""
+        return self._threads.submit(self._play, environment, executors, cap, unit, seed)
+
+    async def aplay(
+        self, environment: AgentEnvironment, executors: Sequence[Executor], cap: float | None = None, **options: Any
+    ) -> PlayedEpisode:
+        """`play` for asyncio."""
+        return await asyncio.wrap_future(self.submit(environment, executors, cap, **options))
+
+    def _play(
+        self,
+        environment: AgentEnvironment,
+        executors: Sequence[Executor],
+        cap: float | None,
+        unit: str | None,
+        seed: str | None,
+    ) -> PlayedEpisode:
         named = {executor.name: executor for executor in executors}
         if set(named) != set(self.settings.executors):
             raise ValueError(
@@ -218,18 +222,6 @@ class StepRouter:
             violated=session.violated,
             ids=session.ids,
         )
-
-    def submit(
-        self, environment: AgentEnvironment, executors: Sequence[Executor], cap: float | None = None, **options: Any
-    ) -> Future[PlayedEpisode]:
-        """`play` in a thread of the router's own: a future of the `PlayedEpisode`."""
-        return self._threads.submit(self.play, environment, executors, cap, **options)
-
-    async def aplay(
-        self, environment: AgentEnvironment, executors: Sequence[Executor], cap: float | None = None, **options: Any
-    ) -> PlayedEpisode:
-        """`play` for asyncio."""
-        return await asyncio.wrap_future(self.submit(environment, executors, cap, **options))
 
     def close(self) -> None:
         """Finish what was begun, then end every thread and connection. Open sessions raise at their next choice."""

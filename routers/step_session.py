@@ -28,29 +28,10 @@ from routers.budget_episode import Situation
 from routers.environments.memory import remember
 from routers.environments.protocol import AgentEnvironment, Step, View
 from routers.pool.ledger import Reservation
+from routers.step_parts import RoutedStep
 from routers.step_settings import StepSettings, Told
 from srpo.generate import Request, Sample
 from srpo.rollout import Labels, observation_ids
-
-
-@dataclass(frozen=True)
-class RoutedStep:
-    """One step: who acted, out of whom, and what became of it."""
-
-    executor: str
-    allowed: tuple[str, ...]
-    """Who was affordable."""
-    bounds: Mapping[str, float]
-    """USD that each executor's call would have cost at most."""
-    left: float
-    """Of the budget, in its unit, before the step; infinite without a cap."""
-    probability: float
-    """Of the choice, renormalised over `allowed`."""
-    usd: float = 0.0
-    action: str = ""
-    observation: str = ""
-    error: str | None = None
-    """Why the call failed."""
 
 
 @dataclass(frozen=True)

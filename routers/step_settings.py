@@ -57,6 +57,8 @@ class StepSettings:
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     environment: str = ""
     """Where it was trained: a name of `routers.environments.suites`."""
+    temperature: float = 1.0
+    """Of the policy, in training."""
     policy_price: tuple[float, float] = (0.0, 0.0)
     """USD per million tokens that the policy reads and writes."""
 

@@ -199,7 +199,7 @@ def evaluate_checkpoint(argv: Sequence[str]) -> str:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder or Hub id, as scripts/train_bopo.py writes them")
     parser.add_argument("--config", help="recipe of the tasks; default: recipe.yaml beside the model")
-    parser.add_argument("--temperature", nargs="+", type=float, default=[1.0], help="0: greedy; a row for each")
+    parser.add_argument("--temperature", nargs="+", type=float, help="0: greedy; a row for each; default: as trained")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the policy's dice; repetitions")
     parser.add_argument("--task_dir", type=Path, help="profiles and baselines; default: the run's, else OUTPUT/task")
     parser.add_argument("--output", type=Path, help="default: outputs/evaluation/NAME_OF_THE_MODEL")
@@ -212,8 +212,8 @@ def evaluate_checkpoint(argv: Sequence[str]) -> str:
     places = [Path(place) for place in (task.task_dir, folder / "task") if place is not None]
     known = options.task_dir or next((place for place in places if place.exists()), output / "task")
     frames = [rules(task, known)]
-    for temperature in options.temperature:
-        name = POLICY + {0.0: ", greedy", 1.0: ""}.get(temperature, f", temperature {temperature:g}")
+    for temperature in options.temperature or [settings.temperature]:
+        name = POLICY + {0.0: ", greedy", settings.temperature: ""}.get(temperature, f", temperature {temperature:g}")
         for seed in options.seeds:
             frames.append(evaluate(model, tokenizer, task, settings, known, name, seed=seed, temperature=temperature))
     episodes = pd.concat(frames, ignore_index=True)

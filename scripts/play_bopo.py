@@ -16,7 +16,8 @@ from budget_task import load_tasks, make_executors
 from evaluate_bopo import recorded_task
 
 from routers.environments.suites import suite
-from routers.step_router import PlayedEpisode, StepRouter
+from routers.step_parts import PlayedEpisode
+from routers.step_router import StepRouter
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--count", type=int, default=3, help="this many of its tasks")
     parser.add_argument("--cap", type=float, help="hard limit of an episode; default: none")
     parser.add_argument("--unit", help="of the cap: usd or large_calls; default: as trained")
-    parser.add_argument("--temperature", type=float, default=1.0, help="of the policy; 0: greedy")
+    parser.add_argument("--temperature", type=float, help="of the policy; 0: greedy; default: as trained")
     parser.add_argument("--seed", default="0", help="names the dice")
     parser.add_argument("--json", action="store_true", help="print one JSON object per episode")
     options, overrides = parser.parse_known_args(argv)

@@ -9,6 +9,7 @@ started from, and its demonstrations), `task/` (profiles, baselines), `episodes.
 "BoPO-style": the paper (arXiv 2602.21227) has no public code or formula; see srpo/advantages.py.
 """
 
+import math
 import random
 import sys
 from collections import Counter
@@ -20,18 +21,21 @@ from typing import Any
 import pandas as pd
 import yaml
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from budget_money import Money, StopWithoutMoney, estimate, phases
 from budget_play import PhaseStopped
 from budget_task import (
     BudgetTask,
     check_folder,
     corpus,
+    given_profiles,
     heldout_sets,
     make_environment,
     make_player,
     make_pool,
     make_rows,
     profiles,
+    step_settings,
     train_tasks,
 )
 from datasets import Dataset
@@ -61,6 +65,13 @@ class BopoArguments:
         default="tiny", metadata={"help": "Hub id or path; `tiny`: a Qwen3 of 0.3M parameters made from nothing."}
     )
     lora_r: int = field(default=0, metadata={"help": "Rank of a LoRA adapter on all linear layers; 0: all weights."})
+    profiles: str | None = field(
+        default=None,
+        metadata={
+            "help": "OUTPUT/profiles.parquet of an earlier run on the same tasks, to start from instead of profiling: "
+            "what its policy solved is no longer Intractable."
+        },
+    )
     bosft_policy: str | None = field(
         default=None, metadata={"help": "OUTPUT/bosft of an earlier run of the same seed, to start from."}
     )
@@ -95,7 +106,7 @@ def main(argv: list[str] | None = None) -> str | None:
     task, bopo, args = recipe
     state, output = PartialState(), Path(args.output_dir)
     folder = Path(task.task_dir or output / "task")
-    settings = step_settings(task, bopo, args)
+    settings = step_settings(task, args, (bopo.policy_price_in, bopo.policy_price_out))
     if state.is_main_process:
         output.mkdir(parents=True, exist_ok=True)
         (output / "recipe.yaml").write_text(yaml.safe_dump(resolved_recipe(recipe), sort_keys=False))
@@ -105,10 +116,13 @@ def main(argv: list[str] | None = None) -> str | None:
         runs = task.profile_runs + bopo.bosft_sweep - 1 if bopo.bosft_epochs > 0 and bopo.bosft_policy is None else 0
         print(estimate(task, phases(task, args, runs, state.num_processes), args.max_cost_usd), flush=True)
     with state.main_process_first(), money.phase("profiling"):  # the others read what the first has written
-        profiled = profiles(task, "train", task.train_tasks, task.train_count, folder)
+        if bopo.profiles is None:
+            profiled = profiles(task, "train", task.train_tasks, task.train_count, folder)
+        else:
+            profiled = given_profiles(task, Path(bopo.profiles))
     rows = training_rows(task, bopo, profiled)
     if state.is_main_process:
-        print(describe_profiles(task, bopo, profiled.values()))
+        print(describe_rows(bopo, rows))
 
     set_seed(args.seed)
     start = bopo.bosft_policy or str(output / "bosft")
@@ -145,10 +159,11 @@ def main(argv: list[str] | None = None) -> str | None:
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()
     money.take_back()
+    outcomes = gather_object([environment.outcomes()])
     if not state.is_main_process:
         return None
 
-    write_profiles(observe(profiled.values(), successes(output)), output / "profiles.parquet")
+    write_profiles(observe(profiled.values(), outcomes), output / "profiles.parquet", task.profile_settings())
     money.check(f"The policy is saved; scripts/evaluate_bopo.py --model {output} evaluates it.")
     trained = trainer.accelerator.unwrap_model(trainer.model)
     with money.phase("evaluation of the policy"):
@@ -200,45 +215,34 @@ def make_start(
         settings.save(folder)
 
 
-def step_settings(task: BudgetTask, bopo: BopoArguments, args: SRPOConfig) -> StepSettings:
-    """How the policy is told about an episode, in training and ever after."""
-    return StepSettings(
-        executors=tuple(task.executors),
-        labels=tuple(task.labels),
-        observation=task.observation,
-        unit=task.budget_unit,
-        tail_calls=task.tail_calls,
-        on_empty=task.on_empty,
-        step_limit=task.step_limit,
-        observation_tokens=args.max_observation_tokens,
-        chat_template_kwargs=args.chat_template_kwargs or {},
-        environment=task.environment,
-        policy_price=(bopo.policy_price_in, bopo.policy_price_out),
-    )
-
-
 def training_rows(task: BudgetTask, bopo: BopoArguments, profiled: dict[str, BoundaryProfile]) -> list[dict[str, Any]]:
     """A row per cap and task, with what the reward and the advantage read."""
     rule = bopo.reward()
+    if rule.cost_norm == "budget" and (task.budget_unit != "usd" or not all(map(math.isfinite, task.train_caps))):
+        raise ValueError("cost_norm: budget divides by the budget in USD: set budget_unit: usd and finite train_caps")
     rows = []
     for row in make_rows(task, train_tasks(task), task.train_caps):
         columns = profiled[row[TASK]].columns(task.rule)
-        boundary = Boundary(*(columns[name] for name in ("p_small", "p_large", "cost_small", "cost_large", "hard")))
+        boundary = boundary_of(columns)
         budget = row["cap"] if task.budget_unit == "usd" else None
         rows.append({**row, **columns, "budget": budget, REFERENCES: list(rule.references(boundary, budget))})
     return rows
 
 
-def describe_profiles(task: BudgetTask, bopo: BopoArguments, profiled: Any) -> str:
-    """Classes of the training tasks, and a warning where cheap failure pays."""
-    found = [(p, p.columns(task.rule)) for p in profiled]
-    counts = Counter(columns["difficulty"] for _, columns in found)
-    hard = [
-        Boundary(p.p_small, p.p_large, p.cost_small, p.cost_large, True) for p, columns in found if columns["hard"]
-    ]
-    warning = cheap_failure_pays(bopo.reward(), hard)
+def describe_rows(bopo: BopoArguments, rows: Sequence[Mapping[str, Any]]) -> str:
+    """Classes of the training tasks, and a warning where cheap failure pays (with cost_norm budget: at each budget)."""
+    rule = bopo.reward()
+    counts = Counter({row[TASK]: row["difficulty"] for row in rows}.values())
+    budgets = rule.cost_norm == "budget"
+    hard = {(row[TASK], budgets and row["budget"]): (boundary_of(row), row["budget"]) for row in rows if row["hard"]}
+    warning = cheap_failure_pays(rule, hard.values())
     classes = ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
     return f"training tasks: {classes}" + (f"\nWARNING: {warning}" if warning else "")
+
+
+def boundary_of(columns: Mapping[str, Any]) -> Boundary:
+    """What the reward reads of a row."""
+    return Boundary(*(columns[name] for name in ("p_small", "p_large", "cost_small", "cost_large", "hard")))
 
 
 def bosft_demonstrations(
@@ -252,7 +256,8 @@ def bosft_demonstrations(
     if bopo.bosft_epochs <= 0:
         return []
     how = bopo.synthesis()
-    check_folder({**task.profile_settings(), **task.row_settings(), **asdict(how), "seed": seed}, folder)
+    made_with = {**task.profile_settings(), **task.row_settings(), **asdict(how), "seed": seed}
+    check_folder({**made_with, "profiles": bopo.profiles}, folder)
     if not (folder / "train.parquet").exists():
 
         def seeds(row: Mapping[str, Any]) -> list[str]:
@@ -283,19 +288,6 @@ def tokens(demonstration: Demonstration, settings: StepSettings, tokenizer: Any)
 def succeeded(rewards: Any, columns: Any) -> Any:
     """Correct means that the task was fulfilled; the reward also holds the cost."""
     return rewards.new_tensor([score is not None and score >= 1 for score in columns[CORRECT]]).bool()
-
-
-def successes(output: Path) -> list[tuple[str, float]]:
-    """(task, score) of every training episode, from the completions tables."""
-    files = sorted((output / "completions").glob("*.parquet"))
-    frames = [pd.read_parquet(file) for file in files]
-    return [
-        (name, score)
-        for frame in frames
-        if TASK in frame
-        for name, score in zip(frame[TASK], frame[CORRECT], strict=True)
-        if score is not None
-    ]
 
 
 if __name__ == "__main__":
