@@ -10,6 +10,7 @@ import email.utils
 import json
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,11 +43,20 @@ class Fault:
 
 
 class OpenAIServer:
-    """`faults` is a list that requests take from the front; `always` is the fault of every other request."""
+    """`faults` is a list that requests take from the front; `always` is the fault of every other request.
 
-    def __init__(self, latency: float = 0.0, reply: str = "a plain reply") -> None:
+    `answer` makes the reply from a request's body; without it `reply` is given, with {query} for the last message.
+    """
+
+    def __init__(
+        self,
+        latency: float = 0.0,
+        reply: str = "a plain reply",
+        answer: Callable[[dict[str, Any]], str] | None = None,
+    ) -> None:
         self.latency = latency
         self.reply = reply
+        self.answer = answer
         self.faults: list[Fault] = []
         self.always = Fault()
         self.requests: list[dict[str, Any]] = []
@@ -130,7 +140,8 @@ class OpenAIServer:
             return False
         if fault.reset:
             return False
-        reply = self.reply.replace("{query}", request["messages"][-1]["content"])
+        plain = self.reply.replace("{query}", request["messages"][-1]["content"])
+        reply = plain if self.answer is None else self.answer(request)
         tokens = (sum(len(m["content"].split()) for m in request["messages"]), len(reply.split()))
         counted = {"prompt_tokens": tokens[0], "completion_tokens": tokens[1], "total_tokens": sum(tokens)}
         document: dict[str, Any]

@@ -2,16 +2,22 @@
 
 import ast
 import asyncio
+from typing import Any
 
 import pytest
 from openai_server import Fault, OpenAIServer
 
+from routers.budget_episode import BudgetEnvironment, drive
+from routers.budget_rules import always_large, always_small
+from routers.budget_state import OBSERVATIONS
 from routers.catalogue import Member
-from routers.environments.bfcl import CATEGORIES, INSTRUCTION, Bfcl, load_bfcl
+from routers.environments.bfcl import CATEGORIES, INSTRUCTION, SPLITS, Bfcl, load_bfcl
 from routers.environments.protocol import GameError, Session
 from routers.environments.react import ReActExecutor
+from routers.environments.suites import suite
 from routers.environments.tool_calls import call_tool, read_calls
 from routers.pool import Retry, live_pool
+from srpo.types import CORRECT
 
 INSTALL = "BFCL is not installed: pip install --no-deps bfcl-eval mpmath"
 
@@ -178,3 +184,52 @@ def test_a_model_behind_an_endpoint_solves_a_conversation() -> None:
     assert INSTRUCTION in prompt and '{"name": "mv"' in prompt and "Possible commands" not in prompt
     assert all(turn in prompt for turn in task.turns)
     assert f"Action:\n```\n{task.walkthrough[0]}\n```\nObservation:\n{session.view.steps[0].observation}" in prompt
+
+
+def test_the_split_is_ours_and_the_same_in_all_categories() -> None:
+    pytest.importorskip("bfcl_eval", reason=INSTALL)
+    made = suite("bfcl")
+    numbers = {}
+    for category in CATEGORIES:
+        parts = {split: made.tasks(f"{category}:{split}") for split in SPLITS}
+        assert {**parts["train"], **parts["heldout"]} == made.tasks(category) and len(made.tasks(category)) == 200
+        numbers[category] = {name.rsplit("_", 1)[1] for name in parts["heldout"]}
+        assert len(numbers[category]) == 89 and len(parts["train"]) == 111
+    assert numbers["base"] == numbers["long_context"] == numbers["miss_param"]
+    assert list(made.tasks("base:train", 3)) == list(made.tasks("base:train"))[:3]
+    with pytest.raises(GameError, match=r"no part 'base:test'; there are base\[:train\|heldout\], long_context"):
+        made.tasks("base:test")
+    with pytest.raises(GameError, match="miss_func_1: no part of BFCL with it was listed"):
+        made.make("miss_func_1", 5)
+
+
+def test_two_models_behind_an_endpoint_play_a_part_of_the_suite() -> None:
+    """The large one knows the right calls, the small one says it is done; a routing rule picks them step by step."""
+    pytest.importorskip("bfcl_eval", reason=INSTALL)
+    made = suite("bfcl")
+    names = list(made.tasks("base:heldout", 3))
+
+    def reply(request: dict[str, Any]) -> str:
+        prompt = request["messages"][-1]["content"]
+        if request["model"] == "small":
+            return "Thought: easy.\nAction: I am done."
+        task = next(task for name in names if (task := made.make(name, 9)._task).turns[0] in prompt)
+        return f"Action: {task.walkthrough[prompt.count('Observation:')]}"
+
+    with OpenAIServer(answer=reply) as server:
+        members = {
+            name: Member(name, "x", usd, usd, base_url=server.url) for name, usd in (("small", 1), ("large", 9))
+        }
+        pool = live_pool(members, agent_prompt="{query}")
+        environment = BudgetEnvironment(
+            lambda row: made.make(row["task"], 40), [ReActExecutor(pool, name) for name in members],
+            OBSERVATIONS["verbose"].describe, ledger=pool.ledger,
+        )  # fmt: skip
+        score = {
+            rule: [drive(environment, {"task": name}, "s", rule).columns[CORRECT] for name in names]
+            for rule in (always_small, always_large)
+        }
+    assert score == {always_small: [0.0] * 3, always_large: [1.0] * 3}
+    prices = {"small": 1e-6, "large": 9e-6}
+    billed = sum(sum(u) * prices[r["model"]] for r, u in zip(server.requests, server.usage, strict=True))
+    assert environment.spent_usd() == pytest.approx(billed)

@@ -1,11 +1,18 @@
 """TextWorld's games; skipped where the package is not installed."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 
+from routers.budget_episode import BudgetEnvironment, drive
+from routers.budget_rules import always_large, always_small
+from routers.budget_state import OBSERVATIONS
+from routers.environments.executors import Planner, RandomActor
 from routers.environments.protocol import GameError
+from routers.environments.suites import suite
 from routers.environments.textworld import TextWorld
+from srpo.types import CORRECT, COST
 
 INSTALL = "TextWorld is not installed: pip install textworld"
 
@@ -21,9 +28,35 @@ def game(tmp_path_factory: pytest.TempPathFactory) -> Path:
     textworld = pytest.importorskip("textworld", reason=INSTALL)
     options = textworld.GameOptions()
     options.seeds, options.nb_rooms, options.nb_objects, options.quest_length = 3, 3, 5, 4
-    options.path = str(tmp_path_factory.mktemp("textworld") / "game.z8")
+    options.path = str(tmp_path_factory.mktemp("textworld") / "train" / "game.z8")
     textworld.make(options)
     return Path(options.path)
+
+
+@pytest.mark.slow
+def test_a_suite_of_a_folder(game: Path, tmp_path: Path) -> None:
+    """Through the suite: many open at once, scripted executors of three strengths, and files that are missing."""
+    made = suite("textworld")
+    copies = [shutil.copytree(game.parent, tmp_path / name) for name in ("heldout", "other/train")]
+    assert made.tasks(str(game.parent)) == {"train/game": "textworld"} == made.tasks(str(game.parent), 1)
+    assert list(made.tasks(str(copies[0]))) == ["heldout/game"]
+    with pytest.raises(GameError, match="is called train/game too; rename the folder"):
+        made.tasks(str(copies[1]))
+    with pytest.raises(GameError, match="make some with tw-make"):
+        made.tasks(str(tmp_path))
+    with pytest.raises(GameError, match="no folder with it was listed"):
+        made.make("train/other", 5)
+    environment = BudgetEnvironment(
+        lambda row: made.make(row["task"], 12), [RandomActor(0.001), Planner(1.0)], OBSERVATIONS["progress"].describe
+    )
+    many = [environment.episode({"task": "train/game"}, f"s{n}") for n in range(40)]
+    assert len({episode.situation.view.first for episode in many}) == 1
+    drives = {rule: drive(environment, {"task": "heldout/game"}, "s", rule) for rule in (always_small, always_large)}
+    assert drives[always_large].columns[CORRECT] == 1.0 and drives[always_large].columns[COST] == 4.0
+    assert len(drives[always_small].decisions) > 4 and drives[always_large].first.before == "<new><t0><s0><b*>"
+    (copies[0] / "game.json").unlink()
+    with pytest.raises(GameError, match=r"the \.json that tw-make writes beside it is missing"):
+        made.make("heldout/game", 5)
 
 
 @pytest.mark.slow

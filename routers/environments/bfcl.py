@@ -5,6 +5,7 @@ Its way of running a call, which evaluates the model's text as Python, is not: s
 """
 
 import copy
+import hashlib
 import importlib
 import json
 from dataclasses import dataclass
@@ -17,9 +18,11 @@ from routers.environments.tool_calls import call_tool, read_calls
 CATEGORIES = ("base", "long_context", "miss_param")
 """Of the package's four; `miss_func`, which hides tools and shows them later, is not supported."""
 
+SPLITS = ("train", "heldout")
+
 INSTRUCTION = (
-    "An action is a list of calls of these functions: [f(a=1), g(b='x')]. You see the results and may call again. Once "
-    "the request is dealt with, the action is a sentence without a call; there may be a further request."
+    "An action is a list of calls of these functions: [f(a=1), g(b='x')]. You see the results and may call again. "
+    "Once the request is dealt with, the action is a sentence without a call; there may be a further request."
 )
 
 
@@ -34,6 +37,12 @@ class BfclTask:
     config: dict[str, Any]
     classes: tuple[str, ...]
     excluded: tuple[str, ...]
+
+    @property
+    def split(self) -> str:
+        """Ours: `train` or `heldout`, the same for the variants of a conversation in all categories."""
+        number = self.id.rsplit("_", 1)[-1]
+        return SPLITS[int(hashlib.sha256(number.encode()).hexdigest(), 16) % 5 >= 3]
 
     @property
     def walkthrough(self) -> tuple[str, ...]:
@@ -60,6 +69,35 @@ def load_bfcl(category: str = "base") -> list[BfclTask]:
         )
         for row in _lines(name)
     ]
+
+
+class BfclSuite:
+    """The multi-turn conversations; a `Suite`. Without privileged information no scripted executor can do them.
+
+    Parts: `CATEGORY`, `CATEGORY:train` (111 of 200) and `CATEGORY:heldout` (89). BFCL is a test set and has no split:
+    this one is OURS, by a hash of the conversation's number. The categories are variants of the same conversations
+    under the same numbers, so that no held-out one of any category is seen in training.
+    """
+
+    def __init__(self) -> None:
+        importlib.import_module("bfcl_eval")
+        self._loaded: dict[str, BfclTask] = {}
+
+    def tasks(self, which: str, count: int = 0) -> dict[str, str]:
+        category, _, split = which.partition(":")
+        if category not in CATEGORIES or split not in ("", *SPLITS):
+            parts = ", ".join(f"{name}[:{'|'.join(SPLITS)}]" for name in CATEGORIES)
+            raise GameError(f"BFCL has no part {which!r}; there are {parts}")
+        found = [task for task in load_bfcl(category) if split in ("", task.split)][: count or None]
+        self._loaded |= {task.id: task for task in found}
+        return {task.id: task.category for task in found}
+
+    def make(self, task: str, limit: int) -> "Bfcl":
+        if task not in self._loaded:
+            raise GameError(f"{task}: no part of BFCL with it was listed")
+        return Bfcl(self._loaded[task], limit)
+
+    def close(self) -> None: ...
 
 
 class Bfcl:

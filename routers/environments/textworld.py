@@ -1,6 +1,11 @@
 """TextWorld's games (Côté et al. 2018, arXiv 1806.11532, package `textworld`, MIT) as an agent environment.
 
-Optional: `pip install textworld` (it brings Jericho, which is GPL-2). Plays the .z8 games that its `tw-make` writes.
+Optional: `pip install textworld` (it brings Jericho, which is GPL-2). Plays the .z8 games that its `tw-make` writes;
+a folder of a hundred, a few seconds each:
+
+    for i in $(seq 100 199); do
+      tw-make custom --world-size 3 --nb-objects 6 --quest-length 5 --seed $i --output games/train/$i.z8 --silent
+    done
 """
 
 import importlib
@@ -11,20 +16,47 @@ from typing import Any
 from routers.environments.protocol import GameError
 
 
+class TextWorldSuite:
+    """Games that were made before; a `Suite`. Part: a folder of .z8 files, each with tw-make's .json beside it."""
+
+    def __init__(self) -> None:
+        importlib.import_module("textworld")
+        self._files: dict[str, Path] = {}
+
+    def tasks(self, which: str, count: int = 0) -> dict[str, str]:
+        folder = Path(which)
+        files = {f"{folder.name}/{file.stem}": file for file in sorted(folder.glob("*.z8"))[: count or None]}
+        if not files:
+            raise GameError(f"{which}: no folder with .z8 games; make some with tw-make, a folder for each part")
+        for name, file in files.items():
+            if self._files.setdefault(name, file).resolve() != file.resolve():
+                raise GameError(f"{which}: {self._files[name]} is called {name} too; rename the folder")
+        return dict.fromkeys(files, TextWorld.task_type)
+
+    def make(self, task: str, limit: int) -> "TextWorld":
+        if task not in self._files:
+            raise GameError(f"{task}: no folder with it was listed")
+        return TextWorld(self._files[task], limit, task)
+
+    def close(self) -> None: ...
+
+
 class TextWorld:
     """One game; an `AgentEnvironment`. Score: the game's points over its maximum."""
 
     task_type = "textworld"
     how = ""
 
-    def __init__(self, path: str | Path, limit: int = 50) -> None:
+    def __init__(self, path: str | Path, limit: int = 50, seed: str = "") -> None:
         if Path(path).suffix != ".z8" or not Path(path).is_file():  # the .json beside it is playable, but has no text
             raise GameError(f"{path}: no such .z8 game file; make one with tw-make")
+        if not Path(path).with_suffix(".json").is_file():
+            raise GameError(f"{path}: the .json that tw-make writes beside it is missing; it knows what is possible")
         textworld = importlib.import_module("textworld")
         names = ("admissible_commands", "won", "lost", "score", "max_score", "objective", "policy_commands")
         self._game = textworld.start(str(path), textworld.EnvInfos(**dict.fromkeys(names, True)))
         self._state: Any = None
-        self.seed, self.limit, self.steps = Path(path).stem, limit, 0
+        self.seed, self.limit, self.steps = seed or Path(path).stem, limit, 0
 
     @property
     def task(self) -> str:
@@ -68,6 +100,8 @@ class TextWorld:
         self.steps += 1
         # One line, no more: the interpreter would take the rest for further commands.
         self._state, _, _ = self._game.step(" ".join(action.split())[:200])
+        if self.done:
+            self._game.close()
         return _plain(self._state.feedback), self.done
 
 
