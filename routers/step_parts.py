@@ -36,7 +36,7 @@ class PlayedEpisode:
     """Of the environment, in [0, 1]."""
     won: bool
     stop: Stop
-    """done: won. turns: the step limit. budget: nothing was affordable any more. lost: see `error`."""
+    """done: won, or over for good. turns: the step limit. budget: nothing was affordable. lost: see `error`."""
     error: str | None
     """Why the environment or an executor raised, or did not come back in time; the money of the open call counts."""
     steps: tuple[RoutedStep, ...]

@@ -197,20 +197,19 @@ class StepRouter:
         self._pools.update({id(e.pool): e.pool for e in executors if isinstance(e, ReActExecutor)})
         with self.session(cap=cap, unit=unit, seed=seed, step_limit=environment.limit) as session:
             world = Session(environment, session.seed)
-            stop: Stop = "budget"
-            error = None
+            error, heard = None, list[str]()
             try:
-                now = self._run(_advance(world, named, None))
+                now = self._run(_advance(world, named, None, heard))
                 while now is not None and (name := session.choose_in(*now)) is not None:
                     act = self._run(_acting(named[name], now[0], self._call_seconds))
                     session.paid(act.cost, act.action, act.reply.error)
-                    now = self._run(_advance(world, named, act.action))
-                score, won, texts = self._run(_result(world))
-                stop = stop if now is not None else "done" if won else "turns"
+                    now = self._run(_advance(world, named, act.action, heard))
+                score, won, late = self._run(_result(environment))
+                stop: Stop = "budget" if now is not None else "turns" if late else "done"
             except _Lost as lost:
-                stop, error, score, won, texts = "lost", str(lost), 0.0, False, ()
-                session.close(str(lost))
-        steps = [replace(step, observation=text) for step, text in zip(session.steps, texts, strict=False)]
+                stop, error, score, won = "lost", str(lost), 0.0, False
+                session.close(error)
+        steps = [replace(step, observation=text) for step, text in zip(session.steps, heard, strict=False)]
         return PlayedEpisode(
             score=score,
             won=won,
@@ -256,13 +255,13 @@ _Now = tuple[View, dict[str, float], int]
 
 
 def _advance(
-    world: Session, executors: dict[str, Executor], action: str | None
+    world: Session, executors: dict[str, Executor], action: str | None, heard: list[str]
 ) -> Callable[[], Awaitable[_Now | None]]:
     async def advance() -> _Now | None:
         if action is None:
             world.start()
         else:
-            world.take(action)
+            heard.append(world.take(action)[0])
         environment = world.environment
         if environment.done:
             return None
@@ -280,10 +279,10 @@ def _acting(executor: Executor, view: View, seconds: float) -> Callable[[], Awai
     return acting
 
 
-def _result(world: Session) -> Callable[[], Awaitable[Any]]:
+def _result(environment: AgentEnvironment) -> Callable[[], Awaitable[Any]]:
     async def result() -> Any:
-        texts = tuple(step.observation for step in world.view.steps)
-        return world.environment.score, world.environment.won, texts
+        late = not environment.won and environment.steps >= environment.limit
+        return environment.score, environment.won, late
 
     return result
 

@@ -97,6 +97,23 @@ def _always(policy: Any, label: str) -> tuple[Any, Any]:
     return model.eval(), tokenizer
 
 
+def test_a_world_that_is_over_early_and_closed_is_not_out_of_turns(policy: Any) -> None:
+    """Stuck for good after two steps; from then on nobody may ask it what is possible."""
+
+    class Trap(Corridor):
+        done = property(lambda self: self.steps >= 2)  # type: ignore[assignment]
+
+        @property
+        def admissible(self) -> tuple[str, ...]:  # type: ignore[override]
+            if self.done:
+                raise OSError("closed")
+            return ()
+
+    with StepRouter(*policy, steps.settings()) as router:
+        played = router.play(Trap(length=9), [SMALL, LARGE], 1)
+    assert (played.stop, played.won, len(played.steps)) == ("done", False, 2) and played.steps[-1].observation
+
+
 def test_a_cap_of_the_other_unit_holds_too(policy: Any) -> None:
     with StepRouter(*_always(policy, "<large>"), steps.settings(unit="large_calls")) as router:
         played = router.play(Corridor(length=99, limit=6), [SMALL, LARGE], 0.115, unit="usd")
