@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 
 from routers.environments.explorer import explore
 from routers.environments.protocol import Act, GameError, View
+from routers.environments.scienceworld_novice import novice
 from srpo.types import Reply
 
 PLANNER_USD = 0.0024
@@ -36,7 +37,8 @@ class _Scripted(ABC):
 class Planner(_Scripted):
     """Scripted and PRIVILEGED: does what the environment's `expert` says, which knows the hidden state.
 
-    `AlfWorld` and `TextWorld` have one, which plans anew at every call. "look" where it knows no way to the goal.
+    `AlfWorld`, `ScienceWorld` and `TextWorld` have one, which plans from the present state. "look" where it knows no
+    way to the goal.
     """
 
     name = "planner"
@@ -63,6 +65,18 @@ class Explorer(_Scripted):
         return explore(view)
 
 
+class Novice(_Scripted):
+    """Scripted, for ScienceWorld: goes, looks, carries, guesses. Knows only what the episode's texts have said."""
+
+    name = "novice"
+
+    def __init__(self, price: float = EXPLORER_USD) -> None:
+        super().__init__(price)
+
+    def choose(self, view: View) -> str:
+        return novice(view)
+
+
 class RandomActor(_Scripted):
     """Scripted: any admissible command, uniformly; the floor of every table."""
 
@@ -75,5 +89,5 @@ class RandomActor(_Scripted):
         return random.Random(f"random/{view.seed}/{len(view.steps)}").choice(view.admissible)
 
 
-SCRIPTED: dict[str, type[_Scripted]] = {kind.name: kind for kind in (Explorer, Planner, RandomActor)}
+SCRIPTED: dict[str, type[_Scripted]] = {kind.name: kind for kind in (Explorer, Novice, Planner, RandomActor)}
 """Names that recipes use."""

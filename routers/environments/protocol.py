@@ -54,8 +54,8 @@ class AgentEnvironment(Protocol):
         """Won, or at the limit."""
 
     @property
-    def admissible(self) -> tuple[str, ...]:
-        """Commands that are possible now, sorted; empty where actions are free text."""
+    def admissible(self) -> Sequence[str]:
+        """Commands that are possible now, sorted; empty where actions are free text. May be worked out when read."""
 
     @property
     def how(self) -> str:
@@ -82,7 +82,7 @@ class View:
     """What `reset` returned."""
     steps: tuple[Step, ...]
     """All steps so far, whoever took them."""
-    admissible: tuple[str, ...]
+    admissible: Sequence[str]
     environment: AgentEnvironment
     seed: str
     """Names the rollout: the randomness of a scripted executor is a function of it."""
