@@ -145,20 +145,27 @@ def make_boundary_reward(rule: BoundaryReward) -> Callable[..., list[float | Non
     return boundary_reward
 
 
-def cheap_failure_pays(rule: BoundaryReward, hard: Iterable[Boundary]) -> str | None:
+def cheap_failure_pays(rule: BoundaryReward, hard: Iterable[tuple[Boundary, float | None]]) -> str | None:
     """A warning in words where the price of cost is too high for the Hard tasks' boundaries; None where it is not.
 
-    Failing at the cost of always-small beats always-large where lambda gap >= (1 + beta) p_L, with gap the normalised
-    cost between the two. In our tabular simulation that bare inequality was not enough: up to a ratio of `SAFE_RATIO`
-    some runs collapsed to always-small.
+    Failing at the cost of always-small earns as much as always-large, R_L, where lambda gap >= (1 + beta) p_L. The gap
+    is the normalised cost between the two; or, where cost is charged on success only, p_L times that of always-large.
+    In our tabular simulation that bare inequality was not enough: up to a ratio of `SAFE_RATIO` some runs collapsed to
+    always-small.
+
+    Args:
+        hard: a Hard task's boundary, and its episodes' budget in USD, which cost_norm "budget" reads. A task that
+            always-large never solved says nothing about lambda: no price makes it worth the expensive executor.
     """
     ratios = []
-    for boundary in hard:
-        gap = rule.normalised(boundary.cost_large, boundary, boundary.cost_large)
+    for boundary, budget in hard:
+        if boundary.p_large == 0:
+            continue
+        gap = rule.normalised(boundary.cost_large, boundary, budget)
         if rule.gate_cost_on_success:
             gap *= boundary.p_large
         else:
-            gap -= rule.normalised(boundary.cost_small, boundary, boundary.cost_large)
+            gap -= rule.normalised(boundary.cost_small, boundary, budget)
         price = rule.cost_weight * gap
         ratios.append(math.inf if price <= 0 else (1 + rule.hard_bonus) * boundary.p_large / price)
     pays = sum(ratio <= 1 for ratio in ratios)

@@ -84,6 +84,7 @@ class BudgetEnvironment:
         self.ledger = ledger
         self._spent = 0.0
         self._episodes: list[dict[str, float]] = []
+        self._outcomes: dict[str, tuple[int, int]] = {}
 
     def episode(self, row: Row, seed: str) -> BudgetEpisode:
         """A fresh episode; the same row and seed give the same world and the same dice of scripted executors.
@@ -93,7 +94,7 @@ class BudgetEnvironment:
         """
         session = Session(self.make(row), seed)
         session.start()
-        return BudgetEpisode(self, session, self._gate(row.get(CAP, self.budget.cap)))
+        return BudgetEpisode(self, session, self._gate(row.get(CAP, self.budget.cap)), row.get(TASK))
 
     def starts(self, row: Row, caps: Sequence[float | None]) -> list[Situation]:
         """The situation before the first decision at each of these caps; the world is made once.
@@ -108,9 +109,12 @@ class BudgetEnvironment:
     def _gate(self, cap: float | None) -> BudgetGate:
         return BudgetGate(replace(self.budget, cap=cap))
 
-    def ended(self, episode: BudgetEpisode, cost: float, success: float) -> None:
-        """Book an episode; it calls this once."""
+    def ended(self, episode: BudgetEpisode, cost: float, solved: bool | None) -> None:
+        """Book an episode; it calls this once. A lost one is solved: None, which says nothing of its task."""
         self._spent += cost
+        if solved is not None and episode.task is not None:
+            played, won = self._outcomes.get(episode.task, (0, 0))
+            self._outcomes[episode.task] = played + 1, won + solved
         large = len(episode.calls) - episode.calls.count(next(iter(self.executors)))
         numbers = {
             "budget/large_calls": float(large),
@@ -129,6 +133,10 @@ class BudgetEnvironment:
         values = {name: [numbers[name] for numbers in episodes if name in numbers] for name in sorted(names)}
         return {name: sum(found) / len(found) for name, found in values.items()}
 
+    def outcomes(self) -> Mapping[str, tuple[int, int]]:
+        """Task -> (episodes, solved ones: score 1) since the run began, on this rank."""
+        return dict(self._outcomes)
+
     def out_of_money(self) -> bool:
         """Whether a call was not made because the run's money would not have paid for it."""
         return self.ledger is not None and self.ledger.exhausted
@@ -137,9 +145,10 @@ class BudgetEnvironment:
         return self._spent if self.ledger is None else self.ledger.spent_usd
 
     def state_dict(self) -> dict[str, Any]:
-        return {"spent_usd": self.spent_usd()}
+        return {"spent_usd": self.spent_usd(), "outcomes": self._outcomes}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._outcomes = {task: (played, solved) for task, (played, solved) in state["outcomes"].items()}
         spent = float(state["spent_usd"])
         if self.ledger is None:
             self._spent = spent
@@ -150,8 +159,9 @@ class BudgetEnvironment:
 class BudgetEpisode:
     """One episode, from a session that was started; an `Episode` of `srpo.types`."""
 
-    def __init__(self, parent: BudgetEnvironment, session: Session, gate: BudgetGate) -> None:
+    def __init__(self, parent: BudgetEnvironment, session: Session, gate: BudgetGate, task: str | None = None) -> None:
         environment = session.environment
+        self.task = task
         self._parent = parent
         self._environment = environment
         self._session = session
@@ -208,18 +218,19 @@ class BudgetEpisode:
                 raise OutOfMoney(act.reply.error)
         _, done = self._session.take(act.action)
         if done:
-            return Observation(end="done" if self._environment.won else "turns")
+            late = not self._environment.won and self._steps_left <= 0
+            return Observation(end="turns" if late else "done")
         if not self.affordable():
             return Observation(end="budget")
         return self._parent.describe(self.situation)
 
     def columns(self, stop: Stop) -> Mapping[str, Any]:
         """Success, cost in USD, calls; `feedback` says in words what was not reached."""
-        success = float(self._environment.score)
-        self._parent.ended(self, self._cost, success)
+        success = None if stop == "lost" else float(self._environment.score)
+        self._parent.ended(self, self._cost, None if success is None else success >= 1)
         cheapest = next(iter(self._parent.executors))
         return {
-            CORRECT: None if stop == "lost" else success,
+            CORRECT: success,
             COST: self._cost,
             FEEDBACK: "" if self._environment.won else self._missed(stop),
             "calls": len(self._calls),

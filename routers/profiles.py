@@ -6,7 +6,11 @@
 
 Runs are stored, not labels: K runs are few (a task whose true p_L is .3 shows 0 of 5 successes one time in six), so
 the class is computed from the counts, with the thresholds of today. Two guards: a task that always-large fails but
-always-small sometimes solves is Easy, and one that the policy solved is not Intractable.
+always-small sometimes solves is Easy, and one that the policy solved is not Intractable, but Hard.
+
+Scores between 0 and 1 (ScienceWorld): p_S and p_L are mean scores, here and in reward and references. To *solve* a
+task is to score 1: in both guards, and wherever an episode is a success or not (demonstrations, drop_all_fail, who is
+distilled).
 
 Source: the three classes and K = 5 are those of Budget-Aware Agentic Routing (arXiv 2602.21227). INFERRED (A.4 of our
 specification): the thresholds, both guards.
@@ -14,6 +18,7 @@ specification): the thresholds, both guards.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -28,6 +33,7 @@ from srpo.types import CORRECT, COST
 
 Class = Literal["easy", "hard", "intractable"]
 CLASSES: tuple[Class, ...] = ("easy", "hard", "intractable")
+_SETTINGS = "settings"
 
 
 @dataclass(frozen=True)
@@ -87,7 +93,7 @@ class DifficultyRule:
     tau_easy: float = 0.6
     tau_large: float = 0.2
     small_only_is_easy: bool = True
-    """Guard: p_L < tau_L but p_S > 0 is Easy instead of Intractable."""
+    """Guard: p_L < tau_L, but always-small solved it in one of its runs: Easy instead of Intractable."""
 
     def __post_init__(self) -> None:
         for name in ("tau_easy", "tau_large"):
@@ -99,7 +105,7 @@ class DifficultyRule:
             return "easy"
         if profile.p_large >= self.tau_large:
             return "hard"
-        if self.small_only_is_easy and profile.p_small > 0:
+        if self.small_only_is_easy and max(profile.scores_small) >= 1:
             return "easy"
         return "hard" if profile.policy_successes else "intractable"
 
@@ -153,8 +159,12 @@ def _profile_of(fields: Mapping[str, Any]) -> BoundaryProfile:
     return BoundaryProfile(**values)
 
 
-def write_profiles(profiles: Iterable[BoundaryProfile], path: Path) -> None:
-    """Write a parquet file: one row per task, by name, with all scores and costs. Whole or not at all."""
+def write_profiles(profiles: Iterable[BoundaryProfile], path: Path, settings: Mapping[str, Any] | None = None) -> None:
+    """Write a parquet file: one row per task, by name, with all scores and costs. Whole or not at all.
+
+    Args:
+        settings: JSON-able, what the runs were made with; kept in the file's metadata, see `read_settings`.
+    """
     import pyarrow
     import pyarrow.parquet
 
@@ -163,7 +173,10 @@ def write_profiles(profiles: Iterable[BoundaryProfile], path: Path) -> None:
         for profile in sorted(profiles, key=lambda profile: profile.task)
     ]
     draft = path.with_name(path.name + ".draft")
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), draft)
+    table = pyarrow.Table.from_pylist(rows)
+    if settings is not None:
+        table = table.replace_schema_metadata({_SETTINGS: json.dumps(settings)})
+    pyarrow.parquet.write_table(table, draft)
     os.replace(draft, path)
 
 
@@ -174,11 +187,20 @@ def read_profiles(path: Path) -> list[BoundaryProfile]:
     return [_profile_of(row) for row in pyarrow.parquet.read_table(path).to_pylist()]
 
 
-def observe(profiles: Iterable[BoundaryProfile], episodes: Iterable[tuple[str, float]]) -> list[BoundaryProfile]:
-    """Profiles with the policy's episodes (task, score) added: a score of 1 on an Intractable task re-labels it."""
-    counts: dict[str, list[int]] = {}
-    for task, score in episodes:
-        count = counts.setdefault(task, [0, 0])
-        count[0] += 1
-        count[1] += score >= 1
-    return [p.observed(*counts[p.task]) if p.task in counts else p for p in profiles]
+def read_settings(path: Path) -> dict[str, Any]:
+    """The settings that `write_profiles` was given; empty where there are none."""
+    import pyarrow.parquet
+
+    known = pyarrow.parquet.read_schema(path).metadata or {}
+    return dict(json.loads(known.get(_SETTINGS.encode(), b"{}")))
+
+
+def observe(
+    profiles: Iterable[BoundaryProfile], outcomes: Iterable[Mapping[str, tuple[int, int]]]
+) -> list[BoundaryProfile]:
+    """Profiles with the policy's outcomes (task -> episodes, solved ones) of every rank added: one that was solved
+    makes an Intractable task Hard."""
+    found = list(profiles)
+    for counts in outcomes:
+        found = [p.observed(*counts[p.task]) if p.task in counts else p for p in found]
+    return found

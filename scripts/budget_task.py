@@ -19,7 +19,7 @@ from routers.environments.protocol import Executor
 from routers.environments.react import ReActExecutor
 from routers.environments.suites import suite
 from routers.pool import Pool, ReplyCache, live_pool
-from routers.profiles import BoundaryProfile, DifficultyRule, profile_tasks, read_profiles, read_settings
+from routers.profiles import BoundaryProfile, DifficultyRule, profile_tasks
 from routers.step_settings import StepSettings
 from srpo.types import Row
 
@@ -282,37 +282,18 @@ def profiles(task: BudgetTask, name: str, which: str, count: int, folder: Path) 
     return {profile.task: profile for profile in found}
 
 
-def given_profiles(task: BudgetTask, path: Path) -> dict[str, BoundaryProfile]:
-    """Profiles of the training tasks, by task, from a file that an earlier run wrote: OUTPUT/profiles.parquet.
-
-    Raises:
-        ValueError: the file was made with other settings, or holds no profile of a training task.
-        FileNotFoundError: there is no such file.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"profiles: there is no {path}; scripts/train_bopo.py writes OUTPUT/profiles.parquet")
-    _refuse_changes(read_settings(path), task.profile_settings(), f"profiles: {path}", "another file, or none")
-    found = {profile.task: profile for profile in read_profiles(path)}
-    names = list(train_tasks(task))
-    if missing := [name for name in names if name not in found]:
-        raise ValueError(
-            f"profiles: {path} has no profile of {missing[0]!r}, nor of {len(missing) - 1} more of the {len(names)} "
-            "training tasks; give the file of a run on these tasks, or none, and they are profiled"
-        )
-    return {name: found[name] for name in names}
-
-
 def check_folder(settings: Mapping[str, Any], folder: Path) -> None:
     """Refuse a folder that was made with other settings; mark a new one."""
     mark = folder / "settings.json"
     if mark.exists():
         then = json.loads(mark.read_text())
-        return _refuse_changes(then, settings, str(folder), "another folder, or remove that one")
+        return refuse_changes(then, settings, str(folder), "another folder, or remove that one")
     folder.mkdir(parents=True, exist_ok=True)
     mark.write_text(json.dumps(settings, indent=1) + "\n")
 
 
-def _refuse_changes(then: Mapping[str, Any], settings: Mapping[str, Any], what: str, instead: str) -> None:
+def refuse_changes(then: Mapping[str, Any], settings: Mapping[str, Any], what: str, instead: str) -> None:
+    """ValueError where `settings` say something else than those of `then`, which made `what`."""
     now = json.loads(json.dumps(settings))
     if changed := sorted(key for key in now if now[key] != then.get(key)):
         raise ValueError(

@@ -9,10 +9,8 @@ started from, and its demonstrations), `task/` (profiles, baselines), `episodes.
 "BoPO-style": the paper (arXiv 2602.21227) has no public code or formula; see srpo/advantages.py.
 """
 
-import math
 import random
 import sys
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,32 +22,28 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from budget_money import Money, StopWithoutMoney, estimate, phases
 from budget_play import PhaseStopped
+from budget_rows import describe_rows, given_profiles, training_rows
 from budget_task import (
     BudgetTask,
     check_folder,
     corpus,
-    given_profiles,
     heldout_sets,
     make_environment,
     make_player,
     make_pool,
-    make_rows,
     profiles,
     step_settings,
-    train_tasks,
 )
 from datasets import Dataset
 from evaluate_bopo import EPISODES, POLICY, evaluate, rules, tables
 from policies import load_policy, warm_start_config
 from transformers import set_seed
 
-from rewards.boundary import Boundary, BoundaryReward, cheap_failure_pays, make_boundary_reward
+from rewards.boundary import BoundaryReward, make_boundary_reward
 from routers.bosft import Demonstration, Synthesis, balance, demonstrations, read_dataset, write_dataset
-from routers.budget_episode import TASK
-from routers.profiles import BoundaryProfile, observe, write_profiles
+from routers.profiles import observe, write_profiles
 from routers.step_settings import StepSettings
 from srpo import SRPOConfig, SRPOTrainer
-from srpo.advantages import REFERENCES
 from srpo.recipe import load_recipe, resolved_recipe
 from srpo.rollout import observation_ids
 from srpo.tiny import tiny_causal_lm, train_tokenizer
@@ -120,9 +114,9 @@ def main(argv: list[str] | None = None) -> str | None:
             profiled = profiles(task, "train", task.train_tasks, task.train_count, folder)
         else:
             profiled = given_profiles(task, Path(bopo.profiles))
-    rows = training_rows(task, bopo, profiled)
+    rows = training_rows(task, bopo.reward(), profiled)
     if state.is_main_process:
-        print(describe_rows(bopo, rows))
+        print(describe_rows(bopo.reward(), rows))
 
     set_seed(args.seed)
     start = bopo.bosft_policy or str(output / "bosft")
@@ -213,36 +207,6 @@ def make_start(
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         settings.save(folder)
-
-
-def training_rows(task: BudgetTask, bopo: BopoArguments, profiled: dict[str, BoundaryProfile]) -> list[dict[str, Any]]:
-    """A row per cap and task, with what the reward and the advantage read."""
-    rule = bopo.reward()
-    if rule.cost_norm == "budget" and (task.budget_unit != "usd" or not all(map(math.isfinite, task.train_caps))):
-        raise ValueError("cost_norm: budget divides by the budget in USD: set budget_unit: usd and finite train_caps")
-    rows = []
-    for row in make_rows(task, train_tasks(task), task.train_caps):
-        columns = profiled[row[TASK]].columns(task.rule)
-        boundary = boundary_of(columns)
-        budget = row["cap"] if task.budget_unit == "usd" else None
-        rows.append({**row, **columns, "budget": budget, REFERENCES: list(rule.references(boundary, budget))})
-    return rows
-
-
-def describe_rows(bopo: BopoArguments, rows: Sequence[Mapping[str, Any]]) -> str:
-    """Classes of the training tasks, and a warning where cheap failure pays (with cost_norm budget: at each budget)."""
-    rule = bopo.reward()
-    counts = Counter({row[TASK]: row["difficulty"] for row in rows}.values())
-    budgets = rule.cost_norm == "budget"
-    hard = {(row[TASK], budgets and row["budget"]): (boundary_of(row), row["budget"]) for row in rows if row["hard"]}
-    warning = cheap_failure_pays(rule, hard.values())
-    classes = ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
-    return f"training tasks: {classes}" + (f"\nWARNING: {warning}" if warning else "")
-
-
-def boundary_of(columns: Mapping[str, Any]) -> Boundary:
-    """What the reward reads of a row."""
-    return Boundary(*(columns[name] for name in ("p_small", "p_large", "cost_small", "cost_large", "hard")))
 
 
 def bosft_demonstrations(

@@ -37,7 +37,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 BOPO = {"objective": "bopo", "distill_failed": True, "advantage_baseline": "none", "advantage_scale": "none"}
 import torch
-from core_helpers import config, dataset, digest, trainer
+from core_helpers import config, dataset, digest, model, trainer
 from episode_worlds import ScriptedEnvironment
 from safetensors.torch import save_file
 
@@ -90,6 +90,15 @@ def reward(said: list[str], **_: Any) -> list[float]:
     return [float(digest(text) % 3 == 0) for text in said]
 
 
+def untied() -> Any:
+    """The tests' network with a head of its own, which ZeRO-3 gathers whenever it is read outside of its forward."""
+    tied = model()
+    config = type(tied.config)(**{**tied.config.to_dict(), "tie_word_embeddings": False})
+    network = type(tied)(config)
+    network.load_state_dict(tied.state_dict())
+    return network
+
+
 def run(folder: Path, case: str, processes: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Weights after two steps, and what was logged; forwards of this process."""
     settings = dict(CASES[case])
@@ -111,7 +120,8 @@ def run(folder: Path, case: str, processes: int) -> tuple[dict[str, torch.Tensor
     )
     rank, half = int(os.environ.get("RANK", 0)), size // 2
     world = HalfFree(lambda n: rank == 1 or (n % size >= half and processes == 1)) if free else Ragged(bool(lose))
-    made = trainer(args, rewards=reward, rollout_func=None, train_dataset=dataset(40), environment=world)
+    network = untied() if free else model()
+    made = trainer(args, network, reward, rollout_func=None, train_dataset=dataset(40), environment=world)
     assert made.accelerator.num_processes == processes, "this is not the number of processes that was asked for"
     forwards, make = [], made._make_generator
 
@@ -129,9 +139,9 @@ def run(folder: Path, case: str, processes: int) -> tuple[dict[str, torch.Tensor
 
     made._make_generator = counted
     made.train()
-    model = made.accelerator.get_state_dict(made.model_wrapped)
+    state = made.accelerator.get_state_dict(made.model_wrapped)
     kind = f"{made.accelerator.distributed_type.value}:{made._dist.zero_stage}"
-    return {k: v.detach().clone().contiguous() for k, v in (model or {}).items()}, {
+    return {k: v.detach().clone().contiguous() for k, v in (state or {}).items()}, {
         "log": made.state.log_history,
         "forwards": forwards,
         "kind": kind,

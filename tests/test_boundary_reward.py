@@ -2,6 +2,8 @@
 
 import itertools
 import math
+import random
+import re
 
 import pytest
 
@@ -49,6 +51,7 @@ def test_rewards_by_hand() -> None:
     assert gated(0.0, 0.07, HARD) == 0.0
     assert plain(1.0, 0.07, EASY) == pytest.approx(0.85)  # no bonus
     assert plain(0.5, 0.07, HARD) == pytest.approx(0.5 * 2 - 0.15)  # a score between 0 and 1
+    assert gated(0.5, 0.07, HARD) == pytest.approx(0.5 * 2 - 0.5 * 0.15)  # half a score, half the price
     assert BoundaryReward(0.0, 0.0)(1.0, 9.0, HARD) == 1.0
 
 
@@ -59,6 +62,10 @@ def test_references_by_hand() -> None:
     assert BoundaryReward(0.3, 1.0, gate_cost_on_success=True).references(HARD) == pytest.approx((0.4, 1.36))
     # inverted, guarded: R_S = 0 - .3 * 1, R_L = 2 - .3 * (.12 / .30) = 1.88
     assert BoundaryReward(0.3, 1.0).references(INVERTED) == pytest.approx((-0.3, 1.88))
+    # at a budget of .24: R_S = .4 - .3 / 12, R_L = 1.6 - .3 / 2; no bonus on an Easy task: 1 - .3 / 12, 1 - .3 / 2
+    budget = BoundaryReward(0.3, 1.0, "budget")
+    assert budget.references(HARD, 0.24) == pytest.approx((0.375, 1.45))
+    assert budget.references(EASY, 0.24) == pytest.approx((0.975, 0.85))
 
 
 @pytest.mark.parametrize("norm", COST_NORMS)
@@ -89,6 +96,11 @@ def test_the_reward_function_reads_columns_and_leaves_lost_rows_out() -> None:
         **columns,
     )
     assert got[:2] == pytest.approx([1.85, -0.15]) and got[2] is None
+    of_budget = make_boundary_reward(BoundaryReward(0.3, 1.0, "budget"))
+    columns = {name: values[:2] for name, values in columns.items()}
+    # each row's own budget: 2 - .3 * .07 / .14 and -.3 * .07 / .07
+    got = of_budget(["x", "y"], correct=[1.0, 0.0], cost=[0.07] * 2, hard=[True] * 2, budget=[0.14, 0.07], **columns)
+    assert got == pytest.approx([1.85, -0.3])
     assert reward.__name__ == "boundary_reward"
 
 
@@ -117,16 +129,64 @@ def test_constants_out_of_range(bad: dict) -> None:
         BoundaryReward(**bad)
 
 
+def announced(rule: BoundaryReward, *hard: Boundary) -> tuple[int, int] | None:
+    """(tasks on which cheap failure pays, tasks on which it comes close), None without a warning."""
+    said = cheap_failure_pays(rule, [(boundary, 0.1) for boundary in hard])
+    if said is None:
+        return None
+    assert f"of {len(hard)} Hard tasks" in said and "gate_cost_on_success" in said
+    pays, close = re.search(r"on (\d+) of .* on (\d+) \(", said).groups()
+    return int(pays), int(close)
+
+
 def test_cheap_failure_is_announced() -> None:
-    # gap 1, p_L .8: ratio = (1 + beta) .8 / lambda; lambda .3, beta 1: 5.3; .9, 0: .89; .5, 0: 1.6
-    assert cheap_failure_pays(BoundaryReward(0.3, 1.0), [HARD]) is None
-    said = cheap_failure_pays(BoundaryReward(0.9, 0.0), [HARD])
-    assert said is not None and "on 1 of 1 Hard tasks" in said and "gate_cost_on_success" in said
-    said = cheap_failure_pays(BoundaryReward(0.5, 0.0), [HARD, Boundary(0, 1.0, 0.02, 0.12, True)] * 2)
-    assert said is not None and "on 0 of 4" in said and "on 4 (100%)" in said
+    # gap 1, p_L .8: ratio = (1 + beta) .8 / lambda; lambda .3, beta 1: 5.3; .9, 0: .89; .5, 0: 1.6; .8, 0: exactly 1
+    assert announced(BoundaryReward(0.3, 1.0), HARD) is None
+    assert announced(BoundaryReward(0.9, 0.0), HARD) == (1, 1)
+    assert announced(BoundaryReward(0.8, 0.0), HARD) == (1, 1)  # it earns as much
+    assert announced(BoundaryReward(0.5, 0.0), *[HARD, Boundary(0, 1.0, 0.02, 0.12, True)] * 2) == (0, 4)
     # Inverted: succeeding is also cheaper, so no price of cost makes failing pay.
-    assert cheap_failure_pays(BoundaryReward(9.0, 0.0), [INVERTED]) is None
-    # Charged on success only, failing earns 0, and succeeding pays while lambda gap < 1 + beta.
-    assert cheap_failure_pays(BoundaryReward(0.3, 0.0, gate_cost_on_success=True), [HARD]) is None
-    assert cheap_failure_pays(BoundaryReward(1.1, 0.0, gate_cost_on_success=True), [HARD]) is not None
-    assert cheap_failure_pays(BoundaryReward(), []) is None
+    assert announced(BoundaryReward(9.0, 0.0), INVERTED) is None
+    # Charged on success only, failing earns 0, and succeeding pays while lambda gap < 1 + beta: ratio 1 / .3, 1 / 1.1
+    assert announced(BoundaryReward(0.3, 0.0, gate_cost_on_success=True), HARD) is None
+    assert announced(BoundaryReward(1.1, 0.0, gate_cost_on_success=True), HARD) == (1, 1)
+    assert announced(BoundaryReward()) is None
+    # Hard because the policy solved it: always-large never did, whatever cost is worth.
+    assert announced(BoundaryReward(9.0, 0.0), Boundary(0.0, 0.0, 0.02, 0.12, True)) is None
+
+
+@pytest.mark.parametrize(
+    ("cost_weight", "hard_bonus", "expected"),
+    [
+        # p_L .81 over a gap of 1: 2.7 and 5.4, 1.35 and 2.7, .9 and 1.8. Collapsed runs of refmax: 0, 0, .8, 0, 1, .1
+        (0.3, 0.0, (0, 1)),
+        (0.3, 1.0, None),
+        (0.6, 0.0, (0, 1)),
+        (0.6, 1.0, (0, 1)),
+        (0.9, 0.0, (1, 1)),
+        (0.9, 1.0, (0, 1)),
+    ],
+)
+def test_cheap_failure_in_the_tabular_simulation(cost_weight: float, hard_bonus: float, expected: object) -> None:
+    """No form collapsed where nothing is said; all did where failing pays."""
+    assert announced(BoundaryReward(cost_weight, hard_bonus), Boundary(0.0, 0.81, 10.0, 50.0, True)) == expected
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("norm", COST_NORMS)
+def test_cheap_failure_is_what_the_reward_says(norm: str, gated: bool) -> None:
+    """It pays exactly where a failure at always-small's cost earns at least R_L, in every form of the reward."""
+    draw, seen = random.Random(0), set()
+    for _ in range(300):
+        small, large = draw.uniform(0.01, 0.2), draw.uniform(0.01, 0.3)
+        boundary = Boundary(0.0, draw.uniform(0.05, 1.0), small, large, True)
+        rule = BoundaryReward(draw.uniform(0.1, 2.5), draw.choice([0.0, 0.5]), norm, gated)
+        pays = rule.references(boundary, 0.1)[1] <= rule(0.0, small, boundary, 0.1)
+        assert bool(announced(rule, boundary) and announced(rule, boundary)[0]) == pays
+        seen.add(pays)
+    assert seen == {True, False}
+
+
+def test_a_boundary_that_costs_nothing() -> None:
+    free = Boundary(0.0, 1.0, 0.0, 0.0, True)
+    assert BoundaryReward().normalised(0.0, free) == 0.0 and BoundaryReward().normalised(0.01, free) == 2.0

@@ -1,6 +1,7 @@
 """Episodes of a router over executors: who acts, what it costs, what is masked, and what a fault may cost."""
 
 import asyncio
+import json
 from typing import Any
 
 import pytest
@@ -145,9 +146,7 @@ def test_a_fault_of_the_world_costs_one_episode_and_not_the_run() -> None:
     environment = BudgetEnvironment(make, [SMALL, LARGE], describe, Budget(1), ["a", "b"])
     rows = [{"fault": fault} for fault in ("", "step", "hang", "reset", "")]
     prompts = [tokenizer("say red", add_special_tokens=False)["input_ids"]] * 5
-    generator = TransformersGenerator(
-        core.model().eval(), tokenizer, Sampling(), eos_ids=[tokenizer.eos_token_id]
-    )
+    generator = TransformersGenerator(core.model().eval(), tokenizer, Sampling(), eos_ids=[tokenizer.eos_token_id])
     limits = Limits(turns=12, tokens=200, observation_tokens=20, step_seconds=0.3)
     played = play(environment, rows, prompts, [f"s{i}" for i in range(5)], generator, tokenizer, limits)
     stops = [t.columns[STOP] for t in played]
@@ -173,11 +172,35 @@ def test_rules() -> None:
     assert [n for n, _ in escalated.decisions] == ["small"] * 4 + ["large"] * 6
 
 
-def test_state_is_the_money() -> None:
+def test_state_is_the_money_and_what_was_solved() -> None:
     environment, other = world(), world()
-    drive(environment, {"length": 5}, "x", always_small)
-    other.load_state_dict(environment.state_dict())
-    assert other.spent_usd() == pytest.approx(0.05)
+    for length, rule in ((5, always_small), (5, always_small), (12, always_small), (12, always_large)):
+        drive(environment, {"length": length, "task": f"t{length}"}, "x", rule)
+    drive(environment, {"length": 5}, "x", always_small)  # a row without a task's name
+    lost = environment.episode({"length": 5, "task": "t5"}, "x")
+    assert lost.columns("lost")[CORRECT] is None
+    assert environment.outcomes() == {"t5": (2, 2), "t12": (2, 1)}  # one of 12 by ten single steps; the lost is none
+    other.load_state_dict(json.loads(json.dumps(environment.state_dict())))
+    assert other.spent_usd() == pytest.approx(3 * 0.05 + 10 * 0.01 + 6 * 0.1)
+    assert other.outcomes() == environment.outcomes()
+    drive(other, {"length": 5, "task": "t5"}, "x", always_small)
+    assert other.outcomes()["t5"] == (3, 3) and environment.outcomes()["t5"] == (2, 2)
+
+
+class Graded(Corridor):
+    """A score of its own, and an end that is neither the goal nor the limit."""
+
+    score = property(lambda self: min(self.at, 3) / 4)
+    won = property(lambda self: self.score >= 1)
+    done = property(lambda self: self.at >= 3 or self.steps >= self.limit)
+
+
+def test_partial_scores_are_neither_lost_nor_solved() -> None:
+    environment = BudgetEnvironment(lambda row: Graded(9), [SMALL, LARGE], describe)
+    driven = drive(environment, {"task": "t"}, "x", always_small)
+    assert driven.columns[CORRECT] == 0.75 and environment.outcomes() == {"t": (1, 0)}
+    # The world ended it after three of ten steps: no limit was reached.
+    assert driven.stop == "done" and driven.columns[FEEDBACK] == "The task was not finished: the episode ended."
 
 
 def test_executors_and_labels_must_differ() -> None:

@@ -14,6 +14,7 @@ from routers.profiles import (
     observe,
     profile_tasks,
     read_profiles,
+    read_settings,
     write_profiles,
 )
 from srpo.types import CORRECT, COST, Observation
@@ -60,12 +61,45 @@ def test_columns_are_rates_and_means() -> None:
     }
 
 
+def scored(small: tuple[float, ...], large: tuple[float, ...], solved: int = 0) -> BoundaryProfile:
+    return BoundaryProfile("t", "boil", small, (0.1,) * len(small), large, (1.0,) * len(large), 9, solved)
+
+
+@pytest.mark.parametrize(
+    ("small", "large", "solved", "expected"),
+    [
+        ((0.5, 0.7), (0.9, 0.9), 0, "easy"),  # mean .6
+        ((0.5, 0.69), (0.2, 0.2), 0, "hard"),
+        ((0.4, 0.3), (0.1, 0.2), 0, "intractable"),  # some progress, but small solved nothing
+        ((1.0, 0.0), (0.1, 0.2), 0, "easy"),  # small solved it once
+        ((0.4, 0.3), (0.1, 0.2), 1, "hard"),  # the policy solved it once
+    ],
+)
+def test_partial_scores_by_hand(
+    small: tuple[float, ...], large: tuple[float, ...], solved: int, expected: str
+) -> None:
+    """Mean scores against the thresholds; the guards ask for a whole success."""
+    assert DifficultyRule()(scored(small, large, solved)) == expected
+
+
 def test_the_policy_relabels_what_the_boundaries_could_not_solve() -> None:
-    [seen, other] = observe([made(0, 0), BoundaryProfile("u", "walk", (0.0,), (1.0,), (0.0,), (1.0,))], [
-        ("t", 0.0), ("t", 1.0), ("t", 0.5),
-    ])  # fmt: skip
-    assert (seen.policy_runs, seen.policy_successes) == (3, 1) and DifficultyRule()(seen) == "hard"
-    assert other.policy_runs == 0 and DifficultyRule()(other) == "intractable"
+    unseen = BoundaryProfile("u", "walk", (0.0,), (1.0,), (0.0,), (1.0,))
+    ranks = [{"t": (3, 0), "elsewhere": (5, 5)}, {"t": (2, 1)}]
+    [seen, other] = observe([made(0, 0), unseen], ranks)
+    assert (seen.policy_runs, seen.policy_successes) == (5, 1) and DifficultyRule()(seen) == "hard"
+    assert other == unseen and DifficultyRule()(other) == "intractable"
+    [again, _] = observe([seen, other], [{"t": (4, 2)}])  # a later run goes on counting
+    assert (again.policy_runs, again.policy_successes) == (9, 3)
+
+
+def test_a_file_says_what_it_was_made_with(tmp_path: Path) -> None:
+    profiles = [made(0, 0, policy_runs=8, policy_successes=1), scored((0.5, 0.25), (1.0, 0.75))]
+    write_profiles(profiles[:1], tmp_path / "known.parquet", {"step_limit": 20, "executors": ["a", "b"]})
+    write_profiles(profiles[1:], tmp_path / "unknown.parquet")
+    assert read_settings(tmp_path / "known.parquet") == {"step_limit": 20, "executors": ["a", "b"]}
+    assert read_settings(tmp_path / "unknown.parquet") == {}
+    assert read_profiles(tmp_path / "known.parquet") == profiles[:1]
+    assert read_profiles(tmp_path / "unknown.parquet") == profiles[1:]
 
 
 class Play:

@@ -64,7 +64,7 @@ def test_rows_carry_what_reward_and_advantage_read() -> None:
     task, bopo = budget_task.BudgetTask(train_count=1, train_caps=[float("inf"), 1]), train_bopo.BopoArguments()
     [name] = budget_task.train_tasks(task)
     profile = BoundaryProfile(name, "x", (0.0, 0.0), (0.1, 0.3), (1.0, 1.0), (1.0, 1.4))
-    rows = train_bopo.training_rows(task, bopo, {name: profile})
+    rows = train_bopo.training_rows(task, bopo.reward(), {name: profile})
     assert [row["cap"] for row in rows] == [None, 1]
     assert rows[0]["hard"] and rows[0]["cost_small"] == pytest.approx(0.2)
     assert rows[0]["references"] == pytest.approx([0.0, 2 - 0.3])  # R_S = 0; R_L = 1 + beta - lambda

@@ -1,0 +1,70 @@
+"""Rows to train a step router on: every training task at every cap, with what its boundary profile says."""
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from budget_task import BudgetTask, make_rows, refuse_changes, train_tasks
+
+from rewards.boundary import Boundary, BoundaryReward, cheap_failure_pays
+from routers.budget_episode import CAP, TASK
+from routers.profiles import BoundaryProfile, read_profiles, read_settings
+from srpo.advantages import REFERENCES
+
+BUDGET = "budget"
+"""Column: the episode's budget in USD, for cost_norm budget; None where calls are counted."""
+
+
+def given_profiles(task: BudgetTask, path: Path) -> dict[str, BoundaryProfile]:
+    """Profiles of the training tasks, by task, from a file that an earlier run wrote: OUTPUT/profiles.parquet.
+
+    Raises:
+        ValueError: the file was made with other settings, or holds no profile of a training task.
+        FileNotFoundError: there is no such file.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"profiles: there is no {path}; scripts/train_bopo.py writes OUTPUT/profiles.parquet")
+    refuse_changes(read_settings(path), task.profile_settings(), f"profiles: {path}", "another file, or none")
+    found = {profile.task: profile for profile in read_profiles(path)}
+    names = list(train_tasks(task))
+    if missing := [name for name in names if name not in found]:
+        raise ValueError(
+            f"profiles: {path} has no profile of {missing[0]!r}, nor of {len(missing) - 1} more of the {len(names)} "
+            "training tasks; give the file of a run on these tasks, or none, and they are profiled"
+        )
+    return {name: found[name] for name in names}
+
+
+def training_rows(
+    task: BudgetTask, rule: BoundaryReward, profiled: Mapping[str, BoundaryProfile]
+) -> list[dict[str, Any]]:
+    """A row per cap and task, with what the reward and the advantage read.
+
+    Raises:
+        ValueError: cost_norm budget without a budget in USD.
+    """
+    if rule.cost_norm == "budget" and (task.budget_unit != "usd" or not all(map(math.isfinite, task.train_caps))):
+        raise ValueError("cost_norm: budget divides by the budget in USD: set budget_unit: usd and finite train_caps")
+    rows = []
+    for row in make_rows(task, train_tasks(task), task.train_caps):
+        columns = profiled[row[TASK]].columns(task.rule)
+        budget = row[CAP] if task.budget_unit == "usd" else None
+        references = list(rule.references(_boundary(columns), budget))
+        rows.append({**row, **columns, BUDGET: budget, REFERENCES: references})
+    return rows
+
+
+def describe_rows(rule: BoundaryReward, rows: Sequence[Mapping[str, Any]]) -> str:
+    """Classes of the training tasks, and a warning where cheap failure pays (for cost_norm budget: at each budget)."""
+    counts = Counter({row[TASK]: row["difficulty"] for row in rows}.values())
+    budgets = rule.cost_norm == "budget"
+    hard = {(row[TASK], budgets and row[BUDGET]): (_boundary(row), row[BUDGET]) for row in rows if row["hard"]}
+    warning = cheap_failure_pays(rule, hard.values())
+    classes = ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
+    return f"training tasks: {classes}" + (f"\nWARNING: {warning}" if warning else "")
+
+
+def _boundary(columns: Mapping[str, Any]) -> Boundary:
+    return Boundary(*(columns[name] for name in ("p_small", "p_large", "cost_small", "cost_large", "hard")))
