@@ -198,7 +198,7 @@ def test_what_a_call_may_cost_covers_code_and_long_outputs() -> None:
     with OpenAIServer(reply="Thought: go on.\nAction:\n```python\nprint(apis)\n```") as server:
         member = Member("m", "x", 2.0, 8.0, base_url=server.url, max_tokens=64)
         pool = live_pool({"m": member}, agent_prompt="{query}", retry=Retry(attempts=1))
-        executor, session = ReActExecutor(pool, "m"), Session(Notebook(*["a b " * 9000] * 6), "s")
+        executor, session = ReActExecutor(pool, "m", characters=4000), Session(Notebook(*["a b " * 9000] * 6), "s")
         session.start()
 
         async def episode() -> None:

@@ -42,10 +42,11 @@ class ReActExecutor:
         instruction: the first words of the prompt; None: one of the two above.
         history: the last so many steps are shown.
         characters: of an action or observation of theirs; a longer one is shown without its middle, and says so.
+            AppWorld's longest list of APIs has 9,093.
     """
 
     def __init__(
-        self, pool: Members, member: str, instruction: str | None = None, history: int = 20, characters: int = 4000
+        self, pool: Members, member: str, instruction: str | None = None, history: int = 20, characters: int = 10_000
     ) -> None:
         self.pool = pool
         self.name = member
