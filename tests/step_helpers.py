@@ -22,8 +22,14 @@ GAMES = list(suite("alfworld").tasks("generated/test", 6))
 def settings(
     observation: str = "verbose", executors: tuple[str, ...] = ("explorer", "planner"), **changes: Any
 ) -> StepSettings:
-    given = {"environment": "alfworld", "step_limit": 12, "observation_tokens": 80, "policy_price": (1.0, 2.0)}
-    return StepSettings(executors, LABELS, observation, **{**given, **changes})
+    given = {
+        "labels": LABELS,
+        "environment": "alfworld",
+        "step_limit": 12,
+        "observation_tokens": 80,
+        "policy_price": (1.0, 2.0),
+    }
+    return StepSettings(executors, observation=observation, **{**given, **changes})
 
 
 def policy() -> tuple[Any, Any]:

@@ -277,3 +277,25 @@ def test_threads_and_tasks_at_once(router: StepRouter) -> None:
         thread.join()
     assert [found[number] for number in range(24)] == expected
     assert len(set(expected)) > 4  # a coin would tell them apart
+
+
+def test_three_executors(policy: Any) -> None:
+    """All but the first count as expensive; the policy's mask holds exactly those that fit."""
+    names, labels = ("tiny", "middle", "huge"), ("a", "b", "c")
+    prices = {"tiny": 0.01, "middle": 0.05, "huge": 0.2}
+    how = steps.settings(executors=names, labels=labels)
+    with StepRouter(*policy, how) as router:
+        counted = router.session(cap=1.0, seed="s")
+        dollars = router.session(cap=0.1, unit="usd", seed="s")
+        for session in (counted, dollars):
+            observation = "a corridor"
+            while (name := session.choose(observation, prices)) is not None:
+                session.paid(prices[name], "one")
+                observation = "on"
+        large = [step.executor for step in counted.steps if step.executor != "tiny"]
+        first = counted.steps[0].allowed
+        assert len(counted.steps) == 12 and len(large) == 1 and first == names and counted.stop == "turns"
+        assert [step.allowed for step in counted.steps].count(("tiny",)) > 0
+        for step in dollars.steps:
+            assert step.allowed == tuple(name for name in names if prices[name] <= step.left + 1e-12)
+        assert dollars.executor_usd <= 0.1 and dollars.stop == "budget"
