@@ -187,6 +187,38 @@ def test_a_checkpoint_is_a_folder_with_its_settings(policy: Any, tmp_path: Path,
         StepRouter.from_pretrained(tmp_path)
 
 
+def test_a_lora_adapter_is_a_checkpoint_too(policy: Any, tmp_path: Path) -> None:
+    import copy
+
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    model, tokenizer = copy.deepcopy(policy[0]), policy[1]
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    model = type(model).from_pretrained(tmp_path / "base")
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear")).eval()
+    with torch.no_grad():
+        for name, weight in adapted.named_parameters():
+            if "lora_B" in name:  # an adapter starts as nothing
+                torch.nn.init.normal_(weight, std=0.5, generator=torch.Generator().manual_seed(0))
+    how = steps.settings("progress")
+    adapted.save_pretrained(tmp_path / "adapter")
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    how.save(tmp_path / "adapter")
+    played = {}
+    made = {
+        "read": StepRouter.from_pretrained(tmp_path / "adapter"),
+        "adapted": StepRouter(adapted, tokenizer, how),
+        "base": StepRouter(*policy, how),
+    }
+    for name, router in made.items():
+        with router:
+            found = [router.play(game(g), steps.executors(), seed=g) for g in GAMES]
+        played[name] = [[(s.executor, round(s.probability, 4)) for s in one.steps] for one in found]
+    assert played["read"] == played["adapted"] != played["base"]
+
+
 def test_misuse_is_named(policy: Any) -> None:
     with pytest.raises(ValueError, match=r"'no such word' is \d+ tokens of this tokenizer"):
         StepRouter(*policy, dataclasses.replace(steps.settings(), labels=("<small>", "no such word")))
