@@ -139,8 +139,8 @@ class BudgetGate:
 
     @property
     def used(self) -> float | None:
-        """Share of the cap that is spent, at most 1; None without a cap or with a cap of 0."""
-        return self.account.spent / self.budget.cap if self.budget.cap else None
+        """Share of the cap that is spent, above 1 only where `violated`; None without a cap or with a cap of 0."""
+        return (self.account.spent + self.account.overrun) / self.budget.cap if self.budget.cap else None
 
     @property
     def violated(self) -> bool:

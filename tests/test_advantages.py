@@ -38,6 +38,9 @@ def test_uneven_references_by_hand() -> None:
     }
     for baseline, expected in values.items():
         assert group_advantages(r, 2, baseline=baseline, scale="none", references=refs).tolist() == expected
+    # An Easy task, on which always-small is the better boundary: max(mean 2, 4, -1) = 4.
+    easy = torch.tensor([[4.0, -1.0]] * 2, dtype=torch.float64)
+    assert group_advantages(r[:2], 2, baseline="refmax", scale="none", references=easy).tolist() == [-3, -1]
 
 
 def test_none_is_trl_group_normalisation_to_the_last_bit() -> None:
@@ -45,6 +48,7 @@ def test_none_is_trl_group_normalisation_to_the_last_bit() -> None:
 
     r = torch.randn(12)
     r[5] = torch.nan
+    r[8:] = torch.tensor([0.3, 0.3 + 1e-5, 0.3, 0.3])  # nearly agrees: still over its own std + eps
     groups = r.view(-1, 4)
     centred = r - torch.nanmean(groups, dim=1).repeat_interleave(4)
     scaled = torch.nan_to_num(centred / (nanstd(groups, dim=1).repeat_interleave(4) + 1e-4), nan=0.0)
@@ -108,6 +112,9 @@ def test_dropping_groups_without_success() -> None:
     a = group_advantages(r, 2, baseline="none", scale="group", success=success, drop_all_fail=True)
     kept = group_advantages(r, 2, baseline="none", scale="group")
     assert a[:2].tolist() == [0.0, 0.0] and torch.equal(a[2:], kept[2:])
+    r, success = torch.arange(6.0), torch.tensor([False, False, False, True, False, False])
+    a = group_advantages(r, 2, baseline="none", scale="none", success=success, drop_all_fail=True)
+    assert a.tolist() == [0.0, 0.0, -0.5, 0.5, 0.0, 0.0]
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,8 @@ def test_the_tail_stays_affordable() -> None:
     assert BudgetGate(Budget(1.25, "usd", tail_calls=2)).allowed(BOUNDS, 20) == ["small", "large"]
     assert BudgetGate(Budget(1.25, "usd", tail_calls=3)).allowed(BOUNDS, 20) == ["small"]
     assert BudgetGate(Budget(1.0, "usd", tail_calls=3)).allowed(BOUNDS, 1) == ["small", "large"]
+    # The cheapest needs no tail of itself: it may spend what was kept for it.
+    assert BudgetGate(Budget(0.25, "usd", tail_calls=2)).allowed(BOUNDS, 20) == ["small"]
 
 
 def test_forced_small_keeps_the_rest_of_the_episode_affordable() -> None:

@@ -168,6 +168,8 @@ def test_rules() -> None:
 
     assert share(random_mix(0.3)) == pytest.approx(0.3, abs=0.03)
     assert share(first_large(1.5)) == pytest.approx(0.15, abs=0.015)
+    mixed = [name for name, _ in drive(world(limit=60), {"length": 999}, "x", random_mix(0.5)).decisions]
+    assert 15 < mixed.count("large") < 45, "every step has dice of its own"
     escalated = drive(world(), {"length": 99}, "x", cascade(4))
     assert [n for n, _ in escalated.decisions] == ["small"] * 4 + ["large"] * 6
 
@@ -193,6 +195,41 @@ class Graded(Corridor):
     score = property(lambda self: min(self.at, 3) / 4)
     won = property(lambda self: self.score >= 1)
     done = property(lambda self: self.at >= 3 or self.steps >= self.limit)
+
+
+def test_steps_left_are_those_of_the_episode() -> None:
+    environment = world()
+    environment.describe = lambda situation: Observation(before=f"<{situation.steps_left}>")
+    driven = drive(environment, {"length": 3}, "x", always_small)
+    assert [driven.first.before, *(o.before for _, o in driven.decisions)] == ["<10>", "<9>", "<8>", ""]
+    # In the last step no tail is kept back: .01 is left for nine small steps and .1 for a large one.
+    tail = world(Budget(0.19, "usd", tail_calls=1), limit=10)
+    last = drive(tail, {"length": 99}, "x", lambda situation, names: names[-1 if situation.steps_left == 1 else 0])
+    assert [name for name, _ in last.decisions] == ["small"] * 9 + ["large"]
+
+
+class Overcharging(Walker):
+    def bound(self, view: Any) -> float:
+        return self.price / 10
+
+
+def test_a_call_beyond_its_bound_is_a_violation() -> None:
+    environment = world(Budget(0.05, "usd"), large=Overcharging("large", 0.1, "two"))
+    driven = drive(environment, {"length": 9}, "x", always_large)
+    assert driven.columns["budget_violated"] and driven.columns["budget_used"] == pytest.approx(2.0)
+    assert driven.stop == "budget" and environment.metrics()["budget/violations"] == 1.0
+
+
+def test_every_executor_but_the_cheapest_counts_as_expensive() -> None:
+    environment = BudgetEnvironment(
+        lambda row: Corridor(5), [SMALL, Walker("medium", 0.05, "two"), LARGE], describe, Budget(2)
+    )
+    order = iter(["medium", "large", "small"])
+    driven = drive(environment, {}, "x", lambda situation, names: next(order))
+    assert driven.columns["large_calls"] == 2 and driven.columns["members"] == ["medium", "large", "small"]
+    metrics = environment.metrics()
+    assert metrics["budget/large_calls"] == 2 and metrics["budget/large_share"] == pytest.approx(2 / 3)
+    assert metrics["budget/used"] == 1.0
 
 
 def test_partial_scores_are_neither_lost_nor_solved() -> None:

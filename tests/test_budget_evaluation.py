@@ -51,6 +51,25 @@ def test_pairing_takes_the_tasks_noise_out() -> None:
     assert own.high - own.low > 1.5 * (gap.high - gap.low)
 
 
+def test_intervals_hold_95_percent_over_tasks_and_over_repetitions() -> None:
+    coin = np.repeat([0.0, 1.0], 50)[None]  # se = .5 / 10
+    drawn = draws(100, 1)
+    family = [played([[0.0] * 100], [[1.0] * 100]), played([[1.0] * 100], [[3.0] * 100])]
+    gain = gain_at_equal_cost(played(coin.tolist(), [[2.0] * 100]), family, drawn)
+    for found, middle in ((estimate(coin, drawn), 0.5), (gain, 0.0), (difference(coin, 0 * coin, drawn), 0.5)):
+        low, high = middle - 1.96 * 0.05, middle + 1.96 * 0.05
+        assert (found.low, found.high) == (pytest.approx(low, abs=0.015), pytest.approx(high, abs=0.015))
+    # Two seeds that differ on every task: a quarter of the draws holds the bad one only, a quarter the good one.
+    seeds = estimate(np.array([[0.0] * 4, [1.0] * 4]), draws(4, 2))
+    assert (seeds.value, seeds.low, seeds.high) == (0.5, 0.0, 1.0)
+
+
+def test_a_ratio_is_paired_by_task() -> None:
+    cost = np.array([[1.0, 10.0, 100.0]])
+    found = ratio(2 * cost, cost, draws(3, 1))
+    assert (found.value, found.low, found.high) == (2.0, pytest.approx(2.0), pytest.approx(2.0))
+
+
 def test_ratio_groups_and_shapes() -> None:
     drawn = draws(2, 2)
     values = np.array([[1.0, 3.0], [3.0, 5.0]])
@@ -110,8 +129,30 @@ def test_the_report_by_hand() -> None:
     assert [(c.name, c.cap, c.used, c.violations) for c in episodes.capped()][:2] == [
         ("BoSFT", 2.0, 0.5, 0), ("policy", 2.0, 0.5, 0)
     ]  # fmt: skip
+    assert policy.kept.value == 1.0 and methods["always-small"].kept.value == 0.5
+    assert policy.by_type == {"even": 1.0, "odd": 1.0} and methods["always-small"].by_type["even"] == 0.5
     text = render(episodes, "## s")
     assert "| always-large " in text and "+40.0 [" in text and "violations" in text
+
+
+def test_the_order_of_rows_says_nothing() -> None:
+    """Pairing, classes and types belong to tasks and repetitions, not to places in the file."""
+    whole = frame()
+    shuffled = Episodes(whole.sample(frac=1.0, random_state=0))
+    assert render(shuffled, "t") == render(Episodes(whole), "t") or shuffled.policies != Episodes(whole).policies
+    for name in ("policy", "BoSFT"):
+        assert np.array_equal(shuffled.played(name).success, Episodes(whole).played(name).success)
+
+
+def test_capped_settings_are_points_of_the_frontier_and_violations_are_counted() -> None:
+    whole = frame()
+    capped = (whole["method"] == "policy") & (whole["cap"] == 2)
+    whole.loc[capped, "executor_usd"] = 0.0015  # with its own .0005: 2, at .1 of the axis
+    whole.loc[capped & (whole["task"] == "g3"), "violated"] = True
+    episodes = Episodes(whole)
+    # always-small's .5 up to .1, then the policy's 1
+    assert next(m for m in episodes.methods() if m.name == "policy").auc == pytest.approx(0.1 * 0.5 + 0.9)
+    assert {c.name: c.violations for c in episodes.capped()} == {"BoSFT": 0, "policy": 2}
 
 
 def test_the_report_refuses_holes() -> None:
