@@ -177,7 +177,7 @@ class Endpoint:
 
     def _openai(self) -> AsyncOpenAI:
         """The running event loop's client; connections of another loop cannot be used in this one."""
-        from openai import AsyncOpenAI
+        from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
         loop = asyncio.get_running_loop()
         if self._client is None or self._client[0] is not loop:
@@ -186,7 +186,9 @@ class Endpoint:
             async def key() -> str:
                 return os.environ.get(variable or "") or "none"  # "none": never OPENAI_API_KEY for somebody else
 
-            client = AsyncOpenAI(base_url=self._member.base_url, api_key=key, max_retries=0)
+            # Without a client of ours openai's own closes itself when it is forgotten, in whatever loop runs then.
+            http = DefaultAsyncHttpxClient()
+            client = AsyncOpenAI(base_url=self._member.base_url, api_key=key, max_retries=0, http_client=http)
             self._client = (loop, client)
         return self._client[1]
 
