@@ -4,8 +4,9 @@
     Intractable   the cheapest always-small run, at most `max_intractable_share` of all
     Hard          P(large) = k/N per step for k < N, and always-large; the `keep` cheapest successes
 
-    strata "class": as many episodes of every class that occurs (the smaller ones repeated)
-           "p_large": as many of every P(large), always-small and always-large included, among the Hard ones
+    strata, of the Easy and Hard ones (the smaller repeated)
+           "class": as many episodes of each class
+           "p_large": as many of every P(large), always-small and always-large included
 
 Every episode weighs the same whatever its length: its steps weigh 1/T each (`srpo.warmstart.imitate`).
 
@@ -121,17 +122,20 @@ def _cheapest(pool: Sequence[Demonstration], count: int) -> list[Demonstration]:
 
 
 def balance(found: Sequence[Demonstration], how: Synthesis, rng: random.Random) -> list[Demonstration]:
-    """Cap the Intractable ones, then repeat episodes until every stratum is as large as the largest; shuffled."""
+    """Repeat Easy and Hard episodes until every stratum is as large as the largest; add Intractable ones; shuffled.
+
+    Those are never repeated: they teach to fail cheaply.
+    """
     intractable = [d for d in found if d.difficulty == "intractable"]
-    others = [d for d in found if d.difficulty != "intractable"]
-    share = how.max_intractable_share
     rng.shuffle(intractable)
-    chosen = others + intractable[: int(len(others) * share / (1 - share))]
     strata: Mapping[Any, list[Demonstration]] = defaultdict(list)
-    for demonstration in chosen:
-        strata[_stratum(demonstration, how)].append(demonstration)
+    for demonstration in found:
+        if demonstration.difficulty != "intractable":
+            strata[_stratum(demonstration, how)].append(demonstration)
     most = max((len(s) for s in strata.values()), default=0) if how.strata != "none" else 0
     balanced = [d for s in strata.values() for d in (*s, *(rng.choice(s) for _ in range(most - len(s))))]
+    share = how.max_intractable_share
+    balanced += intractable[: int(len(balanced) * share / (1 - share))]
     rng.shuffle(balanced)
     return balanced
 

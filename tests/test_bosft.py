@@ -57,9 +57,26 @@ def test_hard_without_a_success_is_left_out_and_always_large_is_the_fallback(tmp
 def test_easy_and_intractable_are_always_small(tmp_path: Path) -> None:
     [easy] = made(tmp_path, row(5, "easy"), Synthesis())
     assert set(executors(easy)) == {"small"} and easy.score == 1.0
+    assert len(made(tmp_path, row(5, "easy"), Synthesis(keep=3))) == 1  # `keep` is about Hard tasks
     assert made(tmp_path, row(11, "easy"), Synthesis()) == []  # no success to show
     [lost] = made(tmp_path, row(99, "intractable"), Synthesis())
     assert set(executors(lost)) == {"small"} and lost.score == 0.0
+
+
+def test_a_part_of_the_score_is_no_success(tmp_path: Path) -> None:
+    """Scores: always-small .75 for little, every other run 1 for more."""
+
+    def graded(jobs: Sequence[Job]) -> Iterator[tuple[Job, Driven]]:
+        for job, driven in one_by_one(jobs):
+            small = driven.columns["large_calls"] == 0
+            yield (
+                job,
+                Driven(driven.first, driven.decisions, {**driven.columns, CORRECT: 0.75 if small else 1.0}, "done"),
+            )
+
+    assert made(tmp_path, row(5, "easy"), Synthesis(), graded) == []
+    [hard] = made(tmp_path, row(5), Synthesis(), graded)
+    assert hard.score == 1.0 and "large" in executors(hard)
 
 
 def test_a_lost_episode_is_nobodys_demonstration(tmp_path: Path) -> None:
@@ -105,10 +122,13 @@ def test_balance_by_class_by_share_and_not_at_all() -> None:
         chosen = [getattr(d, key) for d in balance(found, how, random.Random(0))]
         return {value: chosen.count(value) for value in sorted(set(chosen))}
 
-    # At most a fifth of all is Intractable before balancing: 8 others, so 2.
+    # At most a fifth of all is Intractable, after balancing too: 2 beside 8 others, 3 beside 12.
     assert counts(Synthesis(strata="none"), "difficulty") == {"easy": 6, "hard": 2, "intractable": 2}
-    assert counts(Synthesis(strata="class"), "difficulty") == {"easy": 6, "hard": 6, "intractable": 6}
-    assert counts(Synthesis(strata="p_large"), "p_large") == {0.0: 8, 0.3: 8}
+    assert counts(Synthesis(strata="class"), "difficulty") == {"easy": 6, "hard": 6, "intractable": 3}
+    assert counts(Synthesis(strata="p_large"), "p_large") == {0.0: 6 + 3, 0.3: 6}
+    assert counts(Synthesis(max_intractable_share=0.0), "difficulty") == {"easy": 6, "hard": 6}
+    few = balance(some(6, "easy") + some(1, "intractable"), Synthesis(), random.Random(0))
+    assert len(few) == 7, "an Intractable episode is not repeated"
     assert balance([], Synthesis(), random.Random(0)) == []
 
 

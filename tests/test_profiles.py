@@ -92,6 +92,12 @@ def test_the_policy_relabels_what_the_boundaries_could_not_solve() -> None:
     assert (again.policy_runs, again.policy_successes) == (9, 3)
 
 
+def test_a_file_is_in_the_order_of_names(tmp_path: Path) -> None:
+    names = ["t10", "t2", "a", "t1"]
+    write_profiles([BoundaryProfile(n, "x", (0.0,), (1.0,), (0.0,), (1.0,)) for n in names], tmp_path / "p.parquet")
+    assert [profile.task for profile in read_profiles(tmp_path / "p.parquet")] == sorted(names)
+
+
 def test_a_file_says_what_it_was_made_with(tmp_path: Path) -> None:
     profiles = [made(0, 0, policy_runs=8, policy_successes=1), scored((0.5, 0.25), (1.0, 0.75))]
     write_profiles(profiles[:1], tmp_path / "known.parquet", {"step_limit": 20, "executors": ["a", "b"]})
