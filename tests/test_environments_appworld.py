@@ -4,11 +4,14 @@ AppWorld's data was not within reach of those who wrote this: no task of its own
 """
 
 import asyncio
+import functools
+import json
 from collections.abc import Iterator
+from pathlib import Path
 
+import pandas as pd
 import pytest
-from appworld_cases import make_world
-from openai_server import OpenAIServer
+from appworld_cases import ADD, DONE, LOG_IN, Models, make_world, next_code
 
 from routers.budget import Budget
 from routers.budget_episode import TASK, BudgetEnvironment, drive
@@ -19,20 +22,11 @@ from routers.environments.protocol import play
 from routers.environments.react import ReActExecutor
 from routers.pool import Pool, Retry, live_pool
 from routers.pool.scripted import Scripted
+from routers.profiles import DifficultyRule, read_profiles
 from srpo.types import CORRECT
 
 pytestmark = pytest.mark.slow
-
-LOG_IN = """\
-passwords = {a["account_name"]: a["password"] for a in apis.supervisor.show_account_passwords()}
-token = apis.simple_note.login(username="ada@example.com", password=passwords["simple_note"])["access_token"]
-(note,) = apis.simple_note.search_notes(access_token=token, query="shopping")
-print(note["title"])"""
-ADD = """\
-for word in ["eggs"]:
-    old = apis.simple_note.show_note(access_token=token, note_id=note["note_id"])["content"]
-    print(apis.simple_note.update_note(access_token=token, note_id=note["note_id"], content=old + " " + word))"""
-DONE = "apis.supervisor.complete_task()"
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -108,42 +102,52 @@ def test_appworld_stops_code_that_does_not_end(suite: AppWorldSuite) -> None:
     assert episode.step("print(x)") == ("1\n", False)
 
 
-def replies(prompt: str) -> str:
-    """A model that does the next thing; it finds out from its prompt what was done."""
-    number = prompt.count("\nObservation:\n")
-    thought = "Thought: " + ("the title is right." if "\nShopping\n" in prompt else "I log in first.")
-    return f"{thought}\nAction:\n```python\n{[LOG_IN, ADD, DONE][number]}\n```\nObservation: so it goes"
-
-
 def test_a_model_behind_an_endpoint_completes_a_task(suite: AppWorldSuite) -> None:
-    class Replying(OpenAIServer):
-        async def _answer(self, headers, body, reader, writer):  # type: ignore[no-untyped-def]
-            import json
-
-            self.reply = replies(json.loads(body)["messages"][-1]["content"])
-            return await super()._answer(headers, body, reader, writer)
-
-    with Replying() as server:
-        member = Member("m", "x", 2.0, 8.0, base_url=server.url)
-        pool = live_pool({"m": member}, agent_prompt="{query}", retry=Retry(attempts=1))
-        played = asyncio.run(play(suite.make("abc1234_1", 40), [ReActExecutor(pool, "m")], lambda view: 0, "s"))
+    with Models() as server:
+        member = Member("large", "x", 2.0, 8.0, base_url=server.url)
+        pool = live_pool({"large": member}, agent_prompt="{query}", retry=Retry(attempts=1))
+        played = asyncio.run(play(suite.make("abc1234_1", 40), [ReActExecutor(pool, "large")], lambda view: 0, "s"))
     assert played.won and [step.action for step in played.steps] == [LOG_IN, ADD, DONE]
     assert played.cost == pytest.approx(sum(2 * p + 8 * c for p, c in server.usage) / 1e6)
     prompt = server.requests[-1]["messages"][-1]["content"]
     assert HOW in prompt and f"Action:\n```\n{LOG_IN}\n```\nObservation:\nShopping\n" in prompt
 
 
+def test_one_command_trains_a_router(suite: AppWorldSuite, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Profile, BoSFT, BoPO and evaluation, with both executors behind an endpoint."""
+    import train_bopo
+
+    with Models() as server:
+        entry = {"descriptor": "x", "base_url": server.url, "max_tokens": 256}
+        prices = {"small": (0.4, 1.6), "large": (2.0, 8.0)}
+        members = [{"name": n, "price_in": i, "price_out": o, **entry} for n, (i, o) in prices.items()]
+        (tmp_path / "catalogue.yaml").write_text(json.dumps({"members": members}))
+        words = f"""--config {ROOT}/recipes/quickstart/bopo.yaml --output_dir {tmp_path}/out
+            --catalogue {tmp_path}/catalogue.yaml --executors small large --observation progress
+            --environment appworld --train_tasks train --train_count 0 --heldout_tasks dev --heldout_count 0
+            --step_limit 5 --max_turns 5 --train_caps inf --eval_caps inf 2 --profile_runs 2 --concurrency 8
+            --bosft_sweep 3 --bosft_epochs 1 --max_steps 2 --per_device_train_batch_size 16
+            --gradient_accumulation_steps 1 --logging_steps 1"""
+        text = train_bopo.main(words.split())
+    assert text is not None and "| policy " in text and "difficulty 2" in text
+    classes = {p.task: DifficultyRule()(p) for p in read_profiles(tmp_path / "out" / "profiles.parquet")}
+    assert classes == {"abc1234_1": "hard", "abc1234_2": "easy"}
+    assert pd.read_parquet(tmp_path / "out" / "episodes.parquet")["violated"].sum() == 0
+    said = capsys.readouterr().out
+    assert said.count("'rollout/stop/lost': '0'") == 2 and said.count("'budget/violations': '0'") == 2
+
+
 def test_a_budgeted_episode_with_two_members(suite: AppWorldSuite) -> None:
     members = {name: Member(name, "x", price, price) for name, price in (("small", 1.0), ("large", 5.0))}
-    pool = Pool(members, {name: Scripted(replies) for name in members})
+    pool = Pool(members, {name: Scripted(functools.partial(next_code, name)) for name in members})
     executors = [ReActExecutor(pool, name) for name in members]
     environment = BudgetEnvironment(
         lambda row: suite.make(row[TASK], 40),
         executors,
         OBSERVATIONS["progress"].describe,
-        Budget(1, "large_calls"),
+        Budget(2, "large_calls"),
         ["<small>", "<large>"],
     )
     played = drive(environment, {TASK: "abc1234_1"}, "s", lambda situation, names: names[-1])
-    assert played.columns[CORRECT] == 1.0 and played.columns["members"] == ["large", "small", "small"]
+    assert played.columns[CORRECT] == 1.0 and played.columns["members"] == ["large", "large", "small"]
     assert played.stop == "done" and played.columns["budget_violated"] == 0
