@@ -17,6 +17,9 @@ ZERO3 = {
     "zero_optimization": {
         "stage": 3,
         "stage3_param_persistence_threshold": 0,
+        # No weight stays gathered for its next use, as in models that are too large for it.
+        "stage3_max_live_parameters": 0,
+        "stage3_max_reuse_distance": 0,
         "stage3_gather_16bit_weights_on_model_save": True,
     },
     "train_micro_batch_size_per_gpu": "auto",
