@@ -73,6 +73,18 @@ def test_many_episodes_of_one_task_are_open_at_once_and_apart(suite: AppWorldSui
     wait_for(suite, 1)
 
 
+def test_an_episode_that_is_only_asked_for_its_first_words_costs_no_world(suite: AppWorldSuite) -> None:
+    kept = suite.make("abc1234_1", 3)
+    kept.reset()
+    kept.step("x = 1")
+    started = time.monotonic()
+    for _ in range(100):
+        assert suite.make("abc1234_1", 3).reset().endswith(kept.task)
+    assert kept.step("print(x)") == ("1\n", False)
+    wait_for(suite, 2)
+    assert time.monotonic() - started < 15  # AppWorld's 100 worlds would take a minute
+
+
 def test_a_process_that_dies_costs_its_episode_only(suite: AppWorldSuite) -> None:
     dying, other = suite.make("abc1234_1", 3), suite.make("abc1234_1", 3)
     for episode in (dying, other):

@@ -19,6 +19,7 @@ import gc
 import importlib
 import json
 import os
+import select
 import shutil
 import signal
 import socket
@@ -43,7 +44,7 @@ def main() -> None:
         try:
             while connections := socket.recv_fds(control, 1, 1)[1]:
                 try:
-                    if os.fork() == 0:
+                    if not _gone(connections[0]) and os.fork() == 0:
                         control.close()
                         _serve(socket.socket(fileno=connections[0]), folder, data)
                 except OSError as error:  # no memory, or no processes: that world is lost, the others go on
@@ -73,6 +74,8 @@ def _serve(connection: socket.socket, parent: str, data: Path) -> None:
         os.symlink(data, "data")  # AppWorld writes beside its data, by the task's name: a task is played many times
         worker = _Worker(folder)
         for line in connection.makefile("rb"):
+            if _gone(connection.fileno()):
+                break
             try:
                 name, *arguments = json.loads(line)
                 answer = {"result": getattr(worker, name)(*arguments)}
@@ -82,6 +85,13 @@ def _serve(connection: socket.socket, parent: str, data: Path) -> None:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         os._exit(0)
+
+
+def _gone(connection: int) -> bool:
+    """Whether nobody waits for an answer: an episode that was made for its first words only costs no world."""
+    poll = select.poll()
+    poll.register(connection, 0)  # the end of the other side is reported always
+    return bool(poll.poll(0))
 
 
 class _Worker:
