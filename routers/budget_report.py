@@ -1,6 +1,7 @@
 """Tables of budget-aware routing, from episodes as rows: one table per set of tasks, with paired intervals.
 
-Episodes are a data frame with the columns of `COLUMNS`; `cap` is infinite where there was no budget. Rules are named
+Episodes are a data frame with the columns of `COLUMNS`; `cap` is infinite where there was no budget. A column `used`
+says which share of it was spent; without it caps are numbers of expensive calls. Rules are named
 "FAMILY SETTING" (see `routers.budget_rules`); everything else is a policy, its repetitions are seeds.
 """
 
@@ -85,9 +86,7 @@ class Episodes:
         self.types = known["task_type"].tolist()
         self.difficulty = known["difficulty"].tolist()
         names = frame["method"].unique().tolist()
-        self.families = {
-            family: [name for name in names if name.startswith(family + " ")] for family in FAMILIES
-        }
+        self.families = {family: [name for name in names if name.startswith(family + " ")] for family in FAMILIES}
         rules = {name for settings in self.families.values() for name in settings}
         self.policies = [name for name in names if name not in rules]
         self._played = self._arrays()
@@ -152,18 +151,21 @@ class Episodes:
         return normalised_auc(points, small.cost.mean(), large.cost.mean())
 
     def capped(self) -> list[Capped]:
-        """Every policy, and First-Large, under every finite cap (of expensive calls)."""
+        """Every policy under every finite cap; and First-Large, where the cap is a number of expensive calls."""
         found = []
         for cap in sorted(c for c in self.frame["cap"].unique() if math.isfinite(c) and c > 0):
+            calls = True
             for name in self.policies:
                 rows = self.frame[(self.frame["method"] == name) & (self.frame["cap"] == cap)]
                 if len(rows):
                     played = self.played(name, cap)
                     success = estimate(played.success, self._draws(played))
-                    used, violated = float(played.large_calls.mean() / cap), int(rows["violated"].sum())
-                    found.append(Capped(name, cap, success, used, violated))
+                    counted = rows["large_calls"] / cap
+                    used = rows["used"].astype(float).fillna(counted) if "used" in rows else counted
+                    calls &= bool(((used - counted).abs() < 1e-9).all())
+                    found.append(Capped(name, cap, success, float(used.mean()), int(rows["violated"].sum())))
             first = f"first-large {cap:g}"
-            if first in self.families["first-large"]:
+            if calls and first in self.families["first-large"]:
                 played = self.played(first)
                 success = estimate(played.success, self._draws(played))
                 found.append(Capped("first-large", cap, success, float(played.large_calls.mean() / cap), 0))

@@ -93,7 +93,8 @@ def play_policy(
                 written = sum(len(t.ids) for t in trajectory.turns if t.owner == "policy")
                 own = (read * settings.policy_price[0] + written * settings.policy_price[1]) / 1e6
                 record = episode_row(row[TASK], types[row[TASK]], _known(row[TASK], trajectory))
-                records.append({**record, "repetition": seed, "cap": cap, "policy_usd": own})
+                used = trajectory.columns["budget_used"]
+                records.append({**record, "repetition": seed, "cap": cap, "policy_usd": own, "used": used})
     return pd.DataFrame(records)
 
 

@@ -155,6 +155,16 @@ def test_capped_settings_are_points_of_the_frontier_and_violations_are_counted()
     assert {c.name: c.violations for c in episodes.capped()} == {"BoSFT": 0, "policy": 2}
 
 
+def test_caps_in_dollars_are_used_in_dollars() -> None:
+    """One call is all of a cap of one call; of a cap of a dollar it is what it cost, and First-Large 1 is no peer."""
+    calls, dollars = frame().replace({"cap": {2.0: 1.0}}), frame().replace({"cap": {2.0: 1.0}})
+    dollars["used"] = 0.25
+    dollars.loc[dollars["cap"] == math.inf, "used"] = None  # there was no cap
+    for found, used, names in ((calls, 1.0, ["BoSFT", "policy", "first-large"]), (dollars, 0.25, ["BoSFT", "policy"])):
+        capped = Episodes(found).capped()
+        assert [c.name for c in capped] == names and {c.used for c in capped} == {used}
+
+
 def test_the_report_refuses_holes() -> None:
     whole = frame()
     with pytest.raises(ValueError, match="steps"):

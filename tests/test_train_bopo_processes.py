@@ -88,8 +88,6 @@ def test_two_processes_are_one_run(straight: Path, tmp_path: Path) -> None:
         spent += table["cost"].sum()
         assert logged["cost/spent_usd"] == pytest.approx(spent)
     # Every episode of both ranks counts for the profiles.
-    profiles = pd.read_parquet(output / "profiles.parquet").set_index("task")
-    played = pd.concat(tables)
-    assert profiles["policy_runs"].sum() == 4 * 32
-    solved = (played["correct"] >= 1).groupby(played["task"]).sum()
-    assert profiles["policy_successes"][solved.index].tolist() == solved.tolist()
+    profiles = pd.read_parquet(output / "profiles.parquet")
+    assert profiles["policy_runs"].sum() == 4 * 32 and (profiles["policy_runs"] % 8 == 0).all()
+    assert profiles["policy_successes"].sum() == (pd.concat(tables)["correct"] >= 1).sum() > 0
