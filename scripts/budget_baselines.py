@@ -24,14 +24,17 @@ SCRIPTED_FAMILIES: Families = {
     "cascade": {"never": always_small, **{str(k): cascade(k) for k in range(2, 20, 2)}, "at once": always_large},
 }
 SCRIPTED_REPETITIONS = 3
+SLOW = ("scienceworld",)
+"""Environments whose steps take hundredths of a second, with scripted executors too."""
 
 
 def families(task: BudgetTask) -> tuple[Families, int]:
     """The rules to play, and how often each.
 
-    Where calls cost money each once, and fewer: two shares, First-Large at the caps of the evaluation, two cascades.
+    Where calls cost money or steps take time each once, and fewer: two shares, First-Large at the caps of the
+    evaluation, two cascades.
     """
-    if not task.live:
+    if not task.live and task.environment not in SLOW:
         return SCRIPTED_FAMILIES, SCRIPTED_REPETITIONS
     counted = task.eval_caps if task.budget_unit == "large_calls" else []
     caps = [int(cap) for cap in counted if math.isfinite(cap) and cap >= 1]

@@ -82,8 +82,9 @@ class ScienceWorld:
         self._simulator: Simulator | None = None
         self._give_back: Callable[[], object] = lambda: None
         self._over = False
-        self._expert = Expert(solver, task, variation)
+        self._solver = solver
         self._admissible: Sequence[str] = ()
+        self._how = ""
 
     @property
     def won(self) -> bool:
@@ -100,14 +101,15 @@ class ScienceWorld:
 
     @property
     def how(self) -> str:
-        if self.done or self._simulator is None:
-            return ""
-        forms = [form for form in self._simulator.templates() if form != "reset task"]
-        return HOW.format(forms="; ".join(forms), things=", ".join(self._simulator.things()))
+        if not self._how and self._simulator is not None and not self.done:
+            forms = [form for form in self._simulator.templates if form != "reset task"]
+            self._how = HOW.format(forms="; ".join(forms), things=", ".join(self._simulator.things()))
+        return self._how
 
     def expert(self) -> str | None:
         """PRIVILEGED: the next command of the package's own solver of this task, started where the episode is now."""
-        return None if self.done else self._expert.next(self._now("expert").look())
+        self._now("expert")
+        return self._expert.next()
 
     def reset(self) -> str:
         if self.task:
@@ -116,6 +118,7 @@ class ScienceWorld:
         self._give_back = weakref.finalize(self, self._simulators.give_back, self._simulator)
         self.task = self._simulator.load(self.task_type, self._variation)
         observation, _, _ = self._simulator.step("look around")
+        self._expert = Expert(self._solver, self.task_type, self._variation, observation)
         self._admissible = Commands(self._simulator)
         return f"{self.task}\n\n{observation}"
 
@@ -125,7 +128,7 @@ class ScienceWorld:
         self.steps += 1
         observation, self.score, self._over = simulator.step(action)
         self._expert.saw(action, observation)
-        self._admissible = () if self.done else Commands(simulator)
+        self._admissible, self._how = () if self.done else Commands(simulator), ""
         if self.done:
             self._give_back()
         return observation, self.done

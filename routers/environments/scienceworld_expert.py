@@ -12,10 +12,11 @@ from functools import lru_cache
 
 from routers.environments.scienceworld_server import Simulator, Simulators
 
-_HARMLESS = re.compile(r"(?:look|examine|read|inventory|task|wait1?|go|teleport|open door)\b")
-_NO_EFFECT = ("No known action", "Unknown action", "Ambiguous request", "ERROR")
-_PLACE = re.compile(r"This (?:room|outside location) is called the (.+?)\. ")
+_TIME = re.compile(r"(?:look|examine|read|inventory|task|wait)\b.*")
+"""Actions that change nothing but time."""
 _MOVE = re.compile(r"(?:go|teleport) to (.+)")
+_ARRIVED = re.compile(r"(?:You (?:teleport|move) to|This (?:room|outside location) is called) the (.+?)\.")
+_FAILED = ("No known action", "Unknown action", "ERROR")
 
 
 class Solver:
@@ -74,37 +75,64 @@ def shorter(actions: Sequence[str]) -> list[str]:
     return found
 
 
-class Expert:
-    """Follows a way through one episode, whoever else acts in it."""
+def essential(actions: Sequence[str]) -> tuple[str, ...]:
+    """Actions that lead to the same place and things as all of them, if not at the same time; none for mere walks."""
+    found = shorter(actions)
+    while len(found) > 1 and (_TIME.fullmatch(found[0]) or (_MOVE.fullmatch(found[0]) and _TIME.fullmatch(found[1]))):
+        found.pop(0 if _TIME.fullmatch(found[0]) else 1)
+    return () if all(_MOVE.fullmatch(action) or _TIME.fullmatch(action) for action in found) else tuple(found)
 
-    def __init__(self, solver: Solver, task: str, variation: int) -> None:
+
+class Expert:
+    """Follows a way through one episode, whoever else acts in it.
+
+    It keeps to its way while that works, and looks for another one, from what things are now, when a step of it fails
+    after others have acted, or when it ends too early.
+
+    Args:
+        first: the episode's first observation.
+    """
+
+    def __init__(self, solver: Solver, task: str, variation: int, first: str) -> None:
         self._solver, self._task, self._variation = solver, task, variation
         self._taken: list[str] = []
+        self._here = self._start = _place(first) or ""
         self._way: list[str] | None = None
         self._place = ""
         """Where the way expects the agent."""
+        self._alone = True
+        """Nobody else has acted since the way was found."""
 
     def saw(self, action: str, observation: str) -> None:
-        """Somebody has acted. What may have changed more than place and time makes the way invalid."""
-        self._taken.append(action)
-        if self._way and action == self._way[0]:
-            self._way.pop(0)
-            if move := _MOVE.fullmatch(action):
-                self._place = move[1]
-            if not self._way:
+        """Somebody has acted."""
+        failed = observation.startswith(_FAILED)
+        if not failed:
+            self._taken.append(action)
+        self._here = _place(observation) or self._here
+        if not self._way or action != self._way[0]:
+            self._alone &= failed
+            if not self._way and not failed:
                 self._way = None
-        elif not (_HARMLESS.match(action) or observation.startswith(_NO_EFFECT)):
+            return
+        self._way.pop(0)
+        self._place = self._here
+        if not self._way or (failed and not self._alone):
             self._way = None
 
-    def next(self, look: str) -> str | None:
-        """The next action, given what "look around" says now; None where no way is known."""
-        here = _PLACE.match(look)
-        place = here[1] if here else ""
+    def next(self) -> str | None:
+        """The next action; None where no way is known."""
         if self._way is None:
-            self._way = list(self._solver.way(self._task, self._variation, tuple(self._taken)))
-            self._place = place
+            state = essential(self._taken)
+            self._way = list(self._solver.way(self._task, self._variation, state))
+            self._place = self._here if state else self._start
+            self._alone = True
         if not self._way:
             return None
-        if place != self._place and not _MOVE.fullmatch(self._way[0]):
+        if self._here != self._place and not _MOVE.fullmatch(self._way[0]):
             return f"teleport to {self._place}"
         return self._way[0]
+
+
+def _place(observation: str) -> str | None:
+    found = _ARRIVED.search(observation)
+    return found[1] if found else None

@@ -13,6 +13,7 @@ import logging
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 from routers.environments.protocol import GameError
@@ -40,12 +41,18 @@ class Server:
     """
 
     def __init__(self, seconds: float = 60.0) -> None:
-        jar = importlib.import_module("scienceworld.constants").JAR_PATH
+        package = importlib.import_module("scienceworld.constants")
         py4j = importlib.import_module("py4j.java_gateway")
         self._errors = importlib.import_module("py4j.protocol")
         logging.getLogger("py4j").setLevel(logging.CRITICAL)  # what it logs it raises too
+        # In the package's folder: the simulator looks for its table of object types where it runs, or writes one.
         port, token, self.process = py4j.launch_gateway(
-            classpath=jar, javaopts=_JAVA, die_on_exit=True, enable_auth=True, return_proc=True
+            classpath=package.JAR_PATH,
+            javaopts=_JAVA,
+            cwd=package.BASEPATH,
+            die_on_exit=True,
+            enable_auth=True,
+            return_proc=True,
         )
         # Without memory management: it would tell a process that may be dead of every Python object that goes.
         self.gateway = py4j.JavaGateway(
@@ -155,11 +162,6 @@ class Simulator:
             observation, score, over = self._java.step(action), self._java.getScore(), self._java.getCompleted()
         return observation, max(0, round(100 * score)) / 100, over or score < 0
 
-    def look(self) -> str:
-        """What "look around" would say; takes no time in the world."""
-        with self._turn():
-            return self._java.freeActionLook()
-
     def valid(self) -> tuple[str, ...]:
         """All commands that are possible now, sorted."""
         with self._turn():
@@ -169,6 +171,7 @@ class Simulator:
             finally:
                 self.server.roll(self.dice)
 
+    @cached_property
     def templates(self) -> tuple[str, ...]:
         """The forms of commands; OBJ stands for a thing."""
         with self._turn():
