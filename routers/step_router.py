@@ -48,6 +48,7 @@ class StepRouter:
         max_batch: decisions that are made together.
         max_concurrent: episodes that are played at once; further ones wait. Sessions are not limited.
         call_seconds: deadline of one call of an executor, in `play`.
+        cache_tokens: of episodes whose turn it is not, kept in the model's cache (Qwen2.5-1.5B: 28 kB each in bf16).
 
     Raises:
         ValueError: a label is not one token of this tokenizer.
@@ -63,6 +64,7 @@ class StepRouter:
         max_batch: int = 32,
         max_concurrent: int = 64,
         call_seconds: float = 60.0,
+        cache_tokens: int = 32_768,
     ) -> None:
         self.settings = settings
         self._tokenizer = LockedTokenizer(tokenizer)
@@ -72,7 +74,13 @@ class StepRouter:
         self._call_seconds = call_seconds
         self._numbers = itertools.count()
         sampling = Sampling(settings.temperature if temperature is None else temperature)
-        generator = TransformersGenerator(model, self._tokenizer, sampling, eos_ids=end_ids(model, self._tokenizer))
+        generator = TransformersGenerator(
+            model,
+            self._tokenizer,
+            sampling,
+            eos_ids=end_ids(model, self._tokenizer),
+            keep_tokens=cache_tokens,
+        )
         self._batches = Batches(generator, max_batch)
         self._loop = EpisodeLoop()
         self._loop.run([_nothing], 10.0)  # starts its thread, before several need it at once

@@ -53,7 +53,7 @@ class Sample:
 
 class Generator(Protocol):
     def generate(self, requests: Sequence[Request]) -> list[Sample]:
-        """One turn per request, in their order. Rows that are left out are over: their caches are dropped."""
+        """One turn per request, in their order. Rows that are left out are over: their caches may be dropped."""
 
     def finish(self) -> None:
         """This process asks for nothing more; returns when no other process needs its help."""
@@ -107,6 +107,8 @@ class TransformersGenerator:
         recorder: called after every forward, see `Recorder`.
         any_busy: where parameters are sharded, every process must enter every forward. A collective "is any process
             busy?", given whether this one is; None where processes are independent.
+        keep_tokens: where conversations come and go (serving), rows that a batch leaves out are not over: caches of so
+            many tokens of them are kept, the latest used first. 0: a rollout's rows are over when they are left out.
     """
 
     def __init__(
@@ -118,6 +120,7 @@ class TransformersGenerator:
         eos_ids: Sequence[int],
         recorder: Recorder | None = None,
         any_busy: Callable[[bool], bool] | None = None,
+        keep_tokens: int = 0,
     ):
         self.model = model
         self.tokenizer = tokenizer
@@ -127,6 +130,7 @@ class TransformersGenerator:
         self._eos = frozenset(eos_ids)
         self._recorder = recorder
         self._any_busy = any_busy
+        self._keep_tokens = keep_tokens
         self._base = model.get_base_model() if hasattr(model, "get_base_model") else model
         self._accepts = set(inspect.signature(self._base.forward).parameters)
         self._reuses = reuses_cache(model)
@@ -176,7 +180,7 @@ class TransformersGenerator:
         for request in requests:
             sharing.setdefault(request.ids, []).append(request)
         kept = [self._known(rs[0]) for rs in sharing.values()]
-        self._kept.clear()
+        self._forget({request.row for request in requests})
         known = [len(k.ids) for k in kept]
         pending = [ids[n:] for ids, n in zip(sharing, known, strict=True)]
         old, new = max(known), max(map(len, pending))
@@ -198,6 +202,14 @@ class TransformersGenerator:
                 cache.reorder_cache(index)  # row i becomes row index[i] of it, recurrent states too
             mask, logits = mask[index], logits[index]
         return cache, mask, logits
+
+    def _forget(self, rows: set[int]) -> None:
+        """The caches of these rows, which come back longer, and of the others the oldest beyond `keep_tokens`."""
+        room = self._keep_tokens
+        for row, kept in reversed(list(self._kept.items())):
+            room -= 0 if row in rows else len(kept.ids)
+            if row in rows or room < 0:
+                del self._kept[row]
 
     def _known(self, request: Request) -> _Kept:
         kept = self._kept.get(request.row, _Kept((), []))

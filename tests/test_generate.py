@@ -91,6 +91,26 @@ def test_later_turns_feed_only_what_is_new(policy):
     assert fed[0][0] == [(0,), (1,)] and fed[0][1].tolist() == [[-1, 4, 5], [4, 5, 6]]
 
 
+@pytest.mark.parametrize(("keep", "fed"), [(0, [8, 8, 8]), (100, [3, 3, 3]), (5, [8, 3, 8])])
+def test_conversations_that_take_turns_keep_their_caches_within_bounds(policy, keep, fed):
+    """Served, not rolled out: a row that a batch leaves out comes back, five tokens of context and three new ones.
+
+    Five tokens beside the batch's own: row 0 is forgotten when row 2 is asked, row 1 when row 0 is asked again.
+    """
+    seen, draws = [], random.Random(3)
+    made = generator(policy, recorder=lambda rows, positions: seen.append(positions), keep_tokens=keep)
+    contexts = [words(draws, 5) for _ in range(3)]
+    for row in range(3):
+        made.generate([Request(row, contexts[row], f"{row}", 1, choices=(7, 8))])
+    for row, count in zip((0, 2, 1), fed, strict=True):
+        seen.clear()
+        request = Request(row, (*contexts[row], *words(draws, 3)), f"{row}:1", 1, choices=(7, 8))
+        [sample] = made.generate([request])
+        assert sample.ids == plain(policy, request)[0]
+        assert sum(int((positions >= 0).sum()) for positions in seen) == count
+        assert sum(len(kept.ids) for other, kept in made._kept.items() if other != row) <= keep
+
+
 def test_a_rewritten_context_is_prefilled_from_the_start(policy):
     made = generator(policy, eos=())
     made.generate([Request(0, (5, 6, 7, 8), "a", 3)])
