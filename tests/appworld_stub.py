@@ -7,12 +7,15 @@ too; the only app is `supervisor`, and a task is done right if `done.txt` says "
 import contextlib
 import io
 import json
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 ROOT = Path()
+if __name__ == "appworld":
+    os.environ["KEY_OF_A_FILE"] = "secret"  # AppWorld reads .env files
 
 
 def install(folder: Path) -> Path:

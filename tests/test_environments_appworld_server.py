@@ -125,9 +125,11 @@ def test_a_dead_server_is_started_again(suite: AppWorldSuite) -> None:
 
 
 def test_code_sees_nothing_of_our_environment(suite: AppWorldSuite) -> None:
-    episode = suite.make("abc1234_1", 3)
+    episode = suite.make("abc1234_1", 9)
     episode.reset()
     said, _ = episode.step("import os\nprint(sorted(os.environ), dict(os.environ))")
+    assert "APPWORLD_ROOT" in said and "KEY" not in said and "secret" not in said
+    said, _ = episode.step("import pathlib\nprint(pathlib.Path('/proc/self/environ').read_text())")
     assert "APPWORLD_ROOT" in said and "KEY" not in said and "secret" not in said
     folder = episode.step("print(os.getcwd())")[0].strip()
     assert Path(folder, "data").is_dir() and Path(folder).parent.name.startswith("appworld-")
