@@ -119,15 +119,18 @@ def test_advantages_are_reference_guided(tmp_path: Any) -> None:
     best = torch.maximum(rewards.mean(1), found.max(dim=1).values)
     assert torch.allclose(got, rewards - best[:, None], atol=1e-6) and (got < 0).any()
     assert list(made._logs["advantages"]) == pytest.approx(made.batch["advantages"].tolist())
+    assert core.logged(made, "bopo/below_baseline") == [pytest.approx((got < 0).float().mean().item())]
     assert made.teacher is None and not made.batch["routed"].any()
 
 
 def test_dropping_groups_without_success(tmp_path: Any) -> None:
-    made = bopo_trainer(tmp_path, advantage_baseline="none", advantage_scale="group", drop_all_fail=True)
+    data = corridors([15, 21, 15, 21], cap=10.0)  # 21 is out of reach
+    made = bopo_trainer(tmp_path, data=data, **PLAIN, drop_all_fail=True)
     made.train()
     success = torch.tensor([s >= 1 for s in made._columns[CORRECT]]).view(-1, 4).any(1)
-    dropped = made.batch["advantages"].view(-1, 4)[~success]
-    assert (~success).any() and success.any() and dropped.abs().max() == 0.0
+    got, rewards = made.batch["advantages"].view(-1, 4), made._local_rewards.view(-1, 4)
+    assert (~success).sum() == 2 and rewards[~success].std(dim=1).min() > 0.01, "they fail at different costs"
+    assert got[~success].abs().max() == 0.0 and got[success].abs().max() > 0.5
 
 
 def distilling(folder: Any, **changes: Any) -> Any:
@@ -215,7 +218,20 @@ def test_distilled_decisions_are_compared_among_their_choices(
     assert (got[~distilled] == 0).all()
 
 
+def test_evaluation_has_no_references_and_no_teacher(tmp_path: Any) -> None:
+    made = bopo_trainer(tmp_path)
+    plain = corridors().remove_columns("references")
+    numbers = made.evaluate(plain)
+    assert math.isfinite(numbers["eval_reward"])
+    made.model.eval()
+    assert "routed" not in made._generate_and_score_completions([plain[0]] * 4)
+
+
 def test_rows_without_references_are_named(tmp_path: Any) -> None:
     made = bopo_trainer(tmp_path, data=corridors().remove_columns("references"))
     with pytest.raises(ValueError, match="row 0 of the batch: column 'references' is None"):
+        made.train()
+    one = [{**row, "references": row["references"] if row["length"] != 8 else [0.5]} for row in corridors()]
+    made = bopo_trainer(tmp_path, data=Dataset.from_list(one))
+    with pytest.raises(ValueError, match=r"row \d+ of the batch: column 'references' is \[0\.5\]"):
         made.train()
