@@ -76,6 +76,18 @@ def test_what_is_resolved_reproduces_the_run(tmp_path: Path) -> None:
     assert read(tmp_path, yaml.safe_dump(resolved_recipe(first))) == first
 
 
+def test_a_part_of_a_recorded_recipe(tmp_path: Path) -> None:
+    """Lines of other dataclasses are passed over in the file; on the command line they are mistakes as ever."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text("table: t\nlearning_rate: 1.0e-3\ncost_weight: 0.5\n")
+    [task] = load_recipe(Task, ["--config", str(path), "--members", "b"], partial=True)
+    assert task == Task("t", 0.5, ["b"])
+    with pytest.raises(RecipeError, match="unknown key 'learning_rate'"):
+        load_recipe(Task, ["--config", str(path)])
+    with pytest.raises(RecipeError, match="unknown option '--learning_rate'"):
+        load_recipe(Task, ["--config", str(path), "--learning_rate", "1"], partial=True)
+
+
 def test_yaml_writes_small_numbers_as_text_and_we_read_them_as_numbers(tmp_path: Path) -> None:
     assert yaml.safe_load("x: 5e-6") == {"x": "5e-6"}  # YAML 1.1 wants a dot
     assert read(tmp_path, "table: t\nlearning_rate: 5e-6\n")[0].learning_rate == 5e-6
