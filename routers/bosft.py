@@ -86,8 +86,8 @@ def demonstrations(
     found = []
     for row, runs in planned:
         pool = [
-            Demonstration(row[TASK], row["prompt"], *kept[:1], row["difficulty"], p_large, *kept[1:])
-            for (p_large, _), kept in zip(runs, played, strict=False)
+            Demonstration(row[TASK], row["prompt"], decisions, row["difficulty"], p_large, score, cost)
+            for (p_large, _), (decisions, score, cost) in zip(runs, played, strict=False)
         ]
         if row["difficulty"] == "intractable":
             found += _cheapest([d for d in pool if d.decisions], 1)
