@@ -112,6 +112,18 @@ def test_a_process_that_hangs_is_killed(suite: AppWorldSuite, monkeypatch: pytes
     assert other.step("print(x)") == ("1\n", False)
 
 
+def test_a_world_that_cannot_be_started_costs_its_episode_only(suite: AppWorldSuite) -> None:
+    open_one, broken = suite.make("abc1234_1", 3), suite.make("abc1234_1", 3)
+    open_one.reset()
+    parent = Path(open_one.step("import os\nprint(os.getcwd())")[0].strip()).parent
+    away = parent.rename(parent.with_name(parent.name + "-away"))  # no folder can be made: as on a full disk
+    broken.reset()
+    with pytest.raises(RuntimeError, match="process has ended"):
+        broken.step("print(1)")
+    away.rename(parent)
+    assert open_one.step("print(1)") == ("1\n", False)
+
+
 def test_a_dead_server_is_started_again(suite: AppWorldSuite) -> None:
     old = suite.make("abc1234_1", 3)
     old.reset()

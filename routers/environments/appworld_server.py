@@ -14,8 +14,8 @@ from typing import Any
 
 from routers.environments import appworld_worker
 
-START_SECONDS = 120.0
-"""For the first answer: the server may still be importing AppWorld."""
+START_SECONDS = 300.0
+"""For the first answer: the server may still be importing AppWorld, which takes 15 s of a core."""
 ANSWER_SECONDS = appworld_worker.CODE_SECONDS + 15.0
 """For any other: AppWorld stops the code itself, unless the code keeps it from doing so."""
 

@@ -67,9 +67,10 @@ def _import() -> None:
 
 
 def _serve(connection: socket.socket, parent: str, data: Path) -> None:
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    folder = tempfile.mkdtemp(dir=parent)
-    try:
+    folder = ""
+    try:  # whatever happens, this process must not return into the server's code
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        folder = tempfile.mkdtemp(dir=parent)
         os.chdir(folder)
         os.symlink(data, "data")  # AppWorld writes beside its data, by the task's name: a task is played many times
         worker = _Worker(folder)
