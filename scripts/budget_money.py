@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from accelerate.utils import gather_object
 from budget_baselines import rules_played
 from budget_play import PhaseStopped
@@ -42,12 +43,12 @@ class Money:
 
     def __init__(self, pool: Pool | None, cap: float | None, path: Path) -> None:
         self._ledger = None if pool is None else pool.ledger
-        self._cap, self._path = cap, path
+        self._cap, self._path, self._others = cap, path, 0.0
         if self._ledger is not None:
-            empty = Ledger().state_dict()
-            self._ledger.account.cap = cap
             self._ledger.exhausted = False
-            self._ledger.load_state_dict(json.loads(path.read_text()) if path.exists() else empty)
+            books = json.loads(path.read_text()) if path.exists() else Ledger().state_dict()
+            self._ledger.load_state_dict(books)
+            self.take_back()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -64,19 +65,22 @@ class Money:
         finally:
             ended.set()
             saver.join()
-            print(report(name, before, ledger.members(), ledger.spent_usd, self._cap), flush=True)
+            used, state = spent_between(before, ledger.members()), PartialState()
+            if used or state.is_main_process:
+                who = f"process {state.process_index}: " if state.num_processes > 1 else ""
+                print(who + report(name, used, ledger.spent_usd + self._others, self._cap), flush=True)
 
     def share(self) -> None:
         """Give every process the same part of what is left; all of them call this."""
         if self._ledger is not None and self._cap is not None:
-            spent = gather_object([self._ledger.spent_usd])
-            self._ledger.account.cap = self._ledger.spent_usd + max(0.0, self._cap - sum(spent)) / len(spent)
+            left = max(0.0, self._cap - self._ledger.spent_usd - self._others)
+            self._ledger.account.cap = self._ledger.spent_usd + left / PartialState().num_processes
 
     def take_back(self) -> None:
-        """Leave what is left to the main process; all of them call this."""
-        if self._ledger is not None and self._cap is not None:
-            spent = gather_object([self._ledger.spent_usd])
-            self._ledger.account.cap = max(0.0, self._cap - sum(spent[1:]))
+        """Where one process works for all: it may spend what all together have left. All of them call this."""
+        if self._ledger is not None:
+            self._others = sum(gather_object([self._ledger.spent_usd])) - self._ledger.spent_usd
+            self._ledger.account.cap = None if self._cap is None else max(0.0, self._cap - self._others)
 
     def check(self, kept: str) -> None:
         """Stop here where nothing is left.
@@ -86,7 +90,7 @@ class Money:
         """
         ledger = self._ledger
         if ledger is not None and (ledger.exhausted or ledger.account.available <= 0):
-            raise PhaseStopped(f"max_cost_usd is reached: ${ledger.spent_usd:.4f} are spent. {kept}")
+            raise PhaseStopped(f"max_cost_usd is reached: ${ledger.spent_usd + self._others:.4f} are spent. {kept}")
 
     def _save_until(self, ended: threading.Event) -> None:
         while True:
@@ -109,21 +113,26 @@ class StopWithoutMoney(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
 
-def report(
-    name: str, before: Mapping[str, Spending], after: Mapping[str, Spending], spent: float, cap: float | None
-) -> str:
+def spent_between(before: Mapping[str, Spending], after: Mapping[str, Spending]) -> dict[str, Spending]:
+    """What each member was asked for between two states of a ledger; members that nobody asked are left out."""
+    used = {}
+    for name, total in after.items():
+        was = asdict(before.get(name, Spending()))
+        used[name] = Spending(**{field: value - was[field] for field, value in asdict(total).items()})
+    return {name: spending for name, spending in used.items() if spending.calls or spending.cached}
+
+
+def report(phase: str, used: Mapping[str, Spending], spent: float, cap: float | None) -> str:
     """One line: calls, failures and USD of a phase by member, and what the run has spent."""
     parts = []
-    for member, total in after.items():
-        was = asdict(before.get(member, Spending()))
-        used = replace(total, **{field: value - was[field] for field, value in asdict(total).items()})
-        if used.calls or used.cached:
-            notes = [f"{getattr(used, n):,} {n}" for n in ("failed", "estimated", "unmetered") if getattr(used, n)]
-            calls = f"{used.calls:,} calls" + (f" ({', '.join(notes)})" if notes else "")
-            cached = f", {used.cached:,} from the cache" if used.cached else ""
-            parts.append(f"{member} {calls}{cached}, ${used.cost:.4f}")
+    for name, spending in used.items():
+        odd = ("failed", "estimated", "unmetered")
+        notes = ", ".join(f"{getattr(spending, n):,} {n}" for n in odd if getattr(spending, n))
+        calls = f"{spending.calls:,} calls" + (f" ({notes})" if notes else "")
+        cached = f", {spending.cached:,} from the cache" if spending.cached else ""
+        parts.append(f"{name} {calls}{cached}, ${spending.cost:.4f}")
     of = "" if cap is None else f" of ${cap:g}"
-    return f"{name}: {'; '.join(parts) or 'no calls'}. The run has spent ${spent:.4f}{of}"
+    return f"{phase}: {'; '.join(parts) or 'no calls'}. The run has spent ${spent:.4f}{of}"
 
 
 @dataclass(frozen=True)
@@ -180,11 +189,15 @@ def estimate(task: BudgetTask, found: Sequence[Phase], cap: float | None) -> str
     ]
     for phase, (low, high) in zip(found, usd, strict=True):
         calls = (phase.cheapest, phase.dearest, phase.any)
-        rows.append((phase.name, *(f"{n:,}" for n in calls), f"{low:,.2f}", f"{high:,.2f}"))
-    rows.append(("all", "", "", "", *(f"{sum(column):,.2f}" for column in zip(*usd, strict=True))))
+        rows.append((phase.name, *(f"{n:,}" for n in calls), _usd(low), _usd(high)))
+    rows.append(("all", "", "", "", *(_usd(sum(column)) for column in zip(*usd, strict=True))))
     end = "nothing stops the run before that: set max_cost_usd" if cap is None else f"max_cost_usd stops at ${cap:g}"
     note = "A byte counts as a token here, and every reply is as long as it may be: expect a fraction"
     return "\n".join([aligned(rows, True), f"{note}; {end}."])
+
+
+def _usd(value: float) -> str:
+    return f"{value:,.2f}" if value >= 1 else f"{value:.4f}"
 
 
 def call_usd(executor: Executor, view: View, limit: int) -> tuple[float, float]:

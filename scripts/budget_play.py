@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import multiprocessing
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from typing import Any
 
@@ -130,6 +130,18 @@ def _told(lost: Sequence[tuple[Job, Driven]]) -> Iterator[tuple[Job, Driven]]:
 
 
 _UNANSWERED = "no call was answered"
+
+
+def twice(jobs: Sequence[Callable[[], Awaitable[Any]]]) -> list[Any]:
+    """Results of short jobs that may raise or hang, at their second attempt where the first failed; a `Failure` for
+    each that failed again."""
+    with EpisodeLoop() as loop:
+        found = loop.run(jobs, math.inf, blocking=STEP_SECONDS)
+        failed = [i for i, result in enumerate(found) if isinstance(result, Failure)]
+        again = loop.run([jobs[i] for i in failed], math.inf, blocking=STEP_SECONDS)
+    for i, result in zip(failed, again, strict=True):
+        found[i] = result
+    return found
 
 
 class _Table:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from budget_play import PAUSE, Player
+from budget_play import PAUSE, Player, twice
 
 from routers.budget import Budget
 from routers.budget_episode import CAP, TASK, BudgetEnvironment
@@ -21,6 +21,7 @@ from routers.environments.suites import suite
 from routers.pool import Pool, ReplyCache, live_pool
 from routers.profiles import BoundaryProfile, DifficultyRule, profile_tasks
 from routers.step_settings import StepSettings
+from srpo.episode_loop import Failure
 from srpo.types import Row
 
 if TYPE_CHECKING:
@@ -156,7 +157,7 @@ def heldout_sets(task: BudgetTask) -> dict[str, str]:
     """
     sets: dict[str, str] = {}
     for which in task.heldout_tasks:
-        name = "generated" if which == "generated/test" else Path(which).name.split(".")[0]
+        name = "generated" if which == "generated/test" else Path(which).name.split(".")[0].split(":")[0]
         if name in sets or name == "train":
             raise ValueError(f"heldout_tasks: {which!r} would be called {name!r}, which another part is called")
         sets[name] = which
@@ -219,13 +220,25 @@ def make_player(task: BudgetTask, *parts: tuple[str, int]) -> Player:
 
 
 def make_rows(task: BudgetTask, names: Iterable[str], caps: Sequence[float]) -> list[dict[str, Any]]:
-    """A row per cap and task: prompt (chat messages), task, cap, query_id."""
+    """A row per cap and task: prompt (chat messages), task, cap, query_id. Tasks that twice do not begin have none.
+
+    Raises:
+        ValueError: a cap that cannot pay for a call.
+    """
     environment, prompt = make_environment(task), OBSERVATIONS[task.observation].prompt
-    limits = [cap_of(cap) for cap in caps]
-    texts = {
-        name: [prompt(start, environment.labels) for start in environment.starts({TASK: name}, limits)]
-        for name in names
-    }
+    limits, names = [cap_of(cap) for cap in caps], list(names)
+
+    async def begin(name: str) -> list[str]:
+        return [prompt(start, environment.labels) for start in environment.starts({TASK: name}, limits)]
+
+    texts: dict[str, list[str]] = {}
+    for name, found in zip(names, twice([functools.partial(begin, name) for name in names]), strict=True):
+        if not isinstance(found, Failure):
+            texts[name] = found
+        elif found.cause.startswith("ValueError: "):
+            raise ValueError(found.cause.removeprefix("ValueError: "))
+        else:
+            print(f"WARNING: left out, it does not begin: {name}: {found.cause}", flush=True)
     return [
         {
             "prompt": [{"role": "user", "content": texts[name][number]}],

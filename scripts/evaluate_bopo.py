@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 from routers.budget_episode import TASK
 from routers.budget_plot import draw
 from routers.budget_report import Episodes, render
+from routers.environments.executors import SCRIPTED
 from routers.shared_policy import find_file, load_checkpoint
 from routers.step_settings import STEP_ROUTER, StepSettings
 from srpo.generate import TransformersGenerator
@@ -38,7 +39,7 @@ EPISODES = "episodes.parquet"
 POLICY = "policy"
 """How a run calls its policy; with something after it, another way of decoding."""
 NOTE = (
-    "Explorer and planner are SCRIPTED executors, no language models; the planner reads the hidden state of the game. "
+    f"Executors called {', '.join(SCRIPTED)} are SCRIPTED, no language models; the planner reads the hidden state. "
     "Costs hold the policy's own tokens. Intervals are 95 %, over tasks and seeds; gains in points, paired by task."
 )
 
@@ -92,9 +93,13 @@ def play_policy(
                 read = len(trajectory.prompt_ids) + sum(len(t.ids) for t in trajectory.turns if t.owner == "world")
                 written = sum(len(t.ids) for t in trajectory.turns if t.owner == "policy")
                 own = (read * settings.policy_price[0] + written * settings.policy_price[1]) / 1e6
-                record = episode_row(row[TASK], types[row[TASK]], _known(row[TASK], trajectory))
-                used = trajectory.columns["budget_used"]
+                columns = _known(row[TASK], trajectory)
+                record = episode_row(row[TASK], types[row[TASK]], columns)
+                used = columns["budget_used"]
                 records.append({**record, "repetition": seed, "cap": cap, "policy_usd": own, "used": used})
+        for name in [name for name in types if name not in {row[TASK] for row in rows}]:  # could not even begin
+            record = episode_row(name, types[name], {**NOTHING, CORRECT: 0.0})
+            records.append({**record, "repetition": seed, "cap": cap, "used": None})
     return pd.DataFrame(records)
 
 

@@ -33,6 +33,7 @@ from budget_task import (
     make_pool,
     profiles,
     step_settings,
+    train_tasks,
 )
 from datasets import Dataset
 from evaluate_bopo import EPISODES, POLICY, evaluate, rules, tables
@@ -105,6 +106,7 @@ def main(argv: list[str] | None = None) -> str | None:
         output.mkdir(parents=True, exist_ok=True)
         (output / "recipe.yaml").write_text(yaml.safe_dump(resolved_recipe(recipe), sort_keys=False))
         settings.save(output)
+    check_rows(task, args)
     money = Money(make_pool(task), args.max_cost_usd, output / f"spending_{state.process_index}.json")
     if task.live and state.is_main_process:
         runs = task.profile_runs + bopo.bosft_sweep - 1 if bopo.bosft_epochs > 0 and bopo.bosft_policy is None else 0
@@ -177,6 +179,17 @@ def main(argv: list[str] | None = None) -> str | None:
     return text
 
 
+def check_rows(task: BudgetTask, args: SRPOConfig) -> None:
+    """ValueError where one batch of rollouts takes more rows than there are: the trainer would not train at all."""
+    tasks, caps = len(train_tasks(task)), len(task.train_caps)
+    needed = args.generation_batch_size // args.num_generations  # type: ignore[operator]
+    if tasks * caps < needed:
+        raise ValueError(
+            f"train_tasks: {tasks} tasks at {caps} train_caps are {tasks * caps} rows, a batch of rollouts takes "
+            f"{needed}: use more tasks, a smaller per_device_train_batch_size or fewer gradient_accumulation_steps"
+        )
+
+
 def make_start(
     task: BudgetTask,
     bopo: BopoArguments,
@@ -220,7 +233,13 @@ def bosft_demonstrations(
     if bopo.bosft_epochs <= 0:
         return []
     how = bopo.synthesis()
-    made_with = {**task.profile_settings(), **task.row_settings(), **asdict(how), "seed": seed}
+    made_with = {
+        **task.profile_settings(),
+        **task.row_settings(),
+        **asdict(how),
+        "seed": seed,
+        "profiles": bopo.profiles,
+    }
     check_folder({**made_with, "profiles": bopo.profiles}, folder)
     if not (folder / "train.parquet").exists():
 

@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,7 +37,7 @@ class StandIn:
 
     def __init__(self) -> None:
         self.suite = AlfWorldSuite()
-        self.names = [*self.suite.tasks("generated/train", 2), *self.suite.tasks("generated/test", 2)]
+        self.names = [*self.suite.tasks("generated/train", 4), *self.suite.tasks("generated/test", 2)]
 
     def __call__(self, request: dict[str, Any]) -> str:
         prompt = request["messages"][-1]["content"]
@@ -74,16 +75,17 @@ def billed(servers: dict[str, OpenAIServer]) -> float:
     )
 
 
-def run(folder: Path, servers: dict[str, OpenAIServer], output: str = "out", **overrides: Any) -> str | None:
+def command(folder: Path, servers: dict[str, OpenAIServer], output: str = "out", **overrides: Any) -> list[str]:
+    """The recipe's file, and what is smaller here."""
     catalogue = yaml.safe_load((ROOT / "recipes/catalogues/gpt41.yaml").read_text())
     for member in catalogue["members"]:
         del member["api_key_env"]
-        member |= {"base_url": servers[member["name"]].url, "timeout": 0.5, **overrides.pop("member", {})}
+        member |= {"base_url": servers[member["name"]].url, "timeout": 5.0}
     (folder / "catalogue.yaml").write_text(yaml.safe_dump(catalogue))
     arguments = {
         "config": RECIPE, "output_dir": folder / output, "catalogue": folder / "catalogue.yaml",
         "reply_cache": folder / "replies", "model_name_or_path": "tiny", "train_tasks": "generated/train",
-        "train_count": 2, "heldout_tasks": "generated/test", "heldout_count": 2, "step_limit": 12,
+        "train_count": 4, "heldout_tasks": "generated/test", "heldout_count": 2, "step_limit": 12,
         "profile_runs": 2, "bosft_sweep": 3, "bosft_epochs": 1, "eval_caps": ["inf", "1"], "max_steps": 2,
         "max_cost_usd": 50, "bf16": "false", "gradient_checkpointing": "false", "save_strategy": "no",
         "learning_rate": 1e-4, "disable_tqdm": "true", "concurrency": 8,
@@ -91,7 +93,11 @@ def run(folder: Path, servers: dict[str, OpenAIServer], output: str = "out", **o
     words = []
     for key, value in {**arguments, **overrides}.items():
         words += [f"--{key}", *(map(str, value) if isinstance(value, list) else [str(value)])]
-    return train_bopo.main(words)
+    return words
+
+
+def run(*arguments: Any, **overrides: Any) -> str | None:
+    return train_bopo.main(command(*arguments, **overrides))
 
 
 def spent(folder: Path, output: str = "out") -> float:
@@ -112,12 +118,13 @@ def test_the_papers_recipe_end_to_end(tmp_path: Path, servers: dict[str, OpenAIS
     assert spent(tmp_path) == pytest.approx(billed(servers)) and spent(tmp_path) > 0
     lines = {name: re.search(rf"^{name}: (.*)\. The run has spent \$(\S+) of \$50$", said, re.M) for name in PHASES}
     assert all(lines.values()), [name for name, line in lines.items() if line is None]
+    assert "gpt-4.1-mini" in lines["training"][1] and "gpt-4.1 " in lines["training"][1]  # type: ignore[index]
     sums = [float(usd) for line in lines.values() for usd in re.findall(r", \$([0-9.]+)", line[1])]  # type: ignore
     assert sum(sums) == pytest.approx(billed(servers), abs=1e-3)
     assert float(lines["rules"][2]) == pytest.approx(billed(servers), abs=1e-4)  # type: ignore[index]
     assert "| profiling " in said.split("\ntraining tasks")[0]  # the estimate comes before the first call
     most = [int(n.replace(",", "")) for n in re.findall(r"^\| profiling +\| +([\d,]+) \| +([\d,]+) ", said, re.M)[0]]
-    assert most == [2 * 2 * 12] * 2
+    assert most == [4 * 2 * 12] * 2
 
     # What was written, and that no cap was passed.
     out = tmp_path / "out"
@@ -159,3 +166,40 @@ def test_a_cap_stops_it_and_a_higher_one_goes_on(tmp_path: Path, servers: dict[s
     text = run(tmp_path, servers, max_cost_usd=9, **mixed)
     assert text is not None and "| policy" in text and not servers["gpt-4.1-mini"].requests
     assert spent(tmp_path) == pytest.approx(billed(servers)) and any(r["model"] == "gpt-4.1" for r in large.requests)
+
+    # Training, where many episodes ask at once: those that could not be paid are nobody's, and a checkpoint is left.
+    again = {
+        **mixed,
+        "max_steps": 3,
+        "seed": 1,
+        "bosft_policy": tmp_path / "out/bosft",
+        "task_dir": tmp_path / "out/task",
+    }
+    with pytest.raises(PhaseStopped, match=r"The policy is saved; scripts/evaluate_bopo\.py --model"):
+        run(tmp_path, servers, "rl", max_cost_usd=0.012, **again)
+    assert spent(tmp_path, "rl") <= 0.012 and spent(tmp_path) + spent(tmp_path, "rl") == pytest.approx(billed(servers))
+    [checkpoint] = (tmp_path / "rl").glob("checkpoint-*")
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    assert state["global_step"] < 3 and 0 < state["log_history"][0]["rollout/stop/lost"] <= 1
+    assert (tmp_path / "rl/model.safetensors").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_two_processes_pay_for_their_own_rollouts_and_once_for_the_rest(
+    tmp_path: Path, servers: dict[str, OpenAIServer]
+) -> None:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    changes = {"use_cpu": "true", "per_device_train_batch_size": 2, "max_steps": 1}
+    words = [*launch, str(ROOT / "scripts/train_bopo.py"), *command(tmp_path, servers, **changes)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=1500)
+    assert done.returncode == 0, done.stderr[-4000:]
+    lines = re.findall(r"^process (\d): ([a-zA-Z -]+): (.*)\. The run", done.stdout, re.MULTILINE)
+    assert [name for process, name, _ in lines if process == "0"] == list(PHASES)
+    assert [name for process, name, _ in lines if process == "1"] == ["training"]
+    assert all(" 0 calls" not in said and "gpt-4.1" in said for _, name, said in lines if name == "training")
+    books = [json.loads((tmp_path / f"out/spending_{process}.json").read_text()) for process in (0, 1)]
+    assert all(book["spent"] > 0 for book in books)
+    assert sum(book["spent"] + book["overrun"] for book in books) == pytest.approx(billed(servers))
+    last = re.findall(r"process 0: rules: .* has spent \$([0-9.]+) of", done.stdout)
+    assert float(last[0]) == pytest.approx(billed(servers), abs=1e-4)  # the other process's share is counted

@@ -23,6 +23,7 @@ from routers.budget_episode import TASK, BudgetEnvironment, Driven
 from routers.budget_jobs import Job, play_jobs
 from routers.budget_rules import always_large, always_small, random_mix
 from routers.catalogue import Member
+from routers.environments import suites
 from routers.environments.protocol import Act
 from routers.environments.react import ReActExecutor
 from routers.pool import Ledger, Pool, Retry
@@ -194,3 +195,34 @@ def test_interrupting_a_phase_ends_its_threads(tmp_path: Path) -> None:
     started = time.monotonic()
     taken.close()  # type: ignore[attr-defined]
     assert time.monotonic() - started < 2 and threading.active_count() <= before
+
+
+class BrokenSuite:
+    """One task that begins at its second attempt, and one that never does."""
+
+    def __init__(self) -> None:
+        self.made: list[str] = []
+
+    def tasks(self, which: str, count: int = 0) -> dict[str, str]:
+        return {"good": "walk", "shy": "walk", "bad": "walk"}
+
+    def make(self, task: str, limit: int) -> Corridor:
+        self.made.append(task)
+        broken = task == "bad" or (task == "shy" and self.made.count("shy") == 1)
+        return Corridor(3, limit, fault="reset" if broken else "")
+
+    def close(self) -> None: ...
+
+
+def test_a_task_that_does_not_begin_has_no_row(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setitem(suites.SUITES, "broken", ("test_train_bopo_play:BrokenSuite", ""))
+    suites.suite.cache_clear()
+    task = budget_task.BudgetTask(environment="broken", observation="progress", executors=["random", "explorer"])
+    rows = budget_task.make_rows(task, budget_task.train_tasks(task), [float("inf"), 2.0])
+    assert [row["query_id"] for row in rows] == ["good@inf", "shy@inf", "good@2", "shy@2"]
+    assert "left out, it does not begin: bad: OSError: no such corridor" in capsys.readouterr().out
+    task.budget_unit, task.tail_calls, task.on_empty = "usd", 0, "stop"
+    with pytest.raises(ValueError, match="cannot pay for one call"):
+        task.executor_usd = [1.0, 2.0]
+        budget_task.make_rows(task, ["good"], [0.5])
+    suites.suite.cache_clear()
