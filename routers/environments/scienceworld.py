@@ -4,6 +4,8 @@ Optional: `pip install scienceworld`, and a Java runtime on the path. Many episo
 (`scienceworld_server`). Scores give partial credit, so that success of a task is its progress, from 0 to 1.
 """
 
+import importlib
+import shutil
 import weakref
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -25,9 +27,15 @@ class ScienceWorldSuite:
 
     Parts are `train`, `dev` and `test`, or some types of one: `train:boil,melt`. Types take turns, so that few tasks
     cover all. A task's id is TYPE/VARIATION.
+
+    Args:
+        seconds: longest time of one call of a simulator; after it, its process and all its episodes are lost.
     """
 
-    def __init__(self, seconds: float = 60.0) -> None:
+    def __init__(self, seconds: float = 120.0) -> None:
+        importlib.import_module("scienceworld")
+        if shutil.which("java") is None:
+            raise GameError("ScienceWorld needs a Java runtime: there is no `java` on the path")
         self._simulators = Simulators(seconds)
         self._solver = Solver(self._simulators)
         self._variations: dict[str, dict[str, list[int]]] = {}

@@ -40,7 +40,7 @@ class Server:
         ImportError, OSError: the package or Java is not installed.
     """
 
-    def __init__(self, seconds: float = 60.0) -> None:
+    def __init__(self, seconds: float) -> None:
         package = importlib.import_module("scienceworld.constants")
         py4j = importlib.import_module("py4j.java_gateway")
         self._errors = importlib.import_module("py4j.protocol")
@@ -119,6 +119,9 @@ class Server:
         self._random_field.set(self._random, dice)
 
     def close(self) -> None:
+        """Also while a call hangs."""
+        self.alive = False
+        self.process.kill()
         with self._turn:
             self._end()
 
@@ -222,7 +225,7 @@ def _singleton(package: Any, name: str) -> Any:
 class Simulators:
     """Simulators for as many episodes as are open, in as few processes as hold them."""
 
-    def __init__(self, seconds: float = 60.0) -> None:
+    def __init__(self, seconds: float) -> None:
         self._seconds = seconds
         self._servers: list[Server] = []
         self._lock = threading.Lock()
