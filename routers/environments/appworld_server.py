@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -31,6 +32,7 @@ class Server:
     def __init__(self, python: str, root: Path) -> None:
         self._python, self._root = python, root
         self._lock = threading.Lock()
+        self._folder = tempfile.mkdtemp(prefix="appworld-")
         self._start()
 
     def _start(self) -> None:
@@ -38,7 +40,7 @@ class Server:
         self._control, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
-                [self._python, "-I", appworld_worker.__file__, str(theirs.fileno())],
+                [self._python, "-I", appworld_worker.__file__, str(theirs.fileno()), self._folder],
                 pass_fds=[theirs.fileno()],
                 # Nothing of ours: a model's code may read the environment, and print it into a prompt.
                 env={"APPWORLD_ROOT": str(self._root), "PATH": os.defpath, "LANG": "C.UTF-8"},
@@ -72,6 +74,7 @@ class Server:
         except subprocess.TimeoutExpired:
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
+        shutil.rmtree(self._folder, ignore_errors=True)  # its own work, unless it was killed
 
 
 class Connection:

@@ -1,6 +1,8 @@
 """AppWorld's side of `appworld_server`, run by the Python that AppWorld is installed in: no package of ours is there.
 
-    python -I appworld_worker.py CONTROL        # number of an open socket; APPWORLD_ROOT names the folder of `data`
+    python -I appworld_worker.py CONTROL FOLDER
+
+CONTROL is the number of an open socket; what worlds write goes to FOLDER; `data` lies in APPWORLD_ROOT.
 
 AppWorld is imported once, which takes long; then every file descriptor that comes through CONTROL is a socket to
 serve, and gets a forked process of its own (AppWorld keeps one world per process: it freezes the process's clock).
@@ -38,7 +40,7 @@ EXPERIMENT = "srpo"
 def main() -> None:
     with socket.socket(fileno=int(sys.argv[1])) as control:
         _import()
-        folder = tempfile.mkdtemp(prefix="appworld-")
+        folder = sys.argv[2]
         os.environ.update(HOME=folder, IPYTHONDIR=folder)
         data = Path(os.environ["APPWORLD_ROOT"], "data").resolve()
         try:
