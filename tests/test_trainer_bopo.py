@@ -110,6 +110,22 @@ def test_old_and_reference_are_scored_as_the_decision_was_sampled(tmp_path: Any)
     assert core.logged(made, "budget/violations") == [0.0]
 
 
+def test_without_references_it_is_trl_grpo_on_masked_decisions_too(tmp_path: Any) -> None:
+    """TRL's own loss reads the same renormalised probabilities: new, old and the reference's."""
+    core.model().save_pretrained(tmp_path / "start")
+    shared = {
+        "max_steps": 4, "beta": 0.1, "steps_per_generation": 2, "per_device_train_batch_size": 8, "epsilon_high": 0.2,
+        "model_init_kwargs": {"dtype": "float32"}, "data": corridors([14, 15, 16, 17], cap=6.0),
+    }  # fmt: skip
+    after = []
+    for own in ({"objective": "grpo", "loss_type": "grpo", "scale_rewards": "group"}, PLAIN):
+        made = bopo_trainer(tmp_path, str(tmp_path / "start"), **shared, **own)
+        made.train()
+        after.append(core.weights(made.model))
+    assert core.distance(after[0], core.weights(core.model())) > 1e-4
+    assert core.distance(*after) <= 5e-7
+
+
 def test_advantages_are_reference_guided(tmp_path: Any) -> None:
     made = bopo_trainer(tmp_path, advantage_baseline="refmax", advantage_scale="none")
     made.train()
