@@ -19,8 +19,18 @@ from typing import Any
 
 import pandas as pd
 from budget_baselines import episode_row, play_rules
+from budget_money import Money
 from budget_play import NOTHING, RAISE, STEP_SECONDS, PhaseStopped
-from budget_task import BudgetTask, heldout_sets, load_tasks, make_environment, make_player, make_rows, profiles
+from budget_task import (
+    BudgetTask,
+    heldout_sets,
+    load_tasks,
+    make_environment,
+    make_player,
+    make_pool,
+    make_rows,
+    profiles,
+)
 from transformers import PreTrainedModel
 
 from routers.budget_episode import TASK
@@ -209,6 +219,9 @@ def evaluate_checkpoint(argv: Sequence[str]) -> str:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the policy's dice; repetitions")
     parser.add_argument("--task_dir", type=Path, help="profiles and baselines; default: the run's, else OUTPUT/task")
     parser.add_argument("--output", type=Path, help="default: outputs/evaluation/NAME_OF_THE_MODEL")
+    parser.add_argument(
+        "--max_cost_usd", type=float, help="stop before live executors have cost more, restarts included"
+    )
     options, overrides = parser.parse_known_args(argv)
     task = recorded_task(options.model, options.config, overrides)
     model, tokenizer, folder = load_checkpoint(options.model, STEP_ROUTER)
@@ -217,11 +230,15 @@ def evaluate_checkpoint(argv: Sequence[str]) -> str:
     output.mkdir(parents=True, exist_ok=True)
     places = [Path(place) for place in (task.task_dir, folder / "task") if place is not None]
     known = options.task_dir or next((place for place in places if place.exists()), output / "task")
-    frames = [rules(task, known)]
+    money = Money(make_pool(task), options.max_cost_usd, output / "spending_0.json")
+    with money.phase("rules"):
+        frames = [rules(task, known)]
     for temperature in options.temperature or [settings.temperature]:
         name = POLICY + {0.0: ", greedy", settings.temperature: ""}.get(temperature, f", temperature {temperature:g}")
         for seed in options.seeds:
-            frames.append(evaluate(model, tokenizer, task, settings, known, name, seed=seed, temperature=temperature))
+            how = {"seed": seed, "temperature": temperature}
+            with money.phase(f"{name}, seed {seed}"):
+                frames.append(evaluate(model, tokenizer, task, settings, known, name, **how))
     episodes = pd.concat(frames, ignore_index=True)
     episodes.to_parquet(output / EPISODES)
     text = tables(episodes, True, output / "frontier.png")
@@ -250,4 +267,7 @@ def main(argv: Sequence[str] | None = None) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except PhaseStopped as stopped:
+        sys.exit(f"STOPPED: {stopped}")

@@ -160,7 +160,10 @@ def main(argv: list[str] | None = None) -> str | None:
         return None
 
     write_profiles(observe(profiled.values(), outcomes), output / "profiles.parquet", task.profile_settings())
-    money.check(f"The policy is saved; scripts/evaluate_bopo.py --model {output} evaluates it.")
+    money.check(
+        f"The policy of step {trainer.state.global_step} is saved: --resume_from_checkpoint with its checkpoint in "
+        f"{output} goes on, scripts/evaluate_bopo.py --model {output} evaluates it."
+    )
     trained = trainer.accelerator.unwrap_model(trainer.model)
     with money.phase("evaluation of the policy"):
         after = evaluate(trained, tokenizer, task, settings, folder, POLICY, **how)

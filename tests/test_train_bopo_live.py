@@ -17,6 +17,7 @@ from openai_server import Fault, OpenAIServer
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 
+import evaluate_bopo
 import train_bopo
 from budget_play import PhaseStopped
 
@@ -150,6 +151,13 @@ def test_the_papers_recipe_end_to_end(tmp_path: Path, servers: dict[str, OpenAIS
     assert sum(len(server.requests) for server in servers.values()) == calls and spent(tmp_path, "again") == 0.0
     pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "again/episodes.parquet"), episodes)
 
+    # The checkpoint by itself: the same episodes again, and nobody is called.
+    words = ["--model", str(tmp_path / "out"), "--output", str(tmp_path / "alone"), "--max_cost_usd", "0.0001"]
+    evaluate_bopo.main(words)
+    assert sum(len(server.requests) for server in servers.values()) == calls
+    alone = pd.read_parquet(tmp_path / "alone/episodes.parquet")
+    pd.testing.assert_frame_equal(alone, episodes[episodes["method"] != "BoSFT"].reset_index(drop=True))
+
 
 @pytest.mark.slow
 def test_a_cap_stops_it_and_a_higher_one_goes_on(tmp_path: Path, servers: dict[str, OpenAIServer]) -> None:
@@ -175,13 +183,16 @@ def test_a_cap_stops_it_and_a_higher_one_goes_on(tmp_path: Path, servers: dict[s
         "bosft_policy": tmp_path / "out/bosft",
         "task_dir": tmp_path / "out/task",
     }
-    with pytest.raises(PhaseStopped, match=r"The policy is saved; scripts/evaluate_bopo\.py --model"):
+    with pytest.raises(PhaseStopped, match=r"The policy of step \d is saved"):
         run(tmp_path, servers, "rl", max_cost_usd=0.012, **again)
     assert spent(tmp_path, "rl") <= 0.012 and spent(tmp_path) + spent(tmp_path, "rl") == pytest.approx(billed(servers))
     [checkpoint] = (tmp_path / "rl").glob("checkpoint-*")
     state = json.loads((checkpoint / "trainer_state.json").read_text())
     assert state["global_step"] < 3 and 0 < state["log_history"][0]["rollout/stop/lost"] <= 1
     assert (tmp_path / "rl/model.safetensors").exists()
+    text = run(tmp_path, servers, "rl", max_cost_usd=9, resume_from_checkpoint=checkpoint, **again)
+    assert text is not None and "| policy" in text
+    assert spent(tmp_path) + spent(tmp_path, "rl") == pytest.approx(billed(servers))
 
 
 @pytest.mark.slow
