@@ -24,7 +24,7 @@ SCRIPTED_FAMILIES: Families = {
     "cascade": {"never": always_small, **{str(k): cascade(k) for k in range(2, 20, 2)}, "at once": always_large},
 }
 SCRIPTED_REPETITIONS = 3
-SLOW = ("scienceworld",)
+SLOW = ("scienceworld", "textworld")
 """Environments whose steps take hundredths of a second, with scripted executors too."""
 
 

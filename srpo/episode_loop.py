@@ -54,6 +54,8 @@ class EpisodeLoop:
 
         Args:
             blocking: seconds between two `await`s of a job; None: `seconds`. The last value given holds for all jobs.
+
+        After a first call several threads may call it at the same time: their jobs share the loop.
         """
         if not jobs:
             return []

@@ -165,6 +165,14 @@ def test_an_endpoint_that_answers_nobody_is_not_a_failure_of_the_model() -> None
         played(Player(lambda: live(pool), threads=2), [j for j in jobs("", "") if j.key.endswith("/1")])
 
 
+def test_an_open_circuit_is_nobodys_failure_and_the_episode_is_played_again() -> None:
+    down = Fault(error="circuit open: 10 attempts failed in a row", retry=False)
+    pool = pool_of(Scripted("Action: two", faults=[None, down]))
+    [driven] = played(Player(lambda: live(pool), threads=1), jobs("")[1:2]).values()
+    assert driven.stop == "done" and driven.columns["calls"] == 3  # not four, as with a failed call: see below
+    assert driven.columns[COST] == pytest.approx(3 * 0.15) and pool.ledger.spent_usd == pytest.approx(6 * 0.15)
+
+
 def test_a_single_failed_call_is_a_wasted_step() -> None:
     faults = [None, Fault(error="server error: 500"), None]
     pool = pool_of(Scripted("Action: two", faults=faults))
