@@ -6,8 +6,8 @@
 Every line of the recipe is a field of `BudgetTask` (scripts/budget_task.py), of `BopoArguments` below, or of
 `srpo.SRPOConfig` (TRL's GRPOConfig and more). The output directory holds the policy, `bosft/` (the policy that RL
 started from, and its demonstrations), `task/` (profiles, baselines), `episodes.parquet`, tables and `frontier.png`;
-with live executors also `spending_0.json`, the books that `max_cost_usd` holds for. A run that was stopped goes on with
-the same command: what was played is kept (in training by checkpoints: `--resume_from_checkpoint`).
+with live executors also `spending_0.json`, the books that `max_cost_usd` holds for. A run that was stopped goes on
+with the same command: what was played is kept (in training by checkpoints: `--resume_from_checkpoint`).
 "BoPO-style": the paper (arXiv 2602.21227) has no public code or formula; see srpo/advantages.py.
 """
 
