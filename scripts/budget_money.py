@@ -14,8 +14,9 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from budget_baselines import rules_played
+from budget_executors import make_executors
 from budget_play import PhaseStopped
-from budget_task import BudgetTask, heldout_sets, load_tasks, make_executors, train_tasks
+from budget_task import BudgetTask, heldout_sets, load_tasks, train_tasks
 from transformers import TrainerCallback
 
 from routers.budget_episode import BudgetEnvironment

@@ -8,17 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from budget_executors import make_executors, make_pool
 from budget_play import PAUSE, Player, twice
 
 from routers.budget import Budget
 from routers.budget_episode import CAP, TASK, BudgetEnvironment
 from routers.budget_state import OBSERVATIONS
-from routers.catalogue import load_catalogue
 from routers.environments.executors import EXPLORER_USD, PLANNER_USD, SCRIPTED
-from routers.environments.protocol import Executor
-from routers.environments.react import ReActExecutor
 from routers.environments.suites import suite
-from routers.pool import Pool, ReplyCache, live_pool
 from routers.profiles import BoundaryProfile, DifficultyRule, profile_tasks
 from routers.step_settings import StepSettings
 from srpo.episode_loop import Failure
@@ -162,34 +159,6 @@ def heldout_sets(task: BudgetTask) -> dict[str, str]:
             raise ValueError(f"heldout_tasks: {which!r} would be called {name!r}, which another part is called")
         sets[name] = which
     return sets
-
-
-@functools.cache
-def live_executors(catalogue: str, names: tuple[str, ...], reply_cache: str | None) -> Pool:
-    """The one pool of this process behind these executors: limits, circuit breakers and money are shared.
-
-    Raises:
-        ValueError: a member is missing, or not usable.
-    """
-    members = load_catalogue(catalogue)
-    if unknown := [name for name in names if name not in members]:
-        raise ValueError(f"executors: {unknown[0]!r} is not in {catalogue}")
-    cache = None if reply_cache is None else ReplyCache(reply_cache)
-    return live_pool({name: members[name] for name in names}, cache=cache, agent_prompt="{query}")
-
-
-def make_pool(task: BudgetTask) -> Pool | None:
-    """The pool of the recipe's live executors; None where all are scripted."""
-    return live_executors(str(task.catalogue), tuple(task.live), task.reply_cache) if task.live else None
-
-
-def make_executors(task: BudgetTask) -> list[Executor]:
-    """The recipe's executors, cheapest first."""
-    pool = make_pool(task)
-    return [
-        SCRIPTED[name](usd) if pool is None or name in SCRIPTED else ReActExecutor(pool, name)
-        for name, usd in zip(task.executors, task.executor_usd, strict=True)
-    ]
 
 
 def make_environment(task: BudgetTask, *parts: tuple[str, int]) -> BudgetEnvironment:

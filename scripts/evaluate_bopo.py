@@ -19,6 +19,7 @@ from typing import Any
 
 import pandas as pd
 from budget_baselines import episode_row, play_rules
+from budget_executors import make_pool
 from budget_money import Money
 from budget_play import NOTHING, RAISE, STEP_SECONDS, PhaseStopped
 from budget_task import (
@@ -27,7 +28,6 @@ from budget_task import (
     load_tasks,
     make_environment,
     make_player,
-    make_pool,
     make_rows,
     profiles,
 )

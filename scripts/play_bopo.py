@@ -12,7 +12,8 @@ import dataclasses
 import json
 from collections.abc import Sequence
 
-from budget_task import load_tasks, make_executors
+from budget_executors import make_executors
+from budget_task import load_tasks
 from evaluate_bopo import recorded_task
 
 from routers.environments.suites import suite

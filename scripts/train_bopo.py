@@ -22,6 +22,7 @@ import pandas as pd
 import yaml
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from budget_executors import make_pool
 from budget_money import Money, StopWithoutMoney, estimate, phases
 from budget_play import PhaseStopped
 from budget_rows import describe_rows, given_profiles, training_rows
@@ -32,7 +33,6 @@ from budget_task import (
     heldout_sets,
     make_environment,
     make_player,
-    make_pool,
     profiles,
     step_settings,
     train_tasks,
