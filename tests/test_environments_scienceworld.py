@@ -197,15 +197,15 @@ def test_a_killed_process_costs_its_episodes_and_no_more(installed: None) -> Non
 
 
 def test_a_call_that_hangs_ends_its_process(installed: None) -> None:
-    suite = ScienceWorldSuite(seconds=2)
+    suite = ScienceWorldSuite(seconds=20)
     episode = suite.make("melt/0", 40)
     episode.reset()
     [process] = processes(suite)
     os.kill(process, signal.SIGSTOP)
     start = time.monotonic()
-    with pytest.raises(GameError, match="melt/0: the Java process has died, or took more than 2 s"):
+    with pytest.raises(GameError, match="melt/0: the Java process has died, or took more than 20 s"):
         episode.step("look around")
-    assert time.monotonic() - start < 10 and not alive(process)
+    assert time.monotonic() - start < 40 and not alive(process)
     assert suite.make("melt/0", 40).reset()
     suite.close()
 
@@ -245,7 +245,7 @@ def test_the_planner_fulfils_tasks(suite: ScienceWorldSuite, task: str) -> None:
     while not episode.done:
         episode.step(episode.expert() or "none")
         scores.append(episode.score)
-    assert episode.won and scores == sorted(scores) and 0 < scores[0] < 1
+    assert episode.won and scores == sorted(scores) and any(0 < score < 1 for score in scores)
 
 
 @pytest.mark.parametrize("task", ["find-plant/2", "power-component/0", "use-thermometer/0", "test-conductivity/3"])
