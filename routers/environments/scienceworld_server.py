@@ -68,6 +68,7 @@ class Server:
         self._present: Simulator | None = None
         java = self.gateway.jvm
         self.dice = java.java.util.Random
+        self.scratch = self.dice()
         self.interface = java.scienceworld.runtime.pythonapi.PythonInterface
         self._tour()
         self._counter = _singleton(java.util, "UniqueIdentifier")
@@ -168,7 +169,7 @@ class Simulator:
     def valid(self) -> tuple[str, ...]:
         """All commands that are possible now, sorted."""
         with self._turn():
-            self.server.roll(self.server.dice())  # it draws numbers, and the world must not notice that we looked
+            self.server.roll(self.server.scratch)  # it draws numbers, and the world must not notice that we looked
             try:
                 return tuple(sorted(set(self._lines(self._java.getValidActionObjectCombinations()))))
             finally:
@@ -200,8 +201,10 @@ class Simulator:
     def gold(self, task: str, variation: int) -> list[str]:
         """Play on as the package's own solver of this task would from here, and return what it did."""
         with self._turn():
-            before = self._java.getActionHistory().size()
-            self._java.taskMaker().createGoldActions(task, variation, self._java)
+            before = len(self._lines(self._java.getActionHistory()))
+            solvers = self._java.taskMaker()
+            self._forget(solvers.createGoldActions(task, variation, self._java))
+            self._forget(solvers)
             return self._lines(self._java.getActionHistory())[before:]
 
     @contextmanager
@@ -211,10 +214,13 @@ class Simulator:
 
     def _lines(self, strings: Any) -> list[str]:
         """A Java list in one message instead of one for each element."""
-        gateway = self.server.gateway
-        text = gateway.jvm.java.lang.String.join("\n", strings)
-        gateway.detach(strings)
+        text = self.server.gateway.jvm.java.lang.String.join("\n", strings)
+        self._forget(strings)
         return text.split("\n") if text else []
+
+    def _forget(self, thing: Any) -> None:
+        """Java keeps what it has returned until it is told; a task's solvers are megabytes."""
+        self.server.gateway.detach(thing)
 
 
 def _singleton(package: Any, name: str) -> Any:
