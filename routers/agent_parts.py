@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,13 +37,15 @@ class AgentAnswer:
     trajectory: Trajectory
 
 
-def without_control_tokens(tokenizer: Any) -> Callable[[str], str]:
+def without_control_tokens(tokenizer: Any, keep: Collection[str] = ()) -> Callable[[str], str]:
     """A function that breaks every control token that a text spells out ("<|im_end|>" becomes "< |im_end|>").
 
     A chat template is text, and would read it as the end of the user's turn. Control tokens are the special ones and,
-    as in `srpo.untrusted`, added ones of two or more characters, such as Qwen's <tool_call> or a policy's labels.
+    as in `srpo.untrusted`, added ones of two or more characters, such as Qwen's <tool_call> or a policy's labels;
+    `keep` are those that the text may say.
     """
     control = {token.content for token in tokenizer.added_tokens_decoder.values()} | set(tokenizer.all_special_tokens)
+    control -= set(keep)
     long = sorted((content for content in control if len(content.strip()) > 1), key=len, reverse=True)
     if not long:
         return lambda text: text

@@ -6,13 +6,14 @@ One owner for training, evaluation and use: whoever has the checkpoint tells it 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
 import yaml
 
+from routers.agent_parts import without_control_tokens
 from routers.budget import Budget
 from routers.budget_episode import Situation
 from routers.budget_state import OBSERVATIONS, Style
@@ -92,6 +93,21 @@ class StepSettings:
         told = Told(clean(world.task), clean(world.task_type), world.score, view.seed)
         view = replace(view, first=clean(view.first), environment=cast(AgentEnvironment, told))
         return [{"role": "user", "content": self.style.prompt(replace(start, view=view), self.names)}]
+
+    def cleaned(self, messages: Sequence[Mapping[str, str]], tokenizer: Any) -> list[dict[str, str]]:
+        """A finished prompt, with the control tokens broken that texts of others spell out; our own words stay."""
+        clean = without_control_tokens(tokenizer, keep={*self.labels, *self.style.words})
+        return [{**message, "content": clean(message["content"])} for message in messages]
+
+    def prompt_ids(self, messages: Sequence[Mapping[str, str]], tokenizer: Any) -> list[int]:
+        """Tokens of a finished prompt, cleaned."""
+        ids: list[int] = tokenizer.apply_chat_template(
+            self.cleaned(messages, tokenizer),
+            add_generation_prompt=True,
+            return_dict=False,
+            **self.chat_template_kwargs,
+        )
+        return ids
 
     def save(self, folder: str | Path) -> None:
         """Write `step_router.yaml` into a checkpoint's folder."""

@@ -79,12 +79,7 @@ def play_policy(
     model.eval()
 
     def played(rows: Sequence[Row]) -> list[Trajectory]:
-        prompts = [
-            tokenizer.apply_chat_template(
-                row["prompt"], add_generation_prompt=True, return_dict=False, **settings.chat_template_kwargs
-            )
-            for row in rows
-        ]
+        prompts = [settings.prompt_ids(row["prompt"], tokenizer) for row in rows]
         generator = TransformersGenerator(
             model, tokenizer, Sampling(temperature=temperature), eos_ids=end_ids(model, tokenizer)
         )

@@ -145,7 +145,7 @@ def main(argv: list[str] | None = None) -> str | None:
         model,
         make_boundary_reward(bopo.reward()),
         args,
-        Dataset.from_list(rows),
+        Dataset.from_list([{**row, "prompt": settings.cleaned(row["prompt"], tokenizer)} for row in rows]),
         processing_class=tokenizer,
         environment=environment,
         correctness=succeeded,
@@ -260,10 +260,8 @@ def bosft_demonstrations(
 
 def tokens(demonstration: Demonstration, settings: StepSettings, tokenizer: Any) -> dict[str, list[int]]:
     """A demonstration as the rollout would have made it, with labels on the decisions only."""
-    prompt = tokenizer.apply_chat_template(
-        demonstration.prompt, add_generation_prompt=True, return_dict=False, **settings.chat_template_kwargs
-    )
-    ids, labels = list(prompt), [-100] * len(prompt)
+    ids = settings.prompt_ids(demonstration.prompt, tokenizer)
+    labels = [-100] * len(ids)
     for step in demonstration.decisions:
         decision = tokenizer(settings.names[step["executor"]], add_special_tokens=False)["input_ids"]
         observation = Observation(step["body"], step["before"], step["after"])
