@@ -216,7 +216,11 @@ class BudgetEpisode:
             self.errors.append(act.reply.error)
             if self._parent.out_of_money():
                 raise OutOfMoney(act.reply.error)
-        _, done = self._session.take(act.action)
+        return await self._session.advance(lambda: self._after(act.action))
+
+    def _after(self, action: str) -> Observation:
+        """What the policy is told of this action; reads all of the world that is looked at before the next one."""
+        _, done = self._session.take(action)
         if done:
             late = not self._environment.won and self._steps_left <= 0
             return Observation(end="turns" if late else "done")

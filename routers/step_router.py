@@ -265,7 +265,7 @@ _Now = tuple[View, dict[str, float], int]
 def _advance(
     world: Session, executors: dict[str, Executor], action: str | None, heard: list[str]
 ) -> Callable[[], Awaitable[_Now | None]]:
-    async def advance() -> _Now | None:
+    def advance() -> _Now | None:
         if action is None:
             world.start()
         else:
@@ -277,7 +277,7 @@ def _advance(
         bounds = {name: executor.bound(view) for name, executor in executors.items()}
         return view, bounds, environment.limit - environment.steps
 
-    return advance
+    return lambda: world.advance(advance)
 
 
 def _acting(executor: Executor, view: View, seconds: float) -> Callable[[], Awaitable[Any]]:

@@ -81,6 +81,7 @@ class Corridor:
 
     task, task_type, how, seed = "walk to the door", "walk", "one or two", "corridor"
     admissible: tuple[str, ...] = ()
+    waits = False
 
     def __init__(self, length: int = 6, limit: int = 12, says: str = "you walk", fault: str = "") -> None:
         self.length, self.limit, self.says, self.fault = length, limit, says, fault

@@ -23,7 +23,7 @@ class Corridor:
     won = property(lambda self: self.at >= self.length)
     score = property(lambda self: float(self.won))
     done = property(lambda self: self.won or self.steps >= self.limit)
-    admissible, how = ("one", "two"), ""
+    admissible, how, waits = ("one", "two"), "", False
 
     def reset(self) -> str:
         if self.fault == "reset":

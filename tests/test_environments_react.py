@@ -143,7 +143,7 @@ class Notebook:
     """An environment of free text whose observations are given."""
 
     admissible, how, task, task_type, limit, score, won, done = (), "Write code.", "t", "n", 9, 0.0, False, False
-    seed = "notebook"
+    seed, waits = "notebook", False
 
     def __init__(self, *observations: str) -> None:
         self.observations = list(observations)

@@ -50,6 +50,7 @@ class AlfWorld:
     """One episode of a game; an `AgentEnvironment`. Score: 1 once the goal holds, else 0."""
 
     how = ""
+    waits = False
 
     def __init__(self, game: Game, limit: int = 20) -> None:
         if limit < 1:

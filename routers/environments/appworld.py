@@ -99,6 +99,7 @@ class AppWorld:
 
     admissible: tuple[str, ...] = ()
     how = HOW
+    waits = True
     task_type = "appworld"
 
     def __init__(self, server: Server, task: str, specs: dict[str, Any], limit: int = 40) -> None:

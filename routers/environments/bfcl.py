@@ -108,6 +108,7 @@ class Bfcl:
 
     admissible: tuple[str, ...] = ()
     how = INSTRUCTION
+    waits = False
 
     def __init__(self, task: BfclTask, limit: int = 40) -> None:
         self._task = task

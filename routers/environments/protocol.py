@@ -4,11 +4,17 @@ An environment object plays one episode: `reset` once, `step` until done. Execut
 state of their own, everything they know is in the `View`, which holds the steps that other executors took too.
 """
 
+import asyncio
+import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
+from typing import Protocol, TypeVar, cast
 
 from srpo.types import Reply
+
+T = TypeVar("T")
 
 NOTHING_HAPPENS = "Nothing happens."
 """What ALFWorld answers to a command that is not admissible."""
@@ -60,6 +66,11 @@ class AgentEnvironment(Protocol):
     @property
     def how(self) -> str:
         """How actions are written, for the prompt of a language model; "" where `admissible` says it all."""
+
+    @property
+    def waits(self) -> bool:
+        """Whether steps wait for another process. Each is then taken in a thread of its own, never two at once; a
+        thread is dearer than a step that computes."""
 
     def reset(self) -> str:
         """The first observation, task included."""
@@ -122,15 +133,15 @@ class Session:
         self.seed = seed
         self._first: str | None = None
         self._steps: list[Step] = []
+        self._between = True
+        """No step is under way, or was left behind."""
 
     @property
     def view(self) -> View:
         if self._first is None:
             raise GameError(f"{self.environment.seed}: the session has not been started; call start() first")
         environment = self.environment
-        return View(
-            self._first, tuple(self._steps), environment.admissible, environment, self.seed, environment.how
-        )
+        return View(self._first, tuple(self._steps), environment.admissible, environment, self.seed, environment.how)
 
     def start(self) -> str:
         self._first = self.environment.reset()
@@ -140,6 +151,52 @@ class Session:
         observation, done = self.environment.step(action)
         self._steps.append(Step(action, observation))
         return observation, done
+
+    async def advance(self, job: Callable[[], T]) -> T:
+        """What `job` returns, which takes a step and looks at what came of it; where the environment waits, others go
+        on meanwhile.
+
+        Raises:
+            GameError: the job before failed, or was left behind and may still be at work: the episode is over.
+        """
+        if not self._between:
+            raise GameError(f"{self.environment.seed}: a step failed or was left behind; the episode cannot go on")
+        self._between = False
+        result = await _in_thread(job) if self.environment.waits else job()
+        self._between = True
+        return result
+
+
+async def _in_thread(job: Callable[[], T]) -> T:
+    """What `job` returns or raises. Cancelled, it leaves the thread behind: one that never ends holds up nobody.
+
+    Not `asyncio.to_thread`: its few threads would be used up by those that hang, and are waited for at the end.
+    """
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[T] = loop.create_future()
+
+    def settle(result: T | None, error: BaseException | None) -> None:
+        if done.done():  # cancelled
+            return
+        if error is None:
+            done.set_result(cast(T, result))
+        else:
+            done.set_exception(error)
+
+    def run() -> None:
+        result: T | None = None
+        error: BaseException | None = None
+        try:
+            result = job()
+        except StopIteration as raised:  # cannot pass through a future, nor through a coroutine
+            error = RuntimeError(repr(raised))
+        except BaseException as raised:
+            error = raised
+        with suppress(RuntimeError):  # the loop was closed: nobody waits any more
+            loop.call_soon_threadsafe(settle, result, error)
+
+    threading.Thread(target=run, name="environment-step", daemon=True).start()
+    return await done
 
 
 @dataclass(frozen=True)
@@ -176,5 +233,5 @@ async def play(
         calls.append(choose(view))
         act = await executors[calls[-1]].act(view, deadline)
         costs.append(act.cost)
-        session.take(act.action)
+        await session.advance(partial(session.take, act.action))
     return Played(environment.won, environment.score, session.view.steps, tuple(calls), tuple(costs))

@@ -78,6 +78,8 @@ class ScienceWorld:
     Its simulator is taken at `reset`, and given back at the end or when the object goes.
     """
 
+    waits = True
+
     def __init__(self, simulators: Simulators, solver: Solver, task: str, variation: int, limit: int = 40) -> None:
         if limit < 1:
             raise GameError(f"{task}/{variation}: the step limit is {limit}; it must be at least 1")

@@ -46,6 +46,7 @@ class TextWorld:
 
     task_type = "textworld"
     how = ""
+    waits = False
 
     def __init__(self, path: str | Path, limit: int = 50, seed: str = "") -> None:
         if Path(path).suffix != ".z8" or not Path(path).is_file():  # the .json beside it is playable, but has no text
