@@ -153,6 +153,7 @@ class RolloutMixin:
             ) as model,
             torch.no_grad(),
             self._dist.summon_full_params(self.model_wrapped, recurse=False),
+            _out_of_step(self.model_wrapped) if self._gathered else nullcontext(),
         ):
             training = model.training
             model.eval()  # dropout would draw from the run's random state, in the order of the batch
@@ -162,8 +163,7 @@ class RolloutMixin:
                 model.train(training)
 
     def _make_generator(self, model: Any) -> Generator:
-        gathered = self._dist.is_zero3 and self.args.ds3_gather_for_generation
-        sharded = (self._dist.is_zero3 or self._dist.is_fsdp) and not gathered
+        sharded = (self._dist.is_zero3 or self._dist.is_fsdp) and not self._gathered
         return TransformersGenerator(
             model,
             self._tokenizer,
@@ -172,6 +172,11 @@ class RolloutMixin:
             recorder=self._recorder,
             any_busy=self._any_busy if sharded else None,
         )
+
+    @property
+    def _gathered(self) -> bool:
+        """Whether every process generates with whole parameters that ZeRO-3 has sharded."""
+        return bool(self._dist.is_zero3 and self.args.ds3_gather_for_generation)
 
     def _any_busy(self, busy: bool) -> bool:
         flag = torch.tensor([float(busy)], device=self.accelerator.device)
@@ -267,3 +272,22 @@ class RolloutMixin:
             rewards = super()._calculate_rewards(inputs, *args, **kwargs)
         everyone = torch.tensor(gather_object(lost), device=rewards.device)
         return rewards.masked_fill(everyone.unsqueeze(1), torch.nan)
+
+
+@contextmanager
+def _out_of_step(engine: Any) -> Iterator[None]:
+    """Processes may take different numbers of forwards, or none, of parameters that ZeRO-3 has gathered.
+
+    TRL takes DeepSpeed's hooks off the gathered model, all but one: at the start of a forward it compares across
+    processes in which order modules were used. A process without that forward would be waited for without end.
+    """
+    optimizer = getattr(engine, "optimizer", None)  # before the first training step: none, or the offload itself
+    offload = getattr(optimizer, "parameter_offload", optimizer)
+    if offload is None:
+        yield
+        return
+    offload.param_coordinator.reset_step = lambda: None
+    try:
+        yield
+    finally:
+        del offload.param_coordinator.reset_step

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ ZERO3 = {
     "train_micro_batch_size_per_gpu": "auto",
     "train_batch_size": "auto",
     "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",  # left out, DeepSpeed clips at 1, whatever max_grad_norm says
     "optimizer": {"type": "SGD", "params": {"lr": 1.0}},
     "zero_allow_untested_optimizer": True,
 }
@@ -37,6 +39,12 @@ CASES: dict[str, dict[str, Any]] = {
     # Failures are distilled; on the first rank decisions and texts, on the second texts only.
     "decisions": {"free": True},
     "zero3_decisions": {"free": True},
+    # The second rank's episodes cannot be made: it has nothing to generate, to train on or to distil.
+    "gone": {"gone": True},
+    "gone_decisions": {"free": True, "gone": True},
+    "zero3_gone": {"gone": True},
+    "zero3_sharded_gone": {"ds3_gather_for_generation": False, "gone": True},
+    "zero3_gone_decisions": {"free": True, "gone": True},
 }
 BOPO = {"objective": "bopo", "distill_failed": True, "advantage_baseline": "none", "advantage_scale": "none"}
 import torch
@@ -48,15 +56,22 @@ from srpo.types import Observation
 
 
 class Ragged(ScriptedEnvironment):
-    """A row takes 1 to 4 turns; `lose`: the third episode of every group fails at its end."""
+    """A row takes 1 to 4 turns.
 
-    def __init__(self, lose: bool = False):
+    Args:
+        lose: the third episode of every group fails at its end.
+        gone: the n-th episode that is asked for cannot be made.
+    """
+
+    def __init__(self, lose: bool = False, gone: Callable[[int], bool] = lambda n: False):
         super().__init__(self.answer)
         self.lose = lose
-        self.sizes: dict[str, int] = {}
+        self.gone = gone
 
     def episode(self, row: Any, seed: str) -> Any:
         made = super().episode(row, seed)
+        if self.gone(len(self.made) - 1):
+            raise OSError("member small: connection refused")
         if self.lose and seed.endswith(":2"):
             step = made.step
 
@@ -78,8 +93,8 @@ class Ragged(ScriptedEnvironment):
 class HalfFree(Ragged):
     """Every other turn, the first too, is a decision between two labels; but not in the episodes that are `free`."""
 
-    def __init__(self, free: Callable[[int], bool]):
-        super().__init__()
+    def __init__(self, free: Callable[[int], bool], gone: Callable[[int], bool]):
+        super().__init__(gone=gone)
         self.free = free
 
     def episode(self, row: Any, seed: str) -> Any:
@@ -105,11 +120,12 @@ def untied() -> Any:
 def run(folder: Path, case: str, processes: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Weights after two steps, and what was logged; forwards of this process."""
     settings = dict(CASES[case])
-    size, lose, free = (settings.pop(name, other) for name, other in (("rollouts", 16), ("lose", 0), ("free", 0)))
+    size = settings.pop("rollouts", 16)
+    lose, free, gone = (settings.pop(name, False) for name in ("lose", "free", "gone"))
     if case.startswith("zero3") and processes > 1:
         import deepspeed
 
-        deepspeed.init_distributed("gloo")
+        deepspeed.init_distributed("gloo", timeout=timedelta(seconds=240))  # ranks out of step: an error, not a hang
         settings["deepspeed"] = ZERO3
     args = config(
         folder / f"{case}_{processes}",
@@ -122,7 +138,13 @@ def run(folder: Path, case: str, processes: int) -> tuple[dict[str, torch.Tensor
         **settings,
     )
     rank, half = int(os.environ.get("RANK", 0)), size // 2
-    world = HalfFree(lambda n: rank == 1 or (n % size >= half and processes == 1)) if free else Ragged(bool(lose))
+
+    def second(n: int) -> bool:
+        """Whether the n-th episode of this process is one of the second rank, or would be."""
+        return rank == 1 or (n % size >= half and processes == 1)
+
+    failing = second if gone else lambda n: False
+    world = HalfFree(second, failing) if free else Ragged(lose, failing)
     network = untied() if free else model()
     made = trainer(args, network, reward, rollout_func=None, train_dataset=dataset(40), environment=world)
     assert made.accelerator.num_processes == processes, "this is not the number of processes that was asked for"

@@ -45,11 +45,11 @@ def compared(folder, case, tmp_path):
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
-    launched(folder, "plain", "lost", "decisions")
+    launched(folder, "plain", "lost", "decisions", "gone", "gone_decisions")
     return folder
 
 
-@pytest.mark.parametrize("case", ["plain", "lost"])
+@pytest.mark.parametrize("case", ["plain", "lost", "gone"])
 def test_ranks_with_different_numbers_of_turns(two, tmp_path, case):
     ranks = compared(two, case, tmp_path)
     for record in ranks:
@@ -57,13 +57,15 @@ def test_ranks_with_different_numbers_of_turns(two, tmp_path, case):
     tensors = [load_file(two / f"{case}_rank{r}.st") for r in (0, 1)]
     assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
     lost = [entry["rollout/stop/lost"] for entry in ranks[0]["log"] if "loss" in entry]
-    assert lost == ([0.25, 0.25] if case == "lost" else [0.0, 0.0])
+    assert lost == [{"plain": 0.0, "lost": 0.25, "gone": 0.5}[case]] * 2
 
 
-def test_a_rank_without_a_decision_beside_one_that_distils_them(two, tmp_path):
-    ranks = compared(two, "decisions", tmp_path)
+@pytest.mark.parametrize("case", ["decisions", "gone_decisions"])
+def test_a_rank_without_a_decision_beside_one_that_distils_them(two, tmp_path, case):
+    ranks = compared(two, case, tmp_path)
+    some = all if case == "decisions" else any  # half of the groups are gone, those left need a success too
     for record in ranks:
-        assert all(entry["srpo/routed_share"] > 0 for entry in record["log"] if "loss" in entry)
+        assert some(entry["srpo/routed_share"] > 0 for entry in record["log"] if "loss" in entry)
 
 
 @pytest.mark.slow
@@ -84,3 +86,15 @@ def test_ranks_of_a_sharded_policy_stay_in_step(tmp_path):
         assert all(flag for *_, flag in batch) and len({both for _, both, _ in batch}) == 1
         assert max(own for own, *_ in batch) == batch[0][1]
     assert all(own == both and not flag for record in gathered for own, both, flag in record["forwards"])
+
+
+@pytest.mark.slow
+def test_a_rank_of_a_sharded_policy_whose_episodes_are_all_lost_is_not_waited_for(tmp_path):
+    """ZeRO-3, gathered and not: it asks for no turn at all, has no token to train on, and takes the same steps."""
+    cases = ("zero3_gone", "zero3_sharded_gone", "zero3_gone_decisions")
+    launched(tmp_path, *cases)
+    for case in cases:
+        ranks = compared(tmp_path, case, tmp_path / "alone")
+        assert {record["kind"] for record in ranks} == {"DEEPSPEED:3"}
+        for sampled, _, busy in ranks[1]["forwards"]:
+            assert sampled == 0 and busy == (case == "zero3_sharded_gone")
