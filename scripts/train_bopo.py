@@ -107,7 +107,6 @@ def main(argv: list[str] | None = None) -> str | None:
     if state.is_main_process:
         output.mkdir(parents=True, exist_ok=True)
         (output / "recipe.yaml").write_text(yaml.safe_dump(resolved_recipe(recipe), sort_keys=False))
-        settings.save(output)
     check_rows(task, args)
     money = Money(make_pool(task), args.max_cost_usd, output / f"spending_{state.process_index}.json")
     if task.live and state.is_main_process:
@@ -151,6 +150,7 @@ def main(argv: list[str] | None = None) -> str | None:
         correctness=succeeded,
         recipe=resolved_recipe(recipe),
     )
+    trainer.save_beside = settings.save
     trainer.add_callback(StopWithoutMoney(environment))
     money.share()
     with money.phase("training"):

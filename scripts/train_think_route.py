@@ -131,12 +131,12 @@ def main(argv: Sequence[str] | None = None) -> AgentEvaluation | None:
         environment=world,
         recipe=resolved_recipe(recipe),
     )
+    trainer.save_beside = settings.save
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()
 
     after = None
     if state.is_main_process:
-        settings.save(output)
         final = trainer.accelerator.unwrap_model(trainer.model)
         after = evaluate(final, args.objective, names)
         after.write(output)

@@ -3,11 +3,13 @@
 the teacher                    teacher.safetensors, by `srpo.teacher`
 the rest of a generation batch rollouts_<rank>.safetensors, where a checkpoint falls inside one (`srpo.buffer`)
 the environment                environment_<rank>.json: its ledger and budgets, and the streak of lost batches
+what belongs to the weights    whatever the trainer's `save_beside` writes, also beside the last weights and on the Hub
 the clock                      where in a generation batch and in the data's order the run is, from the step number
 """
 
 import json
 import os
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,8 @@ class ResumeMixin:
     model: Any
     state: Any
     teacher: Any
+    save_beside: Callable[[str], object] | None = None
+    """Called with every folder that the weights were written to, before it is pushed: checkpoints, and the end."""
     _buffered_inputs: Any
     _get_output_dir: Any
     _losses: Any
@@ -42,6 +46,8 @@ class ResumeMixin:
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         with nullcontext() if self.teacher is None else self.teacher.left_out():
             super()._save(output_dir, state_dict)
+        if self.save_beside is not None:
+            self.save_beside(output_dir or self.args.output_dir)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)

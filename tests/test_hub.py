@@ -51,7 +51,8 @@ def test_a_run_pushes_at_every_save_and_at_the_end(outcomes: dict[str, Any]) -> 
     # A save during an upload is skipped, as in transformers, so the second message may be missing on a busy machine.
     assert run["messages"][0] == "Training in progress, step 1" and run["messages"][-1] == "End of training"
     received = {name.removeprefix("me/router:"): sha for name, sha in run["received"].items()}
-    for name in ("README.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
+    saved = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+    for name in ("README.md", *saved, "agent.yaml"):
         assert received[name] == run["local"][name]
     assert not [name for name in received if name.endswith((".bin", ".pt", ".pth"))]
     assert run["staged"] == []

@@ -86,7 +86,10 @@ def test_recorded_endpoint_and_cache_train_alike(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_one_checkpoint_learns_several_price_sensitivities(tmp_path: Path) -> None:
     weights = ("0.0", "0.8")
-    run(tmp_path, "--cost_weights", *weights, warm_start_passes=4, warm_start_drills=0, eval_limit=20)
+    saving = {"save_strategy": "steps", "save_steps": 1}
+    run(tmp_path, "--cost_weights", *weights, warm_start_passes=4, warm_start_drills=0, eval_limit=20, **saving)
+    trained = AgentSettings.load(tmp_path)
+    assert trained.cost_weights == (0.0, 0.8) and AgentSettings.load(tmp_path / "checkpoint-1") == trained
     made = completions(tmp_path)
     stated = [next(w for w in weights if f"Price sensitivity: {float(w):.2f}" in str(p)) for p in made["prompt"]]
     assert set(stated) == set(weights)

@@ -16,6 +16,7 @@ import train_bopo
 from routers.bosft import Demonstration
 from routers.budget_episode import Driven, drive
 from routers.budget_rules import random_mix
+from routers.step_router import StepRouter
 from routers.step_settings import StepSettings
 from srpo.generate import Sample
 from srpo.rollout import Limits, play
@@ -87,6 +88,7 @@ def test_one_command_runs_it_all(tmp_path: Path) -> None:
     arguments = {
         "config": ROOT / "recipes/quickstart/bopo.yaml", "output_dir": tmp_path / "out", "train_count": 12,
         "heldout_count": 6, "max_steps": 2, "logging_steps": 1, "bosft_epochs": 1, "per_device_train_batch_size": 16,
+        "save_strategy": "steps", "save_steps": 1,
     }  # fmt: skip
     text = train_bopo.main([word for key, value in arguments.items() for word in (f"--{key}", str(value))])
     assert text is not None and "| policy " in text and "random mixing" in text
@@ -103,3 +105,5 @@ def test_one_command_runs_it_all(tmp_path: Path) -> None:
         assert (out / name).stat().st_size > 0, name
     assert json.loads((out / "task" / "settings.json").read_text())["step_limit"] == 20
     assert "BoPO-style" in (out / "README.md").read_text()
+    with StepRouter.from_pretrained(out / "checkpoint-1") as router:
+        assert router.settings == StepSettings.load(out) and router.settings.observation == "compact"
