@@ -107,7 +107,7 @@ class Connection:
             TimeoutError: no answer within so many seconds.
         """
         end = time.monotonic() + seconds
-        self._socket.settimeout(0.5)  # a thread that a rollout has left behind ends when it runs Python code again
+        self._socket.settimeout(0.5)  # short waits: an exception that is sent to this thread arrives between them
         with self._or_end():
             while b"\n" not in self._unread:
                 if time.monotonic() > end:
