@@ -245,7 +245,7 @@ def bosft_demonstrations(
         "seed": seed,
         "profiles": bopo.profiles,
     }
-    check_folder({**made_with, "profiles": bopo.profiles}, folder)
+    check_folder(made_with, folder)
     if not (folder / "train.parquet").exists():
 
         def seeds(row: Mapping[str, Any]) -> list[str]:
