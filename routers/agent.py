@@ -84,7 +84,7 @@ class RouterAgent:
         generator = TransformersGenerator(model, tokenizer, sampling, eos_ids=end_ids(model, tokenizer))
         self._batches = Batches(generator, max_batch)
         self._loop = EpisodeLoop()
-        self._loop.run([_nothing], 10.0)  # starts its thread, before several need it at once
+        self._loop.start()
         self._threads = ThreadPoolExecutor(max_concurrent, thread_name_prefix="router-agent")
         self._closed = False
 
@@ -218,7 +218,3 @@ class _Conversation:
 
     def finish(self) -> None:
         """The shared generator goes on."""
-
-
-async def _nothing() -> None:
-    pass

@@ -83,7 +83,7 @@ class StepRouter:
         )
         self._batches = Batches(generator, max_batch)
         self._loop = EpisodeLoop()
-        self._loop.run([_nothing], 10.0)  # starts its thread, before several need it at once
+        self._loop.start()
         self._threads = ThreadPoolExecutor(max_concurrent, thread_name_prefix="step-router")
         self._pools: dict[int, Any] = {}
         self._closed = False
@@ -293,7 +293,3 @@ def _result(environment: AgentEnvironment) -> Callable[[], Awaitable[Any]]:
         return environment.score, environment.won, late
 
     return result
-
-
-async def _nothing() -> None:
-    pass

@@ -112,8 +112,7 @@ class StepSession:
             RuntimeError: the last call was not settled, or the router was closed.
         """
         with self._deciding():
-            asked = self._asked(self._heard(observation, score), bounds, steps_left)
-            return None if asked is None else self._decided(asked, self._submit(asked.request).result())
+            return self._chosen(self._heard(observation, score), bounds, steps_left)
 
     async def achoose(
         self,
@@ -133,8 +132,7 @@ class StepSession:
     def choose_in(self, view: View, bounds: Mapping[str, float], steps_left: int) -> str | None:
         """`choose` where the episode is played in an `AgentEnvironment`."""
         with self._deciding():
-            asked = self._asked(view, bounds, steps_left)
-            return None if asked is None else self._decided(asked, self._submit(asked.request).result())
+            return self._chosen(view, bounds, steps_left)
 
     def paid(self, usd: float, action: str = "", error: str | None = None) -> None:
         """The call is over.
@@ -194,8 +192,7 @@ class StepSession:
     @property
     def policy_usd(self) -> float:
         """The policy's own tokens, each token of the context once (it is cached)."""
-        read, written = self.settings.policy_price
-        return ((len(self._ids) - len(self._steps)) * read + len(self._steps) * written) / 1e6
+        return self.settings.policy_usd(len(self._ids) - len(self._steps), len(self._steps))
 
     def __enter__(self) -> StepSession:
         return self
@@ -246,6 +243,10 @@ class StepSession:
         choices = self._labels.ids(tuple(self.settings.names[name] for name in allowed))
         step = RoutedStep(allowed[0], allowed, bounds, self.gate.remaining, 0.0)
         return _Asked(Request(self._number, ids, f"{self.seed}:{len(self._steps)}", 1, choices), choices, step)
+
+    def _chosen(self, view: View, bounds: Mapping[str, float] | None, steps_left: int | None) -> str | None:
+        asked = self._asked(view, bounds, steps_left)
+        return None if asked is None else self._decided(asked, self._submit(asked.request).result())
 
     def _decided(self, asked: _Asked, sample: Sample) -> str:
         name = asked.step.allowed[asked.choices.index(sample.ids[0])]

@@ -109,6 +109,10 @@ class StepSettings:
         )
         return ids
 
+    def policy_usd(self, read: int, written: int) -> float:
+        """USD of tokens that the policy read, each of a context once (it is cached), and wrote."""
+        return (read * self.policy_price[0] + written * self.policy_price[1]) / 1e6
+
     def save(self, folder: str | Path) -> None:
         """Write `step_router.yaml` into a checkpoint's folder."""
         document = {

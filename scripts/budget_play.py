@@ -154,7 +154,7 @@ class _Table:
         self._closed = threading.Event()
 
     def __enter__(self) -> _Table:
-        self._run([_nothing])  # starts the loop, before several threads would
+        self._loop.start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -203,9 +203,6 @@ class _Table:
         if self._closed.is_set():
             return [Failure("the phase has ended")] * len(jobs)
         return self._loop.run(jobs, math.inf, blocking=self._seconds)
-
-
-async def _nothing() -> None: ...
 
 
 def _unanswered(episode: BudgetEpisode) -> str | None:

@@ -97,7 +97,7 @@ def play_policy(
                     raise PhaseStopped(f"max_cost_usd is reached: ${environment.spent_usd():.4f} are spent. {RAISE}")
                 read = len(trajectory.prompt_ids) + sum(len(t.ids) for t in trajectory.turns if t.owner == "world")
                 written = sum(len(t.ids) for t in trajectory.turns if t.owner == "policy")
-                own = (read * settings.policy_price[0] + written * settings.policy_price[1]) / 1e6
+                own = settings.policy_usd(read, written)
                 columns = _known(row[TASK], trajectory)
                 record = episode_row(row[TASK], types[row[TASK]], columns)
                 used = columns["budget_used"]

@@ -49,13 +49,17 @@ class EpisodeLoop:
     def __exit__(self, *_: Any) -> None:
         self.close()
 
+    def start(self) -> None:
+        """Start its threads now: before several threads call `run`. Else its first call does."""
+        self._started()
+
     def run(self, jobs: Sequence[Job], seconds: float, blocking: float | None = None) -> list[Any]:
         """Results of all jobs; a `Failure` for each that raised, took more than `seconds`, or blocked for too long.
 
         Args:
             blocking: seconds between two `await`s of a job; None: `seconds`. The last value given holds for all jobs.
 
-        After a first call several threads may call it at the same time: their jobs share the loop.
+        After `start` several threads may call it at the same time: their jobs share the loop.
         """
         if not jobs:
             return []

@@ -97,8 +97,11 @@ class View:
     environment: AgentEnvironment
     seed: str
     """Names the rollout: the randomness of a scripted executor is a function of it."""
-    how: str = ""
-    """How actions are written, for a language model; "" where `admissible` says it all."""
+
+    @property
+    def how(self) -> str:
+        """The environment's words on how actions are written; asked for when somebody looks: they may take a call."""
+        return self.environment.how
 
 
 @dataclass(frozen=True)
@@ -141,7 +144,7 @@ class Session:
         if self._first is None:
             raise GameError(f"{self.environment.seed}: the session has not been started; call start() first")
         environment = self.environment
-        return View(self._first, tuple(self._steps), environment.admissible, environment, self.seed, environment.how)
+        return View(self._first, tuple(self._steps), environment.admissible, environment, self.seed)
 
     def start(self) -> str:
         self._first = self.environment.reset()
