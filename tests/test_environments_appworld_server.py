@@ -117,10 +117,12 @@ def test_a_world_that_cannot_be_started_costs_its_episode_only(suite: AppWorldSu
     open_one.reset()
     parent = Path(open_one.step("import os\nprint(os.getcwd())")[0].strip()).parent
     away = parent.rename(parent.with_name(parent.name + "-away"))  # no folder can be made: as on a full disk
-    broken.reset()
-    with pytest.raises(RuntimeError, match="process has ended"):
-        broken.step("print(1)")
-    away.rename(parent)
+    try:
+        with pytest.raises(RuntimeError, match="process has ended"):
+            broken.reset()  # here already, if the process is quicker than we are
+            broken.step("print(1)")
+    finally:
+        away.rename(parent)
     assert open_one.step("print(1)") == ("1\n", False)
 
 
