@@ -94,7 +94,7 @@ class AppWorld:
     before, by a budget for example, scores 0.
 
     Raises:
-        RuntimeError, TimeoutError: in `reset` or `step`, when the world's process has died or hangs; the episode is lost.
+        RuntimeError, TimeoutError: in `reset` or `step`, when the world's process has died or hangs: it is lost.
     """
 
     admissible: tuple[str, ...] = ()
