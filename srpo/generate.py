@@ -7,7 +7,6 @@ Ours, on purpose not `model.generate`: a turn continues the KV cache of the turn
 prefilled once, rows that are done leave the batch, and each row draws from a generator named by its seed.
 """
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -17,6 +16,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from srpo.kv_cache import CachedForward
 from srpo.sampling import Sampling, Stops, draw, uniforms
 
 Recorder = Callable[[list[tuple[int, ...]], Tensor], None]
@@ -132,7 +132,7 @@ class TransformersGenerator:
         self._any_busy = any_busy
         self._keep_tokens = keep_tokens
         self._base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self._accepts = set(inspect.signature(self._base.forward).parameters)
+        self._run = CachedForward(model, self._base)
         self._reuses = reuses_cache(model)
         self._kept: dict[int, _Kept] = {}
         pad = tokenizer.pad_token_id
@@ -171,7 +171,8 @@ class TransformersGenerator:
     def finish(self) -> None:
         self._kept.clear()
         while self._any_busy is not None and self._any_busy(False):
-            self._run(torch.tensor([[self._pad]], device=self._base.device), None, None, None)
+            self.forwards += 1
+            self._run(torch.tensor([[self._pad]], device=self._base.device))
 
     def _prefill(self, requests: Sequence[Request]) -> tuple[Any, Tensor, Tensor]:
         """(cache, mask [B, S] of its real columns, logits [B, V] of the next token); equal contexts share the work."""
@@ -244,22 +245,11 @@ class TransformersGenerator:
     ) -> tuple[Any, Tensor]:
         if self._any_busy is not None:
             self._any_busy(True)
-        output = self._run(ids, mask, positions.clamp(min=0), cache)
+        self.forwards += 1
+        cache, logits = self._run(ids, mask, positions.clamp(min=0), cache)
         if self._recorder is not None:
             self._recorder(rows, positions)
-        return output.past_key_values, output.logits[:, -1]
-
-    def _run(self, ids: Tensor, mask: Tensor | None, positions: Tensor | None, cache: Any) -> Any:
-        self.forwards += 1
-        inputs = {
-            "input_ids": ids,
-            "attention_mask": mask,
-            "position_ids": positions,
-            "past_key_values": cache,
-            "use_cache": True,
-            "logits_to_keep": 1,
-        }
-        return self.model(**{name: value for name, value in inputs.items() if name in self._accepts})
+        return cache, logits
 
 
 def _stack(kept: Sequence[_Kept], width: int, config: Any) -> DynamicCache:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from srpo.kv_cache import given_cache
 from srpo.moe_routers import find_routers
 from srpo.routed_experts import NATIVE, RouterSpec
 
@@ -143,8 +144,8 @@ class RouterHooks:
         if self.keep is not None:
             if "write_index" in kwargs:
                 raise RuntimeError("continuous batching packs sequences into one row: routes cannot be told apart")
-            if self.watched is not None and kwargs.get("past_key_values") is not None:
-                self._watch(kwargs["past_key_values"], self.watched)
+            if self.watched is not None and (cache := given_cache(kwargs)) is not None:
+                self._watch(cache, self.watched)
         elif self.armed is not None:
             if self.armed.shape != self._columns:
                 raise ValueError(f"routes of {self.armed.shape} are armed for a forward of {self._columns} tokens")

