@@ -17,6 +17,7 @@ import yaml
 from routers.catalogue import Member
 from routers.grammar import ROUTER_R1, Grammar
 from routers.prompts import Clean, Messages, short_think_route_prompt, think_route_prompt
+from srpo.strict_yaml import YamlError, read_yaml
 
 AGENT = "agent.yaml"
 PromptStyle = Literal["router_r1", "short"]
@@ -89,10 +90,12 @@ class AgentSettings:
         if not path.is_file():
             return cls()
         try:
-            document = yaml.safe_load(path.read_text(encoding="utf-8"))
+            document = read_yaml(path)
             document["grammar"] = Grammar(**document["grammar"])
             document["cost_weights"] = tuple(document.get("cost_weights", ()))
             document["members"] = tuple(Member(**entry) for entry in document["members"])
             return cls(**document)
-        except (yaml.YAMLError, TypeError, KeyError, ValueError) as error:
+        except YamlError:
+            raise  # names the file already
+        except (TypeError, KeyError, ValueError) as error:
             raise ValueError(f"{path}: cannot be read: {error}") from error

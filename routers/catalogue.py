@@ -14,9 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from routers.prices import litellm_fields, litellm_table
+from srpo.strict_yaml import read_yaml
 
 TOKENS_PER_PRICE = 1_000_000
 
@@ -99,11 +98,7 @@ def load_catalogue(path: str | Path) -> dict[str, Member]:
         ValueError: names the file, the member, the field and what to do.
     """
     path = Path(path)
-    try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        line = getattr(getattr(error, "problem_mark", None), "line", 0) + 1  # without the text, which may hold a key
-        raise ValueError(f"{path}:{line}: not valid YAML: {getattr(error, 'problem', 'unreadable')}") from None
+    document = read_yaml(path)
     if not isinstance(document, dict) or not isinstance(document.get("members"), list):
         raise ValueError(f"{path}: write one top-level key 'members' that holds a list of members")
     unknown = sorted(str(key) for key in document.keys() - {"members", "price_table"})

@@ -18,6 +18,7 @@ from routers.budget import Budget
 from routers.budget_episode import Situation
 from routers.budget_state import OBSERVATIONS, Style
 from routers.environments.protocol import AgentEnvironment
+from srpo.strict_yaml import YamlError, read_yaml
 
 STEP_ROUTER = "step_router.yaml"
 
@@ -136,10 +137,12 @@ class StepSettings:
                 "StepRouter.from_pretrained(..., settings=StepSettings(...))"
             )
         try:
-            document = yaml.safe_load(path.read_text(encoding="utf-8"))
+            document = read_yaml(path)
             for name in ("executors", "labels", "policy_price"):
                 if name in document:
                     document[name] = tuple(document[name])
             return cls(**document)
-        except (yaml.YAMLError, TypeError, KeyError, ValueError) as error:
+        except YamlError:
+            raise  # names the file already
+        except (TypeError, KeyError, ValueError) as error:
             raise ValueError(f"{path}: cannot be read: {error}") from error

@@ -2,8 +2,9 @@
 
 One row per (query, member). Required columns: ``query_id, query, member, reply, prompt_tokens, completion_tokens,
 correct``. Optional: ``family`` (default ""), ``split`` ("train" | "heldout"; default: ``split_of``), ``gold`` (list of
-accepted answers; default empty), ``seconds`` (default 0.0). A table that loads is complete and consistent: every query
-has exactly one reply of every member, and no query text stands in both splits.
+accepted answers; default empty), ``seconds`` (default 0.0), ``cost`` (USD of the reply as its source states it, as
+RouterBench publishes; without it the catalogue's prices count). A table that loads is complete and consistent: every
+query has exactly one reply of every member, and no query text stands in both splits.
 """
 
 from __future__ import annotations
@@ -26,15 +27,18 @@ from routers.catalogue import Member, cost, load_catalogue
 
 SPLITS = ("train", "heldout")
 HELDOUT_ONE_IN = 4
+HIGHEST_USD = 1_000.0
+"""Of one reply; above it a cost is in another unit."""
 REQUIRED = ("query_id", "query", "member", "reply", "prompt_tokens", "completion_tokens", "correct")
 _CSV_PARSERS: dict[str, Callable[[str], Any]] = {
     "prompt_tokens": int,
     "completion_tokens": int,
     "seconds": float,
+    "cost": lambda text: float(text) if text.strip() else None,
     "correct": float,
     "gold": json.loads,
 }
-_DEFAULTS: dict[str, Any] = {"family": "", "split": None, "gold": (), "seconds": 0.0}
+_DEFAULTS: dict[str, Any] = {"family": "", "split": None, "gold": (), "seconds": 0.0, "cost": None}
 
 
 @dataclass(frozen=True)
@@ -115,7 +119,7 @@ class ReplyTable:
             completion_tokens=row["completion_tokens"],
             seconds=row["seconds"],
             correct=row["correct"],
-            cost=cost(member, row["prompt_tokens"], row["completion_tokens"]),
+            cost=cost(member, row["prompt_tokens"], row["completion_tokens"]) if row["cost"] is None else row["cost"],
         )
 
     def _check_complete(self, source: str) -> None:
@@ -282,6 +286,10 @@ def _checked(raw: Mapping[str, Any], label: str) -> dict[str, Any]:
         row[field] = int(value)
     row["seconds"] = _number(row["seconds"], "seconds", label, math.inf)
     row["correct"] = _number(row["correct"], "correct", label, 1.0)
+    if row["cost"] is not None:
+        if isinstance(row["cost"], (bool, np.bool_)):
+            raise ValueError(f"{label}: field 'cost' is {row['cost']!r}; it must be USD of the reply")
+        row["cost"] = _number(row["cost"], "cost", label, HIGHEST_USD)
     if row["split"] is None:
         row["split"] = split_of(row["query"])
     if row["split"] not in SPLITS:

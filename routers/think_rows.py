@@ -69,6 +69,7 @@ def restricted(
                     "completion_tokens": found.completion_tokens,
                     "seconds": found.seconds,
                     "correct": found.correct,
+                    "cost": found.cost,
                 }
             )
     return ReplyTable(rows, {name: table.catalogue[name] for name in names}, source="restricted table")

@@ -16,9 +16,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 from routers.report import Evaluation
+from srpo.strict_yaml import read_yaml
 
 # 97.5 % quantiles of Student's t by degrees of freedom.
 T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
@@ -47,7 +46,7 @@ class Run:
 
 def read(folder: Path) -> Run:
     """A run's directory; FileNotFoundError or ValueError say what it lacks."""
-    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    recipe = read_yaml(folder / "recipe.yaml")
     log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
     updates = recipe["steps_per_generation"] // recipe["gradient_accumulation_steps"]
     clips = [entry[CLIP] for entry in log if CLIP in entry]

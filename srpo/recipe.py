@@ -9,16 +9,15 @@ import argparse
 import dataclasses
 import difflib
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-import yaml
-
 from srpo.redact import holds_secret, redacted
+from srpo.strict_yaml import YamlError, read_yaml_lines
 
 
 class RecipeError(ValueError):
@@ -133,39 +132,16 @@ def _split_config(argv: list[str]) -> tuple[Path | None, list[str]]:
 def _read_file(path: Path) -> dict[str, _Given]:
     """Keys, values and line numbers of a flat YAML mapping; keys written twice are refused at any depth."""
     try:
-        text = path.read_text(encoding="utf-8")
+        content, lines = read_yaml_lines(path)
     except OSError as error:
         raise RecipeError(f"{path}: {error.strerror or error}") from error
-    try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path}: not valid YAML: {error}") from error
-    if root is None:
+    except YamlError as error:
+        raise RecipeError(str(error)) from error
+    if content is None:
         return {}
-    if not isinstance(root, yaml.MappingNode):
+    if not isinstance(content, dict):
         raise RecipeError(f"{path}: a recipe is a list of `key: value` lines")
-    for node in _mappings(root):
-        seen: dict[str, int] = {}
-        for key_node, _ in node.value:
-            line = key_node.start_mark.line + 1
-            if key_node.value in seen:
-                raise RecipeError(
-                    f"{path}:{line}: the key {key_node.value!r} was already written in line {seen[key_node.value]}"
-                )
-            seen[key_node.value] = line
-    lines = {key_node.value: key_node.start_mark.line + 1 for key_node, _ in root.value}
-    return {str(key): _Given(value, f"{path}:{lines.get(str(key), 1)}") for key, value in content.items()}
-
-
-def _mappings(node: yaml.Node) -> Iterator[yaml.MappingNode]:
-    if isinstance(node, yaml.MappingNode):
-        yield node
-        for _, value in node.value:
-            yield from _mappings(value)
-    elif isinstance(node, yaml.SequenceNode):
-        for value in node.value:
-            yield from _mappings(value)
+    return {str(key): _Given(value, f"{path}:{lines.get(key, 1)}") for key, value in content.items()}
 
 
 def _read_command_line(classes: list[type], argv: list[str]) -> dict[str, _Given]:

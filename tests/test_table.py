@@ -234,3 +234,33 @@ def test_split_is_fixed_and_about_one_in_four():
     assert [split_of("What is 2 + 3?"), split_of("WHAT is the capital of  Peru")] == ["heldout", "train"]
     counts = Counter(split_of(f"query {i}") for i in range(4000))
     assert 900 < counts["heldout"] < 1100
+
+
+def priced(cost, query_id="q1", member="cheap", **changes):
+    return row(query_id, member, cost=cost, **changes)
+
+
+def test_a_cost_column_is_the_cost_and_rows_without_one_are_priced_by_tokens():
+    table = ReplyTable([priced(0.25), row("q1", "dear"), priced(None, "q2"), priced(0, "q2", "dear")], PRICES)
+    np.testing.assert_allclose(table.cost_matrix(), [[0.25, 200e-6], [20e-6, 0.0]], rtol=1e-12)
+    assert table.max_cost == pytest.approx((0.25 + 20e-6) / 2)
+
+
+@pytest.mark.parametrize("cost", [-0.01, float("nan"), float("inf"), "much", True, 1e9])
+def test_a_cost_that_is_no_amount_of_usd_is_a_bad_row(cost):
+    with pytest.raises(ValueError, match=r"row 1: field 'cost'"):
+        ReplyTable([priced(cost), row("q1", "dear")], PRICES)
+
+
+def test_a_cost_column_in_every_format(tmp_path):
+    given = [priced(0.5, gold="[]"), priced("", "q2", gold="[]", query="another?")]
+    catalogue = {"cheap": PRICES["cheap"]}
+    with (tmp_path / "t.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, given[0].keys())
+        writer.writeheader()
+        writer.writerows(given)
+    plain = [{**r, "gold": [], "cost": r["cost"] or None} for r in given]
+    (tmp_path / "t.jsonl").write_text("\n".join(json.dumps(r) for r in plain))
+    pq.write_table(pa.Table.from_pylist(plain), tmp_path / "t.parquet")
+    for name in ("t.csv", "t.jsonl", "t.parquet"):
+        np.testing.assert_allclose(load_table(tmp_path / name, catalogue).cost_matrix(), [[0.5], [20e-6]])
