@@ -23,6 +23,7 @@ from routers.prompts import policy_prompt
 from routers.report import EVALUATION, Evaluation, evaluate_routes
 from routers.table import SPLITS, ReplyTable, load_table, quickstart_table
 from srpo.sampling import end_ids
+from srpo.sampling_rules import own_settings_aside
 
 __all__ = ["EVALUATION", "Evaluation", "evaluate_policy", "load_checkpoint", "main", "spread"]
 
@@ -128,19 +129,16 @@ def generate(
         width = max(len(ids[i]) for i in batch)
         inputs = torch.tensor([[pad] * (width - len(ids[i])) + ids[i] for i in batch], device=model.device)
         mask = torch.tensor([[0] * (width - len(ids[i])) + [1] * len(ids[i]) for i in batch], device=model.device)
-        output = model.generate(
-            input_ids=inputs,
-            attention_mask=mask,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            # Sampling settings that a checkpoint may carry; greedy decoding would warn of each.
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            eos_token_id=ends,
-            pad_token_id=pad,
-            use_cache=True,
-        )
+        with own_settings_aside(model):  # a penalty or a list of suppressed tokens is not the policy's
+            output = model.generate(
+                input_ids=inputs,
+                attention_mask=mask,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                eos_token_id=ends,
+                pad_token_id=pad,
+                use_cache=True,
+            )
         for i, row in zip(batch, output[:, width:].tolist(), strict=True):
             length = next((n for n, token in enumerate(row, start=1) if token in ends), len(row))
             texts[i] = tokenizer.decode(row[:length], skip_special_tokens=True)

@@ -13,6 +13,7 @@ from trl import GRPOConfig
 
 from srpo.advantages import BASELINES, SCALES
 from srpo.replay_settings import check_minirl, check_replay
+from srpo.sampling_rules import check_generation_kwargs
 
 OBJECTIVE_NAMES = ("grpo", "sdpo", "srpo", "bopo")
 TEACHER_KINDS = ("ema", "trust_region", "frozen", "live")
@@ -218,6 +219,7 @@ class SRPOConfig(GRPOConfig):
         _unit("max_lost_share", self.max_lost_share)
         check_minirl(self)
         check_replay(self)
+        check_generation_kwargs(self)
         if self.objective != "grpo" and self.steps_per_generation % self.gradient_accumulation_steps:
             raise ValueError(
                 f"steps_per_generation={self.steps_per_generation} must be a multiple of gradient_accumulation_steps="

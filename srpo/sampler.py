@@ -17,6 +17,11 @@ from typing import Any
 import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor
+from transformers.utils import logging
+
+from srpo.sampling_rules import own_settings_aside, unscored_settings
+
+logger = logging.get_logger(__name__)
 
 OUTSIDE = (1.05, 2.0)
 
@@ -106,14 +111,45 @@ class SamplerMixin:
     model: Any
     pad_to_multiple_of: int | None
     temperature: float
+    eos_token_ids: list[int]
+    max_completion_length: int
     use_vllm: bool
+    vllm_generation: Any
+    vllm_mode: str
     _metrics: Any
 
+    def _set_up_sampling(self) -> None:
+        """After TRL's engines exist: what ends a completion is the same for each, and what is not scored is said."""
+        if unscored := unscored_settings(self.args):
+            logger.warning(
+                "%s: completions are sampled from a part of the policy's distribution, and scored, as in TRL, under "
+                "the whole of it at this temperature. Leave these out for log-probs of what was sampled",
+                ", ".join(unscored),
+            )
+        if not self.use_vllm:
+            return
+        # vLLM reads the end tokens of the *path*, and none at all with `--generation-config vllm`.
+        engine = self.vllm_generation
+        engine.generation_kwargs = {**(engine.generation_kwargs or {}), "stop_token_ids": list(self.eos_token_ids)}
+        cap = self.model.generation_config.max_new_tokens
+        if self.vllm_mode == "server" and cap is not None and cap < self.max_completion_length:
+            logger.warning(
+                "The policy's generation_config says max_new_tokens=%d: a vLLM server cuts every completion there, "
+                "unless it was started with `--generation-config vllm`",
+                cap,
+            )
+
     def _generate_single_turn(self, prompt_ids: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        wanted = self.args.loss_type == "minirl" or self.args.routing_replay != "off"
-        if not wanted or self.use_vllm or not self.model.training:
+        if self.use_vllm:
             return super()._generate_single_turn(prompt_ids, *args, **kwargs)
         policy = self.accelerator.unwrap_model(self.model)
+        with own_settings_aside(policy):
+            return self._generate_here(policy, prompt_ids, *args, **kwargs)
+
+    def _generate_here(self, policy: Any, prompt_ids: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        wanted = self.args.loss_type == "minirl" or self.args.routing_replay != "off"
+        if not wanted or not self.model.training:
+            return super()._generate_single_turn(prompt_ids, *args, **kwargs)
         policy = policy.get_base_model() if is_peft_model(policy) else policy  # whose own `generate` PEFT calls
         width = prompt_width(prompt_ids, self.pad_to_multiple_of)
         with SampledLogProbs(policy, self.temperature, width) as sampled:

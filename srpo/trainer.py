@@ -127,6 +127,7 @@ class SRPOTrainer(
         if environment is not None:
             refuse_other_rollouts(args, given.arguments, world)
         super().__init__(model, reward_funcs, args, train_dataset, *rest, **kwargs)
+        self._set_up_sampling()
         if environment is not None:
             self._set_up_rollouts(environment)
             self._add_choice_heads()

@@ -9,7 +9,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
 import torch
-from core_helpers import config, dataset, logged, tokenizer, trainer, weights
+from core_helpers import config, dataset, logged, model, tokenizer, trainer, weights
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import save_file
 
@@ -51,8 +51,8 @@ def reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
 def made(folder: Path, case: str) -> Any:
     settings = dict(CASES[case])
     at, rows, lora = settings.pop("at", 4), settings.pop("rows", 24), settings.pop("lora", False)
-    letters = tokenizer()("abcdef", add_special_tokens=False)["input_ids"]
-    others = sorted(set(range(len(tokenizer()))) - {*letters, tokenizer().eos_token_id})
+    network = model()  # short answers that end, so that siblings are demonstrations: half of the tokens end one
+    network.generation_config.eos_token_id = [tokenizer().eos_token_id, *range(145, len(tokenizer()))]
     args = config(
         folder / case,
         per_device_train_batch_size=8,
@@ -64,11 +64,10 @@ def made(folder: Path, case: str) -> Any:
         max_grad_norm=1.0,
         save_strategy="steps",
         save_steps=at,
-        generation_kwargs={"suppress_tokens": others},  # short answers that end, so that siblings are demonstrations
         **settings,
     )
     peft = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.1) if lora else None
-    return trainer(args, rewards=reward, rollout_func=None, train_dataset=dataset(rows), peft_config=peft)
+    return trainer(args, network, rewards=reward, rollout_func=None, train_dataset=dataset(rows), peft_config=peft)
 
 
 def state(run: Any) -> dict[str, torch.Tensor]:

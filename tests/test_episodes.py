@@ -332,7 +332,7 @@ def test_the_same_row_is_sampled_alike_in_another_batch(tmp_path):
     [
         ({"world": lambda rows, texts: {}}, "world="),
         ({"rollout_func": lambda prompts, trainer: {}}, "rollout_func="),
-        ({"config": {"generation_kwargs": {"suppress_tokens": [1]}}}, "generation_kwargs"),
+        ({"config": {"generation_kwargs": {"cache_implementation": "dynamic"}}}, "generation_kwargs"),
         ({"config": {"use_transformers_continuous_batching": True}}, "continuous_batching"),
     ],
 )

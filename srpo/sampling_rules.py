@@ -1,0 +1,83 @@
+"""What samples is what the recipe says, and what is scored is what sampled.
+
+`model.generate` fills every setting that it is not given from the checkpoint's `generation_config.json` (min_p,
+suppressed tokens, penalties, beams, stop strings, ...), and `generation_kwargs` of the recipe reaches it unread. The
+trainer's log-probs know the temperature only. So a checkpoint has a say in its special tokens alone, and
+`generation_kwargs` holds only what moves no probability and ends no completion.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from transformers import GenerationConfig
+
+_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+"""What a checkpoint's generation configuration decides: which ids begin, end and fill."""
+
+_HARMLESS = {
+    "transformers": {
+        "use_cache", "cache_implementation", "cache_config", "max_cache_len", "prefill_chunk_size", "compile_config",
+    },
+    "vLLM": {"detokenize", "skip_special_tokens", "spaces_between_special_tokens"},
+}  # fmt: skip
+_FIELDS = {
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "min_p": "min_p",
+    "repetition_penalty": "repetition_penalty",
+    "max_new_tokens": "max_completion_length",
+    "max_tokens": "max_completion_length",
+    "max_length": "max_completion_length",
+    "stop": "stop_strings (with environment=)",
+    "stop_strings": "stop_strings (with environment=)",
+    "n": "num_generations",
+    "num_return_sequences": "num_generations",
+}
+"""The fields of the configuration that say what some of the refused keys would."""
+
+
+@contextmanager
+def own_settings_aside(model: Any) -> Iterator[None]:
+    """Inside, `model.generate` reads nothing of the model's own generation configuration but its special tokens.
+
+    Afterwards the model has its configuration back, the same object: it is saved and pushed as it came.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    holders = [(m, m.generation_config) for m in {id(m): m for m in (model, base)}.values() if _holds(m)]
+    for holder, found in holders:
+        holder.generation_config = GenerationConfig(**{name: getattr(found, name, None) for name in _TOKENS})
+    try:
+        yield
+    finally:
+        for holder, found in holders:
+            holder.generation_config = found
+
+
+def _holds(model: Any) -> bool:
+    return vars(model).get("generation_config") is not None
+
+
+def check_generation_kwargs(args: Any) -> None:
+    """ValueError for keys of `generation_kwargs` that would change what is sampled, but not what is scored."""
+    engine = "vLLM" if args.use_vllm else "transformers"
+    for name in args.generation_kwargs or {}:
+        if name not in _HARMLESS[engine]:
+            field = f"; the field {_FIELDS[name]} says the same" if name in _FIELDS else ""
+            raise ValueError(
+                f"generation_kwargs: {name!r} changes what {engine} samples or where a completion ends, and the "
+                f"scored log-probs do not know it{field}. Allowed are {', '.join(sorted(_HARMLESS[engine]))}"
+            )
+
+
+def unscored_settings(args: Any) -> list[str]:
+    """Fields that cut or bend the sampling distribution, as `name=value`; the scored log-probs are of all of it."""
+    neutral = {
+        "top_p": (1.0, None),
+        "top_k": (0, -1, None),
+        "min_p": (0.0, None),
+        "repetition_penalty": (1.0, None),
+        "vllm_structured_outputs_regex": (None,),
+    }
+    return [f"{name}={getattr(args, name)}" for name, values in neutral.items() if getattr(args, name) not in values]
