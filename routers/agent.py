@@ -146,9 +146,7 @@ class RouterAgent:
             known = ", ".join(map(str, weights)) or "none"
             raise ValueError(f"cost_weight is {cost_weight!r}; the policy was trained with: {known}")
         number = next(self._numbers)
-        prompt = self.settings.messages(
-            question, self._world.members, cost_weight=cost_weight, clean=self._clean
-        )
+        prompt = self.settings.messages(question, self._world.members, cost_weight=cost_weight, clean=self._clean)
         ids = self._tokenizer.apply_chat_template(
             prompt,
             add_generation_prompt=True,

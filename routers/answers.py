@@ -1,58 +1,57 @@
 """Grades a final answer: exact match, token F1, numbers and letters. The one owner of answer normalisation.
 
-`normalise`, `exact_match` and `f1` are SQuAD's (Rajpurkar et al. 2016, evaluate-v1.1.py), as in Router-R1
-(verl/utils/reward_score/qa_em.py), so that numbers compare. Two things are ours: text is composed first (NFC), and an
-answer of which normalisation leaves nothing ("The") equals only its own spelling.
+For words, `normalise`, `exact_match` and `f1` are SQuAD's (Rajpurkar et al. 2016, evaluate-v1.1.py), as in Router-R1
+(verl/utils/reward_score/qa_em.py), so that results compare. Three things are ours: text is composed first (NFC), an
+answer of which normalisation leaves nothing ("The") equals only its own spelling, and numbers are numbers. SQuAD takes
+their signs, points and slashes for punctuation, so that "-5" equals "5" and "1.5" equals "15"; here a number keeps
+them and is compared by its value (`routers.written_numbers`). A currency sign that one side lacks is ignored.
 The grader of the recorded quickstart pool (`routers.queries.grade`) extracts an answer from free text; here the policy
 has marked its answer.
 """
 
 from __future__ import annotations
 
-import math
 import re
 import string
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, get_args
+
+from routers.written_numbers import CURRENCIES, readable, rewritten, same, stated
 
 Metric = Literal["em", "f1", "numeric", "choice"]
 METRICS: tuple[Metric, ...] = get_args(Metric)
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
-_NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+|(?=\.\d))(?:\.\d+)?(?:[eE][-+]?\d+)?")
 _LETTER = re.compile(r"\(?([A-Za-z])(?:\)|[.:](?:\s|$)|$)")
-RELATIVE_TOLERANCE = 1e-6
+_CURRENCY = re.compile(f"[{CURRENCIES}]")
 
 
 def normalise(text: str) -> str:
-    """Lower case, without ASCII punctuation, without the articles a, an, the, with single spaces."""
-    text = unicodedata.normalize("NFC", text).lower().translate(_PUNCTUATION)
+    """Lower case, without ASCII punctuation, without the articles a, an, the, with single spaces. Numbers stay."""
+    text = rewritten(readable(unicodedata.normalize("NFC", text).lower()), lambda words: words.translate(_PUNCTUATION))
     return " ".join(_ARTICLES.sub(" ", text).split())
 
 
 def exact_match(answer: str, golds: Sequence[str]) -> float:
     """1.0 if the answer equals one of the accepted answers after normalisation, else 0.0."""
-    return float(any(_comparable(answer) == _comparable(gold) for gold in golds))
+    return float(any(words == accepted for words, accepted in _sides(answer, golds)))
 
 
 def f1(answer: str, golds: Sequence[str]) -> float:
     """Harmonic mean of precision and recall of the answer's words, the best over the accepted answers, 0 to 1."""
-    return max((_f1(_comparable(answer).split(), _comparable(gold).split()) for gold in golds), default=0.0)
+    return max((_f1(words, accepted) for words, accepted in _sides(answer, golds)), default=0.0)
 
 
 def numeric(answer: str, golds: Sequence[str]) -> float:
-    """1.0 if the answer holds exactly one number and that equals an accepted one (relative tolerance 1e-6).
+    """1.0 if the answer states one number and that equals an accepted one (relative tolerance 1e-6).
 
-    Thousands separators, a leading currency sign and words around the number do not matter.
+    What a text states is `routers.written_numbers.stated`: "18 apples" states 18, "7 million" 7,000,000, "not 5" and
+    "5 or 6" nothing. A percentage equals percentages only.
     """
-    value = _one_number(answer)
-    if value is None:
-        return 0.0
-    accepted = (_one_number(gold) for gold in golds)
-    return float(any(gold is not None and math.isclose(value, gold, rel_tol=RELATIVE_TOLERANCE) for gold in accepted))
+    return float(any(same(stated(answer), stated(gold)) for gold in golds))
 
 
 def choice(answer: str, golds: Sequence[str]) -> float:
@@ -69,11 +68,10 @@ def f1_of_one_answer(answer: str, golds: Sequence[str]) -> float:
     A list of candidates would otherwise earn more than one honest guess that is wrong.
     """
 
-    def one(gold: str) -> float:
-        words, accepted = _comparable(answer).split(), _comparable(gold).split()
+    def one(words: Sequence[str], accepted: Sequence[str]) -> float:
         return _f1(words, accepted) if 2 * _overlap(words, accepted) > len(words) else 0.0
 
-    return max((one(gold) for gold in golds), default=0.0)
+    return max((one(words, accepted) for words, accepted in _sides(answer, golds)), default=0.0)
 
 
 _SCORERS: dict[Metric, Callable[[str, Sequence[str]], float]] = {
@@ -97,8 +95,28 @@ def score(answer: str | None, golds: Sequence[str], metric: Metric) -> float:
     return 0.0 if answer is None else _SCORERS[metric](answer, golds)
 
 
-def _comparable(text: str) -> str:
-    return normalise(text) or text.strip().casefold()
+def _sides(answer: str, golds: Sequence[str]) -> Iterator[tuple[list[str], list[str]]]:
+    """The words of the answer and of each accepted answer, to be compared with each other."""
+    words = _comparable(answer)
+    for accepted in map(_comparable, golds):
+        if _currencies(words) and _currencies(accepted):
+            yield words, accepted
+        else:
+            yield _without_currencies(words), _without_currencies(accepted)
+
+
+def _comparable(text: str) -> list[str]:
+    return (normalise(text) or text.strip().casefold()).split()
+
+
+def _currencies(words: Sequence[str]) -> bool:
+    return any(_CURRENCY.search(word) for word in words)
+
+
+def _without_currencies(words: list[str]) -> list[str]:
+    if not _currencies(words):
+        return words
+    return [word for word in (_CURRENCY.sub("", word) for word in words) if word] or words
 
 
 def _overlap(words: Sequence[str], accepted: Sequence[str]) -> int:
@@ -108,14 +126,6 @@ def _overlap(words: Sequence[str], accepted: Sequence[str]) -> int:
 def _f1(words: Sequence[str], accepted: Sequence[str]) -> float:
     common = _overlap(words, accepted)
     return 2 * common / (len(words) + len(accepted)) if common else 0.0
-
-
-def _one_number(text: str) -> float | None:
-    found = _NUMBER.findall(text.replace("\N{MINUS SIGN}", "-"))
-    if len(found) != 1:
-        return None
-    value = float(found[0].replace(",", ""))
-    return value if math.isfinite(value) else None
 
 
 def _letter(text: str) -> str:

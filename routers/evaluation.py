@@ -137,9 +137,7 @@ def oracle_routes(correct: np.ndarray, cost: np.ndarray) -> np.ndarray:
     return np.argmin(np.where(correct == best, cost, np.inf), axis=1)
 
 
-def family_routes(
-    train_families: Sequence[str], train_rewards: np.ndarray, families: Sequence[str]
-) -> np.ndarray:
+def family_routes(train_families: Sequence[str], train_rewards: np.ndarray, families: Sequence[str]) -> np.ndarray:
     """The member that earned most on a query's family in training, ``[Q]``; for a new family, the best of all.
 
     A bar for policies: it is *told* the family of every query, which a policy has to read off the text.

@@ -9,7 +9,8 @@ import re
 import unicodedata
 from collections.abc import Sequence
 
-_NUMBER = re.compile(r"(?<![\w.])-?\d[\d,]*(?:\.\d+)?")
+from routers.written_numbers import SCALE, Written, find, readable, rewritten, same
+
 _SMALL = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
     "seventeen eighteen nineteen twenty"
@@ -18,6 +19,7 @@ _COPULA = re.compile(r"\s(?:is|are|was|would be|will be|means)\s|[:=]\s*|\bin\s(
 _TRAILER = re.compile(r",? (?:which|because|since|and (?:it|is))\b.*|, (?:located|but)\b.*| \(.*")
 _ARTICLE = re.compile(r"(?:the|a|an)\s")
 MAX_ANSWER_CHARS = 200
+_DENIED = re.compile(r"(?:\bnot|n['’]t)\s+(?:be\s+)?$", re.IGNORECASE)
 FAILURE = "Error: "  # how the reply of a member that failed begins; what it quotes is no answer
 
 
@@ -31,8 +33,7 @@ def grade(query: str, reply: str, gold: Sequence[str]) -> float:
     if answer is None:
         return 0.0
     if numeric:
-        value = _as_number(answer)
-        return float(any(_same_value(value, _as_number(accepted)) for accepted in gold))
+        return float(any(same(_as_number(answer), _as_number(accepted)) for accepted in gold))
     return float(normalise_answer(answer) in {normalise_answer(accepted) for accepted in gold})
 
 
@@ -48,11 +49,17 @@ def extract_answer(query: str, reply: str, numeric: bool) -> str | None:
 
 
 def normalise_answer(text: str) -> str:
-    """Case, accents, punctuation, a leading article and spacing removed; what is left decides equality."""
-    plain = "".join(c for c in unicodedata.normalize("NFKD", text.casefold()) if not unicodedata.combining(c))
-    plain = re.sub(r"[^\w\s-]", " ", plain)
-    words = plain.split()
+    """Case, accents, punctuation, a leading article and spacing removed; what is left decides equality.
+
+    Numbers stay whole (`routers.written_numbers`): "1.5" is not "1 5", and "12:30" not "12 30".
+    """
+    words = rewritten(readable(unicodedata.normalize("NFC", text.casefold())), _plain).split()
     return " ".join(words[1:] if len(words) > 1 and words[0] in ("the", "a", "an") else words)
+
+
+def _plain(text: str) -> str:
+    plain = "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
+    return re.sub(r"[^\w\s-]", " ", plain)
 
 
 def _sentences(reply: str) -> list[str]:
@@ -65,12 +72,12 @@ def _extract_number(query: str, sentence: str) -> str | None:
     """The one number that ``sentence`` states; "" when there is no number in it, ``None`` when there are several."""
     if "=" in sentence:
         sentence = sentence.rsplit("=", 1)[1]
-    found = [text.rstrip(",").replace(",", "") for text in _NUMBER.findall(sentence)]
+    found = _numbers(sentence)
     if not found:
         found = [str(_SMALL.index(word)) for word in re.findall(r"[a-z]+", sentence.casefold()) if word in _SMALL]
     if not found:
         return ""
-    asked = {text.rstrip(",").replace(",", "") for text in _NUMBER.findall(query)}
+    asked = {*_numbers(query), *re.findall(r"\d+", readable(query))}  # "7 * 7" asks about 7 too
     new = [text for text in dict.fromkeys(found) if text not in asked]
     if len(new) > 1:
         return None
@@ -87,12 +94,19 @@ def _extract_text(sentence: str) -> str | None:
     return answer if 0 < len(answer) <= MAX_ANSWER_CHARS else None
 
 
-def _as_number(text: str) -> float | None:
-    try:
-        return float(text.replace(",", "")) if _NUMBER.fullmatch(text.strip()) else None
-    except ValueError:
-        return None
+def _numbers(text: str) -> list[str]:
+    """The numbers of a text as they are written, with a scale that follows ("7 million"), without denied ones."""
+    text, found = readable(text), []
+    for number in find(text):
+        if not number.named and not _DENIED.search(text, 0, number.start):
+            scale = SCALE.match(text, number.end)
+            found.append(f"{number.currency}{number.text}{scale[0] if scale else ''}")
+    return found
 
 
-def _same_value(first: float | None, second: float | None) -> bool:
-    return first is not None and second is not None and abs(first - second) <= 1e-6 * max(1.0, abs(second))
+def _as_number(text: str) -> Written | None:
+    """The number that is the whole text."""
+    text = readable(text.strip())
+    found = find(text)
+    whole = len(found) == 1 and (found[0].start, found[0].end) == (0, len(text))
+    return found[0] if whole and found[0].value is not None else None
