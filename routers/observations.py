@@ -13,6 +13,8 @@ import unicodedata
 from routers.grammar import Grammar
 from srpo.types import Observation
 
+REASONING = "\n\nIts reasoning, to the end: "
+"""Stands between a member's answer and the end of what it thought before."""
 _LONGEST_TAIL = 64  # characters between a tag's name and its ">", such as attributes
 _IGNORED = ("Cf", "Mn", "Me", "Cc")  # zero-width and other format characters, combining marks, controls
 
@@ -37,21 +39,27 @@ def neutralise(text: str, grammar: Grammar) -> str:
     return "".join(out)
 
 
-def reply_observation(text: str, grammar: Grammar) -> Observation:
-    """A member's reply in the information frame. The frame is closed after the rollout has cut the body to size."""
+def reply_observation(text: str, grammar: Grammar, reasoning: str = "") -> Observation:
+    """A member's reply in the information frame. The frame is closed after the rollout has cut the body to size.
+
+    ``reasoning`` is what the member thought aloud: its end is shown behind the answer, where there is room for it.
+    """
+    body = neutralise(text, grammar).strip()
     return Observation(
-        body=neutralise(text, grammar).strip(),
+        body=body,
         before=f"\n\n{grammar.open(grammar.information)}",
         after=f"{grammar.close(grammar.information)}\n\n",
+        aside=neutralise(reasoning, grammar).strip(),
+        between=REASONING if reasoning else "",
     )
 
 
-def note_observation(words: str, grammar: Grammar) -> Observation:
+def note_observation(words: str, grammar: Grammar, reasoning: str = "") -> Observation:
     """What the library itself has to say, such as what was wrong with a turn.
 
     It may quote the policy or name members, so it gets the same treatment as a reply.
     """
-    return reply_observation(words, grammar)
+    return reply_observation(words, grammar, reasoning)
 
 
 def _plain(text: str) -> tuple[str, list[int] | range]:

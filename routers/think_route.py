@@ -205,11 +205,11 @@ class ThinkRouteEpisode:
         self._cost += cost
         self._seconds += reply.seconds
         if reply.error is None:
-            return self._shown(reply_observation(reply.text, self._world.grammar))
+            return self._shown(reply_observation(reply.text, self._world.grammar, reply.reasoning))
         if kind(reply) == OVER_BUDGET or self._world.failed_call == "lost":
             self._lost = f"{member}: {reply.error}"
             return Observation(end="lost")
-        return self._note(f"{member} could not be reached ({kind(reply)}).")
+        return self._note(f"{member} could not be reached ({kind(reply)}).", reply.reasoning)
 
     def columns(self, stop: Stop) -> Mapping[str, Any]:
         """See the module's docstring. ``correct`` is 0 without a valid answer."""
@@ -241,11 +241,14 @@ class ThinkRouteEpisode:
             CORRECT: score(self._answer, gold, self._metric),
         }
 
-    def _note(self, words: str) -> Observation:
-        return self._shown(note_observation(words, self._world.grammar))
+    def _note(self, words: str, reasoning: str = "") -> Observation:
+        return self._shown(note_observation(words, self._world.grammar, reasoning))
 
     def _shown(self, observation: Observation) -> Observation:
-        body, limit = self._count(observation.body), self._world.observation_tokens
+        limit = self._world.observation_tokens
+        body = self._count(observation.body)
+        if aside := self._count(observation.aside):
+            body += self._count(observation.between) + aside
         frame = self._count(observation.before) + self._count(observation.after)
         self._book(read=frame + (body if limit is None else min(body, limit)))
         return observation

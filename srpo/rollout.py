@@ -199,8 +199,14 @@ def _world_turns(plays: list[_Play], loop: EpisodeLoop, tokenizer: Any, limits: 
 
 
 def observation_ids(observation: Observation, tokenizer: Any, limit: int) -> tuple[int, ...]:
-    """Ids of an observation: the body is cut to `limit` tokens first and framed then, so no frame is ever torn."""
+    """Ids of an observation: the body is cut to `limit` tokens first and framed then, so no frame is ever torn. The
+    aside gets what the body leaves of the limit, and loses its head."""
     body = encode_untrusted(tokenizer, observation.body)[:limit]
+    if observation.aside:
+        between = encode_frame(tokenizer, observation.between)
+        room = limit - len(body) - len(between)
+        aside = encode_untrusted(tokenizer, observation.aside)[-room:] if room > 0 else []
+        body = [*body, *between, *aside] if aside else body
     return (*encode_frame(tokenizer, observation.before), *body, *encode_frame(tokenizer, observation.after))
 
 

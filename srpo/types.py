@@ -80,6 +80,8 @@ class Observation:
     after: str = ""
     end: Stop | None = None
     """The episode is over, and why; the texts are then not shown to anybody."""
+    aside: str = ""
+    between: str = ""
 
 
 class Episode(Protocol):
@@ -133,3 +135,5 @@ class Reply:
     error: str | None = None
     seconds: float = 0.0
     cached: bool = False
+    reasoning: str = ""
+    """What the member thought aloud before `text`; also where it came to no answer."""

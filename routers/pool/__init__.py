@@ -24,7 +24,6 @@ def live_pool(
 
     Raises:
         ValueError: a member without ``base_url``, or whose key's environment variable is not set.
-        ImportError: the openai package is not installed.
     """
     backends = {name: Endpoint(member, agent_prompt) for name, member in catalogue.items()}
     return Pool(catalogue, backends, ledger=ledger, cache=cache, retry=retry)

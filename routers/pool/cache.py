@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import tempfile
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -25,8 +26,12 @@ def cache_key(identity: Mapping[str, Any], query: str, sample: str = "") -> str:
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
+FORMAT = 2
+"""Of a file. The first, without a number, kept texts of replies that broke off, and reasoning as part of the text."""
+
+
 class ReplyCache:
-    """Replies by key.
+    """Replies by key. A file of another format is not used, with one warning, and written again.
 
     Args:
         folder: made if need be. It holds members' texts and token counts, no queries and no keys of endpoints.
@@ -35,6 +40,7 @@ class ReplyCache:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._warned = False
 
     def _path(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}.json"
@@ -43,10 +49,23 @@ class ReplyCache:
         """The reply as it came, but with ``cached=True`` and cost 0; None: not there, or not readable."""
         try:
             stored = json.loads(self._path(key).read_bytes())
+            if (found := stored.get("format", 1)) != FORMAT:
+                self._other_format(found, self._path(key))
+                return None
             usage = Usage(int(stored["prompt_tokens"]), int(stored["completion_tokens"]))
-            return Reply(str(stored["text"]), usage, seconds=float(stored["seconds"]), cached=True)
-        except (OSError, ValueError, KeyError, TypeError):  # half a file of a crashed disk is a miss, and overwritten
-            return None
+            text, reasoning = str(stored["text"]), str(stored["reasoning"])
+            return Reply(text, usage, seconds=float(stored["seconds"]), cached=True, reasoning=reasoning)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            return None  # half a file of a crashed disk is a miss, and overwritten
+
+    def _other_format(self, found: object, path: Path) -> None:
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{path} was written by another version of this library (format {str(found)[:20]}, this one reads "
+                f"{FORMAT}): replies like it are asked for again, and paid for again",
+                stacklevel=4,
+            )
 
     def put(self, key: str, reply: Reply) -> None:
         """Keep an answer.
@@ -60,7 +79,9 @@ class ReplyCache:
         path = self._path(key)
         path.parent.mkdir(exist_ok=True)
         stored = {
+            "format": FORMAT,
             "text": reply.text,
+            "reasoning": reply.reasoning,
             "prompt_tokens": reply.usage.prompt_tokens,
             "completion_tokens": reply.usage.completion_tokens,
             "seconds": reply.seconds,

@@ -13,6 +13,7 @@ from routers.pool.protocol import (
     CIRCUIT_OPEN,
     CONNECTION,
     MALFORMED,
+    NO_QUOTA,
     OVER_BUDGET,
     SERVER_ERROR,
     TIMEOUT,
@@ -32,6 +33,7 @@ class _Sum:
 
     spending: Spending = field(default_factory=Spending)
     error: str = ""
+    reasoning: str = ""
     attempts: int = 0
     entry: Entry | None = None
     """Of the attempt under way, once it has left our queue."""
@@ -43,6 +45,7 @@ class _Sum:
             cost=self.spending.cost,
             error=self.error if answer is None else None,
             seconds=seconds if answer is None or answer.seconds is None else answer.seconds,
+            reasoning=self.reasoning if answer is None else answer.reasoning,
         )
 
 
@@ -120,7 +123,7 @@ class Caller:
                 return None
             if attempt.error is None:
                 return attempt
-            total.error = attempt.error
+            total.error, total.reasoning = attempt.error, attempt.reasoning
             if not attempt.retry or total.attempts >= self._retry.attempts:
                 return None
             pause = max(self._retry.pause(total.attempts), attempt.retry_after or 0.0)
@@ -174,6 +177,8 @@ class Caller:
                 worked = True
             elif attempt.error.partition(":")[0] in _MEMBER_IS_DOWN:
                 worked = False
+            elif attempt.error.startswith(f"{NO_QUOTA}:"):
+                self._breaker.trip(attempt.error)
         except TimeoutError:
             worked = False
             words = f"{TIMEOUT}: no reply within the timeout of {self.member.timeout:g} s"

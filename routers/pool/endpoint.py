@@ -1,6 +1,8 @@
-"""An OpenAI-compatible endpoint as a pool member: one request by the openai client, its answer or fault in words.
+"""An OpenAI-compatible endpoint as a pool member: one request, its answer or fault in words.
 
-The client's own retries are off; the one retry layer is ``routers.pool.caller``. A key lives in the environment and in
+The request goes by httpx and not by a vendor's client: those read bodies of any length, follow redirects, and add
+headers out of variables of the environment that were meant for their own service. What the body says is read in
+``routers.pool.completion``, and the one retry layer is ``routers.pool.caller``. A key lives in the environment and in
 the request's header; it is in no attribute of ours, and cut out of every text that comes back.
 """
 
@@ -8,28 +10,23 @@ from __future__ import annotations
 
 import asyncio
 import email.utils
-import json
+import logging
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from datetime import UTC
+from typing import Any
+
+import httpx
 
 from routers.catalogue import Member
-from routers.pool.protocol import (
-    BAD_REQUEST,
-    CONNECTION,
-    EMPTY,
-    MALFORMED,
-    RATE_LIMIT,
-    SERVER_ERROR,
-    TIMEOUT,
-    Attempt,
-)
+from routers.pool.completion import Answer, not_json, read_completion, read_json
+from routers.pool.protocol import BAD_REQUEST, CONNECTION, MALFORMED, TIMEOUT, Attempt
+from routers.pool.refusals import NoAnswer, read_error
+from routers.pool.transport import Broken, Redirected, Refused, new_client, post
 from srpo.types import Usage
 
-if TYPE_CHECKING:
-    from openai import AsyncOpenAI
+_log = logging.getLogger(__name__)
 
 AGENT_PROMPT = (
     "You help another assistant with a part of its task. Answer the question below briefly, in less than 400 words, "
@@ -41,7 +38,6 @@ AGENT_PROMPT = (
 TEMPLATE_TOKENS = 128
 """INFERRED: what a chat template adds to the bytes of the messages at most, default system prompts included."""
 _ERROR_CHARS = 200
-_RETRIED = {408, 409, 429}  # and every 5xx
 
 
 class Endpoint:
@@ -57,25 +53,27 @@ class Endpoint:
 
     Raises:
         ValueError: names the member, what is missing and what to do.
-        ImportError: the openai package is not installed.
     """
 
     def __init__(self, member: Member, agent_prompt: str = AGENT_PROMPT) -> None:
         if member.base_url is None:
             raise ValueError(f"member {member.name!r}: field 'base_url' is missing; a live member needs its endpoint")
-        if member.api_key_env is not None and not os.environ.get(member.api_key_env):
+        if member.api_key_env is not None and self._key(member) is None:
             raise ValueError(
                 f"member {member.name!r}: environment variable {member.api_key_env} is not set; export it"
             )
+        key = self._key(member)
+        if key is not None and not (key.isascii() and key.isprintable() and " " not in key):
+            raise ValueError(
+                f"member {member.name!r}: environment variable {member.api_key_env} holds characters that no key has "
+                "(white space inside, or no ASCII); export it again"
+            )
         if agent_prompt.count("{query}") != 1:
             raise ValueError("the agent prompt must hold {query} once; it is where the question goes")
-        try:
-            import openai  # noqa: F401
-        except ImportError as error:
-            raise ImportError("members behind endpoints need the openai client: pip install 'srpo[serve]'") from error
         self._member = member
         self._agent_prompt = agent_prompt
-        self._client: tuple[asyncio.AbstractEventLoop, AsyncOpenAI] | None = None
+        self._client: tuple[asyncio.AbstractEventLoop, httpx.AsyncClient] | None = None
+        self._left_out: set[str] = set()
 
     @property
     def identity(self) -> Mapping[str, Any]:
@@ -104,8 +102,6 @@ class Endpoint:
         return [*system, {"role": "user", "content": _encodable(self._agent_prompt.replace("{query}", query))}]
 
     async def send(self, query: str, timeout: float, query_id: str) -> Attempt:
-        import openai
-
         member = self._member
         request: dict[str, Any] = {
             "model": member.model or member.name,
@@ -116,101 +112,95 @@ class Endpoint:
         request |= {"top_p": member.top_p, "seed": member.seed, **member.request}
         request = {name: value for name, value in request.items() if value is not None}
         try:
-            # The client's `post` and not `chat.completions.create`: that walks through every message by its type hints
-            # and builds objects that nobody validated, for a third of the time of a call.
-            content = await self._openai().post(
-                "/chat/completions", cast_to=bytes, body=request, options={"timeout": timeout}
-            )
-            return self._read(content, query)
-        except openai.APIStatusError as error:
-            return self._refused(error.status_code, error.response.headers, error.response.content)
-        except openai.APITimeoutError:
+            answer = await post(self._http(), self._url, request, self._key(member), timeout)
+        except httpx.TimeoutException:
             return Attempt(error=f"{TIMEOUT}: no reply within {timeout:.3g} s", retry=True, unmetered=True)
-        except openai.APIError as error:  # refused, reset, cut off, not HTTP
-            words = self._clean(f"{CONNECTION}: {error.__cause__ or error}")
-            return Attempt(error=words, retry=True, unmetered=True)
+        except Redirected as error:
+            return self._failed(NoAnswer(BAD_REQUEST, str(error)), unmetered=False)
+        except Refused as error:
+            return self._failed(NoAnswer(MALFORMED, str(error)))
+        except Broken as error:
+            return self._failed(NoAnswer(MALFORMED, str(error), retry=True))
+        except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:  # refused, reset, cut off, not HTTP
+            return self._failed(NoAnswer(CONNECTION, str(error) or type(error).__name__, retry=True))
+        return self._read(answer.status, answer.headers, answer.body, query)
 
-    def _read(self, content: bytes, query: str) -> Attempt:
-        """A reply with status 200."""
+    def _read(self, status: int, headers: Mapping[str, str], body: bytes, query: str) -> Attempt:
         try:
-            document = json.loads(content)
-        except (ValueError, RecursionError):
-            return Attempt(error=f"{MALFORMED}: the body is not JSON", retry=True, unmetered=True)
-        usage = read_usage(document)
-        failed = Attempt(usage=usage or Usage(), unmetered=usage is None)
-        try:
-            choice = document["choices"][0]
-            text = choice["message"]["content"]
-        except (KeyError, IndexError, TypeError):
-            return replace(failed, error=f"{MALFORMED}: no choices in the reply", retry=True)
-        if text is not None and not isinstance(text, str):
-            return replace(failed, error=f"{MALFORMED}: the content is not text", retry=True)
-        if text is None or not text.strip():  # asking again would cost the same, and say the same
-            reason = self._clean(str(choice.get("finish_reason")))
-            return replace(failed, error=f"{EMPTY}: no text (finish_reason {reason})"[:_ERROR_CHARS])
-        if usage is None:
-            longest = min(self._member.max_tokens, len(text.encode("utf-8", "replace")))
-            return Attempt(self._clean(text), Usage(self.prompt_bound(query), longest), estimated=True)
-        return Attempt(self._clean(text), usage)
-
-    def _refused(self, status: int, headers: Mapping[str, str], content: bytes) -> Attempt:
-        try:
-            document = json.loads(content)
-        except (ValueError, RecursionError):
+            document = read_json(body)
+        except ValueError:
+            if 200 <= status < 300:
+                return self._failed(not_json(body, headers.get("content-type", "")))
             document = None
         usage = read_usage(document)
-        told = document.get("error") if isinstance(document, dict) else None
-        told = told.get("message") if isinstance(told, dict) else told
-        words = told if isinstance(told, str) else content[:_ERROR_CHARS].decode("utf-8", "replace")
+        if not 200 <= status < 300:
+            pause = retry_after(headers)
+            told = read_error(status, document, body, query, hinted=pause is not None)
+            return self._failed(told, usage, pause, unmetered=usage is None and status >= 500)
+        found = read_completion(document, query)
+        if isinstance(found, NoAnswer):
+            return self._failed(found, usage, retry_after(headers))
+        self._name_left_out(found)
+        text, reasoning = self._clean(found.text), self._clean(found.reasoning)
+        if usage is None:
+            longest = min(self._member.max_tokens, len((found.text + found.reasoning).encode("utf-8", "replace")))
+            return Attempt(text, Usage(self.prompt_bound(query), longest), estimated=True, reasoning=reasoning)
+        return Attempt(text, usage, reasoning=reasoning)
+
+    def _failed(
+        self, told: NoAnswer, usage: Usage | None = None, pause: float | None = None, unmetered: bool | None = None
+    ) -> Attempt:
+        """``unmetered``: whether it may have been billed all the same; None: if no usage is reported."""
+        words = " ".join(self._clean(told.words).split())  # cleaned before it is cut: no part of a key is left
         return Attempt(
             usage=usage or Usage(),
-            error=self._clean(f"{_kind_of_status(status)}: status {status}: {' '.join(words.split())}")[:_ERROR_CHARS],
-            retry=status in _RETRIED or status >= 500,
-            retry_after=retry_after(headers),
-            unmetered=usage is None and status >= 500,
+            error=f"{told.kind}: {words}"[:_ERROR_CHARS],
+            retry=told.retry,
+            retry_after=pause,
+            unmetered=usage is None if unmetered is None else unmetered,
+            reasoning=self._clean(told.reasoning),
         )
+
+    def _name_left_out(self, found: Answer) -> None:
+        for of_type in set(found.left_out) - self._left_out:
+            self._left_out.add(of_type)
+            _log.warning(
+                "member %r: a reply holds a part of type %r, which is no text and is left out (said once)",
+                self._member.name,
+                self._clean(of_type),
+            )
 
     def _clean(self, text: str) -> str:
         """Without the key, which a server may send back, and as text that tokenizers take."""
-        key = os.environ.get(self._member.api_key_env or "")
+        key = self._key(self._member)
         return _encodable(text.replace(key, "[key]") if key else text)
 
-    def _openai(self) -> AsyncOpenAI:
-        """The running event loop's client; connections of another loop cannot be used in this one."""
-        from openai import AsyncOpenAI, DefaultAsyncHttpxClient
+    @staticmethod
+    def _key(member: Member) -> str | None:
+        """Out of the environment, every time; white space around it is the shell's."""
+        return os.environ.get(member.api_key_env or "", "").strip() or None
 
+    @property
+    def _url(self) -> httpx.URL:
+        base = httpx.URL(self._member.base_url or "")
+        return base.copy_with(path=f"{base.path.rstrip('/')}/chat/completions")
+
+    def _http(self) -> httpx.AsyncClient:
+        """The running event loop's client; connections of another loop cannot be used in this one."""
         loop = asyncio.get_running_loop()
         if self._client is None or self._client[0] is not loop:
-            variable = self._member.api_key_env
-
-            async def key() -> str:
-                return os.environ.get(variable or "") or "none"  # "none": never OPENAI_API_KEY for somebody else
-
-            # Without a client of ours openai's own closes itself when it is forgotten, in whatever loop runs then.
-            http = DefaultAsyncHttpxClient()
-            client = AsyncOpenAI(base_url=self._member.base_url, api_key=key, max_retries=0, http_client=http)
-            self._client = (loop, client)
+            self._client = (loop, new_client())
         return self._client[1]
 
     async def aclose(self) -> None:
         if self._client is not None and self._client[0] is asyncio.get_running_loop():
-            await self._client[1].close()
+            await self._client[1].aclose()
         self._client = None
 
 
 def _encodable(text: str) -> str:
     """Lone surrogates, which no UTF-8 has, become question marks."""
     return text.encode("utf-8", "replace").decode("utf-8")
-
-
-def _kind_of_status(status: int) -> str:
-    if status == 429:
-        return RATE_LIMIT
-    if status == 408:
-        return TIMEOUT
-    if status == 409 or status >= 500:
-        return SERVER_ERROR
-    return BAD_REQUEST if status >= 400 else MALFORMED
 
 
 def read_usage(document: Any) -> Usage | None:
@@ -226,15 +216,25 @@ def read_usage(document: Any) -> Usage | None:
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds that a Retry-After header asks for, as a number or as an HTTP date; None without a usable one."""
+    """Seconds that a server asks for, by ``retry-after-ms`` or ``Retry-After``, a number or an HTTP date; None without
+    a usable one."""
+    thousandths = _seconds(headers.get("retry-after-ms"))
+    if thousandths is not None:
+        return thousandths / 1000
     value = headers.get("retry-after")
-    if value is None:
-        return None
-    try:
-        seconds = float(value)
-    except ValueError:
+    seconds = _seconds(value)
+    if seconds is None and value is not None:
         try:
-            seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
-        except ValueError:
+            date = email.utils.parsedate_to_datetime(value)
+            seconds = max(0.0, (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp() - time.time())
+        except (ValueError, OverflowError):
             return None
+    return seconds
+
+
+def _seconds(value: str | None) -> float | None:
+    try:
+        seconds = float(value or "")
+    except ValueError:
+        return None
     return max(0.0, seconds) if seconds < float("inf") else None

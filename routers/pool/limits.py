@@ -103,7 +103,8 @@ class Breaker:
 
     Closed, it lets everybody through. It opens for ``cooldown`` seconds after at least ``failures`` failed attempts in
     a row that span at least ``patience`` seconds: many calls at once fail together in a moment's hiccup, which is what
-    retries are for. Then one probe may pass, whose outcome closes or opens it again.
+    retries are for. Then one probe may pass, whose outcome closes or opens it again. ``trip`` opens it at once, for a
+    failure that is no hiccup.
     """
 
     def __init__(self, failures: int = 10, patience: float = 10.0, cooldown: float = 30.0) -> None:
@@ -114,6 +115,7 @@ class Breaker:
         self._since = 0.0
         self._open_until: float | None = None
         self._probing = False
+        self._cause = ""
 
     def enter(self) -> Entry:
         """Ask to make an attempt; its outcome is reported by ``ended``.
@@ -126,7 +128,8 @@ class Breaker:
             return Entry(now, probe=False)
         left = self._open_until - now
         if left > 0 or self._probing:
-            raise CircuitOpen(f"{self._count} attempts failed in a row, next probe in {max(left, 0.0):.0f} s")
+            cause = self._cause or f"{self._count} attempts failed in a row"
+            raise CircuitOpen(f"{cause}, next probe in {max(left, 0.0):.0f} s")
         self._probing = True
         return Entry(now, probe=True)
 
@@ -135,10 +138,14 @@ class Breaker:
         if entry.probe:
             self._probing = False
         if worked:
-            self._count, self._open_until = 0, None
+            self._count, self._open_until, self._cause = 0, None, ""
         elif worked is False:
             self._since = min(self._since, entry.at) if self._count else entry.at
             self._count += 1
             now = time.monotonic()
             if self._count >= self._limit and now - self._since >= self._patience:
                 self._open_until = now + self._cooldown
+
+    def trip(self, cause: str) -> None:
+        """Open now, whatever came before; ``cause`` is what those are told who want in."""
+        self._open_until, self._cause = time.monotonic() + self._cooldown, cause

@@ -15,6 +15,7 @@ import torch
 
 from routers.catalogue import Member
 from routers.pool.protocol import BAD_REQUEST, EMPTY, Attempt
+from routers.pool.reasoning import split_reasoning
 from srpo.types import Usage
 
 
@@ -90,8 +91,11 @@ class LocalModel:
             self._worker = asyncio.create_task(self._work())
         new = await waiting.result
         usage = Usage(len(ids), len(new))
-        text = self._tokenizer.decode(new, skip_special_tokens=True).strip()
-        return Attempt(text, usage) if text else Attempt(usage=usage, error=f"{EMPTY}: no text")
+        text, reasoning = split_reasoning(self._tokenizer.decode(new, skip_special_tokens=True))
+        if text:
+            return Attempt(text, usage, reasoning=reasoning)
+        words = f"{EMPTY}: no text, only reasoning" if reasoning else f"{EMPTY}: no text"
+        return Attempt(usage=usage, error=words, reasoning=reasoning)
 
     async def _work(self) -> None:
         """Generate what waits, batch by batch, and end when nothing does."""

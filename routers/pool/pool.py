@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
+import warnings
 from collections.abc import Mapping
 
 from routers.catalogue import Member, cost
@@ -117,7 +118,10 @@ class Pool:
         async def call() -> Reply:
             reply = await caller.ask(query, deadline, query_id, max_cost)
             if self._cache is not None and reply.error is None:
-                self._cache.put(key, reply)
+                try:
+                    self._cache.put(key, reply)
+                except OSError as error:  # a full disk; the reply is paid for and good
+                    warnings.warn(f"a reply could not be kept in {self._cache.folder}: {error}", stacklevel=2)
             return reply
 
         flight = self._flights[key] = _Flight(asyncio.create_task(call()))

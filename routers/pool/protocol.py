@@ -14,10 +14,26 @@ SERVER_ERROR = "server error"
 BAD_REQUEST = "bad request"
 MALFORMED = "malformed reply"
 EMPTY = "empty reply"
+FILTERED = "filtered"
+"""The provider's filter withheld the answer, or the rest of it."""
+NO_QUOTA = "no quota"
+"""Money or quota at the provider is used up: nothing that waiting for seconds helps."""
 CONNECTION = "connection"
 CIRCUIT_OPEN = "circuit open"
 OVER_BUDGET = "over budget"
-KINDS = (TIMEOUT, RATE_LIMIT, SERVER_ERROR, BAD_REQUEST, MALFORMED, EMPTY, CONNECTION, CIRCUIT_OPEN, OVER_BUDGET)
+KINDS = (
+    TIMEOUT,
+    RATE_LIMIT,
+    SERVER_ERROR,
+    BAD_REQUEST,
+    MALFORMED,
+    EMPTY,
+    FILTERED,
+    NO_QUOTA,
+    CONNECTION,
+    CIRCUIT_OPEN,
+    OVER_BUDGET,
+)
 """Every error of a reply begins with one of these and a colon. ``OVER_BUDGET`` is ours, all others are the pool's."""
 
 
@@ -31,6 +47,7 @@ class Attempt:
     """What came of one request."""
 
     text: str = ""
+    """The answer, without the reasoning before it."""
     usage: Usage = field(default_factory=Usage)
     error: str | None = None
     """None exactly when there is an answer, else ``KIND: words``. May hold the server's words: untrusted text."""
@@ -44,6 +61,8 @@ class Attempt:
     """It failed and reported no usage; whether it was billed is unknown, and nothing was counted."""
     seconds: float | None = None
     """Recorded wall time; None: measured by the caller."""
+    reasoning: str = ""
+    """What the member thought aloud, also where no answer came of it."""
 
 
 class Backend(Protocol):

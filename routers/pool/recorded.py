@@ -8,6 +8,7 @@ from typing import Any, Literal
 from routers.pool.ledger import Ledger
 from routers.pool.pool import Pool
 from routers.pool.protocol import BAD_REQUEST, Attempt
+from routers.pool.reasoning import split_reasoning
 from routers.table import ReplyTable, normalise_query
 from srpo.types import Usage
 
@@ -49,7 +50,9 @@ class RecordedMember:
         except KeyError:
             asked = f"query_id {query_id!r}" if self._ids is None else f"the text {query[:80]!r}"
             return Attempt(error=f"{BAD_REQUEST}: nothing is recorded for {asked}")
-        return Attempt(found.reply, Usage(found.prompt_tokens, found.completion_tokens), seconds=found.seconds)
+        text, reasoning = split_reasoning(found.reply)
+        usage = Usage(found.prompt_tokens, found.completion_tokens)
+        return Attempt(text, usage, seconds=found.seconds, reasoning=reasoning)
 
     async def aclose(self) -> None:
         pass
