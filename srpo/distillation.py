@@ -88,7 +88,7 @@ class DistillationMixin:
         self._teacher_head = head
 
         beta = self.args.entropy_weight_beta if self.objective != "sdpo" else 0.0  # plain SDPO weighs tokens alike
-        weights = entropy_weights(entropy, omega, beta, self._sum_over_ranks)
+        weights = entropy_weights(entropy, omega, beta, self.accelerator.gather)
         distilled = self._log_teacher(entropy, weights, omega)
         targets: dict[str, Any] = {
             "routed": plan.routed,

@@ -57,15 +57,15 @@ def test_empty_omega_gives_zeros_and_still_joins_the_reduction() -> None:
     weights = entropy_weights(torch.full((2, 3), math.nan), torch.zeros(2, 3), 1.0, reduce)
     assert torch.equal(weights, torch.zeros(2, 3))
     assert len(calls) == 1  # a rank without distilled tokens must not leave the others waiting
-    assert torch.equal(calls[0], torch.zeros(2))
+    assert torch.equal(calls[0], torch.tensor([[math.inf, 0.0, 0.0]]))
 
 
-@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0, 3.0])
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0, 3.0, 1000.0])
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_mean_over_omega_is_one_whatever_the_split(beta: float, ranks: int) -> None:
-    """Each rank sees its rows and the summed statistics; the weights are those of one process."""
+    """Each rank sees its rows and everybody's statistics; the weights are those of one process."""
     g = torch.Generator().manual_seed(1)
-    entropy = 4 * torch.rand(16, 20, generator=g, dtype=torch.float64)
+    entropy = 8 + 4 * torch.rand(16, 20, generator=g, dtype=torch.float64)
     omega = torch.rand(16, 20, generator=g) < 0.3
     omega[:4] = False  # the first of four ranks has nothing to distil
     whole = entropy_weights(entropy, omega, beta)
@@ -75,21 +75,31 @@ def test_mean_over_omega_is_one_whatever_the_split(beta: float, ranks: int) -> N
     totals: list[Tensor] = []
     for e, o in shards:
         entropy_weights(e, o, beta, lambda stats: totals.append(stats) or stats)
-    summed = torch.stack(totals).sum(0)
-    parts = torch.cat([entropy_weights(e, o, beta, lambda _: summed) for e, o in shards])
+    gathered = torch.cat(totals)
+    parts = torch.cat([entropy_weights(e, o, beta, lambda _: gathered) for e, o in shards])
     assert torch.allclose(parts, whole, atol=1e-13)
     if beta:
         assert whole[omega].std() > 0.1
 
 
 def test_extreme_entropies_are_finite() -> None:
-    # exp(-1 * 60) = 8.8e-27 is below the clamp of Z: w = w~ / 1e-8, tiny but finite
+    # exp(-1 * 60) = 8.8e-27: equal entropies mean weight 1, however large they are
     weights = entropy_weights(entropies([60.0, 60.0]), torch.ones(1, 2), 1.0)
-    assert weights.tolist()[0] == pytest.approx([math.exp(-60) / 1e-8] * 2, rel=1e-9, abs=0)
-    # at 18 nats (e^-18 = 1.5e-8) it does not act yet, and equal entropies mean weight 1
-    assert entropy_weights(entropies([18.0, 18.0]), torch.ones(1, 2), 1.0).tolist()[0] == pytest.approx([1.0, 1.0])
+    assert weights.tolist()[0] == [1.0, 1.0]
     one_sure = entropy_weights(entropies([60.0, 0.0]).float(), torch.ones(1, 2), 1.0)
     assert one_sure.tolist()[0] == pytest.approx([0.0, 2.0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("beta", [1.6, 2.0, 10.0, 1e4])
+def test_entropies_near_the_largest_of_a_vocabulary_keep_mean_one(beta: float, dtype: torch.dtype) -> None:
+    """V = 151,936: ln V = 11.93. In the linear scale Z was clamped: means of 0.51 at beta 1.6, 0.004, 0.000."""
+    entropy = (11.93 - 0.01 * torch.rand(8, 50, generator=torch.Generator().manual_seed(0))).to(dtype)
+    weights = entropy_weights(entropy, torch.ones(8, 50), beta)
+    assert weights.mean().item() == pytest.approx(1.0, abs=1e-5)
+    top, other = entropy.flatten().topk(2, largest=False).values  # w~ of two tokens differ by e^(-beta (H - H'))
+    high, low = weights.flatten().topk(2).values
+    assert (low / high).item() == pytest.approx(math.exp(-beta * float(other - top)), rel=1e-2)
 
 
 def test_weights_are_constants() -> None:

@@ -5,9 +5,11 @@
     H [B,T] teacher entropy, nats, over the vocabulary, of a decision over its choices (srpo.choices)
     Omega [B,T] trained tokens of routed completions
 
-so that the mean of w over Omega is 1 and the scale of the loss is kept. w is a constant for the gradient.
+so that the mean of w over Omega is 1, whatever beta and the entropies are, and the scale of the loss is kept. w is a
+constant for the gradient. Computed relative to the least entropy m of Omega, w~ / e^(-beta m), since w~ itself may be
+smaller than any number: one token of Omega then has e^0, so that Z neither vanishes nor overflows.
 Source: P-SRPO section 3.2, beta = 1. Differs: the paper leaves open over what Omega ranges; here it is the generation
-batch over all ranks (`reduce`), never a micro-batch. Z is clamped at 1e-8.
+batch over all ranks (`gather`), never a micro-batch.
 """
 
 from __future__ import annotations
@@ -19,20 +21,34 @@ from torch import Tensor
 
 
 def local_only(stats: Tensor) -> Tensor:
-    """The reduction of a single process: the identity."""
+    """The gathering of a single process: the identity."""
     return stats
 
 
 def entropy_weights(
-    entropy: Tensor, omega_mask: Tensor, beta: float, reduce: Callable[[Tensor], Tensor] = local_only
+    entropy: Tensor, omega_mask: Tensor, beta: float, gather: Callable[[Tensor], Tensor] = local_only
 ) -> Tensor:
     """w [B,T] of eq. 4.2: 0 outside Omega; exactly 1 on Omega when beta is 0; all zero when Omega is empty.
 
-    `entropy` [B,T] may hold anything outside Omega. `reduce` sums the 1-d tensor [sum of w~, |Omega|] over all ranks;
-    it is called exactly once whatever the masks are, so that collectives stay in step.
+    `entropy` [B,T] may hold anything outside Omega. `gather` joins the rows [1,3] (least entropy, sum of w~ relative
+    to it, |Omega|) of all ranks to [ranks,3]; it is called exactly once whatever the masks are, so that collectives
+    stay in step.
     """
     omega = omega_mask.bool()
     entropy = entropy.detach() if entropy.dtype == torch.float64 else entropy.detach().float()
-    raw = torch.where(omega, torch.exp(-beta * entropy), 0.0)
-    stats = reduce(torch.stack([raw.sum(), omega.sum().to(raw.dtype)]))
-    return raw / (stats[0] / stats[1].clamp(min=1.0)).clamp(min=1e-8)
+    own = entropy.masked_fill(~omega, torch.inf)
+    least = own.amin() if own.numel() else own.new_full((), torch.inf)  # infinite where this rank has no token
+    total = _relative(own, least, beta, omega).sum()
+    rows = gather(torch.stack([least, total, omega.sum().to(total)]).unsqueeze(0))
+    lows, totals, counts = rows.unbind(dim=1)
+    present = counts > 0
+    if not present.any():
+        return torch.zeros_like(own)
+    least = lows.amin()
+    normaliser = (_relative(lows, least, beta, present) * totals).sum() / counts.sum()
+    return _relative(own, least, beta, omega) / normaliser
+
+
+def _relative(entropy: Tensor, least: Tensor, beta: float, where: Tensor) -> Tensor:
+    """e^(-beta (H - m)) where `where` holds, else 0; at most 1."""
+    return torch.exp(-beta * (entropy - least).masked_fill(~where, 0.0)).masked_fill(~where, 0.0)
