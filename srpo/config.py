@@ -9,17 +9,22 @@ standard deviation), `epsilon_high=0.28`, and token-truncated importance weights
 from dataclasses import dataclass, field
 from typing import Any
 
+from transformers.utils import logging
 from trl import GRPOConfig
 
 from srpo.advantages import BASELINES, SCALES
 from srpo.replay_settings import check_minirl, check_replay
 from srpo.sampling_rules import check_generation_kwargs
 
+logger = logging.get_logger(__name__)
+
 OBJECTIVE_NAMES = ("grpo", "sdpo", "srpo", "bopo")
 TEACHER_KINDS = ("ema", "trust_region", "frozen", "live")
 DISTILLATION_MODES = ("topk_logits", "full_logits", "sampled_token")
 DEMONSTRATIONS = ("first", "random", "best")
 AGGREGATIONS = ("token", "sequence_mean")
+SMALL_ALPHA = 0.01
+"""Nearer than this to an end, but not at it, distillation_alpha leaves next to nothing of the divergence."""
 
 # GRPO settings of TRL's that act inside its own loss function, which only `objective="grpo"` runs.
 _GRPO_ONLY = {
@@ -74,7 +79,12 @@ class SRPOConfig(GRPOConfig):
         default="topk_logits", metadata=_help("Support of the divergence: topk_logits, full_logits or sampled_token.")
     )
     distillation_alpha: float = field(
-        default=0.5, metadata=_help("0: KL(teacher||student), 1: KL(student||teacher), 0.5: Jensen-Shannon.")
+        default=0.5,
+        metadata=_help(
+            "0: KL(teacher||student), 1: KL(student||teacher), 0.5: Jensen-Shannon. Not continuous at the ends: the "
+            "loss shrinks like alpha towards 0 and like 1 - alpha towards 1, and jumps to a whole KL at exactly 0 "
+            "and 1; values below 0.01 and above 0.99 are warned of."
+        ),
     )
     distillation_topk: int = field(default=100, metadata=_help("Support size of topk_logits."))
     distillation_add_tail: bool = field(
@@ -194,6 +204,7 @@ class SRPOConfig(GRPOConfig):
         _choice("advantage_scale", self.advantage_scale, SCALES)
         _unit("teacher_update_rate", self.teacher_update_rate)
         _unit("distillation_alpha", self.distillation_alpha)
+        self._warn_of_small_alpha()
         if self.distillation_topk < 1:
             raise ValueError(f"distillation_topk={self.distillation_topk}: must be at least 1; all: full_logits")
         if self.entropy_weight_beta < 0:
@@ -234,6 +245,16 @@ class SRPOConfig(GRPOConfig):
                         f"{name}={getattr(self, name)!r} acts inside TRL's own loss and has no meaning for objective: "
                         f"{self.objective}; leave it at {neutral!r} or use objective: grpo"
                     )
+
+    def _warn_of_small_alpha(self) -> None:
+        alpha = self.distillation_alpha
+        share, end = min((alpha, 0.0), (1.0 - alpha, 1.0))
+        if self.objective != "grpo" and 0.0 < share < SMALL_ALPHA:
+            logger.warning_once(
+                f"distillation_alpha={alpha:g}: the divergence is about {share:.1g} times as large as at "
+                f"distillation_alpha: {end:g}, where it is a whole KL (it is not continuous there), so that next to "
+                f"nothing is distilled; set exactly {end:g}, or a value between {SMALL_ALPHA} and {1 - SMALL_ALPHA}"
+            )
 
 
 def _choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

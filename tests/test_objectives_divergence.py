@@ -399,3 +399,12 @@ def test_confident_models_in_float32_stay_finite() -> None:
         (grad,) = torch.autograd.grad(value.sum(), student)
         assert torch.isfinite(value).all()
         assert torch.isfinite(grad).all()
+
+
+@pytest.mark.parametrize(("alpha", "end"), [(1e-4, 0.0), (1 - 1e-4, 1.0)])
+def test_the_ends_of_alpha_are_not_the_limits_of_the_middle(alpha: float, end: float) -> None:
+    """To first order D_alpha = alpha KL(teacher || student) near 0, and (1 - alpha) KL(student || teacher) near 1."""
+    s = torch.tensor([[0.7, 0.2, 0.1]], dtype=torch.float64).log()
+    t = torch.tensor([[0.2, 0.3, 0.5]], dtype=torch.float64).log()
+    share = divergence(s, t, alpha) / divergence(s, t, end)
+    assert share.item() == pytest.approx(1e-4, rel=1e-2)

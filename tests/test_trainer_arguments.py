@@ -135,6 +135,22 @@ def test_settings_are_checked_again_where_the_trainer_class_changes_the_objectiv
         trainer(args, cls=SDPOTrainer)
 
 
+@pytest.mark.parametrize(
+    ("alpha", "said"),
+    [(0.0, None), (1e-4, "0"), (0.009, "0"), (0.01, None), (0.5, None), (0.99, None), (0.995, "1"), (1.0, None)],
+)
+def test_an_alpha_next_to_an_end_is_warned_of(tmp_path, monkeypatch, alpha, said):
+    heard = []
+    monkeypatch.setattr("srpo.config.logger.warning_once", heard.append)
+    config(tmp_path, distillation_alpha=alpha)
+    assert len(set(heard)) == (said is not None)
+    assert said is None or f"set exactly {said}," in heard[0]
+    heard.clear()
+    config(tmp_path, distillation_alpha=alpha, objective="grpo")  # distils nothing
+    assert not heard
+    assert "Not continuous" in SRPOConfig.__dataclass_fields__["distillation_alpha"].metadata["help"]
+
+
 def test_an_unknown_setting_is_named(tmp_path):
     with pytest.raises(TypeError, match="objektive"):
         config(tmp_path, objektive="srpo")

@@ -6,6 +6,7 @@
 
     logp, old_logp, ref_logp, l^G, k3 [B,T]     A [B] (or [B,T])     level "sequence": one rho per row, the geometric
     mean of the token ratios over the row's trained tokens (GSPO)
+    delta  cap of rho in the first term of the min only (two-sided clip)
 
 The objective `grpo` itself is TRL's own `_compute_loss`, so every TRL loss type stays available; nothing here is used
 for it. `token_loss` equals TRL's `dapo`/`grpo` surrogate bit for bit (same operations in the same order), so that SRPO

@@ -6,6 +6,7 @@
 
     D [B,T] divergence (eq. 3.4)    z [B] routed    rho [B,T] = pi_theta/pi_old of the sampled token    c = is_clip
     w [B,T] token weights, ones in plain SDPO    w^TIS [B,T] sampler correction    |Omega| distilled tokens of the step
+    |y_i| trained tokens of i    B completions of the step    is_clip None: l^S = D, no ratio    no penalty (beta = 0)
 
 Source: P-SDPO eq. 1 and A.3-A.4, spec sections 3.4-3.5. Differs: the default denominator counts distilled tokens (the
 paper's length normalisation, applied to the completions that are distilled); "sequence_mean" is what the released code

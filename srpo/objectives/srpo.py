@@ -1,10 +1,13 @@
 """SRPO: correct completions follow their reward, failed ones with teacher information are distilled.
 
-    l_it = ( z_i w_it l^S_it + (1 - z_i) l^G_it ) w^TIS_it  +  beta k3_it
+    l_it = ( z_i w_it l^S_it + (1 - z_i) l^G_it ) w^TIS_it  +  beta k_it k3_it
     L    = sum_{i,t} M_it l_it / N                                                                     (eq. 4.3)
 
     z [B] routed (eq. 4.1)    l^G [B,T] grpo.token_loss    l^S [B,T] sdpo.token_loss    w [B,T] weights (eq. 4.2)
     w^TIS [B,T] sampler correction, on both branches       N trained tokens of the whole step: one joint denominator
+    k3 [B,T] grpo.kl_penalty, of every trained token: of distilled completions too, and without w and w^TIS
+    k_it = 1; with `correct_kl` (TRL's use_bias_correction_kl) rho_it = pi_theta/pi_old, unclipped, with gradient, at
+    the level of the reward branch's ratio (one per completion at "sequence")
 
 Source: P-SRPO section 3.3. Differs: the paper has no KL penalty (beta = 0, the default). "sequence_mean" replaces the
 token mean by the mean over completions of their token means. With nothing routed the loss and its gradient equal TRL's
