@@ -24,13 +24,14 @@ Layout of the routes: `srpo.routed_experts`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from srpo.fed_tokens import FedTokens
 from srpo.routed_experts import RowRecorder, check_routes
 from srpo.router_hooks import Armed, RouterHooks
 
@@ -56,6 +57,7 @@ class RoutingReplay:
         self.spec = self._hooks.spec
         self._measured: Armed | None = None
         self._recorded: list[Tensor] = []
+        self._fed = FedTokens()
 
     def remove(self) -> None:
         """Take the hooks off the model."""
@@ -145,25 +147,23 @@ class RoutingReplay:
     def record(self) -> Iterator[None]:
         """Record every forward of one ``generate`` of `transformers`, one after the other; then `recorded`.
 
+        A column keeps the experts of the first forward that saw it: without a KV cache every forward runs the whole
+        sequence again, and only its last column is new.
+
         Raises:
             RuntimeError: a replay is armed; in the forward or after it: beam search, assisted decoding and continuous
                 batching (they permute, take back and pack rows), a batch that changes its size.
         """
         steps: list[Tensor] = []
         self._recorded = steps
-
-        def append(routes: Tensor) -> None:
-            if steps and len(routes) != len(steps[0]):
-                raise RuntimeError(f"the batch shrank or grew from {len(steps[0])} sequences: use record_rows()")
-            steps.append(routes)
-
-        with self._recording(append):
+        self._fed = fed = FedTokens()
+        with self._recording(lambda routes: steps.append(routes[:, routes.size(1) - fed.new :])):
             caches: list[Any] = []
-            self._hooks.watched = caches
+            self._hooks.watched, self._hooks.fed = caches, fed
             try:
                 yield
             finally:
-                self._hooks.watched = None
+                self._hooks.watched = self._hooks.fed = None
                 for cache in caches:
                     del cache.reorder_cache, cache.crop
 
@@ -190,6 +190,10 @@ class RoutingReplay:
         if not self._recorded:
             raise RuntimeError("nothing recorded: no forward of this model ended in record() or record_once()")
         return torch.cat(self._recorded, dim=1).cpu()
+
+    def check_fed(self, width: int, completion_ids: Sequence[Sequence[int]]) -> None:
+        """Raise RuntimeError if the last `record` saw other completions, from column `width` on, than these."""
+        self._fed.check(width, completion_ids)
 
     @contextmanager
     def _recording(self, keep: Callable[[Tensor], None]) -> Iterator[None]:

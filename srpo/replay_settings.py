@@ -66,6 +66,11 @@ def check_minirl(args: Any) -> None:
         raise ValueError(f"minirl_cap={args.minirl_cap}: the cap of the importance weight must be positive")
     if args.loss_type != "minirl":
         return
+    if args.use_transformers_continuous_batching:
+        raise ValueError(
+            "loss_type: minirl weighs by the sampler's log-probs, which continuous batching does not return; set "
+            "use_transformers_continuous_batching: false"
+        )
     wanted = {
         "scale_rewards": "none",  # the advantage is the reward minus its group's mean
         "multi_objective_aggregation": "sum_then_normalize",

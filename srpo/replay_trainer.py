@@ -151,6 +151,7 @@ class ReplayMixin:
             return completion_ids, logprobs
         with self.replay.record():
             completion_ids, logprobs = super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        self.replay.check_fed(prompt_width(prompt_ids, self.pad_to_multiple_of), completion_ids)
         mask = generation_mask(prompt_ids, completion_ids, self.pad_to_multiple_of)
         self._rows = cut_routes(self.replay.recorded(), mask)
         return completion_ids, logprobs

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from srpo.fed_tokens import FedTokens
 from srpo.kv_cache import given_cache
 from srpo.moe_routers import find_routers
 from srpo.routed_experts import NATIVE, RouterSpec
@@ -84,6 +85,7 @@ class RouterHooks:
         armed: routes to replay. A plain attribute, visible in the threads in which autograd runs a layer again.
         keep: called with the routes ``[B, S, L, k]`` of each finished forward.
         watched: key-value caches that were made to refuse what `record` cannot follow; None: do not.
+        fed: told what each forward of a `record` is fed; None: nobody wants to know.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -91,6 +93,7 @@ class RouterHooks:
         self.armed: Armed | None = None
         self.keep: Callable[[Tensor], None] | None = None
         self.watched: list[Any] | None = None
+        self.fed: FedTokens | None = None
         self._thread = threading.local()  # `selection`: modes are per thread; `pinned`: a re-forward's own routes
         self._fired: dict[int, Tensor] = {}
         self._columns = (0, 0)
@@ -144,7 +147,10 @@ class RouterHooks:
         if self.keep is not None:
             if "write_index" in kwargs:
                 raise RuntimeError("continuous batching packs sequences into one row: routes cannot be told apart")
-            if self.watched is not None and (cache := given_cache(kwargs)) is not None:
+            cache = given_cache(kwargs)
+            if self.fed is not None:
+                self.fed.feed(tokens, cached=cache is not None)
+            if self.watched is not None and cache is not None:
                 self._watch(cache, self.watched)
         elif self.armed is not None:
             if self.armed.shape != self._columns:

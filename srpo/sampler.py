@@ -19,6 +19,8 @@ from accelerate.utils import is_peft_model
 from torch import Tensor
 from transformers.utils import logging
 
+from srpo.fed_tokens import FedTokens
+from srpo.kv_cache import given_cache
 from srpo.sampling_rules import own_settings_aside, unscored_settings
 
 logger = logging.get_logger(__name__)
@@ -29,14 +31,16 @@ OUTSIDE = (1.05, 2.0)
 class SampledLogProbs:
     """Reads the log-probs of the sampled tokens while `model.generate` runs inside this context. Single use.
 
+    With and without a KV cache, and with a prefill in several passes (`srpo.fed_tokens`).
+
     Args:
-        width: columns of the prompts, in one prefill or several; each column after them is a token that was drawn from
-            the logits before it.
+        width: columns of the prompts; each column after them is a token that was drawn from the logits before it.
     """
 
     def __init__(self, model: torch.nn.Module, temperature: float, width: int):
         self._temperature = temperature
-        self._prompt_columns = width
+        self._width = width
+        self._fed = FedTokens()
         self._steps: list[Tensor] = []  # [B] each: the tokens that were fed back
         self._last: Tensor | None = None  # [B, V] log-probs after the last forward
         self._hooks = [
@@ -52,7 +56,12 @@ class SampledLogProbs:
             hook.remove()
 
     def of(self, completion_ids: Sequence[Sequence[int]]) -> list[list[float]]:
-        """Per completion its tokens' log-probs, nats; `completion_ids` as sampled, each cut after its end token."""
+        """Per completion its tokens' log-probs, nats; `completion_ids` as sampled, each cut after its end token.
+
+        Raises:
+            RuntimeError: other tokens than these went through the model.
+        """
+        self._fed.check(self._width, completion_ids)
         longest = max(map(len, completion_ids))
         steps = list(self._steps)
         if len(steps) < longest:  # the last token was sampled, but never fed
@@ -62,11 +71,15 @@ class SampledLogProbs:
         return [row[: len(ids)] for row, ids in zip(table, completion_ids, strict=True)]
 
     def _before(self, _module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        ids = kwargs["input_ids"]
-        if self._prompt_columns > 0:
-            self._prompt_columns -= ids.size(1)
-        else:
-            self._steps.append(self._gather(ids[:, 0]))
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        if ids is None:
+            raise RuntimeError("the log-probs of a policy that is fed embeddings (virtual tokens) cannot be recorded")
+        self._fed.feed(ids, cached=given_cache(kwargs) is not None)
+        drawn = min(self._fed.new, self._fed.columns - self._width)
+        if drawn > 0:
+            if self._fed.new > 1:
+                raise RuntimeError(f"assisted decoding fed {self._fed.new} tokens at once: sample unassisted")
+            self._steps.append(self._gather(ids[:, -1]))
 
     def _after(self, _module: torch.nn.Module, _args: tuple[Any, ...], output: Any) -> None:
         self._last = torch.log_softmax(output.logits[:, -1].float() / self._temperature, dim=-1)
@@ -148,7 +161,8 @@ class SamplerMixin:
 
     def _generate_here(self, policy: Any, prompt_ids: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         wanted = self.args.loss_type == "minirl" or self.args.routing_replay != "off"
-        if not wanted or not self.model.training:
+        packed = self.args.use_transformers_continuous_batching
+        if not wanted or packed or not self.model.training:
             return super()._generate_single_turn(prompt_ids, *args, **kwargs)
         policy = policy.get_base_model() if is_peft_model(policy) else policy  # whose own `generate` PEFT calls
         width = prompt_width(prompt_ids, self.pad_to_multiple_of)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from core_helpers import binary_reward, config, distance, logged, trainer, weights
+from core_helpers import binary_reward, config, distance, logged, model, trainer, weights
 
 from srpo.objectives import minirl
 from srpo.objectives.grpo import token_loss
@@ -169,3 +169,30 @@ def test_a_mismatch_of_the_sampler_reaches_weights_and_metrics(tmp_path):
 def test_settings_that_contradict(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         config(tmp_path, **{"objective": "grpo", "loss_type": "minirl", **changes})
+
+
+def without_cache(where):
+    """A policy, and settings, that make `generate` run without its KV cache."""
+    network = model()
+    if where == "generation_config":
+        network.generation_config.use_cache = False
+    elif where == "config":
+        network.config.use_cache = False
+    return network, {"generation_kwargs": {"use_cache": False}} if where == "generation_kwargs" else {}
+
+
+@pytest.mark.parametrize("where", ["generation_kwargs", "generation_config", "config"])
+def test_a_generation_without_its_cache_is_scored_like_any_other(tmp_path, where):
+    """On a20621b each token got the log-prob of the row's first one: 86 % of the tokens were off by more than 5 %."""
+    network, settings = without_cache(where)
+    made = trainer(
+        config(tmp_path, **{**SETTINGS, "max_steps": 2}, loss_type="minirl", **settings), network, rollout_func=None
+    )
+    made.train()
+    assert logged(made, "sampling/outside_1.05")[0] == 0.0
+    assert logged(made, "sampling/logp_difference")[0] < 1e-4
+
+
+def test_continuous_batching_returns_no_log_probs_to_weigh_by(tmp_path):
+    with pytest.raises(ValueError, match="continuous batching does not return"):
+        config(tmp_path, **SETTINGS, loss_type="minirl", use_transformers_continuous_batching=True)
