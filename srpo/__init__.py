@@ -6,6 +6,8 @@ The trainer classes are imported on first use, so that the pure parts (`srpo.obj
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
+from srpo.versions import warn_outside
+
 __version__ = "0.2.0"
 
 TRL_SERIES = "1.16"
@@ -33,6 +35,7 @@ def _check_trl() -> None:
 
 
 _check_trl()
+warn_outside(__version__)
 
 
 def __getattr__(name: str):

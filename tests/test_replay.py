@@ -136,8 +136,8 @@ def test_experts_that_are_never_replayed_get_gate_gradient_only_through_a_full_s
             model(input_ids=tokens()).logits.log_softmax(-1)[..., 5].sum().backward()
         gradient = gate(model, 1).grad
         assert gradient is not None and (gradient[:4].abs().sum(-1) > 0).all()
-        largest_unseen = gradient[4:].abs().max()
-        assert (largest_unseen > 1e-4) if sees_all else (largest_unseen < 1e-7)
+        unseen = gradient[4:].abs().max() / gradient.abs().max()  # float32 rounds what cancels to some 1e-8
+        assert (unseen > 1e-4) if sees_all else (unseen < 1e-6)
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v2", "deepseek_v3", "longcat_flash", "jamba"])
