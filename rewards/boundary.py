@@ -24,9 +24,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from rewards.columns import numbers, where
+from srpo.ranges import Ranges, at_least, check_numbers
 
 COST_NORMS = ("boundary", "large", "max", "budget")
 SAFE_RATIO = 3.0
@@ -52,6 +53,13 @@ class BoundaryReward:
         ValueError: a constant out of its range.
     """
 
+    RANGES: ClassVar[Ranges] = {
+        "cost_weight": at_least(0),
+        "hard_bonus": at_least(0),
+        "c_max": at_least(1, math.inf),  # 1 is the cost of always-large
+        "gap_eps": at_least(0),
+    }
+
     cost_weight: float = 0.3
     """lambda."""
     hard_bonus: float = 1.0
@@ -64,11 +72,7 @@ class BoundaryReward:
     def __post_init__(self) -> None:
         if self.cost_norm not in COST_NORMS:
             raise ValueError(f"cost_norm={self.cost_norm!r} is not one of {', '.join(COST_NORMS)}")
-        for name in ("cost_weight", "hard_bonus", "gap_eps"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
-                raise ValueError(f"{name}={getattr(self, name)!r}: must be a number, not negative")
-        if not self.c_max >= 1:
-            raise ValueError(f"c_max={self.c_max!r}: must be at least 1, the cost of always-large")
+        check_numbers(self)
 
     def normalised(self, cost: float, boundary: Boundary, budget: float | None = None) -> float:
         """C_norm of a cost in USD. A boundary that costs nothing at all makes every cost above 0 count c_max."""

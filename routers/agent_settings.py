@@ -10,13 +10,14 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import yaml
 
 from routers.catalogue import Member
 from routers.grammar import ROUTER_R1, Grammar
 from routers.prompts import Clean, Messages, short_think_route_prompt, think_route_prompt
+from srpo.ranges import Ranges, at_least, between, check_numbers
 from srpo.strict_yaml import YamlError, read_yaml
 
 AGENT = "agent.yaml"
@@ -28,8 +29,16 @@ class AgentSettings:
     """How a question becomes an episode.
 
     Raises:
-        ValueError: an unknown prompt style, or a limit that is not positive.
+        ValueError: an unknown prompt style, or a number out of its range.
     """
+
+    RANGES: ClassVar[Ranges] = {
+        "turns": at_least(1),
+        "tokens": at_least(1),
+        "turn_tokens": at_least(1),
+        "observation_tokens": at_least(0),
+        "cost_weights": between(0, 1),
+    }
 
     prompt: PromptStyle = "router_r1"
     """`think_route_prompt`, or `short_think_route_prompt` for policies of a million parameters."""
@@ -51,10 +60,7 @@ class AgentSettings:
     def __post_init__(self) -> None:
         if self.prompt not in get_args(PromptStyle):
             raise ValueError(f"prompt {self.prompt!r} is unknown; use one of {', '.join(get_args(PromptStyle))}")
-        for name in ("turns", "tokens", "turn_tokens", "observation_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1")
+        check_numbers(self)
 
     def messages(
         self,

@@ -22,12 +22,13 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from routers.budget_episode import TASK, Choose, Driven
 from routers.budget_jobs import Job, PlayAll, play_jobs
 from routers.budget_rules import always_large, always_small, random_mix
 from routers.profiles import Class
+from srpo.ranges import Ranges, at_least, between, check_numbers
 from srpo.types import CORRECT, COST, Row
 
 
@@ -39,6 +40,12 @@ class Synthesis:
         ValueError: numbers out of range, an unknown word.
     """
 
+    RANGES: ClassVar[Ranges] = {
+        "sweep": at_least(1),
+        "keep": at_least(1),
+        "max_intractable_share": between(0, 1, open_high=True),
+    }
+
     sweep: int = 10
     """N: rollouts of the sweep on every Hard task."""
     keep: int = 1
@@ -47,12 +54,9 @@ class Synthesis:
     max_intractable_share: float = 0.2
 
     def __post_init__(self) -> None:
-        if self.sweep < 1 or self.keep < 1:
-            raise ValueError(f"sweep={self.sweep}, keep={self.keep}: must be at least 1")
+        check_numbers(self)
         if self.strata not in ("class", "p_large", "none"):
             raise ValueError(f"strata={self.strata!r} is not one of class, p_large, none")
-        if not 0 <= self.max_intractable_share < 1:
-            raise ValueError(f"max_intractable_share={self.max_intractable_share}: must lie in [0, 1)")
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,10 @@ from __future__ import annotations
 import math
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import ClassVar, Literal, TypeVar
 
 from routers.pool.ledger import Account, Reservation
+from srpo.ranges import Ranges, at_least, check_numbers
 
 Result = TypeVar("Result")
 
@@ -35,6 +36,8 @@ class Budget:
         ValueError: a cap that is negative or not a number, an unknown word, a negative tail.
     """
 
+    RANGES: ClassVar[Ranges] = {"cap": at_least(0), "tail_calls": at_least(0)}
+
     cap: float | None
     """In `unit`; None: no limit."""
     unit: Literal["usd", "large_calls"] = "large_calls"
@@ -43,12 +46,9 @@ class Budget:
     on_empty: Literal["stop", "force_small"] = "stop"
 
     def __post_init__(self) -> None:
-        if self.cap is not None and not (math.isfinite(self.cap) and self.cap >= 0):
-            raise ValueError(f"the budget's cap is {self.cap!r}; use a number >= 0, or None for no limit")
+        check_numbers(self)
         if self.unit not in ("usd", "large_calls") or self.on_empty not in ("stop", "force_small"):
             raise ValueError(f"unit={self.unit!r}, on_empty={self.on_empty!r}: usd|large_calls and stop|force_small")
-        if self.tail_calls < 0:
-            raise ValueError(f"tail_calls={self.tail_calls}: must not be negative")
 
 
 class BudgetGate:

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
+
+from srpo.ranges import Ranges, above, at_least, check_numbers
 
 RESAMPLES = 2000
 PER_QUERIES = 1000
@@ -77,14 +80,14 @@ class RewardRule:
         ValueError: a weight that is negative or not finite, or a scale that is not positive.
     """
 
+    RANGES: ClassVar[Ranges] = {"cost_scale": above(0), "cost_weight": at_least(0), "format_weight": at_least(0)}
+
     cost_scale: float
     cost_weight: float = 0.2
     format_weight: float = 0.2
 
     def __post_init__(self) -> None:
-        weights = (self.cost_weight, self.format_weight)
-        if not all(np.isfinite(w) and w >= 0 for w in weights) or not 0 < self.cost_scale < np.inf:
-            raise ValueError(f"{self}: weights must be >= 0 and the scale positive")
+        check_numbers(self)
 
     def __call__(self, correct: np.ndarray, cost: np.ndarray, valid: np.ndarray | float = 1.0) -> np.ndarray:
         penalty = self.cost_weight * np.minimum(cost / self.cost_scale, 1.0)

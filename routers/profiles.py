@@ -24,11 +24,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from routers.budget_episode import TASK, Choose, Driven
 from routers.budget_jobs import Job, PlayAll, play_jobs
 from routers.budget_rules import always_large, always_small
+from srpo.ranges import Ranges, between, check_numbers
 from srpo.types import CORRECT, COST
 
 Class = Literal["easy", "hard", "intractable"]
@@ -90,15 +91,18 @@ class DifficultyRule:
         ValueError: a threshold outside (0, 1].
     """
 
+    RANGES: ClassVar[Ranges] = {
+        "tau_easy": between(0, 1, open_low=True),
+        "tau_large": between(0, 1, open_low=True),
+    }
+
     tau_easy: float = 0.6
     tau_large: float = 0.2
     small_only_is_easy: bool = True
     """Guard: p_L < tau_L, but always-small solved it in one of its runs: Easy instead of Intractable."""
 
     def __post_init__(self) -> None:
-        for name in ("tau_easy", "tau_large"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)!r}: must lie in (0, 1]")
+        check_numbers(self)
 
     def __call__(self, profile: BoundaryProfile) -> Class:
         if profile.p_small >= self.tau_easy:

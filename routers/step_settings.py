@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import yaml
 
@@ -18,6 +18,7 @@ from routers.budget import Budget
 from routers.budget_episode import Situation
 from routers.budget_state import OBSERVATIONS, Style
 from routers.environments.protocol import AgentEnvironment
+from srpo.ranges import Ranges, at_least, check_numbers
 from srpo.strict_yaml import YamlError, read_yaml
 
 STEP_ROUTER = "step_router.yaml"
@@ -40,8 +41,17 @@ class StepSettings:
     """How an episode becomes tokens, and what limits it.
 
     Raises:
-        ValueError: an unknown kind of observation or budget, labels that are not one per executor, a limit below 1.
+        ValueError: an unknown kind of observation or budget, labels that are not one per executor, a number out of
+            its range.
     """
+
+    RANGES: ClassVar[Ranges] = {
+        "tail_calls": at_least(0),
+        "step_limit": at_least(1),
+        "observation_tokens": at_least(0),
+        "temperature": at_least(0),
+        "policy_price": at_least(0),
+    }
 
     executors: tuple[str, ...]
     """Names, the cheapest first; every further one counts as expensive."""
@@ -70,9 +80,7 @@ class StepSettings:
             raise ValueError(f"executors {names} with labels {labels}: two or more, one label each, all different")
         if self.observation not in OBSERVATIONS:
             raise ValueError(f"observation {self.observation!r} is unknown; use one of {', '.join(OBSERVATIONS)}")
-        for name in ("step_limit", "observation_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        check_numbers(self)
         self.budget(None)
 
     def budget(self, cap: float | None, unit: str | None = None) -> Budget:

@@ -23,6 +23,7 @@ from urllib.parse import urlsplit
 
 from routers.catalogue import Member
 from routers.pool import Pool, live_pool
+from srpo.ranges import at_least, ranged
 
 SERVER = Path(__file__).resolve().parents[1] / "tests" / "openai_server.py"
 QUERY = "Which country has the capital Lima? " * 8
@@ -71,10 +72,14 @@ async def measure(url: str, concurrency: int, calls: int, rounds: int) -> tuple[
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--latency", type=float, nargs="+", default=[1.0, 0.5, 0.2, 0], help="Seconds of every reply.")
-    parser.add_argument("--concurrency", type=int, default=64)
-    parser.add_argument("--calls", type=int, default=3200, help="Per round and client.")
-    parser.add_argument("--rounds", type=int, default=3)
+    seconds = ranged(at_least(0))
+    parser.add_argument(
+        "--latency", type=seconds, nargs="+", default=[1.0, 0.5, 0.2, 0], help="Seconds of every reply."
+    )
+    count = ranged(at_least(1), whole=True)
+    parser.add_argument("--concurrency", type=count, default=64)
+    parser.add_argument("--calls", type=count, default=3200, help="Per round and client.")
+    parser.add_argument("--rounds", type=count, default=3)
     args = parser.parse_args()
     print(f"{args.concurrency} calls in flight, {args.calls} calls per round, median of {args.rounds} rounds")
     print("latency s | server's limit /s | pool /s | ratio | pool's CPU ms per call")

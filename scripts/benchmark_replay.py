@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, T
 from routers.prompts import policy_prompt
 from routers.table import quickstart_table
 from srpo import SRPOConfig, SRPOTrainer
+from srpo.ranges import at_least, ranged
 from srpo.tiny import tiny_moe_lm, train_tokenizer
 
 UPDATES = 4
@@ -95,8 +96,9 @@ def main(argv: Sequence[str] | None = None) -> str:
     """Command line; returns the report that it printed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--policy", help="folder of a policy with experts; default: random weights")
-    parser.add_argument("--rollouts", type=int, default=12, help="of every mode; the first is warm-up")
-    parser.add_argument("--audits", type=int, default=10, help="routing_replay_metrics_steps")
+    rollouts, steps = ranged(at_least(2), whole=True), ranged(at_least(0), whole=True)
+    parser.add_argument("--rollouts", type=rollouts, default=12, help="of every mode; the first is warm-up")
+    parser.add_argument("--audits", type=steps, default=10, help="routing_replay_metrics_steps")
     args = parser.parse_args(argv)
     table = quickstart_table()
     members = list(table.catalogue.values())

@@ -26,6 +26,7 @@ from trl.experimental.sdpo import SDPOTrainer as TRLSDPOTrainer
 from routers.prompts import policy_prompt
 from routers.table import quickstart_table
 from srpo import SRPOConfig, SRPOTrainer
+from srpo.ranges import at_least, ranged
 
 COMMON: dict[str, Any] = {
     "use_cpu": True,
@@ -93,8 +94,9 @@ def main(argv: Sequence[str] | None = None) -> str:
     """Command line; returns the table that it printed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--policy", required=True, help="folder of a policy of the quickstart's pool")
-    parser.add_argument("--steps", type=int, default=6, help="per turn; the first two are warm-up")
-    parser.add_argument("--repeats", type=int, default=3, help="turns of every trainer")
+    steps = ranged(at_least(3), whole=True)
+    parser.add_argument("--steps", type=steps, default=6, help="per turn; the first two are warm-up")
+    parser.add_argument("--repeats", type=ranged(at_least(1), whole=True), default=3, help="turns of every trainer")
     args = parser.parse_args(argv)
     table = quickstart_table()
     members = list(table.catalogue.values())

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from budget_executors import make_executors, make_pool
 from budget_play import PAUSE, Player, twice
@@ -19,6 +19,7 @@ from routers.environments.suites import suite
 from routers.profiles import BoundaryProfile, DifficultyRule, profile_tasks
 from routers.step_settings import StepSettings
 from srpo.episode_loop import Failure
+from srpo.ranges import Ranges, at_least, between, check_numbers
 from srpo.types import Row
 
 if TYPE_CHECKING:
@@ -30,6 +31,21 @@ if TYPE_CHECKING:
 @dataclass
 class BudgetTask:
     """Environment, executors, budgets."""
+
+    RANGES: ClassVar[Ranges] = {
+        "train_count": at_least(0),
+        "heldout_count": at_least(0),
+        "step_limit": at_least(1),
+        "executor_usd": at_least(0),
+        "concurrency": at_least(1),
+        "train_caps": at_least(0, math.inf),
+        "eval_caps": at_least(0, math.inf),
+        "tail_calls": at_least(0),
+        "profile_runs": at_least(1),
+        "profile_workers": at_least(1),
+        "tau_easy": between(0, 1, open_low=True),
+        "tau_large": between(0, 1, open_low=True),
+    }
 
     environment: str = field(
         default="alfworld", metadata={"help": "alfworld, appworld, bfcl, scienceworld or textworld."}
@@ -95,6 +111,11 @@ class BudgetTask:
     )
 
     def __post_init__(self) -> None:
+        check_numbers(self)
+        for name in ("executors", "heldout_tasks", "train_caps", "eval_caps"):
+            values = getattr(self, name)
+            if not values or len(set(values)) < len(values):
+                raise ValueError(f"{name}={values}: give at least one, and none of them twice")
         if not len(self.labels) == len(self.executors) == len(self.executor_usd):
             raise ValueError(
                 f"{len(self.executors)} executors, {len(self.labels)} labels, {len(self.executor_usd)} executor_usd: "
@@ -107,8 +128,6 @@ class BudgetTask:
                 f"executors: {self.live[0]!r} is not one of the scripted {', '.join(SCRIPTED)}, and there is no "
                 "catalogue"
             )
-        if self.concurrency < 1 or self.profile_workers < 1:
-            raise ValueError("concurrency and profile_workers must be at least 1")
         self.budget()
 
     @property

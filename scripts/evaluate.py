@@ -22,6 +22,7 @@ from routers.grammar import Grammar, parse
 from routers.prompts import policy_prompt
 from routers.report import EVALUATION, Evaluation, evaluate_routes
 from routers.table import SPLITS, ReplyTable, load_table, quickstart_table
+from srpo.ranges import at_least, between, ranged
 from srpo.sampling import end_ids
 from srpo.sampling_rules import own_settings_aside
 
@@ -181,19 +182,21 @@ def load_checkpoint(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
 def main(argv: Sequence[str] | None = None) -> Evaluation:
     """Command line; returns the evaluation that it wrote."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    usd, count = ranged(at_least(0)), ranged(at_least(1), whole=True)
     parser.add_argument("--model", required=True, help="checkpoint directory, LoRA adapter directory or Hub id")
     parser.add_argument("--table", default="quickstart", help="quickstart, a parquet/jsonl/csv file, or a Hub id")
     parser.add_argument("--catalogue", help="prices and descriptors (YAML); default: catalogue.yaml beside the table")
     parser.add_argument("--split", choices=SPLITS, default="heldout")
     parser.add_argument("--output", required=True, type=Path, help="directory for evaluation.json and frontier.png")
     parser.add_argument("--name", default="policy", help="how the table calls the policy")
-    parser.add_argument("--limit", type=int, help="this many queries only")
-    parser.add_argument("--policy-price-in", type=float, default=0.0, help="USD per million prompt tokens")
-    parser.add_argument("--policy-price-out", type=float, default=0.0, help="USD per million completion tokens")
-    parser.add_argument("--cost-weight", type=float, default=0.2, help="of the reward, as in training")
-    parser.add_argument("--format-weight", type=float, default=0.2, help="of the reward, as in training")
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--limit", type=count, help="this many queries only")
+    parser.add_argument("--policy-price-in", type=usd, default=0.0, help="USD per million prompt tokens")
+    parser.add_argument("--policy-price-out", type=usd, default=0.0, help="USD per million completion tokens")
+    weight = ranged(between(0, 1, open_high=True))
+    parser.add_argument("--cost-weight", type=weight, default=0.2, help="of the reward, as in training")
+    parser.add_argument("--format-weight", type=ranged(at_least(0)), default=0.2, help="of the reward, as in training")
+    parser.add_argument("--batch-size", type=count, default=64)
+    parser.add_argument("--max-new-tokens", type=count, default=64)
     args = parser.parse_args(argv)
     try:
         table = quickstart_table() if args.table == "quickstart" else load_table(args.table, args.catalogue)

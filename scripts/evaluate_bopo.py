@@ -40,6 +40,7 @@ from routers.environments.executors import SCRIPTED
 from routers.shared_policy import find_file, load_checkpoint
 from routers.step_settings import STEP_ROUTER, StepSettings
 from srpo.generate import TransformersGenerator
+from srpo.ranges import SEED, at_least, ranged
 from srpo.recipe import load_recipe
 from srpo.rollout import Limits, play
 from srpo.sampling import Sampling, end_ids
@@ -210,12 +211,18 @@ def evaluate_checkpoint(argv: Sequence[str]) -> str:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder or Hub id, as scripts/train_bopo.py writes them")
     parser.add_argument("--config", help="recipe of the tasks; default: recipe.yaml beside the model")
-    parser.add_argument("--temperature", nargs="+", type=float, help="0: greedy; a row for each; default: as trained")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the policy's dice; repetitions")
+    parser.add_argument(
+        "--temperature", nargs="+", type=ranged(at_least(0)), help="0: greedy; a row for each; default: as trained"
+    )
+    parser.add_argument(
+        "--seeds", nargs="+", type=ranged(SEED, whole=True), default=[0], help="of the policy's dice; repetitions"
+    )
     parser.add_argument("--task_dir", type=Path, help="profiles and baselines; default: the run's, else OUTPUT/task")
     parser.add_argument("--output", type=Path, help="default: outputs/evaluation/NAME_OF_THE_MODEL")
     parser.add_argument(
-        "--max_cost_usd", type=float, help="stop before live executors have cost more, restarts included"
+        "--max_cost_usd",
+        type=ranged(at_least(0)),
+        help="stop before live executors have cost more, restarts included",
     )
     options, overrides = parser.parse_known_args(argv)
     task = recorded_task(options.model, options.config, overrides)

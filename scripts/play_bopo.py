@@ -19,6 +19,7 @@ from evaluate_bopo import recorded_task
 from routers.environments.suites import suite
 from routers.step_parts import PlayedEpisode
 from routers.step_router import StepRouter
+from srpo.ranges import at_least, ranged
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,10 +28,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", required=True, help="folder or Hub id, as scripts/train_bopo.py writes them")
     parser.add_argument("--config", help="recipe of the tasks; default: recipe.yaml beside the model")
     parser.add_argument("--part", help="part of the environment; default: the first of the recipe's heldout_tasks")
-    parser.add_argument("--count", type=int, default=3, help="this many of its tasks")
-    parser.add_argument("--cap", type=float, help="hard limit of an episode; default: none")
+    parser.add_argument("--count", type=ranged(at_least(0), whole=True), default=3, help="of its tasks; 0: all")
+    parser.add_argument("--cap", type=ranged(at_least(0)), help="hard limit of an episode; default: none")
     parser.add_argument("--unit", help="of the cap: usd or large_calls; default: as trained")
-    parser.add_argument("--temperature", type=float, help="of the policy; 0: greedy; default: as trained")
+    parser.add_argument(
+        "--temperature", type=ranged(at_least(0)), help="of the policy; 0: greedy; default: as trained"
+    )
     parser.add_argument("--seed", default="0", help="names the dice")
     parser.add_argument("--json", action="store_true", help="print one JSON object per episode")
     options, overrides = parser.parse_known_args(argv)

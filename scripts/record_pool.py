@@ -27,6 +27,7 @@ from routers.members import MEMBERS
 from routers.members.lm import load
 from routers.queries import FAMILIES, Query, build_queries, grade
 from routers.table import ReplyTable, load_table, split_of
+from srpo.ranges import at_least, ranged
 
 BATCH = 32
 Job = tuple[str, list[Query]]
@@ -135,7 +136,8 @@ def main() -> int:
     action.add_argument("--output", type=Path, help="record everything into this parquet file")
     action.add_argument("--check", type=Path, help="rerun a few rows and compare them with this table")
     action.add_argument("--report", type=Path, help="print the accuracy and cost table of this file")
-    parser.add_argument("--rows", type=int, default=8, help="for --check: at least so many rows (whole batches run)")
+    count = ranged(at_least(1), whole=True)
+    parser.add_argument("--rows", type=count, default=8, help="for --check: at least so many rows (whole batches run)")
     arguments = parser.parse_args()
     if arguments.output:
         record(arguments.output)

@@ -10,13 +10,15 @@ from collections.abc import Sequence
 
 from serve import agent_arguments, make_agent
 
+from srpo.ranges import at_least, ranged
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; 0 where there is an answer."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     agent_arguments(parser)
     parser.add_argument("question")
-    parser.add_argument("--max-cost-usd", type=float, help="hard cap for this question")
+    parser.add_argument("--max-cost-usd", type=ranged(at_least(0)), help="hard cap for this question")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args(argv)
     with make_agent(args) as agent:

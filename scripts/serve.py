@@ -19,18 +19,20 @@ from routers import RouterAgent, load_catalogue, load_table, quickstart_table
 from routers.pool import Ledger, Pool, ReplyCache, live_pool, recorded_pool
 from routers.server import create_app
 from routers.think_rows import restricted, result_of
+from srpo.ranges import at_least, between, ranged
 
 
 def agent_arguments(parser: argparse.ArgumentParser) -> None:
     """What `make_agent` reads."""
+    usd = ranged(at_least(0))
     parser.add_argument("--model", required=True, help="checkpoint folder or Hub id")
     pool = parser.add_mutually_exclusive_group(required=True)
     pool.add_argument("--catalogue", type=Path, help="members behind OpenAI-compatible endpoints (YAML)")
     pool.add_argument("--table", help="recorded replies instead: quickstart, or a parquet/jsonl/csv file")
     parser.add_argument("--reply-cache", type=Path, help="folder of a reply cache for the endpoints")
-    parser.add_argument("--max-total-usd", type=float, help="of all questions together; then no member is asked")
-    parser.add_argument("--policy-price-in", type=float, default=0.0, help="USD per million tokens it reads")
-    parser.add_argument("--policy-price-out", type=float, default=0.0, help="USD per million tokens it writes")
+    parser.add_argument("--max-total-usd", type=usd, help="of all questions together; then no member is asked")
+    parser.add_argument("--policy-price-in", type=usd, default=0.0, help="USD per million tokens it reads")
+    parser.add_argument("--policy-price-out", type=usd, default=0.0, help="USD per million tokens it writes")
 
 
 def make_agent(args: argparse.Namespace) -> RouterAgent:
@@ -59,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     agent_arguments(parser)
     parser.add_argument("--name", default="router", help="what clients call the model")
     parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--port", type=ranged(between(0, 65535), whole=True), default=8000)
     parser.add_argument("--api-key-env", help="environment variable that holds the key clients must send")
     args = parser.parse_args(argv)
     key = None

@@ -11,15 +11,18 @@ from __future__ import annotations
 import argparse
 import threading
 
+from srpo.ranges import at_least, between, ranged
+
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--port", type=int, default=8080)
-    parser.add_argument("--slots", type=int, default=4, help="Replies generated at once.")
-    parser.add_argument("--context", type=int, default=2048, help="Tokens of prompt and reply, per slot.")
-    parser.add_argument("--threads", type=int, default=1, help="More than there are idle cores makes it crawl.")
+    parser.add_argument("--port", type=ranged(between(0, 65535), whole=True), default=8080)
+    count = ranged(at_least(1), whole=True)
+    parser.add_argument("--slots", type=count, default=4, help="Replies generated at once.")
+    parser.add_argument("--context", type=count, default=2048, help="Tokens of prompt and reply, per slot.")
+    parser.add_argument("--threads", type=count, default=1, help="More than there are idle cores makes it crawl.")
     args = parser.parse_args()
     import xllamacpp
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from evaluate import spread
 from policies import Corpus
@@ -18,6 +18,7 @@ from routers.table import ReplyTable, load_table, quickstart_table
 from routers.think_route import ThinkRoute, cost_scale
 from routers.think_rows import restricted, result_of
 from srpo import SRPOConfig
+from srpo.ranges import SEED, Ranges, above, at_least, between, check_numbers
 
 POOLS = ("recorded", "endpoint")
 REPLIES = ("full", "result")
@@ -29,6 +30,26 @@ COST_WEIGHT = "cost_weight"
 @dataclass
 class TaskArguments:
     """The think/route task: policy, questions, pool, prompt, reward and warm start."""
+
+    RANGES: ClassVar[Ranges] = {
+        "lora_r": at_least(0),
+        "train_limit": at_least(1),
+        "eval_limit": at_least(1),
+        "question_seed": SEED,
+        "max_prompt_length": at_least(1),
+        "call_seconds": above(0),
+        "policy_price_in": at_least(0),
+        "policy_price_out": at_least(0),
+        "cost_weight": at_least(0),  # each reward scheme has an upper end of its own
+        "cost_weights": between(0, 1),
+        "format_weight": at_least(0),
+        "cost_scale_usd": above(0),
+        "warm_start_passes": at_least(0),
+        "warm_start_learning_rate": above(0),
+        "warm_start_batch_size": at_least(1),
+        "warm_start_limit": at_least(1),
+        "warm_start_drills": at_least(0),
+    }
 
     model_name_or_path: str = field(
         default="tiny",
@@ -117,6 +138,7 @@ class TaskArguments:
     )
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         for name, choices in (("pool", POOLS), ("replies", REPLIES), ("reward", SCHEMES)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(choices)}")

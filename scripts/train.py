@@ -12,7 +12,7 @@ step as parquet, and the resolved recipe.
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import yaml
@@ -29,6 +29,7 @@ from routers.table import ReplyTable, load_table, quickstart_table
 from routers.warm_rows import warm_start_rows
 from srpo import SRPOConfig, SRPOTrainer
 from srpo.checks import check_rows
+from srpo.ranges import Ranges, above, at_least, between, check_numbers
 from srpo.recipe import load_recipe, resolved_recipe
 from srpo.reprompt import Templates, reprompt
 from srpo.warmstart import warm_start
@@ -37,6 +38,21 @@ from srpo.warmstart import warm_start
 @dataclass
 class TaskArguments:
     """The routing task: policy, pool, reward and warm start."""
+
+    RANGES: ClassVar[Ranges] = {
+        "cost_weight": between(0, 1, open_high=True),  # at 1 a cheap wrong answer could win
+        "format_weight": at_least(0),
+        "max_prompt_length": at_least(1),
+        "train_limit": at_least(1),
+        "eval_limit": at_least(1),
+        "lora_r": at_least(0),
+        "warm_start_epochs": at_least(0),
+        "warm_start_learning_rate": above(0),
+        "warm_start_batch_size": at_least(1),
+        "warm_start_limit": at_least(1),
+        "policy_price_in": at_least(0),
+        "policy_price_out": at_least(0),
+    }
 
     model_name_or_path: str = field(
         default="tiny",
@@ -66,8 +82,7 @@ class TaskArguments:
     policy_price_out: float = field(default=0.0, metadata={"help": "USD per million completion tokens of the policy."})
 
     def __post_init__(self) -> None:
-        if not 0 <= self.cost_weight < 1:
-            raise ValueError(f"cost_weight={self.cost_weight}: must lie in [0, 1), or a cheap wrong answer could win")
+        check_numbers(self)
 
 
 ARGUMENTS = (TaskArguments, SRPOConfig)

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pandas as pd
 import yaml
@@ -47,6 +47,7 @@ from routers.bosft import Demonstration, Synthesis, balance, demonstrations, rea
 from routers.profiles import observe, write_profiles
 from routers.step_settings import StepSettings
 from srpo import SRPOConfig, SRPOTrainer
+from srpo.ranges import Ranges, above, at_least, check_numbers
 from srpo.recipe import load_recipe, resolved_recipe
 from srpo.rollout import observation_ids
 from srpo.tiny import tiny_causal_lm, train_tokenizer
@@ -57,6 +58,20 @@ from srpo.warmstart import imitate
 @dataclass
 class BopoArguments:
     """Policy, demonstrations and reward."""
+
+    RANGES: ClassVar[Ranges] = {
+        "lora_r": at_least(0),
+        "bosft_sweep": at_least(1),
+        "bosft_keep": at_least(1),
+        "bosft_epochs": at_least(0),
+        "bosft_learning_rate": above(0),
+        "bosft_batch_size": at_least(1),
+        "cost_weight": at_least(0),
+        "hard_bonus": at_least(0),
+        "eval_temperature": at_least(0),
+        "policy_price_in": at_least(0),
+        "policy_price_out": at_least(0),
+    }
 
     model_name_or_path: str = field(
         default="tiny", metadata={"help": "Hub id or path; `tiny`: a Qwen3 of 0.3M parameters made from nothing."}
@@ -85,6 +100,11 @@ class BopoArguments:
     eval_temperature: float = field(default=1.0, metadata={"help": "Of the held-out evaluation; 0: greedy."})
     policy_price_in: float = field(default=0.0, metadata={"help": "USD per million tokens that the policy reads."})
     policy_price_out: float = field(default=0.0, metadata={"help": "USD per million tokens that the policy writes."})
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
+        self.reward()
+        self.synthesis()
 
     def reward(self) -> BoundaryReward:
         return BoundaryReward(self.cost_weight, self.hard_bonus, self.cost_norm, self.gate_cost_on_success)

@@ -7,14 +7,16 @@ standard deviation), `epsilon_high=0.28`, and token-truncated importance weights
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
-from transformers.utils import logging
+from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available, logging
 from trl import GRPOConfig
 
 from srpo.advantages import BASELINES, SCALES
+from srpo.ranges import Ranges, check_numbers
 from srpo.replay_settings import check_minirl, check_replay
 from srpo.sampling_rules import check_generation_kwargs
+from srpo.trainer_ranges import TRAINER_RANGES
 
 logger = logging.get_logger(__name__)
 
@@ -43,6 +45,8 @@ def _help(text: str) -> dict[str, str]:
 @dataclass
 class SRPOConfig(GRPOConfig):
     """Arguments of [`SRPOTrainer`]: every argument of TRL's `GRPOConfig`, and the ones below."""
+
+    RANGES: ClassVar[Ranges] = TRAINER_RANGES
 
     scale_rewards: str = field(default="none", metadata=_help("As in TRL; the papers' baselines do not scale."))
     epsilon_high: float | None = field(default=0.28, metadata=_help("Upper clip range of the GRPO branch."))
@@ -190,11 +194,24 @@ class SRPOConfig(GRPOConfig):
     )
 
     def __post_init__(self) -> None:
+        check_numbers(self)  # before TRL divides by them
+        self._check_device()
         super().__post_init__()
         self.check()
 
+    def _check_device(self) -> None:
+        # TRL's default is bf16, which transformers refuses where there is no GPU, in words that name neither way out.
+        if not self.use_cpu and self.bf16 is not False and not self.fp16 and not has_bf16_device():
+            raise ValueError(
+                "there is no GPU here that computes in bf16: set use_cpu: true to train on the CPU, or bf16: false "
+                "for a GPU without bf16"
+            )
+        if self.use_cpu and self.fp16:
+            raise ValueError("fp16 needs a GPU: with use_cpu: true set fp16: false (bf16 works on a CPU)")
+
     def check(self) -> None:
         """Raise ValueError for settings that contradict; the trainer checks again, since fields may be assigned."""
+        check_numbers(self)
         _choice("objective", self.objective, OBJECTIVE_NAMES)
         _choice("teacher_model_kind", self.teacher_model_kind, TEACHER_KINDS)
         _choice("distillation_mode", self.distillation_mode, DISTILLATION_MODES)
@@ -202,13 +219,7 @@ class SRPOConfig(GRPOConfig):
         _choice("distillation_aggregation", self.distillation_aggregation, AGGREGATIONS)
         _choice("advantage_baseline", self.advantage_baseline, BASELINES)
         _choice("advantage_scale", self.advantage_scale, SCALES)
-        _unit("teacher_update_rate", self.teacher_update_rate)
-        _unit("distillation_alpha", self.distillation_alpha)
         self._warn_of_small_alpha()
-        if self.distillation_topk < 1:
-            raise ValueError(f"distillation_topk={self.distillation_topk}: must be at least 1; all: full_logits")
-        if self.entropy_weight_beta < 0:
-            raise ValueError(f"entropy_weight_beta={self.entropy_weight_beta}: must not be negative")
         if self.distillation_mode == "sampled_token" and self.distillation_alpha != 1.0:
             raise ValueError(
                 "distillation_mode: sampled_token estimates the reverse KL only; set distillation_alpha: 1.0"
@@ -220,14 +231,8 @@ class SRPOConfig(GRPOConfig):
         ):
             if slot not in template:
                 raise ValueError(f"the template {template!r} lacks its slot {slot}")
-        for name in ("max_turns", "max_turn_tokens", "step_deadline", "episode_deadline", "max_lost_batches"):
-            if getattr(self, name) is not None and getattr(self, name) <= 0:
-                raise ValueError(f"{name}={getattr(self, name)}: must be positive")
-        if self.max_observation_tokens < 0:
-            raise ValueError(f"max_observation_tokens={self.max_observation_tokens}: must not be negative")
         if any(not text for text in self.stop_strings):
             raise ValueError("stop_strings holds an empty text, which would end every turn at once")
-        _unit("max_lost_share", self.max_lost_share)
         check_minirl(self)
         check_replay(self)
         check_generation_kwargs(self)
@@ -257,11 +262,11 @@ class SRPOConfig(GRPOConfig):
             )
 
 
+def has_bf16_device() -> bool:
+    """Whether transformers takes bf16 without `use_cpu`."""
+    return bool(is_torch_bf16_gpu_available() or is_torch_xla_available())
+
+
 def _choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name}={value!r} is not one of {', '.join(choices)}")
-
-
-def _unit(name: str, value: float) -> None:
-    if not 0.0 <= value <= 1.0:
-        raise ValueError(f"{name}={value} must lie in [0, 1]")

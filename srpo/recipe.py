@@ -16,6 +16,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from srpo.ranges import OutOfRange
 from srpo.redact import holds_secret, redacted
 from srpo.strict_yaml import YamlError, read_yaml_lines
 
@@ -91,7 +92,8 @@ def load_recipe(dataclass_types: Any, argv: Sequence[str] | None = None, *, part
         try:
             configs.append(cls(**{f.name: values[f.name] for f in own if f.name in values}))
         except (ValueError, TypeError) as error:
-            raise RecipeError(f"{source}: {error}") from error
+            named = given.get(error.name) if isinstance(error, OutOfRange) else None
+            raise RecipeError(f"{named.where if named else source}: {error}") from error
     recipe = Recipe(configs)
     recipe.given, recipe.path = values, path
     return recipe

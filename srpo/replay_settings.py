@@ -38,8 +38,6 @@ def check_replay(args: Any) -> None:
     """Raise ValueError for arguments that contradict replay; the model is looked at later, by `RoutingReplay`."""
     if args.routing_replay not in REPLAY_MODES:
         raise ValueError(f"routing_replay={args.routing_replay!r} is not one of {', '.join(REPLAY_MODES)}")
-    if args.routing_replay_metrics_steps < 0:
-        raise ValueError(f"routing_replay_metrics_steps={args.routing_replay_metrics_steps}: 0 is never; not negative")
     mode = replay_mode(args)
     if mode == "off":
         return
@@ -62,8 +60,6 @@ def check_replay(args: Any) -> None:
 
 def check_minirl(args: Any) -> None:
     """Raise ValueError for arguments that the loss type minirl would silently ignore or that change its meaning."""
-    if args.minirl_cap <= 0:
-        raise ValueError(f"minirl_cap={args.minirl_cap}: the cap of the importance weight must be positive")
     if args.loss_type != "minirl":
         return
     if args.use_transformers_continuous_batching:

@@ -12,12 +12,13 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from tqdm.auto import tqdm
 
 from srpo.episode_loop import EpisodeLoop, Failure
 from srpo.generate import Generator, Request
+from srpo.ranges import Ranges, above, at_least, check_numbers
 from srpo.sampling import text_of
 from srpo.types import LOST, STOP, Columns, Environment, Episode, Observation, Row, Stop, Trajectory, Turn
 from srpo.untrusted import encode_frame, encode_untrusted
@@ -28,7 +29,20 @@ TURNS = "turns"
 
 @dataclass(frozen=True)
 class Limits:
-    """What ends an episode, or cuts a part of it."""
+    """What ends an episode, or cuts a part of it.
+
+    Raises:
+        ValueError: a number out of its range.
+    """
+
+    RANGES: ClassVar[Ranges] = {
+        "turns": at_least(1),
+        "tokens": at_least(1),
+        "observation_tokens": at_least(0),
+        "step_seconds": above(0),
+        "turn_tokens": at_least(1),
+        "episode_seconds": at_least(0),
+    }
 
     turns: int
     """Turns of the policy."""
@@ -42,6 +56,9 @@ class Limits:
     """One turn of the policy; the world sees what was written until then."""
     episode_seconds: float | None = None
     """Looked at after each step."""
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
 
 
 @dataclass

@@ -3,7 +3,7 @@
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -16,10 +16,24 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from srpo.ranges import Ranges, above, at_least, between, check_numbers
+
 
 @dataclass(frozen=True)
 class Sampling:
-    """Names and meanings of TRL's `GRPOConfig`; `temperature=0` takes the most likely token."""
+    """Names and meanings of TRL's `GRPOConfig`; `temperature=0` takes the most likely token.
+
+    Raises:
+        ValueError: a number out of its range.
+    """
+
+    RANGES: ClassVar[Ranges] = {
+        "temperature": at_least(0),
+        "top_p": between(0, 1, open_low=True),
+        "top_k": at_least(0),
+        "min_p": between(0, 1),
+        "repetition_penalty": above(0),
+    }
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -28,6 +42,9 @@ class Sampling:
     repetition_penalty: float = 1.0
     stop: tuple[str, ...] = ()
     """Texts that end a turn (closing tags); the turn keeps them."""
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
 
 
 def draw(

@@ -165,7 +165,7 @@ def test_settings_survive_a_round_trip_and_bad_files_are_named(tmp_path: Path) -
         AgentSettings.load(tmp_path)
     with pytest.raises(ValueError, match="prompt 'long' is unknown"):
         AgentSettings(prompt="long")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="turns is 0"):
+    with pytest.raises(ValueError, match="turns=0"):
         AgentSettings(turns=0)
 
 

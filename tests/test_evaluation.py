@@ -204,7 +204,7 @@ def test_bad_routes_are_refused(routes: list[str | None]) -> None:
 
 def test_bad_rules_are_refused() -> None:
     for bad in ((0.0, 0.2, 0.2), (1.0, -0.1, 0.2), (1.0, 0.2, float("nan")), (float("inf"), 0.2, 0.2)):
-        with pytest.raises(ValueError, match="weights must be >= 0"):
+        with pytest.raises(ValueError, match="must be"):
             RewardRule(*bad)
 
 

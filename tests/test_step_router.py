@@ -227,7 +227,7 @@ def test_misuse_is_named(policy: Any) -> None:
     router = StepRouter(*policy, steps.settings())
     with pytest.raises(ValueError, match="executors are explorer, medium; the policy was trained with explorer, plan"):
         router.play(Corridor(), [SMALL, Walker("medium", 0.1, "two")])
-    with pytest.raises(ValueError, match="cap is -1"):
+    with pytest.raises(ValueError, match="cap=-1"):
         router.play(Corridor(), [SMALL, LARGE], -1)
     with pytest.raises(ValueError, match="step_limit is 0"):
         router.session(step_limit=0)
