@@ -66,7 +66,7 @@ class CachedForward:
 
     Raises:
         ValueError: `base` takes no cache or no attention mask, or it takes no position ids and its logits depend on
-            padding (which is tried, once, on two tokens).
+            padding or on what is cached (which is tried here, on two tokens).
     """
 
     def __init__(self, model: Any, base: Any):
@@ -79,12 +79,15 @@ class CachedForward:
         if "attention_mask" in self._hidden:
             raise ValueError(f"{type(base).__name__} takes no attention_mask: rows of unequal length have no batch")
         self._positions = "position_ids" in names
+        # State-space models keep no columns: their mask is of the new tokens, and a longer one would be broadcast.
+        self._new_columns_only = not self._positions and getattr(base, "_is_stateful", False)
         self._keeps = "logits_to_keep" in names
         if not self._keeps:
             logger.warning_once(
                 f"{type(base).__name__} takes no logits_to_keep: every prefill computes the logits of all positions"
             )
-        self._padding_tried = self._positions
+        if not self._positions:
+            self._try_without_positions()
 
     def __call__(
         self, ids: Tensor, mask: Tensor | None = None, positions: Tensor | None = None, cache: Any = None
@@ -100,13 +103,12 @@ class CachedForward:
         Raises:
             RuntimeError: the model gave no cache back.
         """
-        if mask is not None and not self._padding_tried:
-            self._padding_tried = True
-            self._try_padding(ids)
         output = self._run(ids, mask, positions, cache)
         return returned_cache(output), output.logits[:, -1]
 
     def _run(self, ids: Tensor, mask: Tensor | None, positions: Tensor | None, cache: Any) -> Any:
+        if mask is not None and self._new_columns_only:
+            mask = mask[:, -ids.size(1) :]
         inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, self._cache: cache, "use_cache": True}
         if self._positions:
             inputs["position_ids"] = positions
@@ -114,16 +116,17 @@ class CachedForward:
             inputs["logits_to_keep"] = 1
         return self.model(**inputs)
 
-    def _try_padding(self, ids: Tensor) -> None:
-        """A model without position ids must find positions from the mask (or have none): see that it does."""
-        pair = ids[:1, -2:]
-        padded = torch.cat([pair[:, :1], pair], dim=1)
-        mask = torch.ones_like(padded)
-        mask[:, 0] = 0
-        plain = self._run(pair, torch.ones_like(pair), None, None).logits[:, -1]
-        beside = self._run(padded, mask, None, None).logits[:, -1]
-        if not torch.allclose(plain, beside, rtol=1e-2, atol=1e-2 * float(plain.abs().max())):
-            raise ValueError(
-                f"{type(self.base).__name__} takes no position_ids and reads padding as text: rows of unequal length "
-                "would be sampled wrongly; use another model"
-            )
+    @torch.no_grad()
+    def _try_without_positions(self) -> None:
+        """A model without position ids must find positions from mask and cache (or have none): see that it does."""
+        ids, mask = (torch.tensor([row], device=self.base.device) for row in ([0, 1, 2], [0, 1, 1]))
+        alone = self._run(ids[:, 1:], mask[:, 1:], None, None).logits[:, -1]
+        padded = self._run(ids, mask, None, None).logits[:, -1]
+        before = returned_cache(self._run(ids[:, :2], mask[:, :2], None, None))
+        cached = self._run(ids[:, 2:], mask, None, before).logits[:, -1]
+        for other, what in ((padded, "reads padding as text"), (cached, "does not continue its cache")):
+            if not torch.allclose(alone, other, rtol=1e-2, atol=1e-2 * float(alone.abs().max())):
+                raise ValueError(
+                    f"{type(self.base).__name__} takes no position_ids and {what}: rows of unequal length would be "
+                    "sampled wrongly; use another model"
+                )
