@@ -14,10 +14,11 @@ from typing import Any, ClassVar, Literal, get_args
 
 import yaml
 
-from routers.catalogue import Member
+from routers.catalogue import Member, shared_fields, shared_member
 from routers.grammar import ROUTER_R1, Grammar
 from routers.prompts import Clean, Messages, short_think_route_prompt, think_route_prompt
 from srpo.ranges import Ranges, at_least, between, check_numbers
+from srpo.redact import redacted
 from srpo.strict_yaml import YamlError, read_yaml
 
 AGENT = "agent.yaml"
@@ -75,13 +76,11 @@ class AgentSettings:
         return build(question, members, self.grammar, cost_weight=cost_weight, clean=clean)
 
     def save(self, folder: str | Path) -> None:
-        """Write `agent.yaml` into a checkpoint's folder. Endpoints and names of keys stay out: a machine has those."""
+        """Write `agent.yaml` into a checkpoint's folder; of the members, what the policy was told, and prices."""
         document = dataclasses.asdict(self)
         document["cost_weights"] = list(self.cost_weights)
-        document["members"] = [
-            {name: value for name, value in dataclasses.asdict(m).items() if name not in ("base_url", "api_key_env")}
-            for m in self.members
-        ]
+        document["chat_template_kwargs"] = redacted(self.chat_template_kwargs)
+        document["members"] = [shared_fields(member) for member in self.members]
         text = yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
         Path(folder, AGENT).write_text(text, encoding="utf-8")
 
@@ -99,7 +98,7 @@ class AgentSettings:
             document = read_yaml(path)
             document["grammar"] = Grammar(**document["grammar"])
             document["cost_weights"] = tuple(document.get("cost_weights", ()))
-            document["members"] = tuple(Member(**entry) for entry in document["members"])
+            document["members"] = tuple(shared_member(entry) for entry in document["members"])
             return cls(**document)
         except YamlError:
             raise  # names the file already

@@ -1,36 +1,40 @@
-"""The price list of the pool: who the members are, what one line says about them, what a token costs, where they live.
+"""The price list of the pool: who the members are, what one line says about them, their prices, where they live.
 
-Prices are USD per million tokens, as API vendors quote them. ``cost`` is the one place that turns tokens into
-dollars; nothing else in the repository multiplies a price. A key is named by its environment variable, and never
-stands in a catalogue.
+What prices mean, and all arithmetic with them, is in ``routers.billing``. A key is named by its environment variable,
+and never stands in a catalogue.
 """
 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from routers.billing import PriceTier
+from routers.billing import cost as cost  # the public name
+from routers.catalogue_fields import MAY_HOLD_A_KEY, REQUIRED, RULES
 from routers.prices import litellm_fields, litellm_table
+from srpo.redact import credential_in, redacted, scrubbed
 from srpo.strict_yaml import read_yaml
-
-TOKENS_PER_PRICE = 1_000_000
 
 
 @dataclass(frozen=True)
 class Member:
-    """One pool member. Prices are USD per million tokens, finite and not negative.
+    """One pool member. Prices as in ``routers.billing``: finite and not negative.
 
     The fields after the prices matter to live members, and those from ``latency`` on to prompts.
+
+    Raises:
+        ValueError: a price that is negative or not a number, or further prices without ``price_in`` and ``price_out``.
     """
 
     name: str
     descriptor: str
-    price_in: float
-    price_out: float
+    price_in: float | None = None
+    """None: none is known, which recorded replies with a cost of their own can do without."""
+    price_out: float | None = None
     model: str | None = None
     """What the endpoint calls the model; None: the name."""
     base_url: str | None = None
@@ -59,17 +63,36 @@ class Member:
     """Measured seconds of a typical call."""
     examples: Mapping[str, float] = field(default_factory=dict, hash=False)
     """Score per task, 0 to 1."""
+    price_cached: float | None = None
+    price_cache_write: float | None = None
+    price_reasoning: float | None = None
+    price_request: float = 0.0
+    """USD per request."""
+    price_tiers: tuple[PriceTier, ...] = ()
+    extra_prompt_tokens: int = 0
+    """That the provider adds to every prompt and bills, such as a system prompt of its own, at most."""
+    max_reasoning_tokens: int | None = None
+    """Reasoning that the endpoint does not count in ``max_tokens``, at most; reservations count with it too. None: not
+    known (``routers.pool.usage`` says what is believed then)."""
 
+    def __post_init__(self) -> None:
+        stated = (self.price_in, self.price_out)
+        further = (self.price_cached, self.price_cache_write, self.price_reasoning, self.price_request or None)
+        tiers = [value for tier in self.price_tiers for value in vars(tier).values()]
+        if any(p is not None and not (math.isfinite(p) and p >= 0) for p in (*stated, *further, *tiers)):
+            raise ValueError(f"member {self.name!r}: prices are finite numbers >= 0, in USD")
+        if stated.count(None) == 1 or (None in stated and (self.price_tiers or any(p is not None for p in further))):
+            raise ValueError(f"member {self.name!r}: write price_in and price_out, in USD per million tokens")
 
-def cost(member: Member, prompt_tokens: int, completion_tokens: int) -> float:
-    """Price of one reply in USD: every prompt token at ``price_in``, every completion token at ``price_out``.
+    @property
+    def priced(self) -> bool:
+        """Whether tokens of this member have a price."""
+        return self.price_in is not None and self.price_out is not None
 
-    Raises:
-        ValueError: a token count is negative.
-    """
-    if prompt_tokens < 0 or completion_tokens < 0:
-        raise ValueError(f"{member.name}: token counts are negative ({prompt_tokens}, {completion_tokens})")
-    return (prompt_tokens * member.price_in + completion_tokens * member.price_out) / TOKENS_PER_PRICE
+    @property
+    def token_prices(self) -> str:
+        """What prompts show, ``$0.1/0.4``: USD per million tokens, in and out; empty where there are none."""
+        return f"${self.price_in:g}/{self.price_out:g}" if self.priced else ""
 
 
 def describe(member: Member) -> str:
@@ -78,12 +101,38 @@ def describe(member: Member) -> str:
     Router-R1 claims that these are what lets a policy route to members that it never saw, but leaves them out of its
     shipped prompts. Tasks stand in alphabetical order, so that a catalogue's line order changes no prompt.
     """
-    facts = [f"${member.price_in:g}/{member.price_out:g} per 1M tokens"]
+    facts = [f"{member.token_prices} per 1M tokens"] if member.priced else []
+    if member.price_request:
+        facts.append(f"${member.price_request:g} per call")
     if member.latency is not None:
         facts.append(f"{member.latency:.2g} s")
     if member.examples:
         facts.append(", ".join(f"{task} {score:.2f}" for task, score in sorted(member.examples.items())))
-    return f"{member.descriptor} ({'; '.join(facts)})"
+    return f"{member.descriptor} ({'; '.join(facts)})" if facts else member.descriptor
+
+
+_SHARED = (
+    *("name", "descriptor", "price_in", "price_out", "price_cached", "price_cache_write", "price_reasoning"),
+    *("price_request", "price_tiers", "context_length", "max_tokens", "latency", "examples"),
+)
+"""Fields that go into a checkpoint's files, and so to the Hub: what a policy was told and what calls cost. Addresses,
+names of keys, system prompts and request fields are the user's own."""
+
+
+def shared_fields(member: Member) -> dict[str, Any]:
+    """A member as a checkpoint's files have it, plain data; `shared_member` is the inverse."""
+    document = {name: value for name, value in asdict(member).items() if name in _SHARED}
+    return redacted({**document, "price_tiers": list(document["price_tiers"])})
+
+
+def shared_member(document: Mapping[str, Any]) -> Member:
+    """The member of `shared_fields`; also of older files, which hold further fields.
+
+    Raises:
+        TypeError, ValueError: not such a document.
+    """
+    tiers = tuple(PriceTier(**tier) for tier in document.get("price_tiers") or ())
+    return Member(**{**document, "price_tiers": tiers})
 
 
 def load_catalogue(path: str | Path) -> dict[str, Member]:
@@ -116,44 +165,61 @@ def load_catalogue(path: str | Path) -> dict[str, Member]:
 
 
 def _label(entry: dict[str, Any], path: Path, position: int) -> str:
-    return f"{path}: member {entry.get('name', f'number {position}')!r}"
+    name = entry.get("name", f"number {position}")
+    return f"{path}: member {'with a key in its name' if credential_in('name', name) else repr(name)}"
 
 
 def _priced(entry: Any, table: str | None, path: Path, position: int) -> Any:
     """The entry with ``price_from`` replaced by prices; a price that stands in the entry wins."""
     if not isinstance(entry, dict) or "price_from" not in entry:
         return entry
+    label = f"{_label(entry, path, position)}: field 'price_from' is {scrubbed(repr(entry['price_from']))}"
     kind, _, key = str(entry["price_from"]).partition(":")
     try:
         if kind != "litellm" or not key:
             raise ValueError("write litellm:MODEL_KEY")
-        found = litellm_fields(litellm_table(None if table is None else path.parent / table), key)
+        own = {name: value for name, value in entry.items() if name != "price_from"}
+        found = litellm_fields(litellm_table(None if table is None else path.parent / table), key, own)
     except ValueError as error:
-        label = f"{_label(entry, path, position)}: field 'price_from' is {entry['price_from']!r}"
         raise ValueError(f"{label}; {error}") from error
-    return {**found, **{name: value for name, value in entry.items() if name != "price_from"}}
+    return {**found, **own}
 
 
 def _member(entry: Any, path: Path, position: int) -> Member:
     if not isinstance(entry, dict):
-        raise ValueError(f"{path}: entry {position} of 'members' is not a mapping; write {', '.join(_REQUIRED)}")
+        raise ValueError(f"{path}: entry {position} of 'members' is not a mapping; write {', '.join(REQUIRED)}")
     label = _label(entry, path, position)
-    unknown = [str(key) for key in entry if key not in _RULES]
+    unknown = [str(key) for key in entry if key not in RULES]
     if unknown:
-        raise ValueError(f"{label}: unknown field {unknown[0]!r}; the fields are {', '.join(_RULES)}, price_from")
-    for name in _REQUIRED:
+        raise ValueError(
+            f"{label}: unknown field {scrubbed(unknown[0])!r}; the fields are {', '.join(RULES)}, price_from"
+        )
+    for name in REQUIRED:
         if entry.get(name) is None:
-            raise ValueError(f"{label}: field {name!r} is missing or null; {_RULES[name][1]}")
+            raise ValueError(f"{label}: field {name!r} is missing or null; {RULES[name][1]}")
+    for name, other in (("price_in", "price_out"), ("price_out", "price_in")):
+        if entry.get(name) is None and (name in entry or entry.get(other) is not None):
+            raise ValueError(f"{label}: field {name!r} is missing or null; {RULES[name][1]}")
     values: dict[str, Any] = {}
     for name, value in entry.items():
-        rule, advice = _RULES[name]
+        where = None if name == "api_key_env" else credential_in(name, value)
+        rule, advice = RULES[name]
         if value is not None:
             try:
                 values[name] = rule(value)
-            except (TypeError, ValueError):
-                found = "not usable" if name in _MAY_HOLD_A_KEY else repr(value)
+            except (TypeError, ValueError, OverflowError) as error:
+                hidden = where is not None or name in MAY_HOLD_A_KEY
+                found = "not usable" if hidden else f"{value!r} ({error})" if str(error) else repr(value)
                 raise ValueError(f"{label}: field {name!r} is {found}; {advice}") from None
-    member = Member(**values)
+        if where is not None:
+            raise ValueError(
+                f"{label}: field {name!r} holds what looks like a key or a header, at {scrubbed(where)}; neither "
+                "stands in a catalogue: export the key and name its environment variable as api_key_env"
+            )
+    try:
+        member = Member(**values)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     if member.context_length is not None and member.max_tokens >= member.context_length:
         raise ValueError(
             f"{label}: max_tokens {member.max_tokens} leaves no room for a prompt in context_length "
@@ -167,102 +233,3 @@ def _member(entry: Any, path: Path, position: int) -> Member:
             "wants the newer name write request: {max_tokens: null, max_completion_tokens: N}, with N = max_tokens"
         )
     return member
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError
-    return value.strip()
-
-
-def _line(value: Any) -> str:
-    text = _text(value)
-    if "\n" in text:
-        raise ValueError
-    return text
-
-
-def _url(value: Any) -> str:
-    if not re.match(r"https?://[^/@\s]+(/\S*)?$", _line(value)):  # no user:password@host
-        raise ValueError
-    return _line(value)
-
-
-def _variable(value: Any) -> str:
-    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", _line(value)) or _looks_like_a_key(value):
-        raise ValueError
-    return _line(value)
-
-
-def _looks_like_a_key(value: str) -> bool:
-    return bool(re.match(r"(sk|hf|gsk|nvapi|xai)[-_]", value)) or len(value) > 64
-
-
-def _number(low: float, high: float = math.inf, above: bool = False) -> Callable[[Any], float]:
-    def rule(value: Any) -> float:
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
-            raise ValueError
-        if not low <= value <= high or (above and value == low):
-            raise ValueError
-        return float(value)
-
-    return rule
-
-
-def _whole(value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError
-    return value
-
-
-def _seed(value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise ValueError
-    return value
-
-
-def _scores(value: Any) -> dict[str, float]:
-    if not isinstance(value, dict):
-        raise ValueError
-    return {_line(task): _number(0.0, 1.0)(score) for task, score in value.items()}
-
-
-def _request(value: Any) -> dict[str, Any]:
-    """More fields of the body; not those that change the question, or the form of the reply."""
-    if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
-        raise ValueError
-    if value.keys() & {"model", "messages", "n", "stream"}:
-        raise ValueError
-    return dict(value)
-
-
-_REQUIRED = ("name", "descriptor", "price_in", "price_out")
-_MAY_HOLD_A_KEY = ("api_key_env", "base_url", "request")  # by mistake: such a value is never shown
-_PRICE = (
-    _number(0.0),
-    "write a number >= 0 in USD per million tokens (0 if it is really free), or price_from: litellm:MODEL_KEY",
-)
-_POSITIVE = (_number(0.0, above=True), "write a number > 0")
-_COUNT = (_whole, "write a whole number >= 1")
-_RULES: dict[str, tuple[Callable[[Any], Any], str]] = {
-    "name": (_line, "write one line of text"),
-    "descriptor": (_line, "write one line of text"),
-    "price_in": _PRICE,
-    "price_out": _PRICE,
-    "model": (_line, "write the model's name at the endpoint"),
-    "base_url": (_url, "write the endpoint's address without a key, as https://host/v1"),
-    "api_key_env": (_variable, "write the name of the environment variable that holds the key, never the key"),
-    "context_length": _COUNT,
-    "max_tokens": _COUNT,
-    "temperature": (_number(0.0), "write a number >= 0"),
-    "top_p": (_number(0.0, 1.0, above=True), "write a number in (0, 1]"),
-    "seed": (_seed, "write a whole number"),
-    "system": (_text, "write the system prompt, or leave it out"),
-    "request": (_request, "write a mapping of body fields, without model, messages, n and stream"),
-    "concurrency": _COUNT,
-    "requests_per_second": _POSITIVE,
-    "tokens_per_minute": _COUNT,
-    "timeout": (_number(0.0, above=True), "write seconds > 0"),
-    "latency": (_number(0.0), "write measured seconds"),
-    "examples": (_scores, "write task: score with scores from 0 to 1"),
-}

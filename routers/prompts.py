@@ -21,8 +21,12 @@ Clean = Callable[[str], str]
 
 
 def price(member: Member) -> str:
-    """What the short prompts show of a member's price: USD per million tokens, prompt/completion."""
-    return f"${member.price_in:g}/{member.price_out:g}"
+    """What the short prompts show of a member's price: USD per million tokens, prompt/completion; "" without one."""
+    return member.token_prices
+
+
+def _named(member: Member) -> str:
+    return f"{member.name} {price(member)}" if member.priced else member.name
 
 
 def policy_prompt(query: str, members: Sequence[Member], grammar: Grammar | None = None) -> Messages:
@@ -40,7 +44,7 @@ def policy_prompt(query: str, members: Sequence[Member], grammar: Grammar | None
     """
     grammar = grammar or Grammar()
     _check(members)
-    lines = [f"{m.name} {price(m)}: {m.descriptor}" for m in members]
+    lines = [f"{_named(m)}: {m.descriptor}" for m in members]
     text = "\n".join(["Who should answer?", *lines, f"Write {grammar.example()}", f"Question: {query}"])
     return [{"role": "user", "content": text}]
 
@@ -110,7 +114,7 @@ def short_think_route_prompt(
     """
     _check(members)
     lines = [
-        *(f"{m.name} {price(m)}: {_safe(m.descriptor, grammar, clean)}" for m in members),
+        *(f"{_named(m)}: {_safe(m.descriptor, grammar, clean)}" for m in members),
         *_sensitivity(cost_weight),
         f"Write {grammar.open(grammar.think)}why{grammar.close(grammar.think)}"
         f"{grammar.open(grammar.route)}name:query{grammar.close(grammar.route)}"

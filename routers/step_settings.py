@@ -14,11 +14,13 @@ from typing import Any, ClassVar, cast
 import yaml
 
 from routers.agent_parts import without_control_tokens
+from routers.billing import token_usd
 from routers.budget import Budget
 from routers.budget_episode import Situation
 from routers.budget_state import OBSERVATIONS, Style
 from routers.environments.protocol import AgentEnvironment
 from srpo.ranges import Ranges, at_least, check_numbers
+from srpo.redact import redacted
 from srpo.strict_yaml import YamlError, read_yaml
 
 STEP_ROUTER = "step_router.yaml"
@@ -120,7 +122,7 @@ class StepSettings:
 
     def policy_usd(self, read: int, written: int) -> float:
         """USD of tokens that the policy read, each of a context once (it is cached), and wrote."""
-        return (read * self.policy_price[0] + written * self.policy_price[1]) / 1e6
+        return float(token_usd(read, written, *self.policy_price))
 
     def save(self, folder: str | Path) -> None:
         """Write `step_router.yaml` into a checkpoint's folder."""
@@ -128,6 +130,7 @@ class StepSettings:
             name: list(value) if isinstance(value, tuple) else value
             for name, value in dataclasses.asdict(self).items()
         }
+        document["chat_template_kwargs"] = redacted(self.chat_template_kwargs)
         text = yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
         Path(folder, STEP_ROUTER).write_text(text, encoding="utf-8")
 

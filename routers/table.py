@@ -113,6 +113,11 @@ class ReplyTable:
                 )
         if self._gold.setdefault(row["query_id"], row["gold"]) != row["gold"]:
             raise ValueError(f"{label}: gold {row['gold']!r} differs from an earlier row of query {key[0]!r}")
+        if row["cost"] is None and not member.priced:
+            raise ValueError(
+                f"{label}: field 'cost' is missing, and member {member.name!r} has no price_in and price_out in the "
+                "catalogue; give one of them"
+            )
         self._replies[key] = Recorded(
             reply=row["reply"],
             prompt_tokens=row["prompt_tokens"],

@@ -45,8 +45,10 @@ def cost_scale(members: Sequence[Member], *, prompt_tokens: int = 256, completio
     """USD that count as 1 in cost rewards: one call of this size to the dearest member. A constant of the catalogue.
 
     Raises:
-        ValueError: every member is free, so that there is nothing to scale by.
+        ValueError: a member has no prices, or every member is free, so that there is nothing to scale by.
     """
+    if unpriced := [member.name for member in members if not member.priced]:
+        raise ValueError(f"member {unpriced[0]!r} has no token prices; give the cost reward a scale in USD yourself")
     scale = max(call_cost(member, prompt_tokens, completion_tokens) for member in members)
     if scale <= 0:
         raise ValueError("every member of the pool is free; give the cost reward a scale in USD yourself")

@@ -17,6 +17,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from routers.billing import token_usd
 from routers.evaluation import RewardRule, family_routes
 from routers.grammar import Grammar, parse
 from routers.prompts import policy_prompt
@@ -85,7 +86,6 @@ def evaluate_policy(
             f"too few? First problem: {actions[0].error}",
             file=sys.stderr,
         )
-    price_in, price_out = policy_price
     rule = RewardRule(table.max_cost, cost_weight, format_weight)
     return evaluate_routes(
         name,
@@ -95,7 +95,7 @@ def evaluate_policy(
         table.correct_matrix(split)[chosen],
         table.cost_matrix(split)[chosen],
         rule,
-        own_cost=(np.array(tokens_in) * price_in + np.array(tokens_out) * price_out) / 1e6,
+        own_cost=token_usd(np.array(tokens_in), np.array(tokens_out), *policy_price),
         split=split,
         baselines=_baselines(table, rule, [query["family"] for query in queries]),
     )

@@ -67,7 +67,7 @@ def router_corpus(table: ReplyTable, args: SRPOConfig) -> Corpus:
     texts += [args.reprompt_template, args.solution_template, args.feedback_template]
     tags = [tag(name) for name in (grammar.think, grammar.route) for tag in (grammar.open, grammar.close)]
     # Digits are tokens of their own, so the prices would be a fifth of every prompt.
-    prices = sorted({price(member) for member in members})
+    prices = sorted({price(member) for member in members if member.priced})
     return Corpus(texts, [*tags, *prices])
 
 

@@ -279,5 +279,5 @@ def tiny_corpus(
     # What an agent repeats should be short: every number below 1,000 is one token, and so is many a name.
     texts += [form.format(n) for n in range(1000) for form in ("{}", "{:02}", "{:03}")]
     tags = [tag(name) for name in grammar.names for tag in (grammar.open, grammar.close)]
-    whole = [*tags, *sorted({price(member) for member in members})]
+    whole = [*tags, *sorted({price(member) for member in members if member.priced})]
     return Corpus(texts, whole, vocab_size=2200, digits=3)

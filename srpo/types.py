@@ -121,7 +121,19 @@ class Usage:
     """Tokens of one call, all attempts added up."""
 
     prompt_tokens: int = 0
+    """All of them, cached ones too."""
     completion_tokens: int = 0
+    """All of them, reasoning too."""
+    cached_tokens: int = 0
+    """Of the prompt tokens, those that the provider read from its cache."""
+    cache_write_tokens: int = 0
+    """Of the prompt tokens, those that it wrote there."""
+    reasoning_tokens: int = 0
+    """Of the completion tokens."""
+    usd: float | None = None
+    """What the source of a reply states that it cost; None: its tokens are priced."""
+    calls: "tuple[Usage, ...]" = field(default=(), compare=False, repr=False)
+    """The single requests that this is the sum of; empty: it is one."""
 
 
 @dataclass(frozen=True)

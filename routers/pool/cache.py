@@ -17,7 +17,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from routers.billing import total
 from srpo.types import Reply, Usage
+
+_COUNTS = ("prompt_tokens", "completion_tokens", "cached_tokens", "cache_write_tokens", "reasoning_tokens")
 
 
 def cache_key(identity: Mapping[str, Any], query: str, sample: str = "") -> str:
@@ -52,7 +55,7 @@ class ReplyCache:
             if (found := stored.get("format", 1)) != FORMAT:
                 self._other_format(found, self._path(key))
                 return None
-            usage = Usage(int(stored["prompt_tokens"]), int(stored["completion_tokens"]))
+            usage = total(_request(request) for request in stored["requests"])
             text, reasoning = str(stored["text"]), str(stored["reasoning"])
             return Reply(text, usage, seconds=float(stored["seconds"]), cached=True, reasoning=reasoning)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -84,6 +87,7 @@ class ReplyCache:
             "reasoning": reply.reasoning,
             "prompt_tokens": reply.usage.prompt_tokens,
             "completion_tokens": reply.usage.completion_tokens,
+            "requests": [{n: getattr(u, n) for n in (*_COUNTS, "usd")} for u in reply.usage.calls or (reply.usage,)],
             "seconds": reply.seconds,
         }
         handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
@@ -94,6 +98,11 @@ class ReplyCache:
         except BaseException:
             os.unlink(temporary)
             raise
+
+
+def _request(stored: Mapping[str, Any]) -> Usage:
+    counts = {name: int(stored[name]) for name in _COUNTS}
+    return Usage(**counts, usd=None if stored.get("usd") is None else float(stored["usd"]))
 
 
 def hit(reply: Reply) -> Reply:

@@ -6,7 +6,9 @@ import asyncio
 import time
 from dataclasses import dataclass, field, replace
 
-from routers.catalogue import Member, cost
+from routers.billing import highest, price
+from routers.billing import total as sum_of
+from routers.catalogue import Member
 from routers.pool.ledger import Ledger, OverBudget, Spending
 from routers.pool.limits import Breaker, CircuitOpen, Entry, Retry, Spacing, TokenBucket
 from routers.pool.protocol import (
@@ -19,7 +21,9 @@ from routers.pool.protocol import (
     TIMEOUT,
     Attempt,
     Backend,
+    StatesCost,
 )
+from routers.pool.usage import within
 from srpo.types import Reply, Usage
 
 LONGEST_PAUSE = 60.0
@@ -32,6 +36,8 @@ class _Sum:
     """All attempts of one call."""
 
     spending: Spending = field(default_factory=Spending)
+    usages: list[Usage] = field(default_factory=list)
+    """Of the attempts that used anything."""
     error: str = ""
     reasoning: str = ""
     attempts: int = 0
@@ -41,7 +47,7 @@ class _Sum:
     def reply(self, answer: Attempt | None, seconds: float) -> Reply:
         return Reply(
             text="" if answer is None else answer.text,
-            usage=Usage(self.spending.prompt_tokens, self.spending.completion_tokens),
+            usage=sum_of(self.usages),
             cost=self.spending.cost,
             error=self.error if answer is None else None,
             seconds=seconds if answer is None or answer.seconds is None else answer.seconds,
@@ -75,6 +81,12 @@ class Caller:
         self._spacing = Spacing(member.requests_per_second)
         self._tokens = TokenBucket(member.tokens_per_minute)
         self._places: tuple[asyncio.AbstractEventLoop, asyncio.Semaphore] | None = None
+
+    def bound(self, query: str) -> float:
+        """USD that one attempt costs at most."""
+        if isinstance(self.backend, StatesCost):
+            return self.backend.highest_usd(query)
+        return highest(self.member, self.backend.prompt_bound(query), self.backend.max_tokens)
 
     async def ask(self, query: str, deadline: float, query_id: str, max_cost: float) -> Reply:
         """The member's answer, or why there is none. Never raises for a failure; cancelling it frees its place.
@@ -134,7 +146,7 @@ class Caller:
 
     async def _attempt(self, query: str, end: float, query_id: str, max_cost: float, total: _Sum) -> Attempt:
         prompt_bound = self.backend.prompt_bound(query)
-        bound = cost(self.member, prompt_bound, self.backend.max_tokens)
+        bound = self.bound(query)
         left = max_cost - total.spending.cost
         if bound > left:
             raise OverBudget(f"{bound:.6g} does not fit: {left:.6g} is left for this call")
@@ -146,7 +158,10 @@ class Caller:
                 reservation = self._ledger.reserve(bound)
                 try:
                     attempt = await self._guarded(query, end, query_id, total)
-                    spent = cost(self.member, attempt.usage.prompt_tokens, attempt.usage.completion_tokens)
+                    # A backend may have learned from this very reply how long one can be.
+                    usage, other = within(attempt.usage, prompt_bound, self.backend.max_tokens, bound)
+                    attempt = replace(attempt, usage=usage, bounded=attempt.bounded or other)
+                    spent = price(self.member, usage)
                     reservation.settle(spent)
                 finally:
                     reservation.cancel()  # of a call that was cancelled or refused; after settling it does nothing
@@ -157,9 +172,14 @@ class Caller:
             prompt_tokens=attempt.usage.prompt_tokens,
             completion_tokens=attempt.usage.completion_tokens,
             cost=spent,
+            cached_tokens=attempt.usage.cached_tokens,
+            reasoning_tokens=attempt.usage.reasoning_tokens,
             estimated=int(attempt.estimated),
+            bounded=int(attempt.bounded),
             unmetered=int(attempt.unmetered),
         )
+        if attempt.usage != Usage():
+            total.usages.append(attempt.usage)
         if attempt.retry_after is not None:
             self._spacing.pause(min(attempt.retry_after, LONGEST_PAUSE))
         return attempt

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import email.utils
+import json
 import logging
 import os
 import time
@@ -21,9 +22,10 @@ import httpx
 
 from routers.catalogue import Member
 from routers.pool.completion import Answer, not_json, read_completion, read_json
-from routers.pool.protocol import BAD_REQUEST, CONNECTION, MALFORMED, TIMEOUT, Attempt
+from routers.pool.protocol import BAD_REQUEST, CONNECTION, EMPTY, FILTERED, MALFORMED, TIMEOUT, Attempt
 from routers.pool.refusals import NoAnswer, read_error
 from routers.pool.transport import Broken, Redirected, Refused, new_client, post
+from routers.pool.usage import Bill, bill
 from srpo.types import Usage
 
 _log = logging.getLogger(__name__)
@@ -44,8 +46,8 @@ class Endpoint:
     """One member behind an OpenAI-compatible chat-completions endpoint (vLLM, SGLang, llama.cpp and vendors alike).
 
     ``max_tokens`` is sent with every request, so that the reservation is an upper bound. Byte-level tokenizers make at
-    most one token per byte, which bounds the prompt. A server that reports no usage is counted by those bounds, and
-    the attempt is marked ``estimated``.
+    most one token per byte, which bounds the prompt. What a reply is billed for is decided by ``routers.pool.usage``:
+    a server that reports no usage is counted by those bounds, and the attempt is marked ``estimated``.
 
     Args:
         member: ``base_url`` is needed; ``api_key_env`` must be set in the environment where the member names one.
@@ -74,6 +76,8 @@ class Endpoint:
         self._agent_prompt = agent_prompt
         self._client: tuple[asyncio.AbstractEventLoop, httpx.AsyncClient] | None = None
         self._left_out: set[str] = set()
+        self._longest = member.max_tokens + (member.max_reasoning_tokens or 0)
+        self._told_of_bounds = False
 
     @property
     def identity(self) -> Mapping[str, Any]:
@@ -92,10 +96,46 @@ class Endpoint:
 
     @property
     def max_tokens(self) -> int:
-        return self._member.max_tokens
+        """Reasoning outside the limit too; more once a reply has shown that this server goes beyond it."""
+        return self._longest
 
     def prompt_bound(self, query: str) -> int:
-        return TEMPLATE_TOKENS + sum(len(m["content"].encode("utf-8")) for m in self._messages(query))
+        # Tools and schemas in the request are a part of what the model reads.
+        more = [v for v in self._member.request.values() if isinstance(v, (dict, list))]
+        told = [m["content"] for m in self._messages(query)] + [json.dumps(v) for v in more]
+        extra = TEMPLATE_TOKENS + self._member.extra_prompt_tokens
+        return extra + sum(len(text.encode("utf-8")) for text in told)
+
+    def _bill(self, document: Any, query: str, seen: str | None) -> Bill | None:
+        """What a body is billed for; ``seen`` is all that the member wrote, None in an error."""
+        member = self._member
+        found = bill(
+            document,
+            prompt_bound=self.prompt_bound(query),
+            max_tokens=member.max_tokens,
+            seen=seen,
+            reasoning_bound=member.max_reasoning_tokens,
+        )
+        if found is not None and found.usage.completion_tokens > self._longest:
+            _log.warning(
+                "member %r: a reply of %d tokens, where at most %d were reserved. State the reasoning that the "
+                "endpoint does not count in max_tokens as max_reasoning_tokens",
+                member.name,
+                found.usage.completion_tokens,
+                self._longest,
+            )
+            self._longest = found.usage.completion_tokens
+        elif found is not None and found.bounded and not self._told_of_bounds:
+            self._told_of_bounds = True
+            _log.warning(
+                "member %r: the usage that it reports is not possible, and counted as %d prompt and %d completion "
+                "tokens (said once; pool/bounded counts them). If it adds a prompt of its own, state "
+                "extra_prompt_tokens",
+                member.name,
+                found.usage.prompt_tokens,
+                found.usage.completion_tokens,
+            )
+        return found
 
     def _messages(self, query: str) -> list[dict[str, str]]:
         system = [{"role": "system", "content": self._member.system}] if self._member.system else []
@@ -132,32 +172,33 @@ class Endpoint:
             if 200 <= status < 300:
                 return self._failed(not_json(body, headers.get("content-type", "")))
             document = None
-        usage = read_usage(document)
         if not 200 <= status < 300:
             pause = retry_after(headers)
             told = read_error(status, document, body, query, hinted=pause is not None)
-            return self._failed(told, usage, pause, unmetered=usage is None and status >= 500)
+            told_usage = self._bill(document, query, None)
+            return self._failed(told, told_usage, pause, unmetered=None if status >= 500 else False)
         found = read_completion(document, query)
         if isinstance(found, NoAnswer):
-            return self._failed(found, usage, retry_after(headers))
+            written = found.reasoning if found.kind in (EMPTY, FILTERED) else None  # where a completion was made
+            return self._failed(found, self._bill(document, query, written), retry_after(headers))
         self._name_left_out(found)
         text, reasoning = self._clean(found.text), self._clean(found.reasoning)
-        if usage is None:
-            longest = min(self._member.max_tokens, len((found.text + found.reasoning).encode("utf-8", "replace")))
-            return Attempt(text, Usage(self.prompt_bound(query), longest), estimated=True, reasoning=reasoning)
-        return Attempt(text, usage, reasoning=reasoning)
+        billed = self._bill(document, query, found.text + found.reasoning) or Bill(Usage())
+        return Attempt(text, billed.usage, estimated=billed.estimated, bounded=billed.bounded, reasoning=reasoning)
 
     def _failed(
-        self, told: NoAnswer, usage: Usage | None = None, pause: float | None = None, unmetered: bool | None = None
+        self, told: NoAnswer, billed: Bill | None = None, pause: float | None = None, unmetered: bool | None = None
     ) -> Attempt:
         """``unmetered``: whether it may have been billed all the same; None: if no usage is reported."""
         words = " ".join(self._clean(told.words).split())  # cleaned before it is cut: no part of a key is left
         return Attempt(
-            usage=usage or Usage(),
+            usage=billed.usage if billed else Usage(),
+            estimated=billed is not None and billed.estimated,
+            bounded=billed is not None and billed.bounded,
             error=f"{told.kind}: {words}"[:_ERROR_CHARS],
             retry=told.retry,
             retry_after=pause,
-            unmetered=usage is None if unmetered is None else unmetered,
+            unmetered=billed is None if unmetered is None else unmetered,
             reasoning=self._clean(told.reasoning),
         )
 
@@ -201,18 +242,6 @@ class Endpoint:
 def _encodable(text: str) -> str:
     """Lone surrogates, which no UTF-8 has, become question marks."""
     return text.encode("utf-8", "replace").decode("utf-8")
-
-
-def read_usage(document: Any) -> Usage | None:
-    """Tokens that a reply or an error reports; None where it reports none, or nonsense."""
-    try:
-        reported = document["usage"]
-        counts = reported["prompt_tokens"], reported["completion_tokens"]
-    except (KeyError, TypeError):
-        return None
-    if any(not isinstance(count, int) or isinstance(count, bool) or not 0 <= count < 2**53 for count in counts):
-        return None
-    return Usage(*counts)
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:

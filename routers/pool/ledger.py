@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from routers.catalogue import Member, cost
+from routers.billing import token_usd
 
 
 class OverBudget(Exception):
@@ -141,7 +141,13 @@ class Spending:
     policy_completion_tokens: int = 0
     policy_cost: float = 0.0
     estimated: int = 0
-    """Attempts without reported usage, counted at their upper bound."""
+    """Attempts without (all of the) reported usage, counted at their upper bound."""
+    bounded: int = 0
+    """Attempts that reported more than was possible, or less than was seen, and count as what can be."""
+    cached_tokens: int = 0
+    """Of the prompt tokens, those that the provider read from its cache."""
+    reasoning_tokens: int = 0
+    """Of the completion tokens."""
     unmetered: int = 0
     """Failed attempts without reported usage, counted as nothing; a provider may have billed them."""
     seconds: float = 0.0
@@ -177,7 +183,7 @@ class Ledger:
         if any(not (math.isfinite(price) and price >= 0) for price in policy_price):
             raise ValueError(f"policy_price is {policy_price!r}; use two numbers >= 0, USD per million tokens in, out")
         self.account = Account(max_cost_usd)
-        self._policy = Member("policy", "the policy itself", *policy_price)
+        self._policy_price = policy_price
         self.exhausted = False
         """A call was refused for lack of money: the run should stop with a checkpoint."""
         self._run = Spending()
@@ -210,7 +216,7 @@ class Ledger:
 
     def policy(self, prompt_tokens: int, completion_tokens: int, query_id: str = "") -> float:
         """Book the policy's own tokens; returns their price in USD."""
-        usd = cost(self._policy, prompt_tokens, completion_tokens)
+        usd = float(token_usd(prompt_tokens, completion_tokens, *self._policy_price))
         self.account.charge(usd)
         used = Spending(
             policy_prompt_tokens=prompt_tokens, policy_completion_tokens=completion_tokens, policy_cost=usd

@@ -8,12 +8,13 @@ import time
 import warnings
 from collections.abc import Mapping
 
-from routers.catalogue import Member, cost
+from routers.billing import price
+from routers.catalogue import Member
 from routers.pool.cache import ReplyCache, cache_key, hit
 from routers.pool.caller import Caller
 from routers.pool.ledger import Ledger, Spending
 from routers.pool.limits import Retry
-from routers.pool.protocol import OVER_BUDGET, TIMEOUT, Backend, kind
+from routers.pool.protocol import OVER_BUDGET, TIMEOUT, Backend, StatesCost, kind
 from srpo.types import Reply, Usage
 
 
@@ -36,7 +37,7 @@ class Pool:
         retry: attempts and pauses of every member; None: the default.
 
     Raises:
-        ValueError: members and backends have different names, or there are none.
+        ValueError: members and backends have different names, or there are none, or a member has no prices.
     """
 
     def __init__(
@@ -50,6 +51,9 @@ class Pool:
     ) -> None:
         if not members or set(members) != set(backends):
             raise ValueError(f"members {sorted(members)} and backends {sorted(backends)} must have the same names")
+        for name, member in members.items():
+            if not member.priced and not isinstance(backends[name], StatesCost):
+                raise ValueError(f"member {name!r} has no prices; write price_in and price_out, or price_from")
         self.members = dict(members)
         self.ledger = ledger or Ledger()
         self._cache = cache
@@ -150,14 +154,14 @@ class Pool:
                     await asyncio.wait({flight.task})
 
     def price(self, member: str, usage: Usage) -> float:
-        """USD of this usage at catalogue prices, whether or not it came out of the cache. The cost that rewards use:
-        unlike ``Reply.cost`` it does not depend on what was asked before."""
-        return cost(self._caller(member).member, usage.prompt_tokens, usage.completion_tokens)
+        """USD of this usage at catalogue prices, whether or not it came out of our cache. The cost that rewards use:
+        unlike ``Reply.cost`` it does not depend on what we asked before. (What the provider found in its own cache
+        and billed at its price is a part of the usage.)"""
+        return price(self._caller(member).member, usage)
 
     def bound(self, member: str, query: str) -> float:
         """USD that one attempt at this call costs at most."""
-        backend = self._caller(member).backend
-        return cost(self.members[member], backend.prompt_bound(query), backend.max_tokens)
+        return self._caller(member).bound(query)
 
     async def aclose(self) -> None:
         """Close the connections of the running event loop. The pool can be used again, also in another loop."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from srpo.types import Reply, Usage
 
@@ -56,13 +56,23 @@ class Attempt:
     retry_after: float | None = None
     """Seconds the server asks to be left alone."""
     estimated: bool = False
-    """The server reported no usage; ``usage`` is our upper bound."""
+    """The server did not report all usage; what is missing in ``usage`` is our upper bound."""
+    bounded: bool = False
+    """The server reported more than was possible, or less than was seen; ``usage`` is what can be."""
     unmetered: bool = False
     """It failed and reported no usage; whether it was billed is unknown, and nothing was counted."""
     seconds: float | None = None
     """Recorded wall time; None: measured by the caller."""
     reasoning: str = ""
     """What the member thought aloud, also where no answer came of it."""
+
+
+@runtime_checkable
+class StatesCost(Protocol):
+    """A backend whose replies come with their cost in USD (`Usage.usd`): its member needs no prices."""
+
+    def highest_usd(self, query: str) -> float:
+        """USD that a reply costs at most."""
 
 
 class Backend(Protocol):

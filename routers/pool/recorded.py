@@ -35,6 +35,7 @@ class RecordedMember:
         replies = [table.lookup(q["query_id"], member) for q in table.queries()]
         self._longest_prompt = max(reply.prompt_tokens for reply in replies)
         self._longest_reply = max(reply.completion_tokens for reply in replies)
+        self._highest_usd = max(reply.cost for reply in replies)
 
     @property
     def max_tokens(self) -> int:
@@ -42,6 +43,9 @@ class RecordedMember:
 
     def prompt_bound(self, query: str) -> int:
         return self._longest_prompt
+
+    def highest_usd(self, query: str) -> float:
+        return self._highest_usd
 
     async def send(self, query: str, timeout: float, query_id: str) -> Attempt:
         row = query_id if self._ids is None else self._ids.get(normalise_query(query))
@@ -51,7 +55,7 @@ class RecordedMember:
             asked = f"query_id {query_id!r}" if self._ids is None else f"the text {query[:80]!r}"
             return Attempt(error=f"{BAD_REQUEST}: nothing is recorded for {asked}")
         text, reasoning = split_reasoning(found.reply)
-        usage = Usage(found.prompt_tokens, found.completion_tokens)
+        usage = Usage(found.prompt_tokens, found.completion_tokens, usd=found.cost)
         return Attempt(text, usage, seconds=found.seconds, reasoning=reasoning)
 
     async def aclose(self) -> None:
