@@ -101,8 +101,9 @@ class ReplyCache:
 
 
 def _request(stored: Mapping[str, Any]) -> Usage:
-    counts = {name: int(stored[name]) for name in _COUNTS}
-    return Usage(**counts, usd=None if stored.get("usd") is None else float(stored["usd"]))
+    prompt, completion, cached, written, reasoning = (int(stored[name]) for name in _COUNTS)
+    usd = stored.get("usd")
+    return Usage(prompt, completion, cached, written, reasoning, None if usd is None else float(usd))
 
 
 def hit(reply: Reply) -> Reply:
