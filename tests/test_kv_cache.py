@@ -87,7 +87,7 @@ def _mamba2():
 def test_families_with_their_own_arguments(make):
     set_seed(3)
     network = sharp(make())
-    assert conversation(network, generator(network)) <= 1e-4
+    assert conversation(network, generator(network)) <= 1e-3
 
 
 def test_a_model_that_reads_padding_as_text_is_refused():
