@@ -28,7 +28,7 @@ from routers.grammar import ROUTER_R1, Action, Grammar, name_error, parse_turn
 from routers.observations import note_observation, reply_observation
 from routers.pool.ledger import Account, OverBudget
 from routers.pool.pool import Pool
-from routers.pool.protocol import OVER_BUDGET, kind
+from routers.pool.protocol import EMPTY, OVER_BUDGET, kind
 from srpo.types import CORRECT, COST, FEEDBACK, LOST, ROUTE, Observation, Row, Stop
 
 FailedCall = Literal["lost", "observe"]
@@ -68,7 +68,8 @@ class ThinkRoute:
         metric: how answers are graded, where a row does not say.
         forward_empty: a route without a query sends the question itself.
         failed_call: what a call that failed for good does: "lost" takes the episode out of training (a fault of the
-            pool is not the policy's), "observe" tells the policy, which can ask somebody else.
+            pool is not the policy's), "observe" tells the policy, which can ask somebody else. A member that thought
+            and came to no answer has not failed: the policy is told, and reads the end of the thoughts.
         call_seconds: deadline of one call, retries included. Keep it below the rollout's step deadline.
         max_cost_usd: of one episode. A call is made only if its upper bound fits; a billed retry can exceed it.
         count_tokens: tokens of a text; with it the policy's own tokens are booked at the ledger's policy price: prompt
@@ -208,10 +209,12 @@ class ThinkRouteEpisode:
         self._seconds += reply.seconds
         if reply.error is None:
             return self._shown(reply_observation(reply.text, self._world.grammar, reply.reasoning))
+        if kind(reply) == EMPTY and reply.reasoning:  # no fault of the pool: it thought until its tokens were used up
+            return self._note(f"{member} came to no answer.", reply.reasoning)
         if kind(reply) == OVER_BUDGET or self._world.failed_call == "lost":
             self._lost = f"{member}: {reply.error}"
             return Observation(end="lost")
-        return self._note(f"{member} could not be reached ({kind(reply)}).", reply.reasoning)
+        return self._note(f"{member} could not be reached ({kind(reply)}).")
 
     def columns(self, stop: Stop) -> Mapping[str, Any]:
         """See the module's docstring. ``correct`` is 0 without a valid answer."""

@@ -14,6 +14,7 @@ import numpy as np
 
 from routers.grammar import Grammar, render_answer, render_route
 from routers.observations import reply_observation
+from routers.pool.reasoning import split_reasoning
 from routers.table import ReplyTable
 from routers.warm_rows import Messages, family_phrase
 from srpo.types import Observation
@@ -112,8 +113,8 @@ def demonstrations(
         turns: list[str | Observation] = []
         reply = ""
         for name in order[:asks]:
-            reply = table.lookup(query["query_id"], name).reply.strip()
-            turns += [render_route(think(query), name, "", grammar), reply_observation(reply, grammar)]
+            reply, reasoning = split_reasoning(table.lookup(query["query_id"], name).reply.strip())
+            turns += [render_route(think(query), name, "", grammar), reply_observation(reply, grammar, reasoning)]
             if not failed(reply):
                 break
         answer = NO_ANSWER if failed(reply) or grammar.tags.search(reply) else reply

@@ -12,6 +12,7 @@ from routers.agent_settings import AgentSettings
 from routers.catalogue import Member, load_catalogue
 from routers.observations import reply_observation
 from routers.pool import Ledger, Pool, ReplyCache, live_pool, recorded_pool
+from routers.pool.reasoning import split_reasoning
 from routers.prompts import Clean, Messages, drawn_cost_weight, price
 from routers.qa import load_qa, without_duplicates
 from routers.table import ReplyTable, load_table, quickstart_table
@@ -133,9 +134,7 @@ class TaskArguments:
     warm_start_learning_rate: float = field(default=1e-3, metadata={"help": "Of the supervised warm start."})
     warm_start_batch_size: int = field(default=16, metadata={"help": "Episodes per step of the warm start."})
     warm_start_limit: int | None = field(default=None, metadata={"help": "Use this many training questions only."})
-    warm_start_drills: int = field(
-        default=0, metadata={"help": "Short copying exercises among the episodes."}
-    )
+    warm_start_drills: int = field(default=0, metadata={"help": "Short copying exercises among the episodes."})
 
     def __post_init__(self) -> None:
         check_numbers(self)
@@ -273,8 +272,10 @@ def tiny_corpus(
     texts = [prompt_of(row, settings, members)[0]["content"] for row in train]
     for row in train:
         for member in members:
-            seen = reply_observation(table.lookup(row["query_id"], member.name).reply, grammar)
+            answer, reasoning = split_reasoning(table.lookup(row["query_id"], member.name).reply)
+            seen = reply_observation(answer, grammar, reasoning)
             texts += [str(row["family"]).replace("_", " "), member.name, seen.before, seen.body, seen.after]
+            texts += [seen.between, seen.aside] if reasoning else []
     texts += [args.reprompt_template, args.solution_template, args.feedback_template]
     # What an agent repeats should be short: every number below 1,000 is one token, and so is many a name.
     texts += [form.format(n) for n in range(1000) for form in ("{}", "{:02}", "{:03}")]

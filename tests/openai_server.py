@@ -28,6 +28,8 @@ class Fault:
     billed: bool = False
     hang: bool = False
     reset: bool = False
+    raw: bytes | None = None
+    """Sent as the body, as it is: packed, cut, or no text."""
     slow: float = 0.0
     """Seconds between single bytes of the body."""
 
@@ -60,7 +62,9 @@ class OpenAIServer:
         self.faults: list[Fault] = []
         self.always = Fault()
         self.requests: list[dict[str, Any]] = []
-        """Bodies as they came, with the Authorization header under "authorization"."""
+        """Bodies as they came, with the Authorization header under "authorization" and the path under "path"."""
+        self.headers: list[dict[str, str]] = []
+        """Of every request, by their names in lower case."""
         self.arrivals: list[float] = []
         self.usage: list[tuple[int, int]] = []
         """(prompt, completion) tokens of every reply or error that reported or was billed for usage."""
@@ -113,6 +117,7 @@ class OpenAIServer:
     async def _connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while True:
             head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
+            path = head.split(" ", 2)[1]
             headers = {
                 k.strip().lower(): v.strip() for k, _, v in (line.partition(":") for line in head.split("\r\n"))
             }
@@ -120,18 +125,24 @@ class OpenAIServer:
             self.in_flight += 1
             self.most_in_flight = max(self.most_in_flight, self.in_flight)
             try:
-                if not await self._answer(headers, body, reader, writer):
+                if not await self._answer(path, headers, body, reader, writer):
                     return
             finally:
                 self.in_flight -= 1
 
     async def _answer(
-        self, headers: dict[str, str], body: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+        self,
+        path: str,
+        headers: dict[str, str],
+        body: bytes,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
     ) -> bool:
         """Whether the connection goes on."""
         self.arrivals.append(time.monotonic())
         request = json.loads(body)
-        self.requests.append({**request, "authorization": headers.get("authorization")})
+        self.requests.append({**request, "authorization": headers.get("authorization"), "path": path})
+        self.headers.append(headers)
         fault = self.faults.pop(0) if self.faults else self.always
         if self.latency:
             await asyncio.sleep(self.latency)
@@ -158,9 +169,12 @@ class OpenAIServer:
         if fault.body is not None and fault.billed:
             document = {**json.loads(fault.body), "usage": counted}
         data = fault.body.encode() if fault.body is not None and not fault.billed else json.dumps(document).encode()
-        if "usage" in document and (fault.body is None or fault.billed):
+        data = fault.raw if fault.raw is not None else data
+        if "usage" in document and (fault.body is None or fault.billed) and fault.raw is None:
             self.usage.append(tokens)
-        lines = [f"HTTP/1.1 {fault.status} OK", "Content-Type: application/json", f"Content-Length: {len(data)}"]
+        lines = [f"HTTP/1.1 {fault.status} OK", f"Content-Length: {len(data)}"]
+        if "content-type" not in {name.lower() for name, _ in fault.headers}:
+            lines.append("Content-Type: application/json")
         head = "\r\n".join([*lines, *(f"{k}: {v}" for k, v in fault.headers), "", ""]).encode()
         if not fault.slow:
             writer.write(head + data)

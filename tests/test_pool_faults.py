@@ -297,7 +297,12 @@ def test_more_body_fields_and_fields_left_out(server):
     request["chat_template_kwargs"] = {"enable_thinking": False}
     ask(pool_of(member(server, request=request)))
     (sent,) = server.requests
-    assert sent.keys() - {"authorization"} == {"model", "messages", "max_completion_tokens", "chat_template_kwargs"}
+    assert sent.keys() - {"authorization", "path"} == {
+        "model",
+        "messages",
+        "max_completion_tokens",
+        "chat_template_kwargs",
+    }
     assert sent["chat_template_kwargs"] == {"enable_thinking": False}
 
 
@@ -339,7 +344,7 @@ def test_the_key_appears_nowhere(server, fault, tmp_path, monkeypatch, caplog, c
     texts += [repr(pool.members), repr(ledger.state_dict()), repr(ledger.metrics()), caplog.text, *capfd.readouterr()]
     texts += [path.read_text() for path in tmp_path.rglob("*.json")]
     assert CANARY not in "\n".join(texts)
-    assert caplog.records  # the clients do log at this level: the check had something to look at
+    assert caplog.records  # the client does log at this level: the check had something to look at
 
 
 def test_without_a_key_nobody_elses_is_sent(server, monkeypatch):

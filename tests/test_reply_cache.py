@@ -203,6 +203,26 @@ def test_a_damaged_file_is_a_miss_and_is_written_again(tmp_path, damage):
     assert cache.get(key) == Reply("words", Usage(3, 4), seconds=0.5, cached=True)
 
 
+def test_a_file_of_another_version_is_named_and_not_used(tmp_path):
+    cache, keys = ReplyCache(tmp_path), [cache_key(SETTINGS, query) for query in "abc"]
+    for key, version in zip(keys, (None, 1, 3), strict=True):
+        cache.put(key, Reply("words", Usage(3, 4)))
+        path = tmp_path / key[:2] / f"{key}.json"
+        stored = {**json.loads(path.read_text()), "format": version}
+        path.write_text(json.dumps({k: v for k, v in stored.items() if v is not None}))
+    with pytest.warns(UserWarning, match=r"(?s)\.json was written by another version.*paid for again") as caught:
+        assert [cache.get(key) for key in keys] == [None] * 3
+    assert len(caught) == 1
+
+
+def test_a_cache_that_cannot_be_written_loses_no_reply(tmp_path):
+    pool = scripted_pool(Scripted("words", cached_as="a"), tmp_path / "cache")
+    (tmp_path / "cache").rmdir()
+    (tmp_path / "cache").write_text("a file where the folder was")
+    with pytest.warns(UserWarning, match="could not be kept"):
+        assert asyncio.run(pool.ask("m", "q", 5.0)).text == "words"
+
+
 def hammer(folder: Path, name: str) -> None:
     cache = ReplyCache(folder)
     for i in range(200):
