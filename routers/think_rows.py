@@ -65,7 +65,7 @@ def restricted(
                     **query,
                     "gold": table.gold(query["query_id"]),
                     "member": name,
-                    "reply": rewrite(found.reply) if rewrite else found.reply,
+                    **({"reply": rewrite(found.reply) if rewrite else found.reply} if table.has_replies else {}),
                     "prompt_tokens": found.prompt_tokens,
                     "completion_tokens": found.completion_tokens,
                     "seconds": found.seconds,

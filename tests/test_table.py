@@ -145,7 +145,7 @@ def test_missing_file_and_catalogue(tmp_path):
 def test_broken_json_and_csv_cells_are_named(tmp_path):
     path = tmp_path / "replies.jsonl"
     path.write_text(json.dumps(row()) + "\n{broken\n")
-    with pytest.raises(ValueError, match="line 2 is not JSON"):
+    with pytest.raises(ValueError, match=r"replies\.jsonl: row 2: is not JSON"):
         load_table(path, PRICES)
     path = tmp_path / "replies.csv"
     path.write_text("query_id,query,member,reply,prompt_tokens,completion_tokens,correct\nq,t,cheap,r,many,1,1\n")
@@ -164,16 +164,20 @@ def test_broken_json_and_csv_cells_are_named(tmp_path):
         ({"prompt_tokens": -1}, ["prompt_tokens", "-1"]),
         ({"prompt_tokens": 1.5}, ["prompt_tokens", "1.5"]),
         ({"completion_tokens": True}, ["completion_tokens", "True"]),
-        ({"completion_tokens": "5"}, ["completion_tokens", "'5'"]),
+        ({"completion_tokens": "many"}, ["completion_tokens", "'many'"]),
+        ({"completion_tokens": float("inf")}, ["completion_tokens", "inf"]),
         ({"completion_tokens": None}, ["completion_tokens", "None"]),
         ({"correct": 1.01}, ["correct", "1.01"]),
         ({"correct": float("nan")}, ["correct", "nan"]),
         ({"correct": None}, ["correct", "None"]),
-        ({"correct": "1"}, ["correct", "'1'"]),
+        ({"correct": "yes"}, ["correct", "'yes'"]),
         ({"seconds": -0.1}, ["seconds", "-0.1"]),
-        ({"split": "test"}, ["split", "'test'"]),
-        ({"gold": "one"}, ["gold", "'one'"]),
-        ({"gold": [1]}, ["gold", "[1]"]),
+        ({"split": "part 3"}, ["split", "'part 3'"]),
+        ({"gold": "[one, two]"}, ["gold", "JSON"]),
+        ({"gold": [None]}, ["gold", "[None]"]),
+        ({"gold": {"a": 1}}, ["gold", "list of texts"]),
+        ({"query": "x\ud835y"}, ["query", "Unicode at character 1"]),
+        ({"reply": "x\ud835y"}, ["reply", "Unicode at character 1"]),
     ],
 )
 def test_a_bad_row_is_named(changes, words):
@@ -186,7 +190,7 @@ def test_a_bad_row_is_named(changes, words):
 def test_a_missing_column_is_named():
     incomplete = row()
     del incomplete["correct"]
-    with pytest.raises(ValueError, match="row 1: field 'correct' is missing"):
+    with pytest.raises(ValueError, match="rows: column 'correct' is missing; there are query_id, query"):
         ReplyTable([incomplete], PRICES)
     with pytest.raises(ValueError, match="row 1: is list"):
         ReplyTable([[1, 2]], PRICES)  # type: ignore[list-item]

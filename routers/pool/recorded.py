@@ -63,5 +63,11 @@ class RecordedMember:
 
 
 def recorded_pool(table: ReplyTable, *, by: By = "row", ledger: Ledger | None = None) -> Pool:
-    """All members of a table; ``by`` as in ``RecordedMember``."""
+    """All members of a table; ``by`` as in ``RecordedMember``.
+
+    Raises:
+        ValueError: the table was recorded without replies.
+    """
+    if not table.has_replies:
+        raise ValueError("the table has no column 'reply', and an agent reads replies; give a table that has one")
     return Pool(table.catalogue, {name: RecordedMember(table, name, by) for name in table.members}, ledger=ledger)
