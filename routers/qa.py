@@ -1,20 +1,22 @@
 """Open-domain question sets, as Router-R1 trains and tests on them: question, accepted answers, nothing else.
 
 `SETS` names the seven sets of the paper by their place on the Hub (`RUC-NLPIR/FlashRAG_datasets`, fields `question`
-and `golden_answers`); a path ending in `.jsonl` is read from disk, one JSON object per line with a question
-(`query` or `question`) and its answers (`gold` or `golden_answers`). Nothing is shipped: the sets have their own
-licences.
+and `golden_answers`); a file of any format of `routers.files` is read from disk, one row with a question (`query` or
+`question`) and its answers (`gold` or `golden_answers`: a list, or one) each. Nothing is shipped: the sets have their
+own licences.
 """
 
 from __future__ import annotations
 
-import json
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from routers import cells
+from routers.files import BadRow, Row, format_of, names_a_file, read_rows
 from routers.table import normalise_query
+from srpo.quarantine import MAX_BAD_SHARE, Quarantine
 
 HUB_ID = "RUC-NLPIR/FlashRAG_datasets"
 SETS: dict[str, str] = {
@@ -33,12 +35,18 @@ _QUESTION, _ANSWERS = ("query", "question"), ("gold", "golden_answers")
 
 
 def load_qa(
-    source: str | Path, split: str = "train", *, limit: int | None = None, seed: int = 42
+    source: str | Path,
+    split: str = "train",
+    *,
+    limit: int | None = None,
+    seed: int = 42,
+    max_bad_share: float = MAX_BAD_SHARE,
+    quarantine_path: str | Path | None = None,
 ) -> list[dict[str, Any]]:
     """Rows `{query_id, query, gold, family, split}` of one set, in the order of the source.
 
     Args:
-        source: a name of `SETS` (read from the Hub), or a `.jsonl` file, which is its own split.
+        source: a name of `SETS` (read from the Hub), or a file (`routers.files`), which is its own split.
         split: "train", or "heldout": the first of `TEST_SPLITS` that the set has.
         limit: draw this many rows without replacement; a set with fewer gives all of them. None: all.
         seed: of the draw. Router-R1 draws 7,000 training rows of NQ and of HotpotQA, and up to 500 test rows, with 42.
@@ -51,16 +59,23 @@ def load_qa(
         raise ValueError(f"split {split!r} is unknown; use 'train' or 'heldout'")
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}; it must be at least 1")
-    path = Path(source)
-    if path.suffix == ".jsonl":
-        family, raw = path.stem, _read_jsonl(path)
-    elif str(source) in SETS:
+    if str(source) in SETS and not Path(source).exists():
         family, raw = str(source), _read_hub(str(source), split)
+    elif names_a_file(source):
+        family, raw = _stem(Path(source)), _read_file(Path(source))
     else:
-        raise ValueError(f"question set {str(source)!r} is neither a .jsonl file nor one of {', '.join(SETS)}")
-    rows = [_row(entry, f"{source}: row {number}", family, number, split) for number, entry in enumerate(raw, start=1)]
-    if not rows:
+        raise ValueError(f"question set {str(source)!r} is neither a file nor one of {', '.join(SETS)}")
+    bad = Quarantine(f"rows of {source}", quarantine_path, max_bad_share, label=f"{Path(source).name}: ")
+    rows = []
+    for number, entry in raw:
+        try:
+            rows.append(_row(entry, family, number, split))
+        except ValueError as error:
+            reason = entry.reason if isinstance(entry, BadRow) else "not a question with answers"
+            bad.add(number, reason, str(error), entry)
+    if not rows and not bad:
         raise ValueError(f"{source}: there are no rows")
+    bad.settle(len(rows) + len(bad))
     if limit is None or limit >= len(rows):
         return rows
     chosen = random.Random(f"{seed}:{family}:{split}").sample(range(len(rows)), limit)
@@ -84,18 +99,20 @@ def without_duplicates(
     return kept
 
 
-def _read_jsonl(path: Path) -> Iterable[Any]:
-    if not path.is_file():
+def _stem(path: Path) -> str:
+    """The file's name without its format: "nq.jsonl.gz" is nq."""
+    while path.suffix and format_of(path) is not None:
+        path = path.with_suffix("")
+    return path.name
+
+
+def _read_file(path: Path) -> list[Row]:
+    if not path.expanduser().exists():
         raise FileNotFoundError(f"{path}: no such question set")
-    with path.open(encoding="utf-8") as file:  # not splitlines(), which also cuts at U+2028 inside a question
-        for number, line in enumerate(file, start=1):
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}: row {number} is not JSON: {error}") from error
+    return read_rows(path)
 
 
-def _read_hub(name: str, split: str) -> Iterable[Any]:
+def _read_hub(name: str, split: str) -> Iterable[Row]:
     from datasets import load_dataset
 
     parts = load_dataset(HUB_ID, SETS[name])
@@ -103,29 +120,32 @@ def _read_hub(name: str, split: str) -> Iterable[Any]:
     found = next((part for part in wanted if part in parts), None)
     if found is None:
         raise ValueError(f"{HUB_ID}, {SETS[name]}: has no split {' or '.join(wanted)}; it has {', '.join(parts)}")
-    rows: Iterable[Any] = parts[found].select_columns(["question", "golden_answers"])
-    return rows
+    rows = parts[found].select_columns(["question", "golden_answers"])
+    return (Row(number, row) for number, row in enumerate(rows, start=1))
 
 
-def _row(raw: Any, label: str, family: str, number: int, split: str) -> dict[str, Any]:
+def _row(raw: Any, family: str, number: int, split: str) -> dict[str, Any]:
+    if isinstance(raw, BadRow):
+        raise ValueError(raw.detail)
     if not isinstance(raw, Mapping):
-        raise ValueError(f"{label}: is {type(raw).__name__}, not an object with a question and its answers")
-    question = _field(raw, _QUESTION, label)
-    query = raw[question]
-    if not isinstance(query, str) or not query.strip():
-        raise ValueError(f"{label}: field {question!r} is {query!r}; it must be a text that is not empty")
-    answers = _field(raw, _ANSWERS, label)
-    gold = raw[answers]
-    if isinstance(gold, str) or not isinstance(gold, Sequence) or not all(isinstance(a, str) for a in gold):
-        raise ValueError(f"{label}: field {answers!r} is {gold!r}; it must be a list of texts")
-    accepted = [answer for answer in gold if answer.strip()]
+        raise ValueError(f"is {type(raw).__name__}, not an object with a question and its answers")
+    question, answers = _field(raw, _QUESTION), _field(raw, _ANSWERS)
+    query = _cell(raw, question, lambda value: cells.name(value, strip=False))
+    accepted = [answer for answer in _cell(raw, answers, cells.answers) if answer.strip()]
     if not accepted:
-        raise ValueError(f"{label}: field {answers!r} holds no answer; drop the row")
+        raise ValueError(f"field {answers!r} holds no answer; drop the row")
     return {"query_id": f"{family}-{number}", "query": query, "gold": accepted, "family": family, "split": split}
 
 
-def _field(raw: Mapping[str, Any], names: tuple[str, ...], label: str) -> str:
+def _cell(raw: Mapping[str, Any], field: str, read: Callable[[Any], Any]) -> Any:
+    try:
+        return read(raw[field])
+    except ValueError as error:
+        raise ValueError(f"field {field!r} is {raw[field]!r}; {error}") from None
+
+
+def _field(raw: Mapping[str, Any], names: tuple[str, ...]) -> str:
     for name in names:
         if name in raw:
             return name
-    raise ValueError(f"{label}: field {names[0]!r} (or {names[1]!r}) is missing; there are {sorted(map(str, raw))}")
+    raise ValueError(f"field {names[0]!r} (or {names[1]!r}) is missing; there are {sorted(map(str, raw))}")

@@ -6,28 +6,20 @@ row. Neither may turn into a training signal.
 
 import functools
 import inspect
-import json
-import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from srpo.quarantine import BadRows as BadRows  # the public name
+from srpo.quarantine import Quarantine
 from srpo.types import LOST
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-logger = logging.getLogger(__name__)
-
 _ROLES = ("system", "user", "assistant", "tool", "developer")
-_SHOWN_ROWS = 5
-_EXCERPT = 200
-
-
-class BadRows(ValueError):
-    """Rows that cannot be trained on, in strict mode, or a dataset without a single good one."""
 
 
 def check_rows(
@@ -38,6 +30,7 @@ def check_rows(
     id_column: str = "query_id",
     quarantine_path: str | Path,
     strict: bool = False,
+    max_bad_share: float = 1.0,
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> "Dataset":
     """The rows that can be trained on.
@@ -49,14 +42,15 @@ def check_rows(
         max_prompt_length: tokens; None: any length.
         id_column: must be unique and not null, where the dataset has it. The first row of an id is kept.
         quarantine_path: JSON lines with `row`, `reason`, `detail`, `content`; removed if there is no bad row.
-        strict: raise instead of leaving rows out.
+        strict: raise instead of leaving rows out, whatever their share.
+        max_bad_share: raise above this share of bad rows; up to it they are left out.
         chat_template_kwargs: as training passes them to the chat template.
 
     Raises:
-        BadRows: strict and at least one bad row, or no good row at all.
+        BadRows: more bad rows than that (strict: any), or no good row at all.
     """
     ids: dict[Any, int] = {}
-    bad: list[dict[str, Any]] = []
+    bad = Quarantine("dataset rows", quarantine_path, 0.0 if strict else max_bad_share)
     good: list[int] = []
     for index, row in enumerate(dataset):
         problem = _prompt_problem(row) or _id_problem(row, id_column, ids)
@@ -69,18 +63,12 @@ def check_rows(
             if id_column in row:
                 ids[row[id_column]] = index
         else:
-            excerpt = repr(row.get("prompt") if isinstance(row, Mapping) else row)
-            bad.append({"row": index, "reason": problem[0], "detail": problem[1], "content": excerpt[:_EXCERPT]})
-
-    _write_quarantine(bad, Path(quarantine_path))
-    if not bad:
-        return _selected(dataset, good)
-    summary = _summary(bad, len(good) + len(bad))
-    if strict:
-        raise BadRows(f"{summary}; all of them are in {quarantine_path}")
-    if not good:
-        raise BadRows(f"no row can be used: {summary}; all of them are in {quarantine_path}")
-    logger.warning("%s; they are left out and written to %s", summary, quarantine_path)
+            bad.add(index, *problem, row.get("prompt") if isinstance(row, Mapping) else row)
+    total = len(good) + len(bad)
+    for index, detail in _mixed_types(dataset, good).items():
+        bad.add(index, "mixed types", detail, dataset[index])
+        good.remove(index)
+    bad.settle(total)
     return _selected(dataset, good)
 
 
@@ -161,6 +149,34 @@ def _selected(dataset: Any, rows: list[int]) -> "Dataset":
     return dataset if len(rows) == len(dataset) else dataset.select(rows)
 
 
+def _mixed_types(dataset: Any, rows: list[int]) -> dict[int, str]:
+    """Rows with a value of another kind than most rows have in that column: no dataset can hold both."""
+    if hasattr(dataset, "features"):  # a Dataset, whose columns have one type each
+        return {}
+    columns: dict[str, dict[int, str]] = {}
+    for index in rows:
+        for name, value in dataset[index].items():
+            if value is not None:
+                columns.setdefault(name, {})[index] = _kind(value)
+    found: dict[int, str] = {}
+    for name, kinds in columns.items():
+        usual = Counter(kinds.values()).most_common(1)[0][0]
+        found |= {i: f"{name} is a {kind}, in most rows a {usual}" for i, kind in kinds.items() if kind != usual}
+    return found
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return "number"
+    return (
+        "list"
+        if isinstance(value, (list, tuple))
+        else "mapping"
+        if isinstance(value, Mapping)
+        else type(value).__name__
+    )
+
+
 def _prompt_problem(row: Any) -> tuple[str, str] | None:
     if not isinstance(row, Mapping):
         return "wrong type", f"the row is a {type(row).__name__}, not a mapping"
@@ -224,23 +240,6 @@ def _prompt_length(prompt: Any, tokenizer: Any, template_kwargs: Mapping[str, An
         prompt, add_generation_prompt=True, tokenize=True, return_dict=True, **template_kwargs
     )["input_ids"]
     return len(ids)
-
-
-def _write_quarantine(bad: list[dict[str, Any]], path: Path) -> None:
-    if not bad:
-        path.unlink(missing_ok=True)  # the file of an earlier run would accuse this one's rows
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # ASCII escapes, so that a lone surrogate in a bad row can be written at all.
-    path.write_text("".join(json.dumps(entry) + "\n" for entry in bad), encoding="utf-8")
-
-
-def _summary(bad: list[dict[str, Any]], total: int) -> str:
-    counts = Counter(entry["reason"] for entry in bad)
-    reasons = ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
-    first = "; ".join(f"row {entry['row']}: {entry['detail']}" for entry in bad[:_SHOWN_ROWS])
-    more = "; ..." if len(bad) > _SHOWN_ROWS else ""
-    return f"{len(bad)} of {total} dataset rows are bad ({reasons}): {first}{more}"
 
 
 def _checked_values(name: str, values: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[float | None]:

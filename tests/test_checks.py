@@ -217,3 +217,25 @@ def test_an_object_with_an_async_call_is_awaited() -> None:
     assert inspect.iscoroutinefunction(checked)
     with pytest.raises(ValueError, match="'Judge' returned for row 0 inf"):
         asyncio.run(checked(completions=["a"]))
+
+
+def test_a_value_of_another_type_than_the_column_is_a_bad_row(tmp_path: Path) -> None:
+    rows = [{"prompt": f"p{i}", "gold": ["x"], "level": i, "note": None} for i in range(40)]
+    rows[7]["gold"], rows[9]["level"], rows[11]["level"] = "x", "high", 0.5
+    good = check_rows(rows, quarantine_path=tmp_path / "q.jsonl", max_bad_share=0.05)
+    entries = [json.loads(line) for line in (tmp_path / "q.jsonl").read_text().splitlines()]
+    assert [(e["row"], e["reason"], e["detail"]) for e in entries] == [
+        (7, "mixed types", "gold is a str, in most rows a list"),
+        (9, "mixed types", "level is a str, in most rows a number"),
+    ]
+    assert len(good) == 38 and good["level"][9] == 0.5
+
+
+def test_more_bad_rows_than_the_share_stop_the_run(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [{"prompt": f"p{i}"} for i in range(20)]
+    rows[3] = {"prompt": None}
+    assert len(check_rows(rows, quarantine_path=tmp_path / "q.jsonl", max_bad_share=0.05)) == 19
+    with pytest.raises(BadRows, match=r"1 of 20 dataset rows are bad .*at most 0\.04 of them may be"):
+        check_rows(rows, quarantine_path=tmp_path / "q.jsonl", max_bad_share=0.04)
+    with pytest.raises(ValueError, match=r"max_bad_share=1\.5"):
+        check_rows(rows, quarantine_path=tmp_path / "q.jsonl", max_bad_share=1.5)
