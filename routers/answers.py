@@ -95,6 +95,15 @@ def score(answer: str | None, golds: Sequence[str], metric: Metric) -> float:
     return 0.0 if answer is None else _SCORERS[metric](answer, golds)
 
 
+def gold_problem(golds: Sequence[str], metric: Metric) -> str:
+    """Why no answer can earn anything by this metric with these accepted answers; "" where one can."""
+    if not any(gold.strip() for gold in golds):
+        return "it has no accepted answer (gold)"
+    if metric == "numeric" and all(stated(gold) is None for gold in golds):
+        return f"none of its accepted answers {list(golds)} states a number"
+    return ""
+
+
 def _sides(answer: str, golds: Sequence[str]) -> Iterator[tuple[list[str], list[str]]]:
     """The words of the answer and of each accepted answer, to be compared with each other."""
     words = _comparable(answer)

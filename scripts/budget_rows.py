@@ -12,6 +12,7 @@ from rewards.boundary import Boundary, BoundaryReward, cheap_failure_pays
 from routers.budget_episode import CAP, TASK
 from routers.profiles import BoundaryProfile, read_profiles, read_settings
 from srpo.advantages import REFERENCES
+from srpo.quarantine import Quarantine
 
 BUDGET = "budget"
 """Column: the episode's budget in USD, for cost_norm budget; None where calls are counted."""
@@ -38,17 +39,25 @@ def given_profiles(task: BudgetTask, path: Path) -> dict[str, BoundaryProfile]:
 
 
 def training_rows(
-    task: BudgetTask, rule: BoundaryReward, profiled: Mapping[str, BoundaryProfile]
+    task: BudgetTask,
+    rule: BoundaryReward,
+    profiled: Mapping[str, BoundaryProfile],
+    quarantine_path: Path | None = None,
 ) -> list[dict[str, Any]]:
     """A row per cap and task, with what the reward and the advantage read.
 
+    Args:
+        quarantine_path: where tasks that do not begin are written; None: a warning only.
+
     Raises:
+        BadRows: more of them than `max_bad_share` allows.
         ValueError: cost_norm budget without a budget in USD.
     """
     if rule.cost_norm == "budget" and (task.budget_unit != "usd" or not all(map(math.isfinite, task.train_caps))):
         raise ValueError("cost_norm: budget divides by the budget in USD: set budget_unit: usd and finite train_caps")
     rows = []
-    for row in make_rows(task, train_tasks(task), task.train_caps):
+    bad = Quarantine("training tasks", quarantine_path, task.max_bad_share)
+    for row in make_rows(task, train_tasks(task), task.train_caps, bad):
         columns = profiled[row[TASK]].columns(task.rule)
         budget = row[CAP] if task.budget_unit == "usd" else None
         references = list(rule.references(_boundary(columns), budget))

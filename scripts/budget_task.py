@@ -19,6 +19,7 @@ from routers.environments.suites import suite
 from routers.profiles import BoundaryProfile, DifficultyRule, profile_tasks
 from routers.step_settings import StepSettings
 from srpo.episode_loop import Failure
+from srpo.quarantine import MAX_BAD_SHARE, Quarantine
 from srpo.ranges import Ranges, at_least, between, check_numbers
 from srpo.types import Row
 
@@ -33,6 +34,7 @@ class BudgetTask:
     """Environment, executors, budgets."""
 
     RANGES: ClassVar[Ranges] = {
+        "max_bad_share": between(0, 1),
         "train_count": at_least(0),
         "heldout_count": at_least(0),
         "step_limit": at_least(1),
@@ -58,6 +60,10 @@ class BudgetTask:
         },
     )
     train_count: int = field(default=192, metadata={"help": "Use this many training tasks; 0: all."})
+    max_bad_share: float = field(
+        default=MAX_BAD_SHARE,
+        metadata={"help": "Training tasks that do not begin are left out up to this share; above it the run stops."},
+    )
     heldout_tasks: list[str] = field(
         default_factory=lambda: ["generated/test"], metadata={"help": "Parts to evaluate on, one table each."}
     )
@@ -207,8 +213,13 @@ def make_player(task: BudgetTask, *parts: tuple[str, int]) -> Player:
     return Player(make, processes=task.profile_workers)
 
 
-def make_rows(task: BudgetTask, names: Iterable[str], caps: Sequence[float]) -> list[dict[str, Any]]:
+def make_rows(
+    task: BudgetTask, names: Iterable[str], caps: Sequence[float], bad: Quarantine | None = None
+) -> list[dict[str, Any]]:
     """A row per cap and task: prompt (chat messages), task, cap, query_id. Tasks that twice do not begin have none.
+
+    Args:
+        bad: takes the tasks that do not begin; None: they are printed.
 
     Raises:
         ValueError: a cap that cannot pay for a call.
@@ -225,8 +236,12 @@ def make_rows(task: BudgetTask, names: Iterable[str], caps: Sequence[float]) -> 
             texts[name] = found
         elif found.cause.startswith("ValueError: "):
             raise ValueError(found.cause.removeprefix("ValueError: "))
+        elif bad is not None:
+            bad.add(names.index(name) + 1, "does not begin", f"{name}: {found.cause}", name)
         else:
             print(f"WARNING: left out, it does not begin: {name}: {found.cause}", flush=True)
+    if bad is not None:
+        bad.settle(len(names))
     return [
         {
             "prompt": [{"role": "user", "content": texts[name][number]}],

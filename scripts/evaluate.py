@@ -23,6 +23,7 @@ from routers.grammar import Grammar, parse
 from routers.prompts import policy_prompt
 from routers.report import EVALUATION, Evaluation, evaluate_routes
 from routers.table import SPLITS, ReplyTable, load_table, quickstart_table
+from srpo.quarantine import MAX_BAD_SHARE
 from srpo.ranges import at_least, between, ranged
 from srpo.sampling import end_ids
 from srpo.sampling_rules import own_settings_aside
@@ -179,13 +180,34 @@ def load_checkpoint(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
 
+def replies_of(
+    table: str, catalogue: str | None, *, max_bad_share: float, drop_incomplete: bool, folder: Path
+) -> ReplyTable:
+    """Recorded replies: `quickstart`, or a table of the user's own, whose bad rows are written into `folder`."""
+    if table == "quickstart":
+        return quickstart_table()
+    return load_table(
+        table,
+        catalogue,
+        max_bad_share=max_bad_share,
+        drop_incomplete=drop_incomplete,
+        quarantine_path=folder / "quarantine_table.jsonl",
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> Evaluation:
     """Command line; returns the evaluation that it wrote."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     usd, count = ranged(at_least(0)), ranged(at_least(1), whole=True)
     parser.add_argument("--model", required=True, help="checkpoint directory, LoRA adapter directory or Hub id")
-    parser.add_argument("--table", default="quickstart", help="quickstart, a parquet/jsonl/csv file, or a Hub id")
+    parser.add_argument(
+        "--table", default="quickstart", help="quickstart, a parquet/jsonl/json/csv/tsv file, or a Hub id"
+    )
     parser.add_argument("--catalogue", help="prices and descriptors (YAML); default: catalogue.yaml beside the table")
+    parser.add_argument(
+        "--max-bad-share", type=float, default=MAX_BAD_SHARE, help="of the table's rows, as in training"
+    )
+    parser.add_argument("--drop-incomplete", action="store_true", help="leave out queries that lack a member's row")
     parser.add_argument("--split", choices=SPLITS, default="heldout")
     parser.add_argument("--output", required=True, type=Path, help="directory for evaluation.json and frontier.png")
     parser.add_argument("--name", default="policy", help="how the table calls the policy")
@@ -199,7 +221,13 @@ def main(argv: Sequence[str] | None = None) -> Evaluation:
     parser.add_argument("--max-new-tokens", type=count, default=64)
     args = parser.parse_args(argv)
     try:
-        table = quickstart_table() if args.table == "quickstart" else load_table(args.table, args.catalogue)
+        table = replies_of(
+            args.table,
+            args.catalogue,
+            max_bad_share=args.max_bad_share,
+            drop_incomplete=args.drop_incomplete,
+            folder=args.output,
+        )
         model, tokenizer = load_checkpoint(args.model)
     except (FileNotFoundError, ValueError) as error:
         parser.error(str(error))

@@ -28,7 +28,8 @@ def agent_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="checkpoint folder or Hub id")
     pool = parser.add_mutually_exclusive_group(required=True)
     pool.add_argument("--catalogue", type=Path, help="members behind OpenAI-compatible endpoints (YAML)")
-    pool.add_argument("--table", help="recorded replies instead: quickstart, or a parquet/jsonl/csv file")
+    pool.add_argument("--table", help="recorded replies instead: quickstart, or a file")
+    parser.add_argument("--drop-incomplete", action="store_true", help="leave out queries that lack a member's row")
     parser.add_argument("--reply-cache", type=Path, help="folder of a reply cache for the endpoints")
     parser.add_argument("--max-total-usd", type=usd, help="of all questions together; then no member is asked")
     parser.add_argument("--policy-price-in", type=usd, default=0.0, help="USD per million tokens it reads")
@@ -43,15 +44,15 @@ def make_agent(args: argparse.Namespace) -> RouterAgent:
         return RouterAgent.from_pretrained(
             args.model, live_pool(load_catalogue(args.catalogue), ledger=ledger, cache=cache)
         )
-    return RouterAgent.from_pretrained(args.model, recorded(args.table, args.model, ledger))
+    return RouterAgent.from_pretrained(args.model, recorded(args.table, args.model, ledger, args.drop_incomplete))
 
 
-def recorded(table: str, model: str, ledger: Ledger) -> Pool:
+def recorded(table: str, model: str, ledger: Ledger, drop_incomplete: bool = False) -> Pool:
     """Replies of a table, found by the text of the question, from the members that the policy was trained with."""
     from routers.agent_settings import AgentSettings
 
     members = [member.name for member in AgentSettings.load(model).members] or None
-    replies = quickstart_table() if table == "quickstart" else load_table(table)
+    replies = quickstart_table() if table == "quickstart" else load_table(table, drop_incomplete=drop_incomplete)
     return recorded_pool(restricted(replies, members, result_of), by="query", ledger=ledger)
 
 

@@ -2,23 +2,26 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
-from evaluate import spread
+from evaluate import replies_of, spread
 from policies import Corpus
 
 from rewards.schemes import additive_rewards, router_r1_rewards, xrouter_rewards
 from routers.agent_settings import AgentSettings
+from routers.answers import gold_problem
 from routers.catalogue import Member, load_catalogue
 from routers.observations import reply_observation
 from routers.pool import Ledger, Pool, ReplyCache, live_pool, recorded_pool
 from routers.pool.reasoning import split_reasoning
 from routers.prompts import Clean, Messages, drawn_cost_weight, price
 from routers.qa import load_qa, without_duplicates
-from routers.table import ReplyTable, load_table, quickstart_table
+from routers.table import ReplyTable
 from routers.think_route import ThinkRoute, cost_scale
 from routers.think_rows import restricted, result_of
 from srpo import SRPOConfig
+from srpo.quarantine import MAX_BAD_SHARE, Quarantine
 from srpo.ranges import SEED, Ranges, above, at_least, between, check_numbers
 
 POOLS = ("recorded", "endpoint")
@@ -37,6 +40,7 @@ class TaskArguments:
         "train_limit": at_least(1),
         "eval_limit": at_least(1),
         "question_seed": SEED,
+        "max_bad_share": between(0, 1),
         "max_prompt_length": at_least(1),
         "call_seconds": above(0),
         "policy_price_in": at_least(0),
@@ -64,16 +68,27 @@ class TaskArguments:
     # Questions
     table: str | None = field(
         default=None,
-        metadata={"help": "Questions and recorded replies: quickstart, a parquet/jsonl/csv file, or a Hub id."},
+        metadata={
+            "help": "Questions and recorded replies: quickstart, a parquet/jsonl/json/csv/tsv file, or a Hub id."
+        },
     )
     train_data: list[str] | None = field(
         default=None,
-        metadata={"help": "Question sets: names of routers.qa.SETS, or .jsonl files. Instead of a table."},
+        metadata={"help": "Question sets: names of routers.qa.SETS, or files. Instead of a table."},
     )
     test_data: list[str] | None = field(default=None, metadata={"help": "Question sets of the evaluation."})
     train_limit: int | None = field(default=None, metadata={"help": "Training questions per set (table: in all)."})
     eval_limit: int | None = field(default=None, metadata={"help": "Test questions per set (table: in all)."})
     question_seed: int = field(default=42, metadata={"help": "Of the draw from the question sets."})
+    max_bad_share: float = field(
+        default=MAX_BAD_SHARE,
+        metadata={
+            "help": "Bad rows of table, question and data sets are left out up to this share; above it the run stops."
+        },
+    )
+    drop_incomplete: bool = field(
+        default=False, metadata={"help": "Leave out queries of the table that lack a row of some member."}
+    )
     max_prompt_length: int = field(default=4096, metadata={"help": "Longer rows are quarantined before step 1."})
 
     # Pool
@@ -155,23 +170,33 @@ class TaskArguments:
             raise ValueError("the warm start is made from the replies of a table; set warm_start_passes: 0")
 
 
-def load_replies(task: TaskArguments) -> ReplyTable | None:
-    """The table of the task, with short replies where the task says so; None: it has none."""
+def load_replies(task: TaskArguments, folder: Path) -> ReplyTable | None:
+    """The table of the task, with short replies where the task says so; None: it has none. Its bad rows are written
+    into `folder`."""
     if task.table is None:
         return None
     # With endpoints, the catalogue is theirs; the table's own prices are the recorded members'.
     prices = task.catalogue if task.pool == "recorded" else None
-    table = quickstart_table() if task.table == "quickstart" else load_table(task.table, prices)
+    rules = {"max_bad_share": task.max_bad_share, "drop_incomplete": task.drop_incomplete}
+    table = replies_of(task.table, prices, folder=folder, **rules)
     return restricted(table, task.members, result_of if task.replies == "result" else None)
 
 
-def load_questions(task: TaskArguments, table: ReplyTable | None) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """(training, held-out) questions: `query_id, query, gold, family, split`."""
+def load_questions(
+    task: TaskArguments, table: ReplyTable | None, folder: Path
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """(training, held-out) questions: `query_id, query, gold, family, split`. Bad ones are written into `folder`.
+
+    Raises:
+        BadRows: too many that cannot be read, or that the metric cannot grade.
+    """
     if table is not None:
-        return _table_rows(table, "train", task.train_limit), _table_rows(table, "heldout", task.eval_limit)
-    heldout = _sets(task.test_data or [], "heldout", task.eval_limit, task.question_seed)
-    train = _sets(task.train_data or [], "train", task.train_limit, task.question_seed)
-    return without_duplicates(train, heldout), heldout
+        train, heldout = _table_rows(table, "train", task.train_limit), _table_rows(table, "heldout", task.eval_limit)
+    else:
+        heldout = _sets(task, task.test_data or [], "heldout", task.eval_limit, folder)
+        train = _sets(task, task.train_data or [], "train", task.train_limit, folder)
+        train = without_duplicates(train, heldout)
+    return _gradable(task, train, "train", folder), _gradable(task, heldout, "heldout", folder)
 
 
 def _table_rows(table: ReplyTable, split: str, limit: int | None) -> list[dict[str, Any]]:
@@ -179,8 +204,33 @@ def _table_rows(table: ReplyTable, split: str, limit: int | None) -> list[dict[s
     return [{**rows[i], "gold": list(table.gold(rows[i]["query_id"]))} for i in spread(len(rows), limit)]
 
 
-def _sets(names: Sequence[str], split: str, limit: int | None, seed: int) -> list[dict[str, Any]]:
-    return [row for name in names for row in load_qa(name, split, limit=limit, seed=seed)]
+def _sets(
+    task: TaskArguments, names: Sequence[str], split: str, limit: int | None, folder: Path
+) -> list[dict[str, Any]]:
+    rows = []
+    for number, name in enumerate(names):
+        rows += load_qa(
+            name,
+            split,
+            limit=limit,
+            seed=task.question_seed,
+            max_bad_share=task.max_bad_share,
+            quarantine_path=folder / f"quarantine_{split}_{number}.jsonl",
+        )
+    return rows
+
+
+def _gradable(task: TaskArguments, rows: list[dict[str, Any]], split: str, folder: Path) -> list[dict[str, Any]]:
+    """The rows whose accepted answers the metric can compare with: any other would pay nobody, in silence."""
+    bad = Quarantine(f"{split} questions", folder / f"quarantine_{split}.jsonl", task.max_bad_share)
+    good = []
+    for number, row in enumerate(rows, start=1):
+        if problem := gold_problem(row["gold"], task.metric):  # type: ignore[arg-type]  # checked by ThinkRoute
+            bad.add(number, f"no answer for metric {task.metric}", f"query {row['query_id']!r}: {problem}", row)
+        else:
+            good.append(row)
+    bad.settle(len(rows))
+    return good
 
 
 def make_pool(task: TaskArguments, table: ReplyTable | None, max_cost_usd: float | None = None) -> Pool:

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import numpy as np
 import yaml
 from accelerate import PartialState
-from evaluate import EVALUATION, Evaluation, evaluate_policy, spread
+from evaluate import EVALUATION, Evaluation, evaluate_policy, replies_of, spread
 from policies import load_policy, router_corpus, warm_start_config
 from transformers import PreTrainedModel, set_seed
 
@@ -25,10 +25,11 @@ from rewards import correctness_reward, format_reward, make_cost_reward
 from routers.grammar import Grammar
 from routers.outcomes import RecordedPool
 from routers.prompts import policy_prompt
-from routers.table import ReplyTable, load_table, quickstart_table
+from routers.table import ReplyTable
 from routers.warm_rows import warm_start_rows
 from srpo import SRPOConfig, SRPOTrainer
 from srpo.checks import check_rows
+from srpo.quarantine import MAX_BAD_SHARE
 from srpo.ranges import Ranges, above, at_least, between, check_numbers
 from srpo.recipe import load_recipe, resolved_recipe
 from srpo.reprompt import Templates, reprompt
@@ -40,6 +41,7 @@ class TaskArguments:
     """The routing task: policy, pool, reward and warm start."""
 
     RANGES: ClassVar[Ranges] = {
+        "max_bad_share": between(0, 1),
         "cost_weight": between(0, 1, open_high=True),  # at 1 a cheap wrong answer could win
         "format_weight": at_least(0),
         "max_prompt_length": at_least(1),
@@ -63,9 +65,17 @@ class TaskArguments:
         },
     )
     table: str = field(
-        default="quickstart", metadata={"help": "Recorded replies: quickstart, a parquet/jsonl/csv file, or a Hub id."}
+        default="quickstart",
+        metadata={"help": "Recorded replies: quickstart, a parquet/jsonl/json/csv/tsv file, or a Hub id."},
     )
     catalogue: str | None = field(default=None, metadata={"help": "Prices and descriptors (YAML) of another table."})
+    max_bad_share: float = field(
+        default=MAX_BAD_SHARE,
+        metadata={"help": "Bad rows of table and data set are left out up to this share; above it the run stops."},
+    )
+    drop_incomplete: bool = field(
+        default=False, metadata={"help": "Leave out queries of the table that lack a row of some member."}
+    )
     cost_weight: float = field(
         default=0.2, metadata={"help": "lambda in reward = correct - lambda * cost / scale; below 1."}
     )
@@ -97,7 +107,13 @@ def main(argv: list[str] | None = None) -> Evaluation | None:
     if state.is_main_process:
         output.mkdir(parents=True, exist_ok=True)
         (output / "recipe.yaml").write_text(yaml.safe_dump(resolved_recipe(recipe), sort_keys=False))
-    table = quickstart_table() if task.table == "quickstart" else load_table(task.table, task.catalogue)
+    table = replies_of(
+        task.table,
+        task.catalogue,
+        max_bad_share=task.max_bad_share,
+        drop_incomplete=task.drop_incomplete,
+        folder=output,
+    )
     grammar, members = Grammar(), list(table.catalogue.values())
 
     set_seed(args.seed)
@@ -115,6 +131,7 @@ def main(argv: list[str] | None = None) -> Evaluation | None:
         tokenizer=tokenizer,
         max_prompt_length=task.max_prompt_length,
         quarantine_path=output / "quarantine.jsonl",
+        max_bad_share=task.max_bad_share,
         chat_template_kwargs=args.chat_template_kwargs,
     )
 

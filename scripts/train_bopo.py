@@ -137,7 +137,7 @@ def main(argv: list[str] | None = None) -> str | None:
             profiled = profiles(task, "train", task.train_tasks, task.train_count, folder)
         else:
             profiled = given_profiles(task, Path(bopo.profiles))
-    rows = training_rows(task, bopo.reward(), profiled)
+    rows = training_rows(task, bopo.reward(), profiled, output / "quarantine.jsonl")
     if state.is_main_process:
         print(describe_rows(bopo.reward(), rows))
 

@@ -58,8 +58,8 @@ def main(argv: Sequence[str] | None = None) -> AgentEvaluation | None:
     if state.is_main_process:
         output.mkdir(parents=True, exist_ok=True)
         (output / "recipe.yaml").write_text(yaml.safe_dump(resolved_recipe(recipe), sort_keys=False))
-    table = load_replies(task)
-    train, heldout = load_questions(task, table)
+    table = load_replies(task, output)
+    train, heldout = load_questions(task, table, output)
     pool = make_pool(task, table, args.max_cost_usd)
     names = seen_members(task, pool)
     settings = make_settings(task, args, [pool.members[name] for name in names])
@@ -81,6 +81,7 @@ def main(argv: Sequence[str] | None = None) -> AgentEvaluation | None:
         tokenizer=tokenizer,
         max_prompt_length=task.max_prompt_length,
         quarantine_path=output / "quarantine.jsonl",
+        max_bad_share=task.max_bad_share,
         chat_template_kwargs=args.chat_template_kwargs,
     )
 
@@ -208,9 +209,7 @@ def encode_demonstration(
     return {"input_ids": ids, "labels": labels}
 
 
-def _save(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: AgentSettings, folder: Path
-) -> None:
+def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: AgentSettings, folder: Path) -> None:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     settings.save(folder)

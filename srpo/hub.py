@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 _STAGING = "_hub"  # upload_folder leaves out names that begin with "_"
 _ADVICE = "log in with `hf auth login`, or set HF_TOKEN to a token that may write"
 # What never goes up: pickles (training_args.bin holds the token if one was passed), other checkpoints, local records.
-_LOCAL_ONLY = ["_*", "checkpoint-*", "training_args.bin", "runs/*", "wandb/*", "completions/*", "quarantine.jsonl"]
+_LOCAL_ONLY = ["_*", "checkpoint-*", "training_args.bin", "runs/*", "wandb/*", "completions/*", "quarantine*.jsonl"]
 # What only resuming needs.
 _RESUME_ONLY = ["optimizer*", "scheduler*", "rng_state*", "scaler*", "trainer_state.json", "global_step*"]
 _RESUME_ONLY += ["teacher*", "rollouts_*"]
