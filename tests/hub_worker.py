@@ -1,6 +1,6 @@
 """Runs in a process of its own: trains tiny models against a Hub on loopback that works, refuses, breaks or is gone.
 
-python hub_worker.py MODEL_DIR WORK_DIR      prints one line of JSON
+    python hub_worker.py MODEL_DIR WORK_DIR      prints one line of JSON
 """
 
 import hashlib

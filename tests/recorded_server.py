@@ -71,7 +71,9 @@ class RecordedServer:
     def write_catalogue(self, path: Path) -> Path:
         """A catalogue whose members live here, at the prices of the table."""
         names = ("name", "descriptor", "price_in", "price_out")
-        members = [{**{n: asdict(m)[n] for n in names}, "base_url": self.url} for m in self.table.catalogue.values()]
+        members = [
+            {**{n: asdict(m)[n] for n in names}, "base_url": self.url} for m in self.table.catalogue.values()
+        ]
         path.write_text(yaml.safe_dump({"members": members}))
         return path
 

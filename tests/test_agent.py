@@ -169,7 +169,9 @@ def test_settings_survive_a_round_trip_and_bad_files_are_named(tmp_path: Path) -
         AgentSettings(turns=0)
 
 
-def test_the_command_line_asks_one_question(policy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_line_asks_one_question(
+    policy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from openai_server import OpenAIServer
     from route import main  # scripts/route.py
 

@@ -1,5 +1,6 @@
 """What the router is told: words by hand, from texts only, every word in the vocabulary."""
 
+
 import pytest
 
 from routers.budget import Budget, BudgetGate

@@ -107,6 +107,7 @@ def test_weights_are_constants() -> None:
     assert not entropy_weights(entropy, ALL, 1.0).requires_grad
 
 
+
 def test_the_four_cases_of_table_7() -> None:
     correct = torch.tensor([True, True, False, False])
     available = torch.tensor([True, False, True, False])

@@ -29,7 +29,9 @@ from srpo.trainer import GRPOTrainer, SDPOTrainer, SRPOTrainer
 # ---------------------------------------------------------------------------------------------- TRL's signature
 
 
-@pytest.mark.parametrize(("cls", "objective"), [(SRPOTrainer, "srpo"), (SDPOTrainer, "sdpo"), (GRPOTrainer, "grpo")])
+@pytest.mark.parametrize(
+    ("cls", "objective"), [(SRPOTrainer, "srpo"), (SDPOTrainer, "sdpo"), (GRPOTrainer, "grpo")]
+)
 def test_positional_arguments_are_those_of_trl(tmp_path, cls, objective):
     lora = LoraConfig(r=4, target_modules="all-linear")
     order = list(inspect.signature(trl.GRPOTrainer).parameters)
