@@ -212,7 +212,7 @@ def _leaves(value: Any) -> Iterable[bool]:
 
 
 def _set_fields(request: Any) -> set[str]:
-    standard = {("service_tier", "default"), ("service_tier", "standard"), ("speed", "standard")}
+    standard = [("service_tier", "default"), ("service_tier", "standard"), ("speed", "standard")]
     if not isinstance(request, dict):
         return set()
     return {str(name) for name, value in request.items() if value is not None and (name, value) not in standard}

@@ -127,7 +127,7 @@ def report(phase: str, used: Mapping[str, Spending], spent: float, cap: float | 
     """One line: calls, failures and USD of a phase by member, and what the run has spent."""
     parts = []
     for name, spending in used.items():
-        odd = ("failed", "estimated", "unmetered")
+        odd = ("failed", "estimated", "bounded", "unmetered")
         notes = ", ".join(f"{getattr(spending, n):,} {n}" for n in odd if getattr(spending, n))
         calls = f"{spending.calls:,} calls" + (f" ({notes})" if notes else "")
         cached = f", {spending.cached:,} from the cache" if spending.cached else ""

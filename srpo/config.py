@@ -14,6 +14,7 @@ from trl import GRPOConfig
 
 from srpo.advantages import BASELINES, SCALES
 from srpo.ranges import Ranges, check_numbers
+from srpo.redact import redacted
 from srpo.replay_settings import check_minirl, check_replay
 from srpo.sampling_rules import check_generation_kwargs
 from srpo.trainer_ranges import TRAINER_RANGES
@@ -198,6 +199,10 @@ class SRPOConfig(GRPOConfig):
         self._check_device()
         super().__post_init__()
         self.check()
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in transformers, which logs and W&B read; whatever looks like a secret is replaced, at any depth."""
+        return redacted(super().to_dict())
 
     def _check_device(self) -> None:
         # TRL's default is bf16, which transformers refuses where there is no GPU, in words that name neither way out.

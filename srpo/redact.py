@@ -10,12 +10,17 @@ from typing import Any
 REDACTED = "<redacted>"
 
 # Names in all their spellings: X-API-Key, apiKey, "api key" and OPENAI_API_KEY are the words x api key, api key, ...
-_HEADERS = re.compile(r"(^|_)(headers?|extra_(headers|query|body)|default_(headers|query)|cookies?|set_cookie)(_|$)")
+_HEADERS = re.compile(r"(^|_)(extra|default)_(query|body)$")
 # Names under which nothing but a credential stands, whatever its type.
 _SECRET_NAME = re.compile(
     r"(^|_)(hub_token|api_?keys?|(access|secret|private|auth|account|subscription|license|master|signing|virtual)_?keys?"
     r"(_id)?|secrets?|client_secret|passwords?|passwd|passphrase|pwd|access_?tokens?|auth_?tokens?|refresh_?tokens?"
     r"|session_?tokens?|id_token|bearer(_tokens?)?|(proxy_)?authori[sz]ation|credentials?)$"
+)
+# The same anywhere in a name that goes to others' servers, without its underscores.
+_SECRET_PART = re.compile(
+    r"api(key|token)|access(key|token)|(private|secret|client|signing)key|(auth|refresh|session|bearer)token"
+    r"|secret|passwo?r?d|passphrase|authori[sz]|credential|bearer|cookie|header"
 )
 # Names under which a text is one, but for the last words that are a model's tokens, a column or a place in a cache.
 _SECRET_TEXT_NAME = re.compile(r"(^|_)(token|auth|authentication)$")
@@ -83,7 +88,7 @@ def _credential(key: str, value: Any, path: str, schema: bool) -> str | None:
     value = _parsed(value)
     name = _words(key)
     if not (schema and isinstance(value, Mapping)):
-        if _HEADERS.search(name) or _SECRET_NAME.search(name):
+        if _HEADERS.search(name) or _SECRET_NAME.search(name) or _SECRET_PART.search(name.replace("_", "")):
             return path
         if isinstance(value, str) and _SECRET_KEY_NAME.search(name):
             return path
