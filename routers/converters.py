@@ -8,20 +8,23 @@ needs, the choice is made here, once:
   ``UNKNOWN_REPLY_TOKENS``;
 * prices: those the set publishes, else public list prices as we remember them (see each function);
 * split: the set's own, else ``routers.table.split_of``;
-* repeated queries (by normalised text): the first one stays.
+* repeated queries (by normalised text): the first one stays;
+* entries that are not as the set has them are left out with their reasons, up to a share of them.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from routers.catalogue import Member
+from routers.files import BadRow, read_rows
 from routers.table import ReplyTable, normalise_query, split_of
+from srpo.quarantine import Quarantine
 
 CHARS_PER_TOKEN = 4
 UNKNOWN_REPLY_TOKENS = 128
@@ -92,9 +95,12 @@ _NQ6_PRICES = {
 def _routellm_mmlu(data_dir: Path) -> Converted:
     """10,489 multiple-choice questions x 2 models; neither replies nor gold letters were published."""
     builder = _Builder("routellm_mmlu")
-    for item in _jsonl(data_dir / "routellm" / "mmlu.jsonl"):
+
+    def add(item: dict[str, Any]) -> None:
         for member in builder.query(item["query"], item["subject"], [], item["correct"]):
             builder.reply(member, item["correct"][member], "", completion_tokens=1)
+
+    builder.read(data_dir / "routellm" / "mmlu.jsonl", add)
     return Converted(builder.rows, _catalogue(_ROUTELLM_PRICES))
 
 
@@ -110,9 +116,12 @@ def _gsm8k_4models(data_dir: Path) -> Converted:
 
 def _with_responses(name: str, path: Path, prices: dict[str, tuple[float, float]]) -> Converted:
     builder = _Builder(name)
-    for item in _jsonl(path):
+
+    def add(item: dict[str, Any]) -> None:
         for member in builder.query(item["query"], item["task"], [item["gold"]], prices):
             builder.reply(member, item["correct"][member], item["response"][member])
+
+    builder.read(path, add)
     return Converted(builder.rows, _catalogue(prices))
 
 
@@ -120,21 +129,27 @@ def _llmrouter(data_dir: Path) -> Converted:
     """5,608 training and 381 de-duplicated test queries x 9 models, 14 tasks; replies were not published."""
     folder = data_dir / "llmrouter"
     builder = _Builder("llmrouter")
-    for split, file in (("train", "train.jsonl"), ("heldout", "test_dedup.jsonl")):
-        for item in _jsonl(folder / file):
-            tokens = 1 if item["metric"] == "em_mc" else UNKNOWN_REPLY_TOKENS
-            for member in builder.query(item["query"], item["task"], [item["gold"]], item["score"], split):
-                builder.reply(member, item["score"][member], "", completion_tokens=tokens)
+
+    def add(item: dict[str, Any], split: str) -> None:
+        tokens = 1 if item["metric"] == "em_mc" else UNKNOWN_REPLY_TOKENS
+        for member in builder.query(item["query"], item["task"], [item["gold"]], item["score"], split):
+            builder.reply(member, item["score"][member], "", completion_tokens=tokens)
+
+    builder.read(folder / "train.jsonl", partial(add, split="train"))
+    builder.read(folder / "test_dedup.jsonl", partial(add, split="heldout"))
     return Converted(builder.rows, _published_catalogue(folder / "default_llm.json", builder.rows))
 
 
 def _llmrouter_nq6(data_dir: Path) -> Converted:
     """500 questions of Natural Questions x 6 models, with replies; completion tokens follow from the costs."""
     builder = _Builder("llmrouter_nq6")
-    for item in _jsonl(data_dir / "llmrouter_nq6" / "replies500.jsonl"):
+
+    def add(item: dict[str, Any]) -> None:
         for member in builder.query(item["query"], item["task"], item["gold"], _NQ6_PRICES):
             tokens = round(item["cost"][member] / _NQ6_PRICES[member])
             builder.reply(member, item["score"][member], item["response"][member], completion_tokens=tokens)
+
+    builder.read(data_dir / "llmrouter_nq6" / "replies500.jsonl", add)
     return Converted(builder.rows, _catalogue({name: (price, price) for name, price in _NQ6_PRICES.items()}))
 
 
@@ -142,14 +157,17 @@ def _routeprofile(data_dir: Path) -> Converted:
     """500 queries of 10 tasks x 8 models, with replies, tokens and prices; the broken code tasks are left out."""
     folder = data_dir / "routeprofile"
     builder = _Builder("routeprofile")
-    for item in json.loads((folder / "routing_test_data.json").read_text(encoding="utf-8")):
+
+    def add(item: dict[str, Any]) -> None:
         if item["task_name"] in BROKEN_TASKS:
-            continue
+            return
         results = item["model_performance"]
         for member in builder.query(item["query"], item["task_name"], [item["ground_truth"]], results):
             result = results[member]
             row = builder.reply(member, result["task_performance"], result["response"], result["completion_tokens"])
             row["prompt_tokens"] = result["prompt_tokens"]
+
+    builder.read(folder / "routing_test_data.json", add)
     return Converted(builder.rows, _published_catalogue(folder / "candidate_models.json", builder.rows))
 
 
@@ -170,7 +188,32 @@ class _Builder:
         self.rows: list[dict[str, Any]] = []
         self._name = name
         self._seen: set[str] = set()
+        self._added = ""
         self._current: dict[str, Any] = {}
+
+    def read(self, path: Path, add: Callable[[dict[str, Any]], None]) -> None:
+        """Add every entry of a file; one that fails leaves nothing behind.
+
+        Raises:
+            FileNotFoundError: no such file.
+            BadRows: too many entries are not as the set has them.
+        """
+        if not path.exists():
+            raise FileNotFoundError(2, "No such file or directory", str(path))
+        entries = read_rows(path)
+        bad = Quarantine(f"rows of {path}", label=f"{path.name}: ")
+        for number, item in entries:
+            rows, self._added = len(self.rows), ""
+            try:
+                if isinstance(item, BadRow):
+                    raise ValueError(item.detail)
+                add(item)
+            except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
+                del self.rows[rows:]
+                self._seen.discard(self._added)
+                missing = isinstance(error, KeyError)
+                bad.add(number, "another form", f"field {error} is missing" if missing else str(error), item)
+        bad.settle(len(entries))
 
     def query(
         self, text: str, family: str, gold: list[str], members: dict[str, Any], split: str | None = None
@@ -180,6 +223,7 @@ class _Builder:
         if normalised in self._seen:
             return []
         self._seen.add(normalised)
+        self._added = normalised
         self._current = {
             "query_id": f"{self._name}-{len(self._seen):05d}",
             "query": text,
@@ -192,6 +236,8 @@ class _Builder:
     def reply(self, member: str, correct: float, reply: str, completion_tokens: int | None = None) -> dict[str, Any]:
         """Add one reply to the query that was started, and return its row."""
         tokens = estimated_tokens(reply) if completion_tokens is None else completion_tokens
+        if not isinstance(reply, str):
+            raise ValueError(f"the reply of {member} is {reply!r}; it must be text")
         row = self._current | {
             "member": member,
             "reply": reply,
@@ -203,19 +249,16 @@ class _Builder:
         return row
 
 
-def _jsonl(path: Path) -> list[dict[str, Any]]:
-    with path.open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
-
-
 def _catalogue(prices: dict[str, tuple[float, float]]) -> dict[str, Member]:
     return {name: Member(name, name, price_in, price_out) for name, (price_in, price_out) in prices.items()}
 
 
 def _published_catalogue(path: Path, rows: list[dict[str, Any]]) -> dict[str, Member]:
     """Prices and descriptors out of a ``{name: {feature, input_price, output_price}}`` file, for members with rows."""
-    listed = json.loads(path.read_text(encoding="utf-8"))
+    listed = read_rows(path)[0].value
     names = dict.fromkeys(row["member"] for row in rows)
+    if without := [name for name in names if name not in listed]:
+        raise ValueError(f"{path}: there is no price of {without[0]!r}; it has {', '.join(listed)}")
     return {
         name: Member(name, listed[name]["feature"], listed[name]["input_price"], listed[name]["output_price"])
         for name in names

@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import unicodedata
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,6 +27,7 @@ from typing import Any
 import numpy as np
 
 from routers.catalogue import Member, cost, load_catalogue
+from routers.cells import HELDOUT_SPLITS
 from routers.files import BadRow, Row, names_a_file, read_rows
 from routers.table_rows import TOKENS, BadCell, incomplete_message, query_id_of, read_row, readers
 from srpo.quarantine import MAX_BAD_SHARE, Quarantine
@@ -116,6 +118,7 @@ class ReplyTable:
         self.bad_rows = bad.entries
         self.catalogue: dict[str, Member] = {name: m for name, m in catalogue.items() if name in members}
         self.members: list[str] = list(self.catalogue)
+        _warn_of_splits(numbered, source)
         missing = self._missing()
         unexplained = [query_id for query_id in missing if query_id not in touched]
         self.incomplete = list(missing)
@@ -274,7 +277,8 @@ def load_table(
         source: a ``.parquet``, ``.jsonl``, ``.json``, ``.csv`` or ``.tsv`` file (packed or not; ``routers.files``), a
             folder of them, or a Hub id such as ``"user/replies"``, of which all splits are read: the ``split`` column
             decides, else the Hub's own where there are several. What exists here is never looked for on the Hub.
-        catalogue: prices, as a YAML file or loaded. ``None`` reads ``catalogue.yaml`` beside the file.
+        catalogue: prices, as a YAML file or loaded. ``None`` reads ``catalogue.yaml`` beside the file, or in
+            the folder.
         max_bad_share, drop_incomplete, quarantine_path: see ``ReplyTable``.
 
     Raises:
@@ -288,7 +292,8 @@ def load_table(
     if isinstance(catalogue, Mapping):
         prices = catalogue
     else:
-        beside = (path if path.is_dir() else path.parent) / "catalogue.yaml"
+        own = path / "catalogue.yaml"  # in a folder of files
+        beside = own if own.is_file() else path.with_name("catalogue.yaml")
         if catalogue is None and not (local and beside.is_file()):
             raise ValueError(f"{source}: no prices; pass catalogue=... or put a catalogue.yaml beside the table")
         prices = load_catalogue(beside if catalogue is None else catalogue)
@@ -306,6 +311,13 @@ def quickstart_table() -> ReplyTable:
     """The recorded pool that ships with the package (see ``routers/data/README.md``)."""
     with resources.as_file(resources.files("routers") / "data" / "quickstart_pool.parquet") as path:
         return load_table(path)
+
+
+def _warn_of_splits(rows: Iterable[Row], source: str) -> None:
+    """Say it where parts of several names are put together: they are evaluated on as one."""
+    names = Counter(str(row.value.get("split")).strip().lower() for row in rows if isinstance(row.value, Mapping))
+    if len(merged := sorted(names.keys() & HELDOUT_SPLITS)) > 1:
+        logger.warning("%s: the splits %s are held out together, as one", source, " and ".join(merged))
 
 
 def _hub_rows(name: str) -> list[dict[str, Any]]:

@@ -72,6 +72,21 @@ def test_llmrouter_by_hand(tmp_path):
     ]
 
 
+def test_entries_of_another_form_are_left_out_with_their_reasons(tmp_path, caplog):
+    correct = {"mixtral-8x7b-instruct-v0.1": False, "gpt-4-1106-preview": True}
+    items = [{"subject": "law", "query": f"question {i}", "correct": dict(correct)} for i in range(100)]
+    del items[3]["query"]
+    items[7]["correct"]["gpt-4-1106-preview"] = None
+    items[9] = [1]
+    write_jsonl(tmp_path / "routellm" / "mmlu.jsonl", items)
+    with caplog.at_level("WARNING"):
+        table = convert("routellm_mmlu", tmp_path).table()
+    assert len(table) == 97 and "3 of 100 rows" in caplog.text and "row 4: field 'query' is missing" in caplog.text
+    write_jsonl(tmp_path / "routellm" / "mmlu.jsonl", items[:10])
+    with pytest.raises(ValueError, match=r"3 of 10 rows of .*mmlu\.jsonl are bad"):
+        convert("routellm_mmlu", tmp_path)
+
+
 def test_routeprofile_drops_the_broken_tasks(tmp_path):
     def item(task, query):
         result = {"response": "r", "prompt_tokens": 7, "completion_tokens": 3, "task_performance": 1.0}
