@@ -27,6 +27,7 @@ from srpo.quarantine import MAX_BAD_SHARE
 from srpo.ranges import at_least, between, ranged
 from srpo.sampling import end_ids
 from srpo.sampling_rules import own_settings_aside
+from srpo.thinking import opened_by
 
 __all__ = ["EVALUATION", "Evaluation", "evaluate_policy", "load_checkpoint", "main", "spread"]
 
@@ -118,7 +119,10 @@ def generate(
     batch_size: int,
     max_new_tokens: int,
 ) -> tuple[list[str], list[int], list[int]]:
-    """Greedy completions of rendered prompts, with prompt and completion tokens (the end token counts), in order."""
+    """Greedy completions of rendered prompts, with prompt and completion tokens (the end token counts), in order.
+
+    A completion begins with the think tag where its prompt has opened one.
+    """
     ids = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # batches of like length need little padding
     texts, tokens_out = [""] * len(ids), [0] * len(ids)
@@ -143,7 +147,7 @@ def generate(
             )
         for i, row in zip(batch, output[:, width:].tolist(), strict=True):
             length = next((n for n, token in enumerate(row, start=1) if token in ends), len(row))
-            texts[i] = tokenizer.decode(row[:length], skip_special_tokens=True)
+            texts[i] = opened_by(tokenizer, ids[i]) + tokenizer.decode(row[:length], skip_special_tokens=True)
             tokens_out[i] = length
     model.train(was_training)
     return texts, [len(row) for row in ids], tokens_out

@@ -164,7 +164,7 @@ def main(argv: list[str] | None = None) -> Evaluation | None:
             learning_rate=task.warm_start_learning_rate,
             batch_size=task.warm_start_batch_size,
         )
-        model = warm_start(model, tokenizer, examples, config)
+        model = warm_start(model, tokenizer, examples, config, chat_template_kwargs=args.chat_template_kwargs)
         if state.is_main_process:
             model.save_pretrained(start)
             tokenizer.save_pretrained(start)

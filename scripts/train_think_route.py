@@ -43,6 +43,7 @@ from srpo import SRPOConfig, SRPOTrainer
 from srpo.checks import check_rows
 from srpo.recipe import load_recipe, resolved_recipe
 from srpo.rollout import observation_ids
+from srpo.thinking import inside, opened_by
 from srpo.untrusted import encode_frame
 from srpo.warmstart import warm_start
 
@@ -198,9 +199,11 @@ def encode_demonstration(
             **settings.chat_template_kwargs,
         )
     labels = [-100] * len(ids)
+    opened = opened_by(tokenizer, ids)
     for turn in demonstration.turns:
         if isinstance(turn, str):
-            part = encode_frame(tokenizer, turn)
+            part = encode_frame(tokenizer, inside(opened, turn))
+            opened = ""
             labels += part
         else:
             part = list(observation_ids(turn, tokenizer, settings.observation_tokens))

@@ -6,18 +6,22 @@ row. Neither may turn into a training signal.
 
 import functools
 import inspect
+import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from srpo.columns import LOST_ROW, as_list, broken_text
 from srpo.quarantine import BadRows as BadRows  # the public name
 from srpo.quarantine import Quarantine
-from srpo.types import LOST
+from srpo.row_types import odd_types, shown
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+logger = logging.getLogger(__name__)
 
 _ROLES = ("system", "user", "assistant", "tool", "developer")
 
@@ -53,7 +57,7 @@ def check_rows(
     bad = Quarantine("dataset rows", quarantine_path, 0.0 if strict else max_bad_share)
     good: list[int] = []
     for index, row in enumerate(dataset):
-        problem = _prompt_problem(row) or _id_problem(row, id_column, ids)
+        problem = _prompt_problem(row) or _id_problem(row, id_column, ids) or _column_problem(row)
         if problem is None and tokenizer is not None and max_prompt_length is not None:
             length = _prompt_length(row["prompt"], tokenizer, chat_template_kwargs or {})
             if length > max_prompt_length:
@@ -63,11 +67,13 @@ def check_rows(
             if id_column in row:
                 ids[row[id_column]] = index
         else:
-            bad.add(index, *problem, row.get("prompt") if isinstance(row, Mapping) else row)
+            bad.add(index, *problem, shown(row.get("prompt") if isinstance(row, Mapping) else row))
     total = len(good) + len(bad)
-    for index, detail in _mixed_types(dataset, good).items():
-        bad.add(index, "mixed types", detail, dataset[index])
-        good.remove(index)
+    if not hasattr(dataset, "features"):  # a Dataset's columns have one type each already
+        odd = odd_types([dataset[index] for index in good])
+        for i, (name, detail) in odd.items():
+            bad.add(good[i], "mixed types", detail, shown(dataset[good[i]][name]))
+        good = [index for i, index in enumerate(good) if i not in odd]
     bad.settle(total)
     return _selected(dataset, good)
 
@@ -75,9 +81,9 @@ def check_rows(
 def checked_reward(func: Callable[..., Any]) -> Callable[..., Any]:
     """A TRL reward function whose values are checked: a list with one finite number, or None, per completion.
 
-    None means that the reward does not apply to that row, as in TRL. The function never sees lost rows
-    (`srpo.types.LOST`): their reward is None. Synchronous and asynchronous functions are both wrapped, and keep their
-    name (TRL logs rewards under it).
+    None means that the reward does not apply to that row, as in TRL. The function never sees lost rows (whose
+    `srpo.columns.LOST_ROW` says why): their reward is None. Synchronous and asynchronous functions are both wrapped,
+    and keep their name (TRL logs rewards under it).
 
     Raises:
         ValueError: when called; names function, row, `query_id` where there is one, and the value.
@@ -101,21 +107,37 @@ def checked_reward(func: Callable[..., Any]) -> Callable[..., Any]:
     return _named_like(checked, func, name)
 
 
+def distinct(funcs: list[Any]) -> list[Any]:
+    """Reward functions of which no two log under one name: the second `<lambda>` becomes `<lambda>_2`.
+
+    Those made by `checked_reward` are renamed; reward models and paths stay as they are.
+    """
+    seen: Counter[str] = Counter()
+    for func in funcs:
+        if name := getattr(func, "__name__", None):
+            seen[name] += 1
+            if seen[name] > 1:
+                func.__name__ = f"{name}_{seen[name]}"
+                logger.warning("Two reward functions are named %r; one of them is logged as %r", name, func.__name__)
+    return funcs
+
+
 class _Survivors:
     """The arguments of a reward function without the lost rows, and its values with them."""
 
     def __init__(self, args: Sequence[Any], kwargs: Mapping[str, Any]):
-        lost = kwargs.get(LOST)
+        kwargs = dict(kwargs)
+        lost = kwargs.pop(LOST_ROW, None)
         self._all = len(lost) if isinstance(lost, list) else None
         self._kept = [i for i, cause in enumerate(lost or ()) if cause is None]
         if self._all is None or len(self._kept) == self._all:
-            self._all, self.args, self.kwargs, self.any = None, tuple(args), dict(kwargs), True
+            self._all, self.args, self.kwargs, self.any = None, tuple(args), kwargs, True
             return
         self.any = bool(self._kept)
         self.args = tuple(self._part(value) for value in args)
         self.kwargs = {name: self._part(value) for name, value in kwargs.items()}
         if (log := kwargs.get("log_extra")) is not None:
-            self.kwargs["log_extra"] = lambda column, values: log(column, self.spread(values))
+            self.kwargs["log_extra"] = lambda column, values: log(column, self.spread(as_list(values)))
 
     def _part(self, value: Any) -> Any:
         return [value[i] for i in self._kept] if isinstance(value, list) and len(value) == self._all else value
@@ -147,34 +169,6 @@ def _selected(dataset: Any, rows: list[int]) -> "Dataset":
     if not isinstance(dataset, Dataset):
         return Dataset.from_list([dict(dataset[row]) for row in rows])
     return dataset if len(rows) == len(dataset) else dataset.select(rows)
-
-
-def _mixed_types(dataset: Any, rows: list[int]) -> dict[int, str]:
-    """Rows with a value of another kind than most rows have in that column: no dataset can hold both."""
-    if hasattr(dataset, "features"):  # a Dataset, whose columns have one type each
-        return {}
-    columns: dict[str, dict[int, str]] = {}
-    for index in rows:
-        for name, value in dataset[index].items():
-            if value is not None:
-                columns.setdefault(name, {})[index] = _kind(value)
-    found: dict[int, str] = {}
-    for name, kinds in columns.items():
-        usual = Counter(kinds.values()).most_common(1)[0][0]
-        found |= {i: f"{name} is a {kind}, in most rows a {usual}" for i, kind in kinds.items() if kind != usual}
-    return found
-
-
-def _kind(value: Any) -> str:
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return "number"
-    return (
-        "list"
-        if isinstance(value, (list, tuple))
-        else "mapping"
-        if isinstance(value, Mapping)
-        else type(value).__name__
-    )
 
 
 def _prompt_problem(row: Any) -> tuple[str, str] | None:
@@ -213,10 +207,15 @@ def _prompt_problem(row: Any) -> tuple[str, str] | None:
 def _text_problem(where: str, text: str) -> tuple[str, str] | None:
     if not text.strip():
         return "empty prompt", f"{where} holds no text"
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        return "invalid text", f"{where} is not valid Unicode at character {error.start}"
+    problem = broken_text(text)
+    return None if problem is None else ("invalid text", f"{where} {problem}")
+
+
+def _column_problem(row: Mapping[str, Any]) -> tuple[str, str] | None:
+    """A text, in whatever column and however deep, that no file, tokenizer or table takes."""
+    for name, value in row.items():
+        if (problem := broken_text(value)) is not None:
+            return "invalid text", f"column {name!r} {problem}"
     return None
 
 

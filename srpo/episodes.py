@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers.utils import logging
 from trl.models.utils import unwrap_model_for_generation
 
+from srpo.columns import LOST_ROW, checked_metric
 from srpo.episode_loop import EpisodeLoop
 from srpo.flatten import Flat, flatten, kept_rows, most_choices, padded_choices, row_key, row_seeds
 from srpo.generate import Generator, Recorder, Sampling, TransformersGenerator
@@ -27,7 +28,8 @@ from srpo.rollout import Limits, as_columns, play
 from srpo.rollout_limits import RunLimits, without_trl_warning
 from srpo.rollout_metrics import TRUNCATED, Account, Losses, account, rollout_metrics
 from srpo.sampling import text_of
-from srpo.types import LOST, Columns, Environment, Trajectory
+from srpo.thinking import opened_by
+from srpo.types import Columns, Environment, Trajectory
 
 logger = logging.get_logger(__name__)
 
@@ -61,6 +63,8 @@ class RolloutMixin:
     _episode_loop: EpisodeLoop | None = None
     _batch_rows: Sequence[Any] = ()
     _losses: Losses
+    _opened: Sequence[str] = ()
+    """Per completion the think tag that its prompt has opened, or ""."""
     _stop_because: str | None = None
 
     def _set_up_rollouts(self, environment: Environment) -> None:
@@ -74,9 +78,12 @@ class RolloutMixin:
 
     def _generate(self, prompts: list[Any]) -> tuple[Any, ...]:
         if self.environment is None:
-            return super()._generate(prompts)
+            output = super()._generate(prompts)
+            self._opened = [opened_by(self._tokenizer, ids) for ids in output[0]]
+            return output
         training = self.model.training
         prompt_ids = self._tokenize_prompts(prompts)[0]
+        self._opened = [opened_by(self._tokenizer, ids) for ids in prompt_ids]
         in_training = getattr(self, "is_in_train", False)
         if in_training and self._episode_loop is None:
             self._episode_loop = EpisodeLoop()
@@ -213,7 +220,9 @@ class RolloutMixin:
 
     def _log_rollouts(self, rows: list[Account], kept: list[bool], training: bool) -> None:
         values = rollout_metrics(rows, kept)
-        found = gather_object([dict(self.environment.metrics())])  # type: ignore[union-attr]
+        own = self.environment.metrics()  # type: ignore[union-attr]
+        mine = {name: checked_metric("the environment's metrics", name, value) for name, value in own.items()}
+        found = gather_object([mine])
         for name in sorted({name for f in found for name in f}):
             numbers = [f[name] for f in found if name in f]
             values[name] = sum(numbers) / len(numbers)
@@ -267,7 +276,7 @@ class RolloutMixin:
         """[all rows, functions]; a lost rollout has no reward, whatever a reward model says of it."""
         if self.environment is None and self.world is None:
             return super()._calculate_rewards(inputs, *args, **kwargs)
-        lost = [row.get(LOST) is not None for row in inputs]
+        lost = [row[LOST_ROW] is not None for row in inputs]
         with without_trl_warning() if any(lost) else nullcontext():
             rewards = super()._calculate_rewards(inputs, *args, **kwargs)
         everyone = torch.tensor(gather_object(lost), device=rewards.device)

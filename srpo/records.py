@@ -5,13 +5,10 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from srpo.columns import CALLS, MEMBERS
 from srpo.types import CORRECT, COST, ROUTE
 
 NO_ROUTE = "none"
-CALLS = "calls"
-"""Column: how many calls of the pool an episode made."""
-MEMBERS = "members"
-"""Column: the members that an episode asked, in order, one name per call."""
 ENTROPY_FLOOR = 0.05
 LENGTH_FACTOR = 3.0
 MEMBER_SHARE = 0.98

@@ -16,15 +16,14 @@ from typing import Any, ClassVar
 
 from tqdm.auto import tqdm
 
+from srpo.columns import OF_ROLLOUT, TURNS, check_word
 from srpo.episode_loop import EpisodeLoop, Failure
 from srpo.generate import Generator, Request
 from srpo.ranges import Ranges, above, at_least, check_numbers
 from srpo.sampling import text_of
+from srpo.thinking import opened_by
 from srpo.types import LOST, STOP, Columns, Environment, Episode, Observation, Row, Stop, Trajectory, Turn
 from srpo.untrusted import encode_frame, encode_untrusted
-
-TURNS = "turns"
-"""Column: how many turns the policy had."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +71,8 @@ class _Play:
     turns: list[Turn] = field(default_factory=list)
     text: str = ""
     """What the policy wrote in its last turn."""
+    opened: str = ""
+    """The think tag in which its first text begins, where the prompt has opened one."""
     stop: Stop | None = None
     cause: str | None = None
 
@@ -122,7 +123,7 @@ def play(
         ValueError: a label of `choices()` that is not one token, two labels of the same token.
     """
     started = time.monotonic()
-    plays = [_Play(i, tuple(ids)) for i, ids in enumerate(prompt_ids)]
+    plays = [_Play(i, tuple(ids), opened=opened_by(tokenizer, ids)) for i, ids in enumerate(prompt_ids)]
     labels = Labels(tokenizer)
     with EpisodeLoop() if loop is None else nullcontext(loop) as loop:
         _make(environment, plays, rows, seeds, loop, limits)
@@ -180,7 +181,8 @@ def _policy_turns(
         if request.choices is not None:
             play.text = play.choices[request.choices.index(sample.ids[0])]  # type: ignore[index]
         else:
-            play.text = text_of(tokenizer, sample.ids)
+            play.text = play.opened + text_of(tokenizer, sample.ids)
+            play.opened = ""
         if not sample.ended and play.used >= limits.tokens:
             play.stop = "tokens"  # in the middle of a sentence: there is nothing to answer
 
@@ -189,6 +191,8 @@ def _world_turns(plays: list[_Play], loop: EpisodeLoop, tokenizer: Any, limits: 
     def job(play: _Play) -> Any:
         async def step() -> Any:
             observation = await play.episode.step(play.text)  # type: ignore[union-attr]
+            if not isinstance(observation, Observation):
+                raise TypeError(f"step returned a {type(observation).__name__}, not an Observation")
             return observation, None if observation.end is not None else play.episode.choices()  # type: ignore
 
         return step
@@ -240,13 +244,12 @@ def _trajectories(plays: list[_Play], loop: EpisodeLoop, limits: Limits) -> list
         if isinstance(found, Failure):
             play.lose(play.cause or f"columns: {found.cause}")
         else:
-            columns[play.row] = found
+            columns[play.row] = _own_columns(found, play.row)
             if play.stop == "lost":
                 play.cause = found.get(LOST) or play.cause
             elif found.get(LOST):
                 play.lose(str(found[LOST]))
-    own = {STOP, LOST, TURNS}
-    names = sorted({name for c in columns for name in c} - own)
+    names = sorted({name for c in columns for name in c} - set(OF_ROLLOUT))
     return [
         Trajectory(
             prompt_ids=play.prompt,
@@ -261,6 +264,15 @@ def _trajectories(plays: list[_Play], loop: EpisodeLoop, limits: Limits) -> list
         )
         for play in plays
     ]
+
+
+def _own_columns(found: dict[str, Any], row: int) -> dict[str, Any]:
+    """Raises ValueError where an episode's column would be mistaken for one of the rollout's."""
+    for name in (STOP, TURNS):
+        if name in found:
+            raise ValueError(f"the episode of row {row} has a column {name!r}, which is the rollout's own; rename it")
+    check_word(LOST, found.get(LOST), f"the episode of row {row}")
+    return found
 
 
 def as_columns(trajectories: Sequence[Trajectory]) -> Columns:

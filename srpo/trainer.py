@@ -10,7 +10,7 @@ TRL moves it (tests/test_trl_hooks.py).
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -21,8 +21,16 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 from trl import GRPOTrainer as TRLGRPOTrainer
 
-from srpo.checks import checked_reward
+from srpo.checks import checked_reward, distinct
 from srpo.choices import ChoicesMixin, scored_among
+from srpo.columns import (
+    LOST_ROW,
+    TABLE_COLUMNS,
+    check_dataset_columns,
+    check_reward_names,
+    checked_columns,
+)
+from srpo.completions_table import CompletionsMixin
 from srpo.config import SRPOConfig
 from srpo.credit import CreditMixin
 from srpo.distillation import DistillationMixin, Plan
@@ -47,11 +55,10 @@ from srpo.resume import GenerationClock, ResumeMixin
 from srpo.rollout_limits import refuse_other_rollouts
 from srpo.sampler import SamplerMixin
 from srpo.teacher import Teacher, unpatched_copy
-from srpo.types import FEEDBACK, Columns, Environment, World
+from srpo.thinking import unfinished
+from srpo.types import FEEDBACK, LOST, Columns, Environment, World
 
 logger = logging.get_logger(__name__)
-
-_TABLE_COLUMNS = ("step", "prompt", "completion", "advantage", "branch")
 
 Correctness = Callable[[Tensor, Columns], Tensor]
 """(rewards [B] summed with their weights, columns) -> correct [B] bool."""
@@ -67,6 +74,7 @@ class SRPOTrainer(
     MiniRLMixin,
     SamplerMixin,
     DistillationMixin,
+    CompletionsMixin,
     TRLGRPOTrainer,
 ):
     """GRPO, SDPO, SRPO and BoPO in one trainer; every argument of `trl.GRPOTrainer`, and four more.
@@ -123,17 +131,22 @@ class SRPOTrainer(
             reward_funcs = [reward_funcs]
         if isinstance(reward_funcs, list):
             plain = (str, torch.nn.Module)
-            reward_funcs = [f if isinstance(f, plain) else checked_reward(f) for f in reward_funcs]
+            reward_funcs = distinct([f if isinstance(f, plain) else checked_reward(f) for f in reward_funcs])
+        for data in datasets_of(given.arguments):
+            check_dataset_columns(getattr(data, "column_names", None) or (), environment is not None)
         if environment is not None:
             refuse_other_rollouts(args, given.arguments, world)
         super().__init__(model, reward_funcs, args, train_dataset, *rest, **kwargs)
         self._set_up_sampling()
+        check_reward_names(self.reward_func_names)
         if environment is not None:
             self._set_up_rollouts(environment)
             self._add_choice_heads()
 
         self.alarms = Alarms(args.diagnostics_warning_interval, logger.warning)
         self._columns: Columns = {}
+        self._repaired: list[str] = []
+        self._rows_here = 0
         self._local_rewards = torch.empty(0)
         self._prompts: list[Any] = []
         self._completion_tokens: list[Any] = []
@@ -181,17 +194,23 @@ class SRPOTrainer(
         self, inputs: list[dict[str, Any]], prompts: list[Any], completions: list[Any], completion_ids_list: list[Any]
     ) -> Tensor:
         texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
-        self._columns = self._checked_columns(self._world_columns(inputs, texts), len(texts))
-        rows = [{**row, **{k: v[i] for k, v in self._columns.items()}} for i, row in enumerate(inputs)]
+        self._rows_here = len(texts)
+        self._opened = self._opened or [""] * len(texts)
+        self._columns, self._repaired = checked_columns(
+            self._world_columns(inputs, [o + t for o, t in zip(self._opened, texts, strict=True)]),
+            inputs,
+            {*self.reward_func_names, *TABLE_COLUMNS},
+        )
+        rows = [self._with_columns(i, row) for i, row in enumerate(inputs)]
         rewards_per_func = super()._calculate_rewards(rows, prompts, completions, completion_ids_list)
         # A reward function may give feedback too, through TRL's `log_extra`; it wins over the world's.
         if FEEDBACK in self._pending_extra_logs:
             notes = list(self._pending_extra_logs[FEEDBACK])
-            if len(notes) != len(texts):
-                raise ValueError(f"the rewards logged {len(notes)} feedback texts for {len(texts)} completions")
             self._columns[FEEDBACK] = notes
         for name, values in self._columns.items():
             self._pending_extra_logs[name] = list(values)
+        for name in {*self._logs["extra"]} - {*self._pending_extra_logs, "branch"}:
+            self._pending_extra_logs[name] = [None] * len(texts)  # else the table would show an earlier batch's
 
         self._prompts = prompts  # as the policy saw them: an environment may have added its first observation
         self._completion_tokens = completion_ids_list
@@ -203,16 +222,13 @@ class SRPOTrainer(
         self._log_world()
         return rewards_per_func
 
-    def _checked_columns(self, columns: Columns, rows: int) -> Columns:
-        for name, values in columns.items():
-            if len(values) != rows:
-                raise ValueError(
-                    f"the world returned {len(values)} values in column {name!r} for {rows} completions; "
-                    "it must return one per completion"
-                )
-        if taken := sorted({*self.reward_func_names, *_TABLE_COLUMNS} & set(columns)):
-            raise ValueError(f"the world's column {taken[0]!r} has a name that the completions table uses already")
-        return columns
+    def _with_columns(self, i: int, row: dict[str, Any]) -> dict[str, Any]:
+        """A dataset row as the rewards see it, with the world's columns; these may repeat the dataset's values."""
+        found = {name: values[i] for name, values in self._columns.items()}
+        whole = {**row, **{name: value for name, value in found.items() if value is not None or name not in row}}
+        if self.world is not None or self.environment is not None:
+            whole[LOST_ROW] = found.get(LOST) or None
+        return whole
 
     def _log_world(self) -> None:
         mode = "train" if self.model.training else "eval"
@@ -221,6 +237,9 @@ class SRPOTrainer(
         gathered = {name: gather_object(list(self._columns.get(name, missing))) for name in names}
         for name, value in world_metrics(gathered).items():
             self._metrics[mode][name].append(value)
+        if repaired := gather_object(self._repaired):
+            self._metrics[mode]["records/repaired"].append(float(len(repaired)))
+            self._say(f"texts of the world are no valid Unicode, and were repaired: {repaired[0]}")
 
     # ----------------------------------------------------------------------------- routing and the teacher's pass
 
@@ -242,6 +261,7 @@ class SRPOTrainer(
         rewards, n = self._local_rewards, mask.size(0)
         scored, correct = ~torch.isnan(rewards), self._succeeded()
         texts = self._tokenizer.batch_decode(self._completion_tokens, skip_special_tokens=True)
+        texts = [unfinished(opened, text) for opened, text in zip(self._opened, texts, strict=True)]
         feedback = self._columns.get(FEEDBACK) or [""] * n
         rollouts = gather_object(
             [
@@ -417,6 +437,12 @@ class GRPOTrainer(SRPOTrainer):
 def _loss_mask(batch: dict[str, Any]) -> Tensor:
     """[B, T]: completion tokens that the policy sampled and that are trained on."""
     return batch["completion_mask"] * batch["tool_mask"] if "tool_mask" in batch else batch["completion_mask"]
+
+
+def datasets_of(arguments: Mapping[str, Any]) -> list[Any]:
+    """The datasets among a trainer's arguments; `eval_dataset` may be several."""
+    evaluation = arguments.get("eval_dataset")
+    return [arguments.get("train_dataset"), *(evaluation.values() if isinstance(evaluation, dict) else [evaluation])]
 
 
 def _init_kwargs(args: SRPOConfig) -> dict[str, Any]:

@@ -12,6 +12,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from srpo.columns import well_formed
+
 _UNKNOWN = "\ufffd"
 
 
@@ -31,7 +33,7 @@ def encode_untrusted(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]
 
 def encode_frame(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Ids of the library's own text, control tokens included; nothing is added."""
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
+    return list(tokenizer(well_formed(text), add_special_tokens=False)["input_ids"]) if text else []
 
 
 _CUT = "\ud800"  # a lone surrogate: cannot be in the text any more

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
+
+from srpo.thinking import inside, opened_by
+from srpo.untrusted import encode_frame
 
 
 class _EpisodeSFT(SFTTrainer):
@@ -66,6 +69,7 @@ def warm_start(
     rows: Sequence[dict[str, Any]],
     args: SFTConfig,
     peft_config: Any = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
     """Train on the completions of ``rows`` with TRL's ``SFTTrainer`` and return the trained model.
 
@@ -77,6 +81,7 @@ def warm_start(
             -100 at tokens without loss.
         args: as for ``SFTTrainer``. ``completion_only_loss`` must not be False.
         peft_config: a PEFT configuration, or None.
+        chat_template_kwargs: as the policy's prompts are rendered afterwards.
 
     Raises:
         ValueError: no rows, a row without its two fields, or labels that do not fit (named by its number, from 0).
@@ -91,6 +96,8 @@ def warm_start(
             raise ValueError(f"row {i} of the warm start has no {fields[0]} or no {fields[1]}")
         if fields[0] == "input_ids" and len(row["labels"]) != len(row["input_ids"]):
             raise ValueError(f"row {i} of the warm start has {len(row['labels'])} labels, not one per input id")
+    if fields[0] == "prompt" and not all(_rendered(row, tokenizer, chat_template_kwargs) for row in rows):
+        fields, rows = ("input_ids", "labels"), [_encoded(row, tokenizer, chat_template_kwargs) for row in rows]
     dataset = Dataset.from_list([{name: row[name] for name in fields} for row in rows])
     trainer = SFTTrainer(
         model=model, args=args, train_dataset=dataset, processing_class=tokenizer, peft_config=peft_config
@@ -100,3 +107,34 @@ def warm_start(
     if hasattr(config, "output_router_logits"):
         config.output_router_logits = False  # switched on by the trainer, for its auxiliary loss; breaks `generate`
     return trainer.model
+
+
+def _rendered(row: Mapping[str, Any], tokenizer: Any, options: Mapping[str, Any] | None) -> bool:
+    """Whether TRL's way trains what will be sampled: the chat template goes on from the generation prompt, in full.
+
+    Templates of reasoning models drop the think block of an answer, or open one in the generation prompt only. TRL
+    knows nothing of `chat_template_kwargs` here either.
+    """
+    if options:
+        return False
+    prompt = _prompt_ids(row, tokenizer, {})
+    messages = [*row["prompt"], *row["completion"]]
+    whole = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
+    text = "".join(inside(opened_by(tokenizer, prompt), row["completion"][-1]["content"]).split())
+    shown = "".join(tokenizer.decode(whole[len(prompt) :]).split())
+    return whole[: len(prompt)] == prompt and text in shown
+
+
+def _encoded(row: Mapping[str, Any], tokenizer: Any, options: Mapping[str, Any] | None) -> dict[str, list[int]]:
+    """A row as ids: the prompt as the policy will see it, its answer as it should write it, and the end token."""
+    prompt = _prompt_ids(row, tokenizer, options or {})
+    answer = encode_frame(tokenizer, inside(opened_by(tokenizer, prompt), row["completion"][-1]["content"]))
+    answer += [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return {"input_ids": [*prompt, *answer], "labels": [-100] * len(prompt) + answer}
+
+
+def _prompt_ids(row: Mapping[str, Any], tokenizer: Any, options: Mapping[str, Any]) -> list[int]:
+    ids: list[int] = tokenizer.apply_chat_template(
+        row["prompt"], add_generation_prompt=True, tokenize=True, return_dict=False, **options
+    )
+    return ids

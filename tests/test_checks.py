@@ -13,6 +13,7 @@ import pytest
 from datasets import Dataset
 
 from srpo.checks import BadRows, check_rows, checked_reward
+from srpo.columns import LOST_ROW
 
 
 class Words:
@@ -65,14 +66,16 @@ def test_lost_rows_are_not_shown_to_a_reward_function():
         log_extra("note", [g.upper() for g in gold])
         return [1.0, None]
 
-    columns = {"gold": ["a", "b", "c"], "lost": [None, "503", None], "trainer_state": "s"}
-    values = checked_reward(lambda lost, **k: func(**k))(
+    columns = {"gold": ["a", "b", "c"], LOST_ROW: [None, "503", None], "trainer_state": "s"}
+    values = checked_reward(func)(
         completions=["x", "y", "z"], log_extra=lambda name, found: logged.append((name, found)), **columns
     )
     assert values == [1.0, None, None] and seen == [(["x", "z"], ["a", "c"], "s")]
     assert logged == [("note", ["A", None, "C"])]
     nobody = checked_reward(lambda **_: 1 / 0)
-    assert nobody(completions=["x"], lost=["timeout"]) == [None]
+    assert nobody(completions=["x"], **{LOST_ROW: ["timeout"]}) == [None]
+    data = checked_reward(lambda completions, lost: [float(x) for x in lost])  # a column of the user's own
+    assert data(completions=["x", "y"], lost=[False, True], **{LOST_ROW: [None, None]}) == [0.0, 1.0]
 
 
 def test_fifty_bad_rows_of_a_thousand_are_named_and_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -174,7 +174,7 @@ def test_feedback_from_rewards_must_be_one_per_completion(tmp_path):
         log_extra("feedback", ["no"])
         return [0.0] * len(completions)
 
-    with pytest.raises(ValueError, match="logged 1 feedback texts for 16 completions"):
+    with pytest.raises(ValueError, match="'feedback' got 1 values for 16 completions"):
         trainer(config(tmp_path), rewards=[reward, binary_reward]).train()
 
 

@@ -18,6 +18,7 @@ from trl.trainer import utils
 from trl.trainer.callbacks import SyncRefModelCallback
 
 import srpo
+from srpo.completions_table import CompletionsMixin
 from srpo.config import _GRPO_ONLY, SRPOConfig
 from srpo.distillation import DistillationMixin
 from srpo.episodes import RolloutMixin
@@ -41,6 +42,8 @@ PARAMETERS = {
     "_compute_loss": "model inputs",
     "_get_train_sampler": "dataset",
     "_load_best_model": "",
+    "_log_completion_extra": "column values",
+    "_log_metric": "name value",
     "_load_from_checkpoint": "resume_from_checkpoint model",
     "_load_optimizer_and_scheduler": "checkpoint",
     "_save": "output_dir state_dict",
@@ -63,6 +66,8 @@ OVERRIDDEN = (
     "_compute_loss",
     "_get_train_sampler",
     "_load_best_model",
+    "_log_completion_extra",
+    "_log_metric",
     "_load_from_checkpoint",
     "_load_optimizer_and_scheduler",
     "_save",
@@ -84,7 +89,16 @@ def test_signatures(name):
 
 OURS = {
     name: value
-    for cls in (DistillationMixin, SamplerMixin, MiniRLMixin, RolloutMixin, ReplayMixin, ResumeMixin, SRPOTrainer)
+    for cls in (
+        CompletionsMixin,
+        DistillationMixin,
+        SamplerMixin,
+        MiniRLMixin,
+        RolloutMixin,
+        ReplayMixin,
+        ResumeMixin,
+        SRPOTrainer,
+    )
     for name, value in vars(cls).items()
     if inspect.isfunction(value)
 }
