@@ -91,7 +91,7 @@ class LocalModel:
             self._worker = asyncio.create_task(self._work())
         new = await waiting.result
         usage = Usage(len(ids), len(new))
-        text, reasoning = split_reasoning(self._tokenizer.decode(new, skip_special_tokens=True))
+        text, reasoning = split_reasoning(self._tokenizer.decode(new, skip_special_tokens=True).strip())
         if text:
             return Attempt(text, usage, reasoning=reasoning)
         words = f"{EMPTY}: no text, only reasoning" if reasoning else f"{EMPTY}: no text"
