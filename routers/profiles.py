@@ -29,6 +29,7 @@ from typing import Any, ClassVar, Literal
 from routers.budget_episode import TASK, Choose, Driven
 from routers.budget_jobs import Job, PlayAll, play_jobs
 from routers.budget_rules import always_large, always_small
+from routers.files import read_rows
 from srpo.ranges import Ranges, between, check_numbers
 from srpo.types import CORRECT, COST
 
@@ -185,17 +186,34 @@ def write_profiles(profiles: Iterable[BoundaryProfile], path: Path, settings: Ma
 
 
 def read_profiles(path: Path) -> list[BoundaryProfile]:
-    """Inverse of `write_profiles`."""
-    import pyarrow.parquet
+    """Inverse of `write_profiles`.
 
-    return [_profile_of(row) for row in pyarrow.parquet.read_table(path).to_pylist()]
+    Raises:
+        ValueError: no parquet file, or rows that are no profiles; names the file.
+    """
+    found = []
+    for number, row in read_rows(path):
+        try:
+            found.append(_profile_of(row))
+        except TypeError as error:  # a column that is missing, or one too many
+            told = str(error).split("() ")[-1]
+            raise ValueError(f"{path}: row {number} is no profile ({told}); profile again into another file") from None
+    return found
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """The settings that `write_profiles` was given; empty where there are none."""
+    """The settings that `write_profiles` was given; empty where there are none.
+
+    Raises:
+        ValueError: no parquet file; names it.
+    """
+    import pyarrow
     import pyarrow.parquet
 
-    known = pyarrow.parquet.read_schema(path).metadata or {}
+    try:
+        known = pyarrow.parquet.read_schema(path).metadata or {}
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read as parquet: {error}") from None
     return dict(json.loads(known.get(_SETTINGS.encode(), b"{}")))
 
 

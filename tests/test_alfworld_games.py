@@ -66,7 +66,7 @@ def test_errors_name_the_file_and_what_is_wrong(tmp_path: Path, changes: dict, m
         assert str(path) in str(error.value)
 
 
-def test_errors_of_packed_files_name_the_line(tmp_path: Path) -> None:
+def test_errors_of_packed_files_name_the_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     row = {"id": "x", "task": f"Your task is to: {TASK}", "walkthrough": [], "problem": problem()}
     path = tmp_path / "games.jsonl"
     wrong_task = json.dumps({**row, "task": 1})
@@ -78,7 +78,12 @@ def test_errors_of_packed_files_name_the_line(tmp_path: Path) -> None:
         path.write_text(f"{json.dumps(row)}\n{bad}\n")
         with pytest.raises(GameError, match=message) as error:
             load_games(path)
-        assert f"{path}:2" in str(error.value)
+        assert "games.jsonl: row 2: " in str(error.value) and str(path) in str(error.value)
+    path.write_text(f"{json.dumps(row)}\n" * 19 + "{\n")
+    with pytest.raises(GameError, match=r"packed\.jsonl: no such file"):
+        load_games(tmp_path / "packed.jsonl")
+    assert len(load_games(path)) == 19  # one of twenty is bad
+    assert "1 of 20 games of" in caplog.text and "row 20: is not JSON" in caplog.text
     for target, message in ((tmp_path / "games.csv", "expected a folder, .jsonl or"), (tmp_path, "no games")):
         with pytest.raises(GameError, match=message):
             load_games(target)

@@ -1,9 +1,11 @@
 """Rows of a run: what reward and advantage read, profiles of an earlier run, re-labelled tasks, the warning."""
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,6 +58,15 @@ def test_profiles_of_another_world_or_of_other_tasks_are_refused(tmp_path: Path)
     write_profiles([profile(name) for name in names], path)
     with pytest.raises(ValueError, match="was made with environment=None, the recipe says 'alfworld'"):
         given_profiles(task, path)
+    for content, message in ((b"text", "cannot be read as parquet"), (None, "row 1 is no profile")):
+        broken = tmp_path / "broken.parquet"
+        if content is None:
+            settings = {b"settings": json.dumps(task.profile_settings()).encode()}
+            pq.write_table(pq.read_table(path).drop(["costs_small"]).replace_schema_metadata(settings), broken)
+        else:
+            broken.write_bytes(content)
+        with pytest.raises(ValueError, match=rf"broken\.parquet: {message}"):
+            given_profiles(task, broken)
     with pytest.raises(FileNotFoundError, match=r"there is no .*missing\.parquet"):
         given_profiles(task, tmp_path / "missing.parquet")
 

@@ -8,13 +8,16 @@ import json
 import lzma
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from routers.environments.facts import Game
 from routers.environments.pddl import parse_problem
 from routers.environments.protocol import GameError
+from routers.files import BadRow, format_of, read_rows
+from srpo.quarantine import BadRows, Quarantine
 
 GAME_FILE = "game.tw-pddl"
 _TASK = re.compile(r"Your task is to: ([^\"\n\\]+)")
@@ -29,14 +32,27 @@ def load_games(path: str | Path, count: int | None = None) -> list[Game]:
     """The first `count` games of a packed file or of a folder of `game.tw-pddl` files (sorted; the solvable ones).
 
     A packed row has id, task ("Your task is to: ..."), walkthrough and problem (PDDL text); other fields are ignored.
+    Games that cannot be played are left out with a warning that names them.
+
+    Raises:
+        GameError: no such file, no games in it, or a share of bad ones above `srpo.quarantine.MAX_BAD_SHARE`.
     """
+    path = Path(path).expanduser()
     games: list[Game] = []
-    for row, where in _rows(Path(path)):
+    bad = Quarantine(f"games of {path}", label=f"{path.name}: ")
+    for number, read in _games(path):
         if count is not None and len(games) == count:
             break
-        games.append(_game(row, where))
-    if not games:
+        try:
+            games.append(read())
+        except GameError as error:
+            bad.add(number, "no game", str(error), "")
+    if not games and not bad:
         raise GameError(f"{path}: no games in it")
+    try:
+        bad.settle(len(games) + len(bad))
+    except BadRows as error:
+        raise GameError(str(error)) from None
     return games
 
 
@@ -50,36 +66,58 @@ def convert(folder: str | Path, out: str | Path) -> int:
         raise GameError(f"{folder}: not a folder")
     count = 0
     with _open(out, "wt") as file:
-        for row, where in _rows(Path(folder)):
-            _game(row, where)
-            file.write(json.dumps(row) + "\n")
-            count += 1
+        for path in sorted(Path(folder).rglob(GAME_FILE)):
+            row = _row(path, Path(folder))
+            if row.pop("solvable"):
+                _game(row, str(path))
+                file.write(json.dumps(row) + "\n")
+                count += 1
     if not count:
         out.unlink()
         raise GameError(f"{folder}: no solvable {GAME_FILE} below it")
     return count
 
 
-def _rows(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
+def _games(path: Path) -> Iterator[tuple[int, Callable[[], Game]]]:
+    """Number and reader of every solvable game."""
     if path.is_dir():
-        for file in sorted(path.rglob(GAME_FILE)):
-            row = _row(file, path)
+        for number, file in enumerate(sorted(path.rglob(GAME_FILE)), start=1):
+            try:
+                row = _row(file, path)
+            except GameError as error:
+                yield number, partial(_fail, str(error))
+                continue
             if row["solvable"]:
-                yield {key: value for key, value in row.items() if key != "solvable"}, str(file)
+                yield number, partial(_game, row, str(file))
         return
-    with _open(path, "rt") as lines:
-        for number, line in enumerate(lines, 1):
-            where = f"{path}:{number}"
-            row = _json(line, where)
-            for key, kind in {"id": str, "task": str, "walkthrough": list, "problem": str}.items():
-                if not isinstance(row.get(key), kind):
-                    raise GameError(f"{where}: field {key!r} must be a {kind.__name__}, it is {row.get(key)!r:.80}")
-            yield row, f"{where}: {row['id']}"
+    if format_of(path) != ".jsonl":
+        raise GameError(f"{path}: expected a folder, .jsonl or .jsonl.xz")
+    try:
+        rows = read_rows(path)
+    except (OSError, ValueError) as error:
+        raise GameError(str(error)) from None
+    for number, row in rows:
+        yield number, partial(_packed, row)
+
+
+def _fail(message: str) -> Game:
+    raise GameError(message)
+
+
+def _packed(row: Any) -> Game:
+    if isinstance(row, BadRow):
+        raise GameError(row.detail)
+    if not isinstance(row, dict):
+        raise GameError(f"expected a JSON object, found {type(row).__name__}")
+    for key, kind in {"id": str, "task": str, "walkthrough": list, "problem": str}.items():
+        if not isinstance(row.get(key), kind):
+            raise GameError(f"field {key!r} must be a {kind.__name__}, it is {row.get(key)!r:.80}")
+    return _game(row, str(row["id"]))
 
 
 def _row(file: Path, root: Path) -> dict[str, Any]:
     """The packed row of a game file."""
-    data = _json(file.read_text(), str(file))
+    data = _json(file.read_text(encoding="utf-8", errors="replace"), str(file))
     for key in ("grammar", "pddl_problem"):
         if not isinstance(data.get(key), str):
             raise GameError(f"{file}: field {key!r} must be a str, it is {data.get(key)!r:.80}")
