@@ -192,7 +192,7 @@ def vllm_complete(
         ValueError: token ids, log-probabilities or routes are missing or do not fit together.
     """
     body = {"model": model, "prompt": list(prompt), "logprobs": 1, "return_token_ids": True} | sampling
-    response = _post(f"{url.rstrip('/')}/v1/completions", body, timeout)
+    response = _post(f"{url.rstrip('/')}/v1/completions", body, timeout, "choices")
     samples = []
     for choice in response["choices"]:
         ids = choice.get("token_ids")
@@ -238,14 +238,15 @@ def sglang_generate(
         "return_routed_experts": True,
         "routed_experts_start_len": 0 if held is None else len(held),
     }
-    response = _post(f"{url.rstrip('/')}/generate", body, timeout)
+    response = _post(f"{url.rstrip('/')}/generate", body, timeout, "meta_info")
     meta = response["meta_info"]
     logprobs, ids = zip(*[(entry[0], entry[1]) for entry in meta["output_token_logprobs"]], strict=True)
     asked = {"routed_experts_start_len": body["routed_experts_start_len"]}  # not every version answers with it
     return _sample(ids, logprobs, sglang_routes(asked | meta, len(prompt) + len(ids), spec, held))
 
 
-def _post(url: str, body: Mapping[str, Any], timeout: float) -> dict[str, Any]:
+def _post(url: str, body: Mapping[str, Any], timeout: float, field: str) -> dict[str, Any]:
+    """The answer, which has ``field``; engines also send errors with status 200."""
     response = httpx.post(url, json=body, timeout=timeout)
     if response.is_error:
         raise httpx.HTTPStatusError(
@@ -253,7 +254,13 @@ def _post(url: str, body: Mapping[str, Any], timeout: float) -> dict[str, Any]:
             request=response.request,
             response=response,
         )
-    return response.json()
+    try:
+        answer = response.json()
+    except (ValueError, RecursionError):
+        answer = None
+    if not isinstance(answer, dict) or not answer.get(field):
+        raise ValueError(f"{url} answered without {field!r}: {response.text[:300]}")
+    return answer
 
 
 def _sample(ids: Sequence[int], logprobs: Sequence[float], routes: Tensor) -> EngineSample:

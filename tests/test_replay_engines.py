@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import base64
+import re
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from threading import Thread
 from typing import Any
 
 import httpx
@@ -175,3 +178,25 @@ def test_a_server_without_the_flag_and_a_server_error() -> None:
             sglang_generate(server.url, PROMPT, spec, max_new_tokens=2)
         with pytest.raises(httpx.HTTPStatusError, match=r"answered 404: .*no route /nowhere/generate"):
             sglang_generate(server.url + "/nowhere", PROMPT, spec, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("body", [b'{"error": "out of memory"}', b"<html>", b'{"choices": []}', b"[]"])
+def test_an_error_with_status_200_is_told_in_the_servers_words(body: bytes) -> None:
+    class Answers(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["content-length"]))
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Answers) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        with pytest.raises(ValueError, match=f"without 'choices': {re.escape(body.decode())}"):
+            vllm_complete(url, "m", [1], SPEC)
+        with pytest.raises(ValueError, match=f"without 'meta_info': {re.escape(body.decode())}"):
+            sglang_generate(url, [1], SPEC)
+        server.shutdown()
