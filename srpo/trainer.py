@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 from trl import GRPOTrainer as TRLGRPOTrainer
 
+from srpo.adapters import prepare_adapter
 from srpo.checks import checked_reward, distinct
 from srpo.choices import ChoicesMixin, scored_among
 from srpo.columns import (
@@ -48,6 +49,7 @@ from srpo.objectives import (
     sampled_token_divergence,
 )
 from srpo.objectives.normaliser import per_step
+from srpo.precision import check_precision, engine_keeps_masters, train_in_fp32
 from srpo.records import Alarms, world_metrics
 from srpo.replay_trainer import ReplayMixin
 from srpo.reprompt import Rollout, Templates, choose_demonstrations, strip_thinking
@@ -112,6 +114,7 @@ class SRPOTrainer(
         if not isinstance(args, SRPOConfig):
             raise TypeError(f"args must be an SRPOConfig, which takes all that {type(args).__name__} takes, and more")
         args.check()
+        check_precision(args)
         self.objective = args.objective
         self.recipe = recipe
         self.heldout_table: str | None = None
@@ -125,7 +128,10 @@ class SRPOTrainer(
         brings_adapter = not isinstance(model, str) and is_peft_model(model)
         has_adapter = brings_adapter or given.arguments.get("peft_config") is not None
         needs_copy = distils and args.teacher_model_kind != "live" and not has_adapter
-        twin = unpatched_copy(model, args.teacher_model_kind, _init_kwargs(args)) if needs_copy else None
+        if not isinstance(model, str) and not has_adapter:
+            train_in_fp32(model, args)  # before it is copied: teacher and reference take the policy's precision
+        in_fp32 = args.teacher_model_kind == "ema" or not engine_keeps_masters(args)
+        twin = unpatched_copy(model, _init_kwargs(args), in_fp32) if needs_copy else None
 
         if callable(reward_funcs) and not isinstance(reward_funcs, torch.nn.Module):
             reward_funcs = [reward_funcs]
@@ -137,6 +143,9 @@ class SRPOTrainer(
         if environment is not None:
             refuse_other_rollouts(args, given.arguments, world)
         super().__init__(model, reward_funcs, args, train_dataset, *rest, **kwargs)
+        train_in_fp32(self.model, args)
+        if is_peft_model(self.model):
+            prepare_adapter(self.model, self.accelerator)
         self._set_up_sampling()
         check_reward_names(self.reward_func_names)
         if environment is not None:

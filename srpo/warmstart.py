@@ -9,6 +9,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
+from srpo.precision import train_in_fp32
 from srpo.thinking import inside, opened_by
 from srpo.untrusted import encode_frame
 
@@ -52,15 +53,8 @@ def imitate(
     for i, row in enumerate(rows):
         if len(row["input_ids"]) != len(row["labels"]) or all(label == -100 for label in row["labels"]):
             raise ValueError(f"row {i}: needs as many labels as input_ids, and at least one that is not -100")
-    trainer = _EpisodeSFT(
-        model=model,
-        args=args,
-        train_dataset=Dataset.from_list([dict(row) for row in rows]),
-        processing_class=tokenizer,
-        peft_config=peft_config,
-    )
-    trainer.train()
-    return trainer.model
+    dataset = Dataset.from_list([dict(row) for row in rows])
+    return _trained(_EpisodeSFT, model, tokenizer, dataset, args, peft_config)
 
 
 def warm_start(
@@ -99,9 +93,27 @@ def warm_start(
     if fields[0] == "prompt" and not all(_rendered(row, tokenizer, chat_template_kwargs) for row in rows):
         fields, rows = ("input_ids", "labels"), [_encoded(row, tokenizer, chat_template_kwargs) for row in rows]
     dataset = Dataset.from_list([{name: row[name] for name in fields} for row in rows])
-    trainer = SFTTrainer(
+    return _trained(SFTTrainer, model, tokenizer, dataset, args, peft_config)
+
+
+def _trained(
+    trainer_class: type[SFTTrainer],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Dataset,
+    args: SFTConfig,
+    peft_config: Any,
+) -> PreTrainedModel:
+    trainer = trainer_class(
         model=model, args=args, train_dataset=dataset, processing_class=tokenizer, peft_config=peft_config
     )
+    zero3 = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
+    if zero3 or trainer.accelerator.distributed_type == "FSDP":
+        raise ValueError(
+            "the warm start runs on unsharded weights, so that it can be saved and played with: make it in a run "
+            "with ddp.yaml or zero2.yaml, and give the sharded run what that one saved"
+        )
+    train_in_fp32(trainer.model, args)
     trainer.train()
     config = trainer.model.config.get_text_config()
     if hasattr(config, "output_router_logits"):

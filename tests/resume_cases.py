@@ -10,10 +10,8 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
 import torch
 from core_helpers import config, dataset, logged, model, tokenizer, trainer, weights
-from peft import LoraConfig, get_peft_model_state_dict
+from peft import LoraConfig
 from safetensors.torch import save_file
-
-from srpo.teacher import ADAPTER
 
 STEPS = 8
 
@@ -77,9 +75,8 @@ def state(run: Any) -> dict[str, torch.Tensor]:
         tensors.update({f"optimizer/{i}/{name}": torch.as_tensor(value) for name, value in slots.items()})
     if run.teacher is not None and run.teacher.model is not None:
         tensors.update({f"teacher/{name}": value for name, value in weights(run.teacher.model).items()})
-    if run.teacher is not None and run.teacher.is_adapter:
-        own = get_peft_model_state_dict(run.model, adapter_name=ADAPTER)
-        tensors.update({f"teacher/{name}": value for name, value in own.items()})
+    if run.teacher is not None and run.teacher.weights is not None:
+        tensors.update({f"teacher/{name}": value for name, value in run.teacher.weights.values.items()})
     for name in ("loss", "grad_norm", "reward", "learning_rate", "srpo/routed_share", "completions/mean_length"):
         steps = {entry["step"]: entry[name] for entry in run.state.log_history if name in entry}
         tensors[f"log/{name}"] = torch.tensor([steps.get(s, -1.0) for s in range(1, STEPS + 1)], dtype=torch.float64)

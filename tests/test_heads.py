@@ -67,7 +67,7 @@ def pair(request):
     """A patched student and a plain teacher with other weights."""
     torch.manual_seed(0)
     student = NETWORKS[request.param]()
-    teacher = unpatched_copy(student, "frozen", {}).eval()
+    teacher = unpatched_copy(student, {}, False).eval()
     with torch.no_grad():
         for parameter in teacher.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -183,7 +183,7 @@ def test_the_probe_sees_the_gradient_at_the_hidden_states(pair):
 
 def test_generation_still_works_and_keeps_its_signature(pair):
     student, teacher = pair
-    unpatched = unpatched_copy(teacher, "frozen", {})
+    unpatched = unpatched_copy(teacher, {}, False)
     unpatched.load_state_dict(student.state_dict())
     ids = batch()[0][1:2, :6]
     options = {"max_new_tokens": 4, "do_sample": False, "attention_mask": torch.ones_like(ids)}

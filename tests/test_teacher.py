@@ -1,15 +1,19 @@
 """The self-teacher's weights: where they start, when they move, and that nothing else moves them."""
 
 import copy
+import warnings
 
 import pytest
 import torch
 from accelerate import Accelerator
 from core_helpers import config, equal, model, tokenizer, trainer, weights
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils.warning import PeftWarning
+from safetensors.torch import load_file
 from trl.trainer.utils import add_fused_lm_head
 
-from srpo.teacher import ADAPTER, Teacher, unpatched_copy
+from srpo.adapters import prepare_adapter
+from srpo.teacher import Teacher, unpatched_copy
 
 RATE = 0.05
 
@@ -29,7 +33,7 @@ def batch(rows=3, prompt=5, completion=4, seed=0):
 
 def full(kind, accelerator, rate=RATE, dtype=torch.float32):
     student = model().to(dtype)
-    twin = None if kind == "live" else unpatched_copy(student, kind, {})
+    twin = None if kind == "live" else unpatched_copy(student, {}, in_fp32=kind == "ema")
     add_fused_lm_head(student)
     return student, Teacher(kind, student, twin, rate, accelerator)
 
@@ -46,7 +50,16 @@ def other_adapter(kind, accelerator, rate=RATE, dtype=torch.float32):
     return lora(kind, accelerator, rate, dtype, **options)
 
 
-MAKERS = {"full": full, "lora": lora, "other_adapter": other_adapter}
+def own_head(kind, accelerator, rate=RATE, dtype=torch.float32):
+    """Biases, embeddings of single tokens and with them rows of the tied head: all of it moves."""
+    student = get_peft_model(
+        model().to(dtype), LoraConfig(r=4, target_modules="all-linear", trainable_token_indices=[5, 6], bias="all")
+    )
+    prepare_adapter(student, accelerator)
+    return student, Teacher(kind, student, None, rate, accelerator)
+
+
+MAKERS = {"full": full, "lora": lora, "other_adapter": other_adapter, "own_head": own_head}
 
 
 def logits(teacher):
@@ -92,10 +105,10 @@ def test_ema_closed_form(accelerator, policy):
 def test_ema_of_a_bf16_student_is_kept_in_fp32(accelerator, policy):
     student, teacher = MAKERS[policy]("ema", accelerator, dtype=torch.bfloat16)
     if policy == "lora":  # as after quantised training: the trained adapter itself is bf16
-        for name, parameter in student.named_parameters():
+        for parameter in student.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.bfloat16()
-                assert ADAPTER not in name
+        teacher.begin()
     own = own_weights(teacher)
     assert {value.dtype for value in own().values()} == {torch.float32}
     start = {name: value.double() for name, value in own().items()}
@@ -109,16 +122,12 @@ def test_ema_of_a_bf16_student_is_kept_in_fp32(accelerator, policy):
 
 
 def own_weights(teacher):
-    if teacher.is_adapter:
-        return lambda: dict(get_peft_model_state_dict(teacher.student, adapter_name=ADAPTER))
-    return lambda: weights(teacher.model)
+    return lambda: weights(teacher.model) if teacher.weights is None else dict(teacher.weights.values)
 
 
 def student_weights(teacher):
-    if teacher.is_adapter:
-        state = get_peft_model_state_dict(teacher.student, adapter_name=teacher.student.active_adapter)
-        return {name: value.detach().clone() for name, value in state.items()}
-    return weights(teacher.student)
+    own = weights(teacher.student)
+    return own if teacher.weights is None else {name: own[name] for name in teacher.weights.values}
 
 
 @pytest.mark.parametrize(
@@ -189,9 +198,10 @@ def test_the_optimiser_never_sees_the_teacher(tmp_path, kind, peft):
     made.train()
     optimised = {id(p) for group in made.optimizer.param_groups for p in group["params"]}
     if peft:
-        theirs = {n: p for n, p in made.model.named_parameters() if f".{ADAPTER}." in n}
+        theirs = made.teacher.weights.values
         trained = {n for n, p in made.model.named_parameters() if p.requires_grad}
-        assert theirs and trained and all(".default." in name for name in trained)
+        assert theirs.keys() == trained and all(".default." in name for name in trained)
+        assert list(made.model.peft_config) == ["default"]
         assert made.model.active_adapter == "default"
     else:
         theirs = dict(made.teacher.model.named_parameters())
@@ -213,7 +223,7 @@ def test_the_lora_teacher_starts_as_the_student(accelerator):
 def test_scoring_and_updating_leave_the_active_adapter_alone(accelerator):
     student, teacher = lora("ema", accelerator, name="policy")
     grads = {name: p.requires_grad for name, p in student.named_parameters()}
-    assert any(grads.values()) and not any(g for name, g in grads.items() if f".{ADAPTER}." in name)
+    assert any(grads.values())
     assert student.active_adapter == "policy"
     before = student_weights(teacher)
     logits(teacher)
@@ -272,7 +282,7 @@ def test_a_missing_copy_and_soft_caps_are_named(accelerator):
     with pytest.raises(ValueError, match="copy of the policy"):
         Teacher("ema", model(), None, RATE, accelerator)
     student = model()
-    twin = unpatched_copy(student, "trust_region", {})
+    twin = unpatched_copy(student, {}, in_fp32=False)
     student.config.final_logit_softcapping = 30.0
     with pytest.raises(ValueError, match="soft-capped"):
         Teacher("trust_region", student, twin, RATE, accelerator)
@@ -298,20 +308,72 @@ def test_save_and_load_bit_for_bit(accelerator, policy, tmp_path):
     assert equal(student_before, student_weights(other))
 
 
-def test_a_saved_policy_holds_no_teacher(tmp_path):
-    config_of_lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
-    args = config(tmp_path, max_steps=1, save_strategy="steps", save_steps=1)
-    made = trainer(args, peft_config=config_of_lora)
+ADAPTERS = {
+    "lora": {},
+    "dora": {"use_dora": True},
+    "bias": {"bias": "all"},
+    "tokens": {"trainable_token_indices": [5, 6]},
+    "embeddings": {"target_modules": ["embed_tokens", "q_proj"]},
+    "whole_head": {"modules_to_save": ["lm_head"]},
+}
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+@pytest.mark.parametrize("name", ["default", "policy"])
+def test_a_saved_policy_is_the_policy_and_nothing_else(tmp_path, kind, name):
+    settings = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False, **ADAPTERS[kind]}
+    start = get_peft_model(model(), LoraConfig(**settings), adapter_name=name)
+    if kind != "bias":  # PEFT allows biases in one adapter only
+        start.add_adapter("other", LoraConfig(**settings))
+    start.save_pretrained(tmp_path / "start", selected_adapters=[name])
+    alone = tmp_path / "start" / ("" if name == "default" else name) / "adapter_model.safetensors"
+    args = config(tmp_path / "run", max_steps=2, save_strategy="steps", save_steps=1)
+    made = trainer(args, network=start)
+    before = student_weights(made.teacher)
     made.train()
+    assert not equal(before, student_weights(made.teacher))
     made.save_model(str(tmp_path / "policy"))
-    for folder in (tmp_path / "policy", tmp_path / "checkpoint-1"):
-        assert not (folder / ADAPTER).exists()
-        saved = PeftModel.from_pretrained(model(), folder)
-        assert list(saved.peft_config) == ["default"]
-        state = get_peft_model_state_dict(saved)
-        assert equal(student_weights(made.teacher), {name: value.detach() for name, value in state.items()})
-    assert (tmp_path / "checkpoint-1" / "teacher.safetensors").exists()
-    assert ADAPTER in made.model.peft_config and logits(made.teacher).shape == (12, len(tokenizer()))
+    made.model.save_pretrained(tmp_path / "by_hand")
+    wanted = plain_logits(made.model.eval())
+    for folder in (tmp_path / "policy", tmp_path / "by_hand", tmp_path / "run" / "checkpoint-2"):
+        assert not [path for path in folder.iterdir() if path.is_dir()]
+        assert load_file(folder / "adapter_model.safetensors").keys() == load_file(alone).keys()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", PeftWarning)
+            saved = PeftModel.from_pretrained(model(), folder).eval()
+        torch.testing.assert_close(plain_logits(saved), wanted, rtol=1e-5, atol=1e-5)
+    own = load_file(tmp_path / "run" / "checkpoint-2" / "teacher.safetensors")
+    assert own.keys() == made.teacher.weights.values.keys()
+
+
+def test_the_copy_for_the_kl_term_is_not_saved(tmp_path):
+    policy = get_peft_model(model(), LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    made = trainer(config(tmp_path, beta=0.1, save_strategy="steps", save_steps=1), network=policy)
+    made.train()
+    assert not (tmp_path / "checkpoint-1" / "ref").exists()
+    copied = copy.deepcopy(made.model)  # the rule goes with a copy, and saves that copy
+    perturb(copied)
+    copied.save_pretrained(tmp_path / "copy")
+    saved = load_file(tmp_path / "copy" / "adapter_model.safetensors")
+    name = "base_model.model.model.layers.0.mlp.up_proj.lora_A.{}weight"
+    assert torch.equal(saved[name.format("")], copied.get_parameter(name.format("default.")))
+    assert [path.name for path in (tmp_path / "copy").iterdir() if path.is_dir()] == []
+
+
+def test_teacher_weights_of_another_adapter_are_named(accelerator, tmp_path):
+    _, teacher = lora("ema", accelerator)
+    teacher.save(str(tmp_path))
+    _, other = lora("ema", accelerator, r=8)
+    with pytest.raises(ValueError, match=r"teacher.safetensors holds other weights than those that train here"):
+        other.load(str(tmp_path))
+
+
+def test_several_active_adapters_are_refused(tmp_path):
+    policy = get_peft_model(model(), LoraConfig(r=4, target_modules="all-linear"))
+    policy.add_adapter("second", LoraConfig(r=4, target_modules="all-linear"))
+    policy.base_model.set_adapter(["default", "second"])
+    with pytest.raises(ValueError, match=r"2 active adapters \(default, second\)"):
+        trainer(config(tmp_path), network=policy)
 
 
 def test_a_checkpoint_without_a_teacher_is_named(accelerator, tmp_path):

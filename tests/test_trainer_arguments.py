@@ -51,7 +51,7 @@ def test_positional_arguments_are_those_of_trl(tmp_path, cls, objective):
     assert len(made.eval_dataset) == 4 and made.rollout_func is scripted
     assert made.reward_func_names == ["binary_reward"]
     assert (made.teacher is None) is (objective == "grpo")
-    assert made.teacher is None or made.teacher.is_adapter, "a positional peft_config was not seen"
+    assert made.teacher is None or made.teacher.weights is not None, "a positional peft_config was not seen"
     made.train()
 
 
