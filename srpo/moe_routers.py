@@ -29,15 +29,15 @@ def find_routers(model: nn.Module) -> tuple[PreTrainedModel, list[list[nn.Module
     Raises:
         ValueError: no router, none that can be told apart from its block, or a choice that differs between layers.
     """
-    classes = _router_classes(model)
+    classes, others = _router_classes(model)
     places: dict[str, list[nn.Module]] = {}
     for name, module in model.named_modules():
         if isinstance(module, classes) and not _is_skipped(name):
             places.setdefault(re.sub(r"\.modules_to_save\.[^.]+|\.base_layer", "", name), []).append(module)
     if not places:
         raise ValueError(
-            f"{type(model).__name__} has no MoE router that routing replay can hook: its class registers none as "
-            f"router_logits. Set routing_replay to off for dense models."
+            f"{type(model).__name__} has no MoE router that routing replay can hook: {_why_none(classes, others)}. "
+            "Set routing_replay to off."
         )
     decoder = _smallest_around(model, [m for modules in places.values() for m in modules])
     config = decoder.config.get_text_config()
@@ -52,17 +52,31 @@ def find_routers(model: nn.Module) -> tuple[PreTrainedModel, list[list[nn.Module
     return decoder, [modules for _, modules in ordered], RouterSpec(layers, config.num_hidden_layers, top_k, experts)
 
 
-def _router_classes(model: nn.Module) -> tuple[type[nn.Module], ...]:
+def _router_classes(model: nn.Module) -> tuple[tuple[type[nn.Module], ...], tuple[type[nn.Module], ...]]:
+    """What the model registers as the source of its router logits: routers, and other modules."""
     classes: set[type[nn.Module]] = set()
+    others: set[type[nn.Module]] = set()
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             recorders = (getattr(module, "_can_record_outputs", None) or {}).get("router_logits", [])
             for recorder in recorders if isinstance(recorders, list) else [recorders]:
                 target = getattr(recorder, "target_class", recorder)
                 # Some families register the whole block or attention; its inside may hold more than one selection.
-                if isinstance(target, type) and re.search("Rout|Gat", target.__name__):
-                    classes.add(target)
-    return tuple(classes)
+                if isinstance(target, type):
+                    (classes if re.search("Rout|Gat", target.__name__) else others).add(target)
+    return tuple(classes), tuple(others)
+
+
+def _why_none(classes: tuple[type[nn.Module], ...], others: tuple[type[nn.Module], ...]) -> str:
+    routers, blocks = (", ".join(sorted(one.__name__ for one in some)) for some in (classes, others))
+    if classes:
+        return (
+            f"none of its layers has a {routers}, which its family routes with (every layer is dense, or looks its "
+            "experts up without a choice)"
+        )
+    if others:
+        return f"its family has no router of its own to hook, only {blocks}, which chooses experts somewhere inside"
+    return "its class registers none as router_logits (dense models have none)"
 
 
 def _is_skipped(name: str) -> bool:

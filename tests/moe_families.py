@@ -5,7 +5,8 @@ Every family that this file can build is a row of `FAMILIES`; the tests of `test
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -64,6 +65,11 @@ _LINEAR = {
     "linear_value_head_dim": 8,
 }
 _LOCAL = {"num_local_experts": EXPERTS, "num_experts_per_tok": TOP_K}
+
+# Chooses the tokens to attend to, more of them than there are here.
+_INDEXED = {"index_topk": 64, "index_head_dim": 8, "index_n_heads": 2}
+_ONE_DENSE = {"mlp_layer_types": ["dense", "sparse", "sparse"]}
+_SLIDING = {"layer_types": ["sliding_attention", "full_attention"]}
 
 # family: (class of the model, settings); the configuration's class is the model's.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -144,7 +150,58 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "minimax": ("MiniMaxForCausalLM", _LOCAL),
     "granitemoeshared": ("GraniteMoeSharedForCausalLM", _LOCAL | {"shared_intermediate_size": 16}),
     "aria_text": ("AriaTextForCausalLM", {"moe_num_experts": EXPERTS, "moe_topk": TOP_K}),
+    "granitemoe_swa": ("GraniteMoeSWAForCausalLM", _LOCAL | _SLIDING),
+    "glm_moe_dsa": ("GlmMoeDsaForCausalLM", _DEEPSEEK | _LATENT | _INDEXED),
+    "nemotron_h": (
+        "NemotronHForCausalLM",
+        {
+            "layers_block_type": ["mamba", "moe", "attention", "moe"],
+            "n_routed_experts": EXPERTS,
+            "num_experts_per_tok": TOP_K,
+            "n_group": 4,
+            "topk_group": 2,
+            "moe_intermediate_size": 16,
+            "moe_shared_expert_intermediate_size": 16,
+            "ssm_state_size": 8,
+            "mamba_num_heads": 4,
+            "mamba_head_dim": 16,
+            "n_groups": 2,
+            "chunk_size": 8,
+        },
+    ),
+    "axk1": ("AXK1ForCausalLM", _DEEPSEEK | _LATENT | _ONE_DENSE),
+    "axk2": ("AXK2ForCausalLM", _DEEPSEEK | _LATENT | _ONE_DENSE | _INDEXED),
+    "hy_v4": ("HYV4ForCausalLM", _DEEPSEEK | _LATENT | _ONE_DENSE | _INDEXED | {"hc_mult": 2}),
+    "kolibri1": ("Kolibri1ForCausalLM", _QWEN | _SLIDING),
+    "lara_mini": ("LaraMiniForCausalLM", _QWEN | _LINEAR | {"layer_types": ["linear_attention", "sliding_attention"]}),
+    # The first layers are dense by default.
+    "flint": ("FlintForCausalLM", _QWEN | {"num_hidden_layers": 4}),
+    # The first layer looks its experts up by the token's id: nothing is chosen there.
+    "deepseek_v4": (
+        "DeepseekV4ForCausalLM",
+        _INDEXED
+        | {
+            "num_hidden_layers": 3,
+            "mlp_layer_types": ["hash_moe", "moe", "moe"],
+            "n_routed_experts": EXPERTS,
+            "num_experts_per_tok": TOP_K,
+            "moe_intermediate_size": 16,
+            "num_key_value_heads": 1,
+            "q_lora_rank": 16,
+            "o_lora_rank": 8,
+            "o_groups": 2,
+            "hc_mult": 2,
+        },
+    ),
 }
+
+
+def missing(family: str) -> str:
+    """Why a family cannot be built here; empty if it can."""
+    kind = FAMILIES[family][0]
+    if hasattr(transformers, kind):
+        return ""
+    return f"{family}: transformers {transformers.__version__} has no {kind}"
 
 
 def build(family: str, seed: int = 0, **settings: Any) -> Any:
@@ -163,13 +220,19 @@ def build(family: str, seed: int = 0, **settings: Any) -> Any:
     return model
 
 
-def experts_of(model: nn.Module) -> list[nn.Module]:
-    """The experts of each MoE layer, in the order of the layers."""
-    return [m for name, m in model.named_modules() if name.endswith(".experts") and "original_module" not in name]
+def experts_of(model: nn.Module, layers: Sequence[int] | None = None) -> list[nn.Module]:
+    """The experts of each MoE layer, or of these, in the order of the layers."""
+    return [
+        module
+        for name, module in model.named_modules()
+        if name.endswith(".experts")
+        and "original_module" not in name
+        and (layers is None or int(re.findall(r"layers\.(\d+)\.", name)[-1]) in layers)
+    ]
 
 
 @contextmanager
-def spy(model: nn.Module) -> Iterator[list[Tensor]]:
+def spy(model: nn.Module, layers: Sequence[int] | None = None) -> Iterator[list[Tensor]]:
     """What each call of each experts module was told to run, ``[tokens, k]``, in the order of the calls."""
     seen: list[Tensor] = []
 
@@ -178,7 +241,7 @@ def spy(model: nn.Module) -> Iterator[list[Tensor]]:
         assert len(given) == 1 and given[0].dim() == 2, f"{type(module).__name__} was given no expert ids"
         seen.append(given[0].clone())
 
-    handles = [module.register_forward_pre_hook(look, with_kwargs=True) for module in experts_of(model)]
+    handles = [module.register_forward_pre_hook(look, with_kwargs=True) for module in experts_of(model, layers)]
     try:
         yield seen
     finally:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from moe_families import EXPERTS, TOP_K, build
+from moe_families import EXPERTS, TOP_K, build, missing
 from test_replay import SHAPE, random_routes, tiny, tokens
 from torch import Tensor
 from torch.overrides import _len_torch_function_stack
@@ -64,6 +64,23 @@ def test_models_without_a_usable_router_raise_when_installed() -> None:
     dbrx = tiny("Dbrx", d_model=32, n_heads=4, n_layers=2, attn_config=attention, ffn_config=experts)
     with pytest.raises(ValueError, match="unsupported family"):
         RoutingReplay(dbrx)
+    with pytest.raises(ValueError, match="no router of its own to hook, only DogeCDMoE, which chooses"):
+        RoutingReplay(tiny("Doge", is_moe=True, num_experts=16, num_experts_per_tok=TOP_K))
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "router"),
+    [
+        ("flint", {"num_hidden_layers": 2}, "FlintTopKRouter"),
+        ("deepseek_v4", {"mlp_layer_types": ["hash_moe"] * 3}, "DeepseekV4TopKRouter"),
+        ("qwen3_moe", {"mlp_only_layers": [0, 1]}, "Qwen3MoeTopKRouter"),
+    ],
+)
+def test_a_moe_model_whose_layers_choose_nothing_says_so(family: str, settings: dict[str, Any], router: str) -> None:
+    if why := missing(family):
+        pytest.skip(why)
+    with pytest.raises(ValueError, match=f"none of its layers has a {router}, which its family routes with"):
+        RoutingReplay(build(family, **settings))
 
 
 def test_a_kernel_that_bypasses_a_router_raises() -> None:
