@@ -30,7 +30,7 @@ from routers.catalogue import Member, cost, load_catalogue
 from routers.cells import HELDOUT_SPLITS
 from routers.files import BadRow, Row, names_a_file, read_rows
 from routers.table_rows import TOKENS, BadCell, incomplete_message, query_id_of, read_row, readers
-from srpo.quarantine import MAX_BAD_SHARE, Quarantine
+from srpo.quarantine import MAX_BAD_SHARE, BadRows, Quarantine
 
 logger = logging.getLogger(__name__)
 
@@ -124,9 +124,15 @@ class ReplyTable:
         self.incomplete = list(missing)
         for query_id in missing:
             bad.note("incomplete query", f"query {query_id!r} has no reply of {missing[query_id]}")
-        bad.settle(len(numbered))
+        refused = ""
         if len(unexplained) > anonymous and not drop_incomplete:
-            raise ValueError(incomplete_message(source, {name: missing[name] for name in unexplained}, len(self)))
+            refused = incomplete_message(source, {name: missing[name] for name in unexplained}, len(self))
+        try:
+            bad.settle(len(numbered))
+        except BadRows as error:  # all that is wrong in one run
+            raise BadRows(f"{error}. {refused}" if refused else str(error)) from None
+        if refused:
+            raise ValueError(refused)
         self._drop(missing)
         if not self._queries:
             raise ValueError(f"{source}: no query has a reply of every member ({', '.join(self.members)})")

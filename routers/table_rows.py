@@ -59,7 +59,7 @@ def readers(rows: Iterable[Row], catalogue: Mapping[str, Member], source: str) -
         return _READERS
     free = all(member.price_in == member.price_out == 0 for member in catalogue.values())
     required = REQUIRED if "cost" in found or free else (*REQUIRED, *TOKENS)
-    unused = [str(name) for name in found if name not in _READERS]
+    unused = [str(name) or "(one without a name)" for name in found if name not in _READERS]
     if missing := [name for name in required if name not in found]:
         close = {name: difflib.get_close_matches(name, unused, 1) for name in missing}
         hints = [f"{match[0]!r} for {name!r}" for name, match in close.items() if match]

@@ -17,15 +17,15 @@ from dataclasses import dataclass
 
 CURRENCIES = "$\u00a2-\u00a5\u0e3f\u20a0-\u20bf\ufdfc\ufe69\uff04\uffe0\uffe1\uffe5\uffe6"
 """Currency signs, as the inside of a character class."""
-_DASHES = "\\-\u2010-\u2015\u2212\ufe58\ufe63\uff0d"
+_DASHES = "\\-\u2010-\u2015\u207b\u208b\u2212\ufe58\ufe63\uff0d"
 _SPACES = "\u00a0\u2007\u2009\u202f"  # no-break and thin spaces group thousands; an ordinary space does not
 _WIDE = str.maketrans("\uff0e\uff0c\uff05\uff0f\uff0b\u066b\u066c\u066a\u2044\u2215", ".,%/+.,%//")
 _NEXT_TO_DIGIT = re.compile(r"(?<=\d)[．，％／＋٫٬٪⁄∕]|[．，＋٫٬](?=\d)")
 
 _NUMBER = re.compile(
     rf"""
-    (?P<compared> [<>≤≥]=? \s* )?
-    (?P<sign> (?<![\w.)\]%]) [+{_DASHES}] \s? )?
+    (?P<compared> (?: != | [<>≤≥≠±∓]=? ) \s* )?
+    (?P<sign> (?<![\w.)\]%]) [+{_DASHES}] \s? \(? )?
     (?P<currency> [{CURRENCIES}] \s? )?
     (?P<inner_sign> (?<=[{CURRENCIES}\s]) [{_DASHES}] )?
     (?P<core>
@@ -65,7 +65,7 @@ _CHANGES = frozenset(
     "than least most over under above below almost nearly between up or "
     "minus plus negative times divided multiplied half halves twice thrice double triple quarter quarters root "
     "squared cubed power factorial modulo hundred hundreds thousand thousands million millions billion billions "
-    "trillion trillions dozen dozens "
+    "trillion trillions dozen dozens mil lakh lakhs crore crores grand pair pairs couple "
     "two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen "
     "nineteen twenty thirty forty fifty sixty seventy eighty ninety".split()
 )
@@ -164,7 +164,7 @@ def _written(match: re.Match[str]) -> Written:
     before = match.string[max(0, match.start() - 2) : match.start()]
     joined = before[-1:].isalpha()
     signs = (match["sign"] or "") + (match["inner_sign"] or "")
-    negative = sum(sign not in "+ " for sign in signs if not sign.isspace()) % 2 == 1
+    negative = sum(sign not in "+(" for sign in signs if not sign.isspace()) % 2 == 1
     after = match.string[match.end() : match.end() + 1]
     mark = after if after in _CHANGING or unicodedata.category(after or " ") == "No" else ""  # 10², per mille
     plain = None if joined else _PLAIN.fullmatch(core)

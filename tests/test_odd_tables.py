@@ -228,6 +228,8 @@ def test_queries_without_a_row_of_some_member(caplog: pytest.LogCaptureFixture) 
     with caplog.at_level(logging.WARNING):
         table = ReplyTable(uneven, PRICES, drop_incomplete=True)
     assert table.incomplete == ["q3", "q5"] and len(table) == 6
+    with pytest.raises(BadRows, match=r"1 of 14 .*1 bad correct.*2 of 8 queries lack"):  # both in one run
+        ReplyTable([{**uneven[0], "correct": 7}, *uneven[1:]], PRICES)
     assert "2 of 8 queries are left out" in caplog.text
 
 
