@@ -30,3 +30,7 @@ def __getattr__(name: str) -> Any:
     if name in _NEED_TORCH:  # only when they are asked for
         return getattr(importlib.import_module(_NEED_TORCH[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_NEED_TORCH})

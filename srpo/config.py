@@ -6,7 +6,7 @@ Three defaults of TRL's differ here on purpose: `scale_rewards="none"` (both pap
 standard deviation), `epsilon_high=0.28`, and token-truncated importance weights of the sampler, at most 2.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, ClassVar
 
 from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available, logging
@@ -60,10 +60,10 @@ class SRPOConfig(GRPOConfig):
     num_completions_to_print: int | None = field(default=0, metadata=_help("As in TRL; 0: print none."))
 
     objective: str = field(
-        default="srpo",
+        default="",
         metadata=_help(
             "grpo: TRL's GRPO, any loss_type. sdpo: self-distillation. srpo: routed per sample. bopo: BoPO-style, "
-            "reference-guided advantages for budget-aware routing."
+            "reference-guided advantages for budget-aware routing. Left out: srpo, or what the trainer's class says."
         ),
     )
 
@@ -198,7 +198,9 @@ class SRPOConfig(GRPOConfig):
         check_numbers(self)  # before TRL divides by them
         self._check_device()
         super().__post_init__()
-        self.check()
+        chosen = bool(self.objective)
+        self.objective = self.objective or "srpo"
+        self.check(whole=chosen)  # of GRPOTrainer and SDPOTrainer the class says which objective it will be
 
     def to_dict(self) -> dict[str, Any]:
         """As in transformers, which logs and W&B read; whatever looks like a secret is replaced, at any depth."""
@@ -214,8 +216,12 @@ class SRPOConfig(GRPOConfig):
         if self.use_cpu and self.fp16:
             raise ValueError("fp16 needs a GPU: with use_cpu: true set fp16: false (bf16 works on a CPU)")
 
-    def check(self) -> None:
-        """Raise ValueError for settings that contradict; the trainer checks again, since fields may be assigned."""
+    def check(self, whole: bool = True) -> None:
+        """Raise ValueError for settings that contradict; the trainer checks again, since fields may be assigned.
+
+        Args:
+            whole: also look for settings that contradict the objective.
+        """
         check_numbers(self)
         _choice("objective", self.objective, OBJECTIVE_NAMES)
         _choice("teacher_model_kind", self.teacher_model_kind, TEACHER_KINDS)
@@ -241,6 +247,10 @@ class SRPOConfig(GRPOConfig):
         check_minirl(self)
         check_replay(self)
         check_generation_kwargs(self)
+        if whole:
+            self._check_objective()
+
+    def _check_objective(self) -> None:
         if self.objective != "grpo" and self.steps_per_generation % self.gradient_accumulation_steps:
             raise ValueError(
                 f"steps_per_generation={self.steps_per_generation} must be a multiple of gradient_accumulation_steps="
@@ -265,6 +275,32 @@ class SRPOConfig(GRPOConfig):
                 f"distillation_alpha: {end:g}, where it is a whole KL (it is not continuous there), so that next to "
                 f"nothing is distilled; set exactly {end:g}, or a value between {SMALL_ALPHA} and {1 - SMALL_ALPHA}"
             )
+
+
+def as_srpo_config(args: Any) -> SRPOConfig:
+    """TRL's own config as ours: its values as they are, and our defaults for the fields that it does not have.
+
+    Raises:
+        TypeError: the config of another trainer.
+    """
+    if isinstance(args, SRPOConfig):
+        return args
+    if not isinstance(args, GRPOConfig) or type(args).__module__.startswith("trl.experimental"):
+        raise TypeError(f"args must be an SRPOConfig or trl's GRPOConfig; {type(args).__name__} is of another trainer")
+    made = object.__new__(SRPOConfig)  # its checks have run, and TRL's refuse what they have filled in themselves
+    vars(made).update(vars(args))
+    for ours in fields(SRPOConfig):
+        if ours.name not in vars(made):
+            vars(made)[ours.name] = ours.default if ours.default_factory is MISSING else ours.default_factory()
+    made.objective = "srpo"
+    return made
+
+
+def kept_defaults(args: SRPOConfig) -> list[str]:
+    """`name=value` of the fields whose default we change on purpose, and that have another value here."""
+    names = ("scale_rewards", "epsilon_high", "vllm_importance_sampling_mode", "vllm_importance_sampling_clip_max")
+    ours = {f.name: f.default for f in fields(SRPOConfig)}
+    return [f"{name}={getattr(args, name)!r}" for name in names if getattr(args, name) != ours[name]]
 
 
 def has_bf16_device() -> bool:

@@ -91,6 +91,8 @@ def load_recipe(dataclass_types: Any, argv: Sequence[str] | None = None, *, part
             raise RecipeError(f"{source}: missing {', '.join(missing)} (of {cls.__name__})")
         try:
             configs.append(cls(**{f.name: values[f.name] for f in own if f.name in values}))
+            if hasattr(configs[-1], "check"):
+                configs[-1].check()  # a recipe is complete: nobody will set an objective later
         except (ValueError, TypeError) as error:
             named = given.get(error.name) if isinstance(error, OutOfRange) else None
             raise RecipeError(f"{named.where if named else source}: {error}") from error

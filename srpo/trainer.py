@@ -19,6 +19,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging
+from trl import GRPOConfig
 from trl import GRPOTrainer as TRLGRPOTrainer
 
 from srpo.adapters import prepare_adapter
@@ -32,7 +33,7 @@ from srpo.columns import (
     checked_columns,
 )
 from srpo.completions_table import CompletionsMixin
-from srpo.config import SRPOConfig
+from srpo.config import SRPOConfig, as_srpo_config, kept_defaults
 from srpo.credit import CreditMixin
 from srpo.distillation import DistillationMixin, Plan
 from srpo.episodes import RolloutMixin
@@ -100,7 +101,7 @@ class SRPOTrainer(
         self,
         model: str | PreTrainedModel,
         reward_funcs: Any = None,
-        args: SRPOConfig | None = None,
+        args: GRPOConfig | None = None,
         train_dataset: Dataset | None = None,
         *rest: Any,
         world: World | None = None,
@@ -112,7 +113,13 @@ class SRPOTrainer(
         if args is None:
             args = SRPOConfig(output_dir="srpo-output")
         if not isinstance(args, SRPOConfig):
-            raise TypeError(f"args must be an SRPOConfig, which takes all that {type(args).__name__} takes, and more")
+            args = as_srpo_config(args)
+            if kept := kept_defaults(args):
+                logger.warning(
+                    "args is TRL's own config: %s hold, as it says; SRPOConfig has the papers' defaults for %s",
+                    ", ".join(kept),
+                    args.objective,
+                )
         args.check()
         check_precision(args)
         self.objective = args.objective
@@ -462,9 +469,9 @@ def _init_kwargs(args: SRPOConfig) -> dict[str, Any]:
     return options
 
 
-def _with_objective(args: SRPOConfig | None, objective: str) -> SRPOConfig:
+def _with_objective(args: GRPOConfig | None, objective: str) -> SRPOConfig:
     if args is None:
         return SRPOConfig(output_dir=f"{objective}-output", objective=objective)
-    if isinstance(args, SRPOConfig):
-        args.objective = objective
+    args = as_srpo_config(args)
+    args.objective = objective
     return args
