@@ -67,10 +67,10 @@ class CompletionsMixin:
         values = as_list(values)
         taken = {*self.reward_func_names, *TABLE_COLUMNS, *self._columns, *self._pending_extra_logs} - {FEEDBACK}
         check_extra(column, len(values), self._rows_here, taken)
-        super()._log_completion_extra(column, [repaired_value(value)[0] for value in values])
+        super()._log_completion_extra(column, [repaired_value(value)[0] for value in values])  # type: ignore[misc]
 
     def _log_metric(self, name: str, value: float) -> None:
-        super()._log_metric(name, checked_metric("log_metric", name, value))
+        super()._log_metric(name, checked_metric("log_metric", name, value))  # type: ignore[misc]
 
     def _table(self) -> dict[str, list[Any]]:
         logs, strip = self._logs, grpo_trainer.strip_images_from_messages

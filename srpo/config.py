@@ -288,10 +288,11 @@ def as_srpo_config(args: Any) -> SRPOConfig:
     if not isinstance(args, GRPOConfig) or type(args).__module__.startswith("trl.experimental"):
         raise TypeError(f"args must be an SRPOConfig or trl's GRPOConfig; {type(args).__name__} is of another trainer")
     made = object.__new__(SRPOConfig)  # its checks have run, and TRL's refuse what they have filled in themselves
-    vars(made).update(vars(args))
+    made.__dict__.update(vars(args))
     for ours in fields(SRPOConfig):
         if ours.name not in vars(made):
-            vars(made)[ours.name] = ours.default if ours.default_factory is MISSING else ours.default_factory()
+            default = ours.default if ours.default_factory is MISSING else ours.default_factory()
+            made.__dict__[ours.name] = default
     made.objective = "srpo"
     return made
 
