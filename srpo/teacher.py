@@ -181,15 +181,34 @@ class Teacher:
         return completion_hidden(self.student, _base(self.accelerator.unwrap_model(self.student)), ids, mask, length)
 
 
+def plain_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """A deep copy that computes with its own weights, whatever trainers the model went through before.
+
+    TRL's trainers (a warm start's too) leave patched forwards on a model and on its head. A copy would still run
+    those, and with them the original's weights. accelerate's patches (`_hf_hook`) are copied as they should be.
+    With ZeRO-3, all ranks make this call.
+    """
+    sharded = [p for p in model.parameters() if hasattr(p, "ds_id")]
+    if sharded:  # ZeRO-3: a copy of an empty part has no weights
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(sharded):
+            twin = copy.deepcopy(model)
+    else:
+        twin = copy.deepcopy(model)
+    for module in twin.modules():
+        if not hasattr(module, "_hf_hook"):
+            vars(module).pop("forward", None)
+    return twin
+
+
 def unpatched_copy(model: str | PreTrainedModel, init_kwargs: dict[str, Any], in_fp32: bool) -> PreTrainedModel:
     """A frozen copy of a policy, to be taken before TRL patches it; a path or Hub id is loaded once more.
 
     `in_fp32`: as the student is trained, and where the teacher moves (EMA) in any case: in bf16 an average at tau =
     0.05 loses most of each update to rounding (measured: 80 %).
     """
-    twin = create_model_from_path(model, **init_kwargs) if isinstance(model, str) else copy.deepcopy(model)
-    # A model that went through another TRL trainer (a warm start) carries a patched forward, bound to that very model.
-    vars(twin).pop("forward", None)
+    twin = create_model_from_path(model, **init_kwargs) if isinstance(model, str) else plain_copy(model)
     return twin.float() if in_fp32 else twin
 
 

@@ -52,6 +52,7 @@ from srpo.objectives import (
 from srpo.objectives.normaliser import per_step
 from srpo.precision import check_precision, engine_keeps_masters, train_in_fp32
 from srpo.records import Alarms, world_metrics
+from srpo.reference import ReferenceMixin
 from srpo.replay_trainer import ReplayMixin
 from srpo.reprompt import Rollout, Templates, choose_demonstrations, strip_thinking
 from srpo.resume import GenerationClock, ResumeMixin
@@ -78,6 +79,7 @@ class SRPOTrainer(
     SamplerMixin,
     DistillationMixin,
     CompletionsMixin,
+    ReferenceMixin,
     TRLGRPOTrainer,
 ):
     """GRPO, SDPO, SRPO and BoPO in one trainer; every argument of `trl.GRPOTrainer`, and four more.
