@@ -2,8 +2,9 @@
 
 The names are those of TRL's `GRPOConfig` and `SDPOConfig`; the defaults are the published settings of SRPO
 (arXiv:2604.02288, Table 3) and SDPO (arXiv:2601.20802, Table 12), so any key you set is visibly your own choice.
-Three defaults of TRL's differ here on purpose: `scale_rewards="none"` (both papers' baselines do not divide by the
-standard deviation), `epsilon_high=0.28`, and token-truncated importance weights of the sampler, at most 2.
+Four defaults of TRL's differ here on purpose: `scale_rewards="none"` (both papers' baselines do not divide by the
+standard deviation), `epsilon_high=0.28`, token-truncated importance weights of the sampler, at most 2, and
+`disable_dropout=True` (srpo/train_mode.py).
 """
 
 from dataclasses import MISSING, dataclass, field, fields
@@ -49,6 +50,13 @@ class SRPOConfig(GRPOConfig):
 
     RANGES: ClassVar[Ranges] = TRAINER_RANGES
 
+    disable_dropout: bool = field(
+        default=True,
+        metadata=_help(
+            "Train without dropout, LoRA's, attention's and layer dropout and router jitter included, whatever the "
+            "model's configuration says: student, teacher, old and reference policy are compared token by token."
+        ),
+    )
     scale_rewards: str = field(default="none", metadata=_help("As in TRL; the papers' baselines do not scale."))
     epsilon_high: float | None = field(default=0.28, metadata=_help("Upper clip range of the GRPO branch."))
     vllm_importance_sampling_mode: str = field(default="token_truncate", metadata=_help("As in TRL (eq. 2.3)."))

@@ -77,7 +77,9 @@ def head_of(model: PreTrainedModel) -> Head:
 def capture_hidden(model: PreTrainedModel) -> Iterator[list[Tensor]]:
     """Collect the backbone's last hidden states, [B, S, D], of every forward inside the block."""
     captured: list[Tensor] = []
-    hook = model.base_model.register_forward_hook(lambda _m, _args, out: captured.append(out.last_hidden_state))
+    decoder = model.get_decoder()  # OPT's own forward calls its decoder, and not the backbone around it
+    backbone = model.base_model if decoder is None or decoder is model else decoder
+    hook = backbone.register_forward_hook(lambda _m, _args, out: captured.append(out.last_hidden_state))
     try:
         yield captured
     finally:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
+from srpo.positions import padding_matters, rounding
+
 logger = logging.get_logger(__name__)
 
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")
@@ -66,7 +68,7 @@ class CachedForward:
 
     Raises:
         ValueError: `base` takes no cache or no attention mask, or it takes no position ids and its logits depend on
-            padding or on what is cached (which is tried here, on two tokens).
+            padding or on what is cached (which is tried here, as in `srpo.positions`).
     """
 
     def __init__(self, model: Any, base: Any):
@@ -119,13 +121,19 @@ class CachedForward:
     @torch.no_grad()
     def _try_without_positions(self) -> None:
         """A model without position ids must find positions from mask and cache (or have none): see that it does."""
+
+        def last_logits(ids: Tensor, mask: Tensor) -> Tensor:
+            return self._run(ids, mask, None, None).logits[:, -1]
+
+        within = rounding(self.base)
+        padding = padding_matters(last_logits, self.base.config, self.base.device, within)
         ids, mask = (torch.tensor([row], device=self.base.device) for row in ([0, 1, 2], [0, 1, 1]))
-        alone = self._run(ids[:, 1:], mask[:, 1:], None, None).logits[:, -1]
-        padded = self._run(ids, mask, None, None).logits[:, -1]
+        alone = last_logits(ids[:, 1:], mask[:, 1:])
         before = returned_cache(self._run(ids[:, :2], mask[:, :2], None, None))
         cached = self._run(ids[:, 2:], mask, None, before).logits[:, -1]
-        for other, what in ((padded, "reads padding as text"), (cached, "does not continue its cache")):
-            if not torch.allclose(alone, other, rtol=1e-2, atol=1e-2 * float(alone.abs().max())):
+        forgets = not torch.allclose(alone, cached, rtol=within, atol=within * float(alone.abs().max()))
+        for wrong, what in ((padding, "reads padding as text"), (forgets, "does not continue its cache")):
+            if wrong:
                 raise ValueError(
                     f"{type(self.base).__name__} takes no position_ids and {what}: rows of unequal length would be "
                     "sampled wrongly; use another model"

@@ -37,6 +37,7 @@ from srpo.config import SRPOConfig, as_srpo_config, kept_defaults
 from srpo.credit import CreditMixin
 from srpo.distillation import DistillationMixin, Plan
 from srpo.episodes import RolloutMixin
+from srpo.forward_checks import ForwardChecksMixin
 from srpo.heads import Divergence, add_distillation_head
 from srpo.hub import HubMixin
 from srpo.minirl import MiniRLMixin
@@ -79,6 +80,7 @@ class SRPOTrainer(
     SamplerMixin,
     DistillationMixin,
     CompletionsMixin,
+    ForwardChecksMixin,
     ReferenceMixin,
     TRLGRPOTrainer,
 ):
@@ -171,8 +173,12 @@ class SRPOTrainer(
         self._truncated: list[bool] = []
         self._train_sampler: Any = None
         self.add_callback(GenerationClock(self))
-        if self.objective not in OBJECTIVES:
-            return
+        if self.objective in OBJECTIVES:
+            self._set_up_objective(args, distils, twin)
+        self._check_forwards()
+
+    def _set_up_objective(self, args: SRPOConfig, distils: bool, twin: PreTrainedModel | None) -> None:
+        """What TRL's own loss has no use for: the head with the divergence, the teacher, the constants of the loss."""
         if self._is_vlm:
             raise ValueError(f"objective: {self.objective} trains text models only; use objective: grpo")
         base = self.model.get_base_model() if is_peft_model(self.model) else self.model
