@@ -120,9 +120,10 @@ def test_with_a_new_adapter_the_reference_is_the_model_below_as_it_was_given(tmp
         ("default", {}),
         ("policy", {}),
         ("default", {"target_modules": ["q_proj", "embed_tokens"]}),
+        ("default", {"trainable_token_indices": [5, 6, 7]}),
         ("default", {"modules_to_save": ["embed_tokens"]}),
     ],
-    ids=["plain", "other name", "embeddings", "whole module"],
+    ids=["plain", "other name", "embeddings", "tokens", "whole module"],
 )
 def test_with_an_adapter_of_its_own_the_reference_is_that_adapter(tmp_path, name, options):
     """TRL copies what has ".default." in its name: not another name, nor parameters that end in it."""
