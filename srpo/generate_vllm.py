@@ -5,6 +5,11 @@ prompts from every process. So requests are sent in as many calls as there are k
 choices), every process makes the same calls, and a process that has nothing to ask fills up with short prompts. Seeds
 of single rows cannot be given: samples are not repeatable. vLLM keeps the prefix of a conversation by itself
 (`--enable-prefix-caching`, its default).
+
+What ends a turn and what a choice is drawn from are said in every request, so that neither the folder that vLLM has
+read nor `generation_kwargs` decide them: free text ends at the trainer's end tokens and stop strings, and a choice is
+drawn at the temperature alone, as in `srpo.sampling.draw`. Where min_p is set beside top_k or top_p, vLLM cuts by it
+first and transformers last.
 """
 
 from collections.abc import Sequence
@@ -14,6 +19,9 @@ from accelerate.utils import gather_object
 
 from srpo.generate import Request, Sample
 from srpo.sampling import Sampling, Stops
+from srpo.vllm_settings import context_limit
+
+_TEMPERATURE_ONLY = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 
 
 class VLLMGenerator:
@@ -23,8 +31,11 @@ class VLLMGenerator:
     be started with `--logprobs-mode processed_logprobs`, as TRL demands for its own correction.
 
     Args:
-        engine: TRL's, with the current weights. Its sampling parameters other than the length, the stop strings and
-            the allowed ids stay as they are.
+        engine: TRL's, with the current weights. Free text is sampled with its parameters and `generation_kwargs`, but
+            for the length and the ends; a choice with its temperature.
+
+    Raises:
+        ValueError: a context and its turn do not fit into the engine.
     """
 
     def __init__(self, engine: Any, tokenizer: Any, sampling: Sampling, *, eos_ids: Sequence[int]):
@@ -32,8 +43,15 @@ class VLLMGenerator:
         self._stops = Stops(tokenizer, sampling.stop)
         self._stop = list(sampling.stop)
         self._eos = tuple(eos_ids)
+        self._context = context_limit(engine)
 
     def generate(self, requests: Sequence[Request]) -> list[Sample]:
+        longest = max((len(request.ids) + request.max_tokens for request in requests), default=0)
+        if self._context is not None and longest > self._context:
+            raise ValueError(
+                f"use_vllm: a context and the turn after it may take {longest} tokens, and vLLM was started for "
+                f"{self._context}; set vllm_max_model_length to {longest} or more, or lower max_completion_length"
+            )
         samples, _ = self._round(requests)
         return samples
 
@@ -53,7 +71,7 @@ class VLLMGenerator:
         for kind in sorted({kind for share in shares for kind in share}):
             asked = [share[kind] for share in shares if kind in share]
             rows = kinds.get(kind, [])
-            filler = [[self._eos[0]]] * (max(count for count, _ in asked) - len(rows))
+            filler = [[0]] * (max(count for count, _ in asked) - len(rows))
             prompts = [list(requests[i].ids) for i in rows] + filler
             answers = self._ask(prompts, kind, max(tokens for _, tokens in asked))
             for i, (ids, logprobs) in zip(rows, answers, strict=False):  # the fillers' answers are left over
@@ -62,20 +80,20 @@ class VLLMGenerator:
 
     def _ask(self, prompts: list[list[int]], choices: tuple[int, ...], max_tokens: int) -> list[tuple[Any, Any]]:
         engine = self._engine
-        before = engine.max_completion_length, engine.generation_kwargs
-        options = {**(engine.generation_kwargs or {})}
+        before = engine.max_completion_length, engine.generation_kwargs, engine.structured_outputs_regex
         if choices:
-            engine.max_completion_length = 1
-            options["allowed_token_ids"] = list(choices)
+            engine.max_completion_length, engine.structured_outputs_regex = 1, None
+            engine.generation_kwargs = {**_TEMPERATURE_ONLY, "allowed_token_ids": list(choices)}
         else:
-            engine.max_completion_length = max_tokens
+            ends: dict[str, Any] = {"stop_token_ids": list(self._eos), "ignore_eos": True}  # vLLM's own are ignored
             if self._stop:
-                options.update(stop=self._stop, include_stop_str_in_output=True)
-        engine.generation_kwargs = options
+                ends |= {"stop": self._stop, "include_stop_str_in_output": True, "skip_special_tokens": True}
+            engine.max_completion_length = max_tokens
+            engine.generation_kwargs = {**(engine.generation_kwargs or {}), **ends}
         try:
             _, ids, logprobs, _ = engine.generate(prompts=prompts, images=None, num_generations=1)
         finally:
-            engine.max_completion_length, engine.generation_kwargs = before
+            engine.max_completion_length, engine.generation_kwargs, engine.structured_outputs_regex = before
         return list(zip(ids, logprobs, strict=True))
 
     def _sample(self, request: Request, ids: Sequence[int], logprobs: Sequence[Any]) -> Sample:

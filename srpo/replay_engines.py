@@ -19,7 +19,8 @@ dropped. Ids must be logical ones, as the checkpoint counts (with expert-paralle
 Sources: docs.vllm.ai (v0.21.0 training/routed_experts_replay; latest training/routed_experts), vllm pull requests
 28284, 38939 and 51906, sglang pull requests 12162 and 17434. Inferred, because the sources do not say it: row t of
 every table belongs to token t as it was fed; a G-th row of vLLM 0.21 is the sample's last token, which was not fed.
-Nothing here was run against a live engine; the tests' server answers in these formats.
+The first line of the table was seen in vLLM 0.30 on a CPU, offline, and its rows were those tokens'
+(tests/test_vllm_live.py). No other engine has run here; the tests' server answers in these formats.
 """
 
 from __future__ import annotations

@@ -1,35 +1,25 @@
 """R3 with the vLLM engine that TRL keeps in the training processes (`vllm_mode: colocate`).
 
 TRL builds the engine without the flag that makes it return its experts, and drops them if it does. Both are put right
-here, around TRL's own code. Not run against a live engine: no machine with vLLM was at hand. The formats are those of
-`srpo.replay_engines`.
+here, around TRL's own code. The formats are those of `srpo.replay_engines`. Run against vLLM 0.30 on a CPU: its
+routes are those of our own forward (tests/test_vllm_live.py).
 """
 
-import functools
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
-from trl.generation import vllm_generation
 
 from srpo.replay_engines import vllm_routes
 from srpo.routed_experts import RouterSpec
+from srpo.vllm_settings import engine_built_with
 
 
-@contextmanager
-def returning_routes() -> Iterator[None]:
+def returning_routes() -> AbstractContextManager[None]:
     """Engines that TRL builds inside return their routed experts."""
-    engine = getattr(vllm_generation, "LLM", None)
-    if engine is None:  # vLLM is not installed, which TRL reports better
-        yield
-        return
-    vllm_generation.LLM = functools.partial(engine, enable_return_routed_experts=True)
-    try:
-        yield
-    finally:
-        vllm_generation.LLM = engine
+    return engine_built_with(lambda _: {"enable_return_routed_experts": True})
 
 
 class EngineRoutes:

@@ -38,6 +38,7 @@ class ResumeMixin:
     """Called with every folder that the weights were written to, before it is pushed: checkpoints, and the end."""
     _buffered_inputs: Any
     _get_output_dir: Any
+    _last_loaded_step: int
     _losses: Any
     _step: int
     _teacher_head: Any
@@ -68,6 +69,7 @@ class ResumeMixin:
     def _load_best_model(self) -> None:
         super()._load_best_model()
         self._load_experts(self.state.best_model_checkpoint)
+        self._last_loaded_step = -1  # of vLLM: these are not the weights of this step any more
 
     def _load_experts(self, folder: str) -> None:
         # Sharded weights have their own format, under the model's own names.

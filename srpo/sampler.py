@@ -141,9 +141,10 @@ class SamplerMixin:
             )
         if not self.use_vllm:
             return
-        # vLLM reads the end tokens of the *path*, and none at all with `--generation-config vllm`.
+        # vLLM reads the end tokens of the *path*, and none at all with `--generation-config vllm`: they do not count.
         engine = self.vllm_generation
-        engine.generation_kwargs = {**(engine.generation_kwargs or {}), "stop_token_ids": list(self.eos_token_ids)}
+        ends = {"stop_token_ids": list(self.eos_token_ids), "ignore_eos": True}
+        engine.generation_kwargs = {**(engine.generation_kwargs or {}), **ends}
         cap = self.model.generation_config.max_new_tokens
         if self.vllm_mode == "server" and cap is not None and cap < self.max_completion_length:
             logger.warning(

@@ -62,6 +62,7 @@ from srpo.sampler import SamplerMixin
 from srpo.teacher import Teacher, unpatched_copy
 from srpo.thinking import unfinished
 from srpo.types import FEEDBACK, LOST, Columns, Environment, World
+from srpo.vllm_settings import vllm_of
 
 logger = logging.get_logger(__name__)
 
@@ -153,7 +154,8 @@ class SRPOTrainer(
             check_dataset_columns(getattr(data, "column_names", None) or (), environment is not None)
         if environment is not None:
             refuse_other_rollouts(args, given.arguments, world)
-        super().__init__(model, reward_funcs, args, train_dataset, *rest, **kwargs)
+        with vllm_of(self, args):
+            super().__init__(model, reward_funcs, args, train_dataset, *rest, **kwargs)
         train_in_fp32(self.model, args)
         if is_peft_model(self.model):
             prepare_adapter(self.model, self.accelerator)

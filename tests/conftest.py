@@ -10,6 +10,7 @@ os.environ["WANDB_MODE"] = "offline"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ.pop("HF_TOKEN", None)  # nothing here may act in somebody's name
 
+import importlib.util
 import shutil
 import subprocess
 from pathlib import Path
@@ -21,9 +22,12 @@ import pytest
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     tool = shutil.which("nvidia-smi")
     gpu = tool is not None and subprocess.run([tool], capture_output=True).returncode == 0
+    vllm = importlib.util.find_spec("vllm") is not None  # importing it takes longer than most tests
     for item in items:
         if not gpu and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+        if not vllm and item.get_closest_marker("vllm"):
+            item.add_marker(pytest.mark.skip(reason="vLLM is not installed; bash scripts/setup_vllm_cpu.sh does it"))
 
 
 @pytest.fixture(scope="session")

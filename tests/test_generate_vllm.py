@@ -1,7 +1,8 @@
 """vLLM behind the generator protocol: TRL's own engine and client, against a real server that speaks vLLM's protocol.
 
-vLLM itself needs a GPU and is not installed here. The server decodes with the tiny model; everything between it and
-the rollout (`VLLMGenerator`, TRL's `VLLMGeneration.generate` in server mode, TRL's `VLLMClient`) is the real code.
+TRL's server mode sends weights over NCCL, which needs GPUs. The server decodes with the tiny model; everything between
+it and the rollout (`VLLMGenerator`, TRL's `VLLMGeneration.generate` in server mode, its `VLLMClient`) is real.
+The colocated mode runs on a live engine in tests/test_vllm_live.py.
 """
 
 import json
@@ -97,7 +98,7 @@ def engine(server, monkeypatch):
     made.mode, made.accelerator, made.vllm_client = "server", Accelerator(cpu=True), vllm_client.VLLMClient(server.url)
     made.temperature, made.top_p, made.top_k, made.min_p, made.repetition_penalty = 0.0, 1.0, 0, None, 1.0
     made.max_completion_length, made.logprobs, made.structured_outputs_regex = 99, 0, None
-    made.generation_kwargs = {"seed": 5}
+    made.generation_kwargs = {"spaces_between_special_tokens": False}
     return made
 
 
@@ -119,10 +120,14 @@ def test_turns_are_those_of_the_engine(engine, server, policy):
         assert a.ids == b.ids and a.ended == b.ended and a.logprobs == pytest.approx(b.logprobs, abs=1e-5)
     sent = [(r["max_tokens"], r.get("allowed_token_ids"), len(r["prompt"])) for r in server.requests]
     assert sent == [(6, None, 2), (1, [30, 31], 1), (1, [40, 41, 42], 1)]
-    assert all(r["seed"] == 5 and r["n"] == 1 for r in server.requests), "the user's own settings are kept"
-    assert engine.max_completion_length == 99 and engine.generation_kwargs == {"seed": 5}, (
-        "the engine is left as it was"
-    )
+    free, *choices = server.requests
+    assert free["spaces_between_special_tokens"] is False and free["n"] == 1, "the user's own settings are kept"
+    assert free["stop_token_ids"] == [EOS] and free["ignore_eos"] is True, "the trainer's end tokens, no others"
+    for body in choices:  # at the temperature alone
+        assert [body[name] for name in ("top_p", "top_k", "min_p", "repetition_penalty")] == [1.0, 0, 0.0, 1.0]
+        assert "spaces_between_special_tokens" not in body and "structured_outputs" not in body
+    assert engine.max_completion_length == 99 and engine.structured_outputs_regex is None, "left as it was"
+    assert engine.generation_kwargs == {"spaces_between_special_tokens": False}
 
 
 def test_stop_strings_are_sent_and_kept_in_the_turn(engine, server, policy):
