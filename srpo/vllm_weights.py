@@ -87,7 +87,7 @@ def weights_that_can_be_replaced(model: Any) -> Iterator[None]:
         )
     packing = utils.dispatch_cpu_unquantized_gemm
 
-    def unpacked(layer: torch.nn.Module, remove_weight: bool) -> None:
+    def unpacked(layer: Any, remove_weight: bool) -> None:
         if layer.weight.dim() == 2:
             layer.cpu_linear = torch.nn.functional.linear
         else:
