@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from srpo.generate import Generator, Request, Sample
+from srpo.policy_name import named_policy
 
 
 class Batches:
@@ -96,12 +97,13 @@ def load_checkpoint(name: str, settings: str) -> tuple[Any, Any, Path]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    if find_file(name, "adapter_config.json"):
-        from peft import AutoPeftModelForCausalLM
+    with named_policy(name):
+        if find_file(name, "adapter_config.json"):
+            from peft import AutoPeftModelForCausalLM
 
-        model = AutoPeftModelForCausalLM.from_pretrained(name)
-    else:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
+            model = AutoPeftModelForCausalLM.from_pretrained(name)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
+        tokenizer, found = AutoTokenizer.from_pretrained(name), find_file(name, settings)
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    found = find_file(name, settings)
-    return model, AutoTokenizer.from_pretrained(name), found.parent if found else Path(name)
+    return model, tokenizer, found.parent if found else Path(name)

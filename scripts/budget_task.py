@@ -18,6 +18,7 @@ from routers.environments.executors import EXPLORER_USD, PLANNER_USD, SCRIPTED
 from routers.environments.suites import suite
 from routers.profiles import BoundaryProfile, DifficultyRule, profile_tasks
 from routers.step_settings import StepSettings
+from srpo.derived import source
 from srpo.episode_loop import Failure
 from srpo.quarantine import MAX_BAD_SHARE, Quarantine
 from srpo.ranges import Ranges, at_least, between, check_numbers
@@ -151,14 +152,21 @@ class BudgetTask:
     def profile_settings(self) -> dict[str, Any]:
         """What profiles and baselines depend on, beside the tasks."""
         names = ("environment", "step_limit", "executors", "executor_usd", "catalogue", "profile_runs")
-        return {name: getattr(self, name) for name in names}
+        return {**{name: getattr(self, name) for name in names}, "catalogue_content": source(self.catalogue)}
+
+    def evaluation_settings(self) -> dict[str, Any]:
+        """What episodes of a policy on the held-out tasks depend on, beside the policy."""
+        names = """heldout_tasks heldout_count eval_caps budget_unit tail_calls on_empty observation labels
+            tau_easy tau_large"""
+        parts = [source(which) for which in self.heldout_tasks]
+        return {**self.profile_settings(), **{n: getattr(self, n) for n in names.split()}, "heldout_content": parts}
 
     def row_settings(self) -> dict[str, Any]:
         """What the training rows and their order depend on, beside that."""
         names = (
             "train_tasks train_count train_caps budget_unit tail_calls on_empty observation labels tau_easy tau_large"
         )
-        return {name: getattr(self, name) for name in names.split()}
+        return {**{name: getattr(self, name) for name in names.split()}, "train_content": source(self.train_tasks)}
 
 
 def cap_of(value: float) -> float | None:
@@ -292,6 +300,7 @@ def profiles(task: BudgetTask, name: str, which: str, count: int, folder: Path) 
         ValueError: the folder was made with other settings.
     """
     check_folder(task.profile_settings(), folder)
+    _check_content(which, folder)
     types = load_tasks(task.environment, which, count)
     play = make_player(task, (which, count))
     found = profile_tasks(types, play, folder / f"profiles_{name}.parquet", task.profile_runs)
@@ -306,6 +315,20 @@ def check_folder(settings: Mapping[str, Any], folder: Path) -> None:
         return refuse_changes(then, settings, str(folder), "another folder, or remove that one")
     folder.mkdir(parents=True, exist_ok=True)
     mark.write_text(json.dumps(settings, indent=1) + "\n")
+
+
+def _check_content(which: str, folder: Path) -> None:
+    """Refuse a file of tasks whose content has changed since its profiles were made; mark one that is new."""
+    if not Path(which).exists():
+        return
+    path, now = folder / "parts.json", source(which)
+    known = json.loads(path.read_text()) if path.exists() else {}
+    if known.setdefault(which, now) != now:
+        raise ValueError(
+            f"{folder} holds profiles of {which} as it was: its content has changed; give another task_dir (or "
+            "output_dir), or remove that one"
+        )
+    path.write_text(json.dumps(known, indent=1) + "\n")
 
 
 def refuse_changes(then: Mapping[str, Any], settings: Mapping[str, Any], what: str, instead: str) -> None:

@@ -23,6 +23,8 @@ from routers.grammar import Grammar, parse
 from routers.prompts import policy_prompt
 from routers.report import EVALUATION, Evaluation, evaluate_routes
 from routers.table import SPLITS, ReplyTable, load_table, quickstart_table
+from srpo.cli import run
+from srpo.policy_name import named_policy
 from srpo.quarantine import MAX_BAD_SHARE
 from srpo.ranges import at_least, between, ranged
 from srpo.sampling import end_ids
@@ -159,28 +161,14 @@ def load_checkpoint(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
     Raises:
         FileNotFoundError: a path that does not exist, or a directory without a model.
     """
-    path = Path(name)
-    looks_local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1
-    if path.is_dir():
-        if not any((path / file).exists() for file in ("config.json", "adapter_config.json")):
-            raise FileNotFoundError(
-                f"{name}: holds neither config.json nor adapter_config.json; is the training over?"
-            )
-    elif looks_local or path.exists():
-        raise FileNotFoundError(
-            f"{name} is no directory here; give the output directory of a training run or a Hub id"
-        )
-    try:
-        if (path / "adapter_config.json").exists():
+    with named_policy(name):
+        if (Path(name) / "adapter_config.json").exists():
             from peft import AutoPeftModelForCausalLM
 
             model = AutoPeftModelForCausalLM.from_pretrained(name)
         else:
             model = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except OSError as error:  # transformers' word for everything that it cannot find or reach
-        what = "cannot be loaded" if path.is_dir() else "is no directory here, and cannot be loaded from the Hub"
-        raise FileNotFoundError(f"{name} {what}: {error}") from error
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
 
@@ -262,4 +250,4 @@ def spread(count: int, limit: int | None) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from budget_baselines import episode_row, play_rules
+from budget_baselines import episode_row, families, play_rules
 from budget_executors import make_pool
 from budget_money import Money
 from budget_play import NOTHING, RAISE, STEP_SECONDS, PhaseStopped
@@ -39,6 +39,8 @@ from routers.budget_report import Episodes, render
 from routers.environments.executors import SCRIPTED
 from routers.shared_policy import find_file, load_checkpoint
 from routers.step_settings import STEP_ROUTER, StepSettings
+from srpo.cli import run
+from srpo.derived import is_made_from, made_from, mark, unmark
 from srpo.generate import TransformersGenerator
 from srpo.ranges import SEED, at_least, ranged
 from srpo.recipe import load_recipe
@@ -149,18 +151,25 @@ def evaluate(
 
 
 def rules(task: BudgetTask, folder: Path) -> pd.DataFrame:
-    """Episodes of all rules on every held-out set; played once per `task_dir`."""
-    frames = []
+    """Episodes of all rules on every held-out set; played once per `task_dir`, and again where others are asked for.
+
+    Classes are those of today's thresholds.
+    """
+    frames, (methods, repetitions) = [], families(task)
+    played_as = {family: list(settings) for family, settings in methods.items()}
+    made = made_from(rules=played_as, repetitions=repetitions, **task.profile_settings())
     for label, which in heldout_sets(task).items():
         path, types = folder / f"rules_{label}.parquet", load_tasks(task.environment, which, task.heldout_count)
-        known = pd.read_parquet(path) if path.exists() else None
+        known = pd.read_parquet(path) if is_made_from(path, made) else None
         if known is None or not set(types) <= set(known["task"]):
             partial = path.with_suffix(".partial")
             player = make_player(task, (which, task.heldout_count))
-            known = _classified(play_rules(task, types, player, partial), task, label, which, folder)
+            known = play_rules(task, types, player, partial)
+            unmark(path)
             known.to_parquet(path)
+            mark(path, made)
             partial.unlink()
-        frames.append(known[known["task"].isin(types)])
+        frames.append(_classified(known[known["task"].isin(types)], task, label, which, folder))
     return pd.concat(frames, ignore_index=True)
 
 
@@ -177,6 +186,8 @@ def read_runs(folders: Sequence[Path]) -> pd.DataFrame:
     """
     frames = []
     for folder in folders:
+        if not (folder / EPISODES).is_file():
+            raise FileNotFoundError(f"{folder} holds no {EPISODES}, which scripts/train_bopo.py writes at its end")
         frame = pd.read_parquet(folder / EPISODES)
         name = re.sub(r"-seed\d+$", "", folder.name)
         frames.append(frame.assign(method=frame["method"].str.replace(f"^{POLICY}(?=$|,)", name, regex=True)))
@@ -269,7 +280,4 @@ def main(argv: Sequence[str] | None = None) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except PhaseStopped as stopped:
-        sys.exit(f"STOPPED: {stopped}")
+    run(main, PhaseStopped)

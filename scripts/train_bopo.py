@@ -11,15 +11,15 @@ with the same command: what was played is kept (in training by checkpoints: `--r
 "BoPO-style": the paper (arXiv 2602.21227) has no public code or formula; see srpo/advantages.py.
 """
 
+import hashlib
+import json
 import random
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pandas as pd
-import yaml
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from budget_executors import make_pool
@@ -39,17 +39,23 @@ from budget_task import (
 )
 from datasets import Dataset
 from evaluate_bopo import EPISODES, POLICY, evaluate, rules, tables
-from policies import load_policy, warm_start_config
+from policies import check_policy, load_policy, warm_start_config
 from transformers import set_seed
 
 from rewards.boundary import BoundaryReward, make_boundary_reward
 from routers.bosft import Demonstration, Synthesis, balance, demonstrations, read_dataset, write_dataset
 from routers.profiles import observe, write_profiles
-from routers.step_settings import StepSettings
+from routers.shared_policy import find_file
+from routers.step_settings import STEP_ROUTER, StepSettings
 from srpo import SRPOConfig, SRPOTrainer
+from srpo.cli import run
+from srpo.derived import check_made_from, is_made_from, made_from, mark, source, unmark
 from srpo.ranges import Ranges, above, at_least, check_numbers
 from srpo.recipe import load_recipe, resolved_recipe
 from srpo.rollout import observation_ids
+from srpo.rollout_limits import LostRollouts
+from srpo.run_folder import RunArguments, claim, finish
+from srpo.steps import check_rows_of_a_batch
 from srpo.tiny import tiny_causal_lm, train_tokenizer
 from srpo.types import CORRECT, Observation
 from srpo.warmstart import imitate
@@ -113,21 +119,27 @@ class BopoArguments:
         return Synthesis(self.bosft_sweep, self.bosft_keep, self.bosft_strata)  # type: ignore[arg-type]
 
 
-ARGUMENTS = (BudgetTask, BopoArguments, SRPOConfig)
+ARGUMENTS = (BudgetTask, BopoArguments, RunArguments, SRPOConfig)
 """What a line of a recipe may set."""
 
 
 def main(argv: list[str] | None = None) -> str | None:
     """Run a recipe; returns the tables on the main process, None on the others."""
     recipe = load_recipe(ARGUMENTS, argv)
-    task, bopo, args = recipe
-    state, output = PartialState(), Path(args.output_dir)
-    folder = Path(task.task_dir or output / "task")
+    task, bopo, folders, args = recipe
+    state, resume = PartialState(), args.resume_from_checkpoint
     settings = step_settings(task, args, (bopo.policy_price_in, bopo.policy_price_out))
-    if state.is_main_process:
-        output.mkdir(parents=True, exist_ok=True)
-        (output / "recipe.yaml").write_text(yaml.safe_dump(resolved_recipe(recipe), sort_keys=False))
+    check_policy(bopo.model_name_or_path)
+    if bopo.bosft_policy is not None:
+        check_policy(bopo.bosft_policy)
+        check_told_alike(settings, bopo.bosft_policy)
     check_rows(task, args)
+    own = Path(resume).parent if resume is not None else Path(args.output_dir)
+    start = Path(bopo.bosft_policy or own / "bosft")
+    if resume is not None and bopo.bosft_policy is None:
+        check_made_from(start, bosft_made_from(task, bopo, args, settings, start), "what the run began from")
+    output = claim(recipe, args.output_dir, overwrite=folders.overwrite, resume=resume)
+    folder = Path(task.task_dir or output / "task")
     money = Money(make_pool(task), args.max_cost_usd, output / f"spending_{state.process_index}.json")
     if task.live and state.is_main_process:
         runs = task.profile_runs + bopo.bosft_sweep - 1 if bopo.bosft_epochs > 0 and bopo.bosft_policy is None else 0
@@ -142,21 +154,27 @@ def main(argv: list[str] | None = None) -> str | None:
         print(describe_rows(bopo.reward(), rows))
 
     set_seed(args.seed)
-    start = bopo.bosft_policy or str(output / "bosft")
-    if bopo.bosft_policy is None and args.resume_from_checkpoint is None:
+    if bopo.bosft_policy is None and resume is None:
         with state.main_process_first(), money.phase("demonstrations"):
-            chosen = bosft_demonstrations(task, bopo, rows, args.seed, Path(start) / "demonstrations")
-        make_start(task, bopo, args, settings, rows, chosen, Path(start))
+            chosen = bosft_demonstrations(task, bopo, rows, args.seed, start / "demonstrations")
+        make_start(task, bopo, args, settings, rows, chosen, start)
         state.wait_for_everyone()
     # Read from disk, also by the process that wrote it: TRL makes the reference policy of the KL from that path.
-    model, tokenizer = load_policy(start, args, 0, lambda: corpus(task, rows))
+    model, tokenizer = load_policy(str(start), args, 0, lambda: corpus(task, rows))
     how = {"seed": args.seed, "temperature": bopo.eval_temperature}
-    if state.is_main_process and not (Path(start) / EPISODES).exists():
+    told = made_from(policy=source(start), settings=asdict(settings), **task.evaluation_settings(), **how)
+    # Episodes of another run's BoSFT policy are taken from there only if they are those that this recipe asks for.
+    scores = next((path for path in (start / EPISODES,) if is_made_from(path, told)), output / "bosft" / EPISODES)
+    if state.is_main_process and not is_made_from(scores, told):
         with money.phase("profiling of held-out tasks"):
             for name, which in heldout_sets(task).items():
                 profiles(task, name, which, task.heldout_count, folder)
         with money.phase("evaluation of BoSFT"):
-            evaluate(model, tokenizer, task, settings, folder, "BoSFT", **how).to_parquet(Path(start) / EPISODES)
+            played = evaluate(model, tokenizer, task, settings, folder, "BoSFT", **how)
+        scores.parent.mkdir(exist_ok=True)
+        unmark(scores)
+        played.to_parquet(scores)
+        mark(scores, told)
     money.check("What was played is kept.")
 
     environment = make_environment(task)
@@ -179,7 +197,7 @@ def main(argv: list[str] | None = None) -> str | None:
     money.take_back()
     outcomes = gather_object([environment.outcomes()])
     if not state.is_main_process:
-        return None
+        return None  # what follows is one process's work
 
     write_profiles(observe(profiled.values(), outcomes), output / "profiles.parquet", task.profile_settings())
     money.check(
@@ -191,7 +209,7 @@ def main(argv: list[str] | None = None) -> str | None:
         after = evaluate(trained, tokenizer, task, settings, folder, POLICY, **how)
     with money.phase("rules"):
         ruled = rules(task, folder)
-    before = pd.read_parquet(Path(start) / EPISODES)
+    before = pd.read_parquet(scores)
     episodes = pd.concat([ruled, before, after], ignore_index=True)
     episodes.to_parquet(output / EPISODES)
     text = tables(episodes, True, output / "frontier.png")
@@ -200,6 +218,7 @@ def main(argv: list[str] | None = None) -> str | None:
     trainer.create_model_card(model_name=output.name)
     if args.push_to_hub:
         trainer.push_to_hub()
+    finish(output)
     print(text, output / "frontier.png", sep="\n")
     return text
 
@@ -207,12 +226,35 @@ def main(argv: list[str] | None = None) -> str | None:
 def check_rows(task: BudgetTask, args: SRPOConfig) -> None:
     """ValueError where one batch of rollouts takes more rows than there are: the trainer would not train at all."""
     tasks, caps = len(train_tasks(task)), len(task.train_caps)
-    needed = args.generation_batch_size // args.num_generations  # type: ignore[operator]
-    if tasks * caps < needed:
-        raise ValueError(
-            f"train_tasks: {tasks} tasks at {caps} train_caps are {tasks * caps} rows, a batch of rollouts takes "
-            f"{needed}: use more tasks, a smaller per_device_train_batch_size or fewer gradient_accumulation_steps"
-        )
+    check_rows_of_a_batch(tasks * caps, args, f"train_tasks ({tasks} tasks at {caps} train_caps)")
+
+
+def check_told_alike(settings: StepSettings, policy: str) -> None:
+    """ValueError where `bosft_policy` was trained to be told something else than this recipe tells it."""
+    found = find_file(policy, STEP_ROUTER)
+    then = None if found is None else StepSettings.load(found.parent)
+    for name in ("environment", "executors", "labels", "observation", "observation_tokens", "unit"):
+        if then is not None and getattr(then, name) != getattr(settings, name):
+            raise ValueError(
+                f"bosft_policy {policy} was trained with {name}={getattr(then, name)!r}, the recipe says "
+                f"{getattr(settings, name)!r}: set that, or give another bosft_policy"
+            )
+
+
+def bosft_made_from(
+    task: BudgetTask, bopo: BopoArguments, args: SRPOConfig, settings: StepSettings, folder: Path
+) -> dict[str, Any]:
+    """What the policy that RL starts from is made from; its demonstrations lie in `folder` already."""
+    names = "model_name_or_path lora_r bosft_epochs bosft_learning_rate bosft_batch_size"
+    return made_from(
+        **{name: getattr(bopo, name) for name in names.split()},
+        **{name: getattr(args, name) for name in ("seed", "bf16", "fp16")},
+        model=source(bopo.model_name_or_path),
+        demonstrations=source(folder / "demonstrations" / "train.parquet") if bopo.bosft_epochs > 0 else None,
+        told=asdict(settings),
+        **{f"train: {key}": value for key, value in {**task.profile_settings(), **task.row_settings()}.items()},
+        **{f"demonstrations: {key}": value for key, value in asdict(bopo.synthesis()).items()},
+    )
 
 
 def make_start(
@@ -242,9 +284,12 @@ def make_start(
         )
         model = imitate(model, tokenizer, examples, config)
     if PartialState().is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        unmark(folder)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         settings.save(folder)
+        mark(folder, bosft_made_from(task, bopo, args, settings, folder))
 
 
 def bosft_demonstrations(
@@ -264,6 +309,8 @@ def bosft_demonstrations(
         **asdict(how),
         "seed": seed,
         "profiles": bopo.profiles,
+        # What the rows read of the profiles, so that others of the same name make other demonstrations.
+        "rows": hashlib.sha256(json.dumps(rows, sort_keys=True, default=str).encode()).hexdigest(),
     }
     check_folder(made_with, folder)
     if not (folder / "train.parquet").exists():
@@ -297,7 +344,4 @@ def succeeded(rewards: Any, columns: Any) -> Any:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except PhaseStopped as stopped:
-        sys.exit(f"STOPPED: {stopped}")
+    run(main, PhaseStopped, LostRollouts)

@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from accelerate import PartialState
 from evaluate import spread
 from evaluate_think_route import evaluate_agent
-from policies import load_policy, warm_start_config
+from policies import check_policy, load_policy, warm_start_config
 from think_route_setup import (
     TaskArguments,
     load_questions,
@@ -41,26 +40,36 @@ from routers.table import ReplyTable
 from routers.think_rows import Demonstration, copy_drills, demonstrations, restricted
 from srpo import SRPOConfig, SRPOTrainer
 from srpo.checks import check_rows
-from srpo.recipe import load_recipe, resolved_recipe
+from srpo.cli import run
+from srpo.derived import check_made_from, is_made_from, made_from, mark, source, unmark
+from srpo.recipe import Recipe, load_recipe, resolved_recipe
 from srpo.rollout import observation_ids
+from srpo.rollout_limits import LostRollouts
+from srpo.run_folder import RunArguments, claim, finish
+from srpo.steps import check_rows_of_a_batch
 from srpo.thinking import inside, opened_by
 from srpo.untrusted import encode_frame
 from srpo.warmstart import warm_start
 
-ARGUMENTS = (TaskArguments, SRPOConfig)
+ARGUMENTS = (TaskArguments, RunArguments, SRPOConfig)
 """What a line of a recipe may set."""
 
 
 def main(argv: Sequence[str] | None = None) -> AgentEvaluation | None:
     """Run a recipe; returns the held-out evaluation on the main process, None on the others."""
     recipe = load_recipe(ARGUMENTS, argv)
-    task, args = recipe
-    state, output = PartialState(), Path(args.output_dir)
-    if state.is_main_process:
-        output.mkdir(parents=True, exist_ok=True)
-        (output / "recipe.yaml").write_text(yaml.safe_dump(resolved_recipe(recipe), sort_keys=False))
+    task, how, args = recipe
+    state, resume = PartialState(), args.resume_from_checkpoint
+    check_policy(task.model_name_or_path)
+    resumes, warm_starts = resume is not None, task.warm_start_passes > 0
+    start = (Path(resume).parent if resume is not None else Path(args.output_dir)) / "warm_start"
+    warmed, evaluated = _made_from(recipe)
+    if resumes and warm_starts:
+        check_made_from(start, warmed, "the warm start that the checkpoint began from")
+    output = claim(recipe, args.output_dir, overwrite=how.overwrite, resume=resume)
     table = load_replies(task, output)
     train, heldout = load_questions(task, table, output)
+    check_rows_of_a_batch(len(train), args, "the training questions")
     pool = make_pool(task, table, args.max_cost_usd)
     names = seen_members(task, pool)
     settings = make_settings(task, args, [pool.members[name] for name in names])
@@ -69,8 +78,6 @@ def main(argv: Sequence[str] | None = None) -> AgentEvaluation | None:
     args.stop_strings = list(settings.grammar.stops)
 
     set_seed(args.seed)
-    start = output / "warm_start"
-    resumes, warm_starts = args.resume_from_checkpoint is not None, task.warm_start_passes > 0
     # A resumed run must begin from the very weights that the first run began from: the saved warm start.
     policy = str(start) if resumes and warm_starts else task.model_name_or_path
     model, tokenizer = load_policy(policy, args, task.lora_r, lambda: tiny_corpus(settings, train, table, args))
@@ -85,6 +92,7 @@ def main(argv: Sequence[str] | None = None) -> AgentEvaluation | None:
         max_bad_share=task.max_bad_share,
         chat_template_kwargs=args.chat_template_kwargs,
     )
+    check_rows_of_a_batch(len(dataset), args, f"the training data, without what {output / 'quarantine.jsonl'} lists,")
 
     def evaluate(
         policy: PreTrainedModel, name: str, members: Sequence[str], weight: float | None = None
@@ -102,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> AgentEvaluation | None:
             baselines=recorded,  # endpoints would be asked for every question: scripts/evaluate_think_route.py does
         )
 
-    before = None
+    before, scores = None, start / AGENT_EVALUATION
     if warm_starts and not resumes:
         examples = warm_start_rows(task, args, settings, table, train, tokenizer)
         config = warm_start_config(
@@ -117,12 +125,17 @@ def main(argv: Sequence[str] | None = None) -> AgentEvaluation | None:
         )
         model = warm_start(model, tokenizer, examples, config)
         if state.is_main_process:
+            unmark(start)
             _save(model, tokenizer, settings, start)
+            mark(start, warmed)
+    if warm_starts and state.is_main_process:
+        if resumes and is_made_from(scores, evaluated):
+            before = AgentEvaluation.read(start)
+        else:
             before = evaluate(model, "warm start", names)
             before.write(start)
-        state.wait_for_everyone()
-    elif (start / AGENT_EVALUATION).exists() and state.is_main_process:
-        before = AgentEvaluation.read(start)
+            mark(scores, evaluated)
+    state.wait_for_everyone()
 
     trainer = SRPOTrainer(
         model,
@@ -155,7 +168,28 @@ def main(argv: Sequence[str] | None = None) -> AgentEvaluation | None:
     trainer.create_model_card(model_name=output.name)
     if args.push_to_hub:
         trainer.push_to_hub()
+    finish(output)
     return after
+
+
+def _made_from(recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the warm start is made from, and what its evaluation is, beside that."""
+    task, _, args = recipe
+    of_task = """lora_r train_limit members unseen_members replies prompt forward_empty cost_weights warm_start_passes
+        warm_start_learning_rate warm_start_batch_size warm_start_limit warm_start_drills"""
+    of_args = "seed bf16 fp16 chat_template_kwargs max_observation_tokens"
+    warmed = made_from(
+        model_name_or_path=task.model_name_or_path,
+        model=source(task.model_name_or_path),
+        table=source(task.table),
+        catalogue=source(task.catalogue),
+        **{name: getattr(task, name) for name in of_task.split()},
+        **{name: getattr(args, name) for name in of_args.split()},
+    )
+    names = """eval_limit question_seed pool agent_prompt failed_call policy_price_in policy_price_out metric reward
+        cost_weight format_weight cost_scale_usd"""
+    limits = {name: getattr(args, name) for name in ("max_completion_length", "max_turns", "max_turn_tokens")}
+    return warmed, made_from(**warmed, **{name: getattr(task, name) for name in names.split()}, **limits)
 
 
 def warm_start_rows(
@@ -219,4 +253,4 @@ def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: 
 
 
 if __name__ == "__main__":
-    main()
+    run(main, LostRollouts)

@@ -59,6 +59,7 @@ from srpo.reprompt import Rollout, Templates, choose_demonstrations, strip_think
 from srpo.resume import GenerationClock, ResumeMixin
 from srpo.rollout_limits import refuse_other_rollouts
 from srpo.sampler import SamplerMixin
+from srpo.steps import StepsMixin
 from srpo.teacher import Teacher, unpatched_copy
 from srpo.thinking import unfinished
 from srpo.types import FEEDBACK, LOST, Columns, Environment, World
@@ -71,6 +72,7 @@ Correctness = Callable[[Tensor, Columns], Tensor]
 
 
 class SRPOTrainer(
+    StepsMixin,
     HubMixin,
     ResumeMixin,
     CreditMixin,

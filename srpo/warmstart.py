@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
 from srpo.precision import train_in_fp32
+from srpo.steps import check_steps_made
 from srpo.thinking import inside, opened_by
 from srpo.untrusted import encode_frame
 
@@ -115,6 +116,7 @@ def _trained(
         )
     train_in_fp32(trainer.model, args)
     trainer.train()
+    check_steps_made(trainer.state.global_step, "the supervised training")
     config = trainer.model.config.get_text_config()
     if hasattr(config, "output_router_logits"):
         config.output_router_logits = False  # switched on by the trainer, for its auxiliary loss; breaks `generate`

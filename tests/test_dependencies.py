@@ -18,7 +18,7 @@ LOOP = {"srpo.episode_loop", "srpo.generate", "srpo.rollout", "srpo.sampling"}
 EXCEPTIONS: dict[str, set[str]] = {
     "routers.agent": LOOP,
     "routers.members.lm": {"srpo.kv_cache"},
-    "routers.shared_policy": {"srpo.generate"},
+    "routers.shared_policy": {"srpo.generate", "srpo.policy_name"},
     "routers.step_router": LOOP,
     "routers.step_session": {"srpo.generate", "srpo.rollout"},
 }
