@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from routers.report import EVALUATION, Evaluation, compare_runs, render_comparison, render_gains
+from srpo.cli import run
 
 
 def main(argv: Sequence[str] | None = None) -> str:
@@ -35,4 +36,4 @@ def main(argv: Sequence[str] | None = None) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

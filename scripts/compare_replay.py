@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from routers.report import Evaluation
+from srpo.cli import run as run_script
 from srpo.strict_yaml import read_yaml
 
 # 97.5 % quantiles of Student's t by degrees of freedom.
@@ -141,4 +142,4 @@ def main(argv: Sequence[str] | None = None) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

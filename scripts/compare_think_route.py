@@ -15,6 +15,7 @@ import numpy as np
 
 from routers.agent_report import AGENT_EVALUATION, ANSWERER, AgentEvaluation, Line, gains_text, seeds_table
 from routers.evaluation import PER_QUERIES, estimate, resamples
+from srpo.cli import run
 
 
 def main(argv: Sequence[str] | None = None) -> str:
@@ -80,4 +81,4 @@ def _point(line: Line) -> tuple[float, float]:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

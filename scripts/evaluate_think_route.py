@@ -36,9 +36,11 @@ from routers.answers import exact_match, f1, score
 from routers.pool import Pool
 from routers.think_route import ThinkRoute
 from srpo import SRPOConfig
+from srpo.cli import run
 from srpo.generate import TransformersGenerator
 from srpo.recipe import load_recipe
 from srpo.rollout import Limits, as_columns, play
+from srpo.run_folder import RunArguments
 from srpo.sampling import Sampling, end_ids
 from srpo.types import CORRECT, COST, LOST, STOP, Columns
 
@@ -201,7 +203,7 @@ def _select(columns: Columns, rows: Sequence[int]) -> Columns:
 
 def main(argv: Sequence[str] | None = None) -> AgentEvaluation:
     """Command line; returns the evaluation that it wrote."""
-    task, args = load_recipe((TaskArguments, SRPOConfig), argv)
+    task, _, args = load_recipe((TaskArguments, RunArguments, SRPOConfig), argv)
     model, tokenizer = load_checkpoint(task.model_name_or_path)
     settings = AgentSettings.load(task.model_name_or_path)
     table = load_replies(task, Path(args.output_dir))
@@ -224,4 +226,4 @@ def main(argv: Sequence[str] | None = None) -> AgentEvaluation:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -19,6 +19,7 @@ from evaluate_bopo import recorded_task
 from routers.environments.suites import suite
 from routers.step_parts import PlayedEpisode
 from routers.step_router import StepRouter
+from srpo.cli import run
 from srpo.ranges import at_least, ranged
 
 
@@ -76,4 +77,4 @@ def told(name: str, task: str, episode: PlayedEpisode) -> str:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run(main)

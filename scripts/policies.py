@@ -16,6 +16,7 @@ from routers.grammar import Grammar, render
 from routers.members.wheels import wheel_folder
 from routers.prompts import policy_prompt, price
 from routers.table import ReplyTable
+from routers.warm_rows import family_phrase
 from srpo import SRPOConfig
 from srpo.derived import is_made_from, made_from, mark, source, unmark
 from srpo.policy_name import check_policy_name, named_policy
@@ -90,7 +91,8 @@ def router_corpus(table: ReplyTable, args: SRPOConfig) -> Corpus:
     """Prompts and turns of a router on the training queries of a table, and the templates of its self-teacher."""
     grammar, members = Grammar(), list(table.catalogue.values())
     texts = [policy_prompt(row["query"], members, grammar)[0]["content"] for row in table.queries("train")]
-    texts += [render(str(row["family"]), name, grammar) for row in table.queries("train") for name in table.members]
+    thoughts = [str(row["family"] or family_phrase(row)) for row in table.queries("train")]
+    texts += [render(thought, name, grammar) for thought in thoughts for name in table.members]
     texts += [args.reprompt_template, args.solution_template, args.feedback_template]
     tags = [tag(name) for name in (grammar.think, grammar.route) for tag in (grammar.open, grammar.close)]
     # Digits are tokens of their own, so the prices would be a fifth of every prompt.

@@ -24,5 +24,8 @@ fi
 
 recipe=${RECIPE:-recipes/quickstart/srpo.yaml}
 printf '[quickstart] training with %s\n' "$recipe"
-"${launch[@]}" scripts/train.py --config "$recipe" "$@"
+# It can be run again: what its last run wrote is taken away, unless it goes on from there.
+again=(--overwrite true)
+[[ " $* " == *" --resume_from_checkpoint"* ]] && again=()
+"${launch[@]}" scripts/train.py --config "$recipe" "${again[@]}" "$@"
 printf '[quickstart] finished in %ss, set-up included\n' "$SECONDS"

@@ -27,6 +27,7 @@ from routers.members import MEMBERS
 from routers.members.lm import load
 from routers.queries import FAMILIES, Query, build_queries, grade
 from routers.table import ReplyTable, load_table, split_of
+from srpo.cli import run as run_script
 from srpo.ranges import at_least, ranged
 
 BATCH = 32
@@ -149,4 +150,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_script(main)

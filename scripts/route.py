@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from serve import agent_arguments, make_agent
 
+from srpo.cli import run
 from srpo.ranges import at_least, ranged
 
 
@@ -36,4 +37,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run(main)

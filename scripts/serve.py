@@ -13,12 +13,10 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-import uvicorn
-
 from routers import RouterAgent, load_catalogue, load_table, quickstart_table
 from routers.pool import Ledger, Pool, ReplyCache, live_pool, recorded_pool
-from routers.server import create_app
 from routers.think_rows import restricted, result_of
+from srpo.cli import run
 from srpo.ranges import at_least, between, ranged
 
 
@@ -65,6 +63,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--port", type=ranged(between(0, 65535), whole=True), default=8000)
     parser.add_argument("--api-key-env", help="environment variable that holds the key clients must send")
     args = parser.parse_args(argv)
+    import uvicorn  # of the extra `serve`, which scripts/route.py does without
+
+    from routers.server import create_app
+
     key = None
     if args.api_key_env:
         key = os.environ.get(args.api_key_env)
@@ -75,4 +77,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

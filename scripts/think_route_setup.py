@@ -324,7 +324,7 @@ def tiny_corpus(
         for member in members:
             answer, reasoning = split_reasoning(table.lookup(row["query_id"], member.name).reply)
             seen = reply_observation(answer, grammar, reasoning)
-            texts += [str(row["family"]).replace("_", " "), member.name, seen.before, seen.body, seen.after]
+            texts += [family_phrase(row), member.name, seen.before, seen.body, seen.after]
             texts += [seen.between, seen.aside] if reasoning else []
     texts += [args.reprompt_template, args.solution_template, args.feedback_template]
     # What an agent repeats should be short: every number below 1,000 is one token, and so is many a name.

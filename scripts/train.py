@@ -217,7 +217,8 @@ def main(argv: list[str] | None = None) -> Evaluation | None:
 def _made_from(recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the warm start is made from, and what its evaluation is, beside that."""
     task, _, args = recipe
-    of_task = "lora_r warm_start_epochs warm_start_learning_rate warm_start_batch_size warm_start_limit"
+    of_task = """lora_r max_bad_share drop_incomplete warm_start_epochs warm_start_learning_rate warm_start_batch_size
+        warm_start_limit"""
     of_args = "seed bf16 fp16 chat_template_kwargs reprompt_template solution_template feedback_template"
     warmed = made_from(
         model_name_or_path=task.model_name_or_path,

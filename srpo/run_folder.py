@@ -2,7 +2,8 @@
 
 A run says in `run.json` which recipe it follows and whether it has finished. Then a folder
     holds nothing that runs write       a new run starts
-    holds a run that did not finish     the same recipe goes on; from a checkpoint, where there are any
+    holds a run that did not finish     the same recipe goes on; from a checkpoint, where there are any;
+                                        any recipe, where it had made nothing yet
     holds another run, or a finished    refused; `resume_from_checkpoint` goes on, `overwrite: true` starts afresh
     holds such files, but no run's      refused, always: nobody's files are written over
 
@@ -30,7 +31,7 @@ RUN = "run.json"
 RECIPE = "recipe.yaml"
 # Names that our scripts, TRL, transformers, peft, accelerate and DeepSpeed give to what they write into a folder.
 _FILES = """
-run.json run.json.draft recipe.yaml README.md quarantine.jsonl made_from.json episodes.parquet.made_from.json
+run.json run.json.draft recipe.yaml README.md quarantine*.jsonl made_from.json episodes.parquet.made_from.json
 evaluation.json agent_evaluation.json frontier.png agent.yaml step_router.yaml episodes.parquet tables.md
 profiles.parquet profiles.parquet.draft spending_*.json spending_*.draft teacher.safetensors config.json
 generation_config.json adapter_config.json *_results.json trainer_state.json training_args.bin tokenizer.json
@@ -148,7 +149,7 @@ def _refuse_another(recipe: Recipe, folder: Path, then: Mapping[str, Any]) -> No
     """Raise unless the folder's run is this one, stopped before its first checkpoint."""
     changed = _changed(recipe, then)
     checkpoints = _checkpoints(folder)
-    if not then["finished"] and not changed and not checkpoints:
+    if not then["finished"] and not checkpoints and (not changed or _has_made_nothing(folder)):
         return
     what = "a finished run" if then["finished"] else "a run that did not finish"
     differs = f" with another {', '.join(changed[:3])}" if changed else ""
@@ -157,6 +158,12 @@ def _refuse_another(recipe: Recipe, folder: Path, then: Mapping[str, Any]) -> No
         f"output_dir {folder} holds {what}{differs}: {resume}another output_dir to keep it, or overwrite: true to "
         "take away what it wrote and start afresh"
     )
+
+
+def _has_made_nothing(folder: Path) -> bool:
+    """Whether a run was stopped by a mistake in its recipe or data: the next attempt may say something else."""
+    told = (RUN, RECIPE, "quarantine*.jsonl")
+    return all(any(fnmatch(path.name, name) for name in told) for path in folder.iterdir() if _is_ours(path))
 
 
 def _go_on(recipe: Recipe, folder: Path, then: Mapping[str, Any], step: int) -> None:

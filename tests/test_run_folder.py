@@ -52,7 +52,7 @@ def test_a_finished_run_is_refused_and_left_as_it_was(tmp_path: Path) -> None:
     run(folder)
     before = {name: (folder / name).read_bytes() for name in files(folder)}
     for changes in ({}, {"learning_rate": 0.5}):
-        with pytest.raises(FolderTaken, match="holds a finished run.*checkpoint-20.*overwrite: true"):
+        with pytest.raises(FolderTaken, match=r"holds a finished run.*checkpoint-20.*overwrite: true"):
             claim(recipe(folder, **changes), folder)
     assert {name: (folder / name).read_bytes() for name in files(folder)} == before
     assert yaml.safe_load((folder / "recipe.yaml").read_text())["learning_rate"] == 1e-6
@@ -60,6 +60,8 @@ def test_a_finished_run_is_refused_and_left_as_it_was(tmp_path: Path) -> None:
 
 def test_a_run_that_was_stopped_goes_on_with_the_same_recipe_only(tmp_path: Path) -> None:
     early, late = tmp_path / "early", tmp_path / "late"
+    claim(recipe(early), early)
+    claim(recipe(early, learning_rate=0.1), early)  # a mistake before anything was made
     run(early, steps=(), done=False)
     claim(recipe(early, max_cost_usd=9.0, report_to="none"), early)  # how it is paid and watched may change
     with pytest.raises(FolderTaken, match="holds a run that did not finish with another learning_rate"):
@@ -88,7 +90,7 @@ def test_files_that_no_run_wrote_are_never_written_over(tmp_path: Path) -> None:
     write(folder / "config.json", "{}")
     write(folder / "model.safetensors")
     for overwrite in (False, True):
-        with pytest.raises(FolderTaken, match="config.json, model.safetensors, which no run of these scripts wrote"):
+        with pytest.raises(FolderTaken, match=r"config.json, model.safetensors, which no run of these scripts wrote"):
             claim(recipe(folder), folder, overwrite=overwrite)
     assert files(folder) == {"config.json", "model.safetensors"}
 
@@ -155,7 +157,7 @@ def test_resuming_in_the_folder(tmp_path: Path, capsys: Any) -> None:
         claim(recipe(folder, max_steps=15), folder, resume=str(folder / "checkpoint-20"))
     with pytest.raises(FolderTaken, match=r"checkpoint-30 does not exist; there are .*checkpoint-10, .*checkpoint-20"):
         claim(recipe(folder), folder, resume=str(folder / "checkpoint-30"))
-    with pytest.raises(FolderTaken, match="holds no trainer_state.json"):
+    with pytest.raises(FolderTaken, match=r"holds no trainer_state.json"):
         claim(recipe(folder), folder, resume=str(folder / "task"))
     with pytest.raises(RecipeError, match="overwrite: true takes away what resume_from_checkpoint goes on from"):
         claim(recipe(folder), folder, overwrite=True, resume=str(folder / "checkpoint-20"))
