@@ -20,6 +20,7 @@ from routers.qa import load_qa, without_duplicates
 from routers.table import ReplyTable
 from routers.think_route import ThinkRoute, cost_scale
 from routers.think_rows import restricted, result_of
+from routers.warm_rows import family_phrase
 from srpo import SRPOConfig
 from srpo.quarantine import MAX_BAD_SHARE, Quarantine
 from srpo.ranges import SEED, Ranges, above, at_least, between, check_numbers
