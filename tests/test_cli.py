@@ -18,7 +18,7 @@ def ended(body: str, *flags: str) -> tuple[int, str]:
 @pytest.mark.parametrize(
     ("body", "words"),
     [
-        ("from srpo.run_folder import *\ndef main(): load_recipe(RunArguments, ['--config', 'no.yaml'])", "no.yaml: No such"),
+        ("from srpo.run_folder import *\ndef main(): load_recipe(RunArguments, ['--config=no.yaml'])", "no.yaml: No"),
         ("from srpo.ranges import *\ndef main(): check_number('n', 0, above(0))", "n=0: must be above 0"),
         ("def main(): open('nowhere/at/all')", "nowhere/at/all: No such file or directory"),
         ("def main(): raise OSError('two\\nlines')", "two lines"),
