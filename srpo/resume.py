@@ -1,6 +1,7 @@
 """What a checkpoint of the trainer core holds beyond TRL's, so that 4 + 4 steps are the 8 steps of one run, bitwise.
 
 the teacher                    teacher.safetensors, by `srpo.teacher`
+the reference policy           reference.safetensors, by `srpo.reference`
 the rest of a generation batch rollouts_<rank>.safetensors, where a checkpoint falls inside one (`srpo.buffer`)
 the environment                environment_<rank>.json: its ledger and budgets, and the streak of lost batches
 what belongs to the weights    whatever the trainer's `save_beside` writes, also beside the last weights and on the Hub
