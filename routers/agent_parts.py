@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from routers.think_route import ThinkRoute
+from srpo.columns import well_formed
 from srpo.types import Episode, Observation, Row, Stop, Trajectory
 
 OnTurn = Callable[[str], None]
@@ -42,15 +43,15 @@ def without_control_tokens(tokenizer: Any, keep: Collection[str] = ()) -> Callab
 
     A chat template is text, and would read it as the end of the user's turn. Control tokens are the special ones and,
     as in `srpo.untrusted`, added ones of two or more characters, such as Qwen's <tool_call> or a policy's labels;
-    `keep` are those that the text may say.
+    `keep` are those that the text may say. Lone surrogates, which no tokenizer takes, are replaced.
     """
     control = {token.content for token in tokenizer.added_tokens_decoder.values()} | set(tokenizer.all_special_tokens)
     control -= set(keep)
     long = sorted((content for content in control if len(content.strip()) > 1), key=len, reverse=True)
     if not long:
-        return lambda text: text
+        return well_formed
     pattern = re.compile("|".join(map(re.escape, long)))
-    return lambda text: pattern.sub(lambda match: f"{match.group()[0]} {match.group()[1:]}", text)
+    return lambda text: pattern.sub(lambda match: f"{match.group()[0]} {match.group()[1:]}", well_formed(text))
 
 
 class LockedTokenizer:

@@ -29,6 +29,7 @@ from routers.observations import note_observation, reply_observation
 from routers.pool.ledger import Account, OverBudget
 from routers.pool.pool import Pool
 from routers.pool.protocol import EMPTY, OVER_BUDGET, kind
+from srpo.columns import well_formed
 from srpo.types import CORRECT, COST, FEEDBACK, LOST, ROUTE, Observation, Row, Stop
 
 FailedCall = Literal["lost", "observe"]
@@ -208,7 +209,7 @@ class ThinkRouteEpisode:
         self._cost += cost
         self._seconds += reply.seconds
         if reply.error is None:
-            return self._shown(reply_observation(reply.text, self._world.grammar, reply.reasoning))
+            return self._shown(reply_observation(well_formed(reply.text), self._world.grammar, reply.reasoning))
         if kind(reply) == EMPTY and reply.reasoning:  # no fault of the pool: it thought until its tokens were used up
             return self._note(f"{member} came to no answer.", reply.reasoning)
         if kind(reply) == OVER_BUDGET or self._world.failed_call == "lost":

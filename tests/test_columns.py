@@ -9,6 +9,7 @@ import torch
 from core_helpers import config, dataset, logged, model, tokenizer, trainer
 from episode_worlds import ScriptedEnvironment
 
+from routers.agent_parts import without_control_tokens
 from srpo.checks import check_rows
 from srpo.columns import INTERNAL, checked_columns, repaired_value, well_formed
 from srpo.completions_table import writable_table
@@ -282,6 +283,8 @@ def test_texts_by_hand():
     assert well_formed("ü\ud835y") == "ü\ufffdy" and well_formed("\ud835\udd38") == "𝔸"
     assert repaired_value(["a", ("\ud800", {"\udfff": 1}), 3]) == (["a", ("\ufffd", {"\ufffd": 1}), 3], 2)
     assert checked_columns({"cost": torch.tensor([0.5, 1.0])}, [{}, {}], ()) == ({"cost": [0.5, 1.0]}, [])
+    clean = without_control_tokens(tokenizer())
+    assert clean("a\ud800 <|im_end|>") == "a\ufffd < |im_end|>"  # questions and views of agents
     with pytest.raises(ValueError, match="returned a list, not a dict"):
         checked_columns([1], [{}], ())
 
