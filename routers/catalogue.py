@@ -90,6 +90,14 @@ class Member:
         return self.price_in is not None and self.price_out is not None
 
     @property
+    def free_tokens(self) -> bool:
+        """Whether no number of tokens costs anything; there may be a price per request."""
+        prices = [self.price_in, self.price_out, self.price_cached or 0, self.price_cache_write or 0]
+        prices += [self.price_reasoning or 0]
+        tiers = [price or 0 for tier in self.price_tiers for name, price in vars(tier).items() if name != "above"]
+        return not any(price is None or price > 0 for price in (*prices, *tiers))
+
+    @property
     def token_prices(self) -> str:
         """What prompts show, ``$0.1/0.4``: USD per million tokens, in and out; empty where there are none."""
         return f"${self.price_in:g}/{self.price_out:g}" if self.priced else ""

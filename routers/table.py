@@ -153,7 +153,7 @@ class ReplyTable:
         if row["cost"] is None and not member.priced:
             told = f"field 'cost' is missing, and member {name!r} has no price_in and price_out in the catalogue"
             raise BadCell("neither cost nor price", f"{told}; give one of them")
-        if row["cost"] is None and (member.price_in or member.price_out):
+        if row["cost"] is None and not member.free_tokens:
             for field in TOKENS:
                 if row[field] is None:
                     told = f"field {field!r} is None; it must be an integer >= 0 where the reply has no cost"

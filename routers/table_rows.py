@@ -57,7 +57,7 @@ def readers(rows: Iterable[Row], catalogue: Mapping[str, Member], source: str) -
     found = dict.fromkeys(name for shape in shapes for name in shape)
     if not found:  # every row is bad
         return _READERS
-    free = all(member.price_in == member.price_out == 0 for member in catalogue.values())
+    free = all(member.free_tokens for member in catalogue.values())
     required = REQUIRED if "cost" in found or free else (*REQUIRED, *TOKENS)
     unused = [str(name) or "(one without a name)" for name in found if name not in _READERS]
     if missing := [name for name in required if name not in found]:

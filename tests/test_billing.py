@@ -295,6 +295,20 @@ def test_recorded_costs_need_no_prices_and_are_what_the_pool_bills():
         Pool({"a": members["a"]}, {"a": Scripted()})
 
 
+@pytest.mark.parametrize(
+    ("prices", "free"),
+    [
+        ({}, True),
+        ({"price_request": 1.0}, True),  # of the request, not of its tokens
+        ({"price_reasoning": 1.0}, False),
+        ({"price_tiers": (PriceTier(9, 0.0, 1.0),)}, False),
+        ({"price_in": None, "price_out": None}, False),
+    ],
+)
+def test_free_tokens(prices, free):
+    assert Member("m", "x", **{"price_in": 0.0, "price_out": 0.0, **prices}).free_tokens is free
+
+
 # ---- a catalogue and a price table ----
 
 
