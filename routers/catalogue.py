@@ -14,7 +14,7 @@ from typing import Any
 
 from routers.billing import PriceTier
 from routers.billing import cost as cost  # the public name
-from routers.catalogue_fields import MAY_HOLD_A_KEY, REQUIRED, RULES
+from routers.catalogue_fields import LENGTH_FIELDS, MAY_HOLD_A_KEY, REQUIRED, RULES
 from routers.prices import litellm_fields, litellm_table
 from srpo.redact import credential_in, redacted, scrubbed
 from srpo.strict_yaml import read_yaml
@@ -234,8 +234,8 @@ def _member(entry: Any, path: Path, position: int) -> Member:
             f"{member.context_length}; lower max_tokens"
         )
     sent = {"max_tokens": member.max_tokens, **member.request}
-    limits = [sent[key] for key in ("max_tokens", "max_completion_tokens") if sent.get(key) is not None]
-    if set(limits) != {member.max_tokens}:  # else a reservation would be no upper bound
+    limits = [sent[key] for key in LENGTH_FIELDS if sent.get(key) is not None]
+    if not limits or any(limit != member.max_tokens for limit in limits):  # else a reservation would be no upper bound
         raise ValueError(
             f"{label}: field 'request' changes the longest reply; set it by max_tokens alone. For an endpoint that "
             "wants the newer name write request: {max_tokens: null, max_completion_tokens: N}, with N = max_tokens"

@@ -117,7 +117,12 @@ def _none_or_more(value: Any) -> int:
     return 0 if value == 0 and isinstance(value, int) and not isinstance(value, bool) else _whole(value)
 
 
-_NOT_IN_REQUEST = {"model", "messages", "n", "best_of", "stream"}
+_NOT_IN_REQUEST = {"model", "messages", "n", "best_of", "num_return_sequences", "candidate_count", "stream"}
+LENGTH_FIELDS = (
+    *("max_tokens", "max_completion_tokens", "max_output_tokens", "max_new_tokens", "max_length"),
+    *("n_predict", "num_predict"),
+)
+"""What servers call the longest reply."""
 REQUIRED = ("name", "descriptor")
 MAY_HOLD_A_KEY = ("api_key_env", "base_url", "request", "system")  # by mistake: such a value is never shown
 _PRICE = (
@@ -140,7 +145,10 @@ RULES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "top_p": (_number(0.0, 1.0, above=True), "write a number in (0, 1]"),
     "seed": (_seed, "write a whole number"),
     "system": (_text, "write the system prompt, or leave it out"),
-    "request": (_request, "write a mapping of body fields, without model, messages, n, best_of and stream"),
+    "request": (
+        _request,
+        "write a mapping of body fields, without model, messages, stream, and n or another number of replies",
+    ),
     "concurrency": _COUNT,
     "requests_per_second": _POSITIVE,
     "tokens_per_minute": _COUNT,

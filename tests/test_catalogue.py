@@ -141,6 +141,9 @@ def test_describing_a_member():
         ("request: {max_tokens: null}", ["request", "longest reply", "max_completion_tokens"]),
         ("request: {max_tokens: null, max_completion_tokens: 513}", ["request", "longest reply"]),
         ("request: {max_completion_tokens: 9}", ["request", "longest reply"]),
+        ("request: {n_predict: 9000}", ["request", "longest reply"]),
+        ("request: {max_new_tokens: [1]}", ["request", "longest reply"]),
+        ("request: {best_of: 4}", ["request", "number of replies"]),
     ],
 )
 def test_a_bad_live_field_is_named_and_a_key_is_never_shown(tmp_path, field, words):

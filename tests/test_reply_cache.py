@@ -241,3 +241,17 @@ def test_processes_that_write_at_once_leave_whole_replies(tmp_path):
         process.join(60)
         assert process.exitcode == 0
     assert len(list(tmp_path.rglob("*.json"))) == 10 and not list(tmp_path.rglob("*.part"))
+
+
+@pytest.mark.parametrize(
+    "change", [{"prompt_tokens": -5}, {"cached_tokens": 9}, {"reasoning_tokens": 9}, {"usd": -1.0}]
+)
+def test_a_usage_that_cannot_be_is_a_miss(tmp_path, change):
+    cache, key = ReplyCache(tmp_path), cache_key(SETTINGS, "q")
+    cache.put(key, Reply("words", Usage(3, 4, 2, 1, 3), cost=1.0, seconds=0.5))
+    assert cache.get(key).usage.calls == (Usage(3, 4, 2, 1, 3),)
+    (path,) = tmp_path.rglob("*.json")
+    stored = json.loads(path.read_text())
+    stored["requests"][0] |= change
+    path.write_text(json.dumps(stored))
+    assert cache.get(key) is None

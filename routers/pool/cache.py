@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import tempfile
 import warnings
@@ -103,6 +104,9 @@ class ReplyCache:
 def _request(stored: Mapping[str, Any]) -> Usage:
     prompt, completion, cached, written, reasoning = (int(stored[name]) for name in _COUNTS)
     usd = stored.get("usd")
+    parts = (prompt - cached - written, completion - reasoning, cached, written, reasoning, 0 if usd is None else usd)
+    if not all(0 <= part < math.inf for part in parts):
+        raise ValueError("no usage")
     return Usage(prompt, completion, cached, written, reasoning, None if usd is None else float(usd))
 
 
