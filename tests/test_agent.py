@@ -161,7 +161,7 @@ def test_settings_survive_a_round_trip_and_bad_files_are_named(tmp_path: Path) -
     SETTINGS.save(tmp_path)
     assert AgentSettings.load(tmp_path) == SETTINGS
     (tmp_path / "agent.yaml").write_text("prompt: [")
-    with pytest.raises(ValueError, match=r"agent\.yaml: cannot be read"):
+    with pytest.raises(ValueError, match=r"agent\.yaml:1: not valid YAML"):
         AgentSettings.load(tmp_path)
     with pytest.raises(ValueError, match="prompt 'long' is unknown"):
         AgentSettings(prompt="long")  # type: ignore[arg-type]
