@@ -7,18 +7,21 @@ A row that cannot be read is returned as a `BadRow` with its reason, so that the
 from __future__ import annotations
 
 import bz2
+import codecs
 import csv
 import gzip
 import io
-import json
 import lzma
 import re
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
+
+from routers.json_rows import json_lines, json_rows
+from routers.raw_rows import BadRow as BadRow
+from routers.raw_rows import Row as Row
 
 FORMATS = (".parquet", ".jsonl", ".json", ".csv", ".tsv")
 _SAME = {".pq": ".parquet", ".ndjson": ".jsonl", ".tab": ".tsv"}
@@ -45,22 +48,6 @@ _SEPARATORS = (",", ";", "\t", "|")
 _ESCAPED = re.compile("[\udc80-\udcff]")  # a byte that is no UTF-8, after decoding with surrogateescape
 
 
-@dataclass(frozen=True)
-class BadRow:
-    """A row that cannot be read."""
-
-    reason: str
-    detail: str
-    content: str = ""
-
-
-class Row(NamedTuple):
-    """A row of a file and its number: the line of JSON lines, else counted from 1, without the header."""
-
-    number: int
-    value: Any
-
-
 def format_of(path: str | Path) -> str | None:
     """The format that a file's name says (one of `FORMATS`), whatever it is packed in; None: no known one."""
     suffixes = [suffix.lower() for suffix in Path(path).suffixes]
@@ -84,8 +71,8 @@ def names_a_file(source: str | Path) -> bool:
 def read_rows(path: str | Path) -> list[Row]:
     """All rows of a file, or of the files in a folder; a row that cannot be read has a `BadRow` for its value.
 
-    Blank lines and rows without any value are skipped. Text is UTF-8 (or UTF-16 with its mark); the separator of
-    .csv and .tsv is found in the header.
+    Blank lines and rows without any value are skipped. Text is UTF-8 (or UTF-16 or -32 with its mark); the
+    separator of .csv and .tsv is found in the header. What a cell holds under no name is a column without a name.
 
     Raises:
         FileNotFoundError: no such file.
@@ -107,8 +94,8 @@ def read_rows(path: str | Path) -> list[Row]:
     data = _unpacked(path)
     if kind == ".parquet":
         return [Row(number, value) for number, value in enumerate(_parquet(path, data), start=1)]
-    text, broken = _decoded(data)
-    reader = {".jsonl": _json_lines, ".json": _json}.get(kind, _separated)
+    text, broken = _decoded(path, data)
+    reader = {".jsonl": json_lines, ".json": json_rows}.get(kind, _separated)
     rows_read = reader(path, text)
     return list(rows_read) if broken is None else [_checked_bytes(row, broken) for row in rows_read]
 
@@ -136,12 +123,28 @@ def _parquet(path: Path, data: bytes | None) -> list[dict[str, Any]]:
     return rows
 
 
-def _decoded(data: bytes | None) -> tuple[str, str | None]:
+_WIDE_MARKS = {
+    codecs.BOM_UTF32_LE: "utf-32",  # before UTF-16, whose mark it begins with
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+
+
+def _decoded(path: Path, data: bytes | None) -> tuple[str, str | None]:
     """The text of a file; and, where bytes are no UTF-8, words that name the first, for the rows that hold one."""
     data = data or b""
-    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        return data.decode("utf-16", "surrogatepass"), None
-    data = data.removeprefix(b"\xef\xbb\xbf")
+    if encoding := next((_WIDE_MARKS[mark] for mark in _WIDE_MARKS if data.startswith(mark)), None):
+        try:
+            return data.decode(encoding, "surrogatepass"), None
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{path}: begins as {encoding} and is none at byte {error.start}; save it as UTF-8"
+            ) from None
+    while data.startswith(codecs.BOM_UTF8):  # some tools put theirs before another's
+        data = data[len(codecs.BOM_UTF8) :]
+    if b"\0" in data[:2000].partition(b"\n")[0]:
+        raise ValueError(f"{path}: its first line holds NUL bytes, as UTF-16 without its mark does; save it as UTF-8")
     try:
         return data.decode("utf-8"), None
     except UnicodeDecodeError as error:
@@ -169,53 +172,6 @@ def _texts(value: Any) -> str:
     return "".join(map(_texts, value)) if isinstance(value, (list, tuple)) else ""
 
 
-def _json_lines(path: Path, text: str) -> Iterator[Row]:
-    for number, line in enumerate(text.split("\n"), start=1):  # not splitlines(), which also cuts at U+2028
-        if line.strip():
-            try:
-                yield Row(number, _loads(line))
-            except (ValueError, RecursionError) as error:
-                yield Row(number, BadRow("not JSON", f"is not JSON: {error}", line))
-
-
-def _json(path: Path, text: str) -> Iterator[Row]:
-    """A list of rows, a mapping of columns, `{"data": rows}`, or JSON lines under another name."""
-    try:
-        found = _loads(text)
-    except (ValueError, RecursionError) as error:
-        lines = list(_json_lines(path, text))
-        if text.lstrip()[:1] == "[" or not any(isinstance(row.value, dict) for row in lines):
-            raise ValueError(f"{path}: is not JSON: {error}") from None
-        yield from lines
-        return
-    if isinstance(found, dict) and len(found) == 1 and isinstance(rows := next(iter(found.values())), list):
-        found = rows
-    elif isinstance(found, dict) and found and all(isinstance(column, list) for column in found.values()):
-        found = _from_columns(path, found)
-    if not isinstance(found, list):
-        found = [found]
-    yield from (Row(number, value) for number, value in enumerate(found, start=1))
-
-
-def _from_columns(path: Path, columns: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
-    lengths = {name: len(values) for name, values in columns.items()}
-    if len(set(lengths.values())) > 1:
-        raise ValueError(f"{path}: its columns differ in length: {lengths}")
-    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-
-
-def _loads(text: str) -> Any:
-    return json.loads(text, object_pairs_hook=_mapping)
-
-
-def _mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the field {next(n for n in names if names.count(n) > 1)!r} is written twice")
-    return found
-
-
 def _separated(path: Path, text: str) -> Iterator[Row]:
     csv.field_size_limit(max(csv.field_size_limit(), min(len(text) + 1, sys.maxsize)))  # long replies are no fault
     lines = list(io.StringIO(text, newline=""))
@@ -228,13 +184,16 @@ def _separated(path: Path, text: str) -> Iterator[Row]:
     if not lines:
         return
     separator = separator or _separator(lines[0], "\t" if format_of(path) == ".tsv" else ",")
-    records = _records(lines, separator)
+    spaced = re.fullmatch(
+        rf"[^{re.escape(separator)}]+(?:{re.escape(separator)} [^{re.escape(separator)}]+)+", lines[0]
+    )
+    records = _records(lines, separator, spaced is not None)  # "a, b, c": the space belongs to the separator
     first = next(records)
     if isinstance(first, BadRow):
         raise ValueError(f"{path}: the header {first.detail}")
     header = [name.strip() for name in first]
-    if twice := [name for name in header if header.count(name) > 1]:
-        raise ValueError(f"{path}: the column {twice[0]!r} stands twice in the header; rename or remove one")
+    if twice := [name for name in header if name and header.count(name) > 1]:
+        raise ValueError(f"{path}: the column {twice[0]!r} stands twice in its first line, the header; rename one")
     number = 0
     for record in records:
         if isinstance(record, BadRow):
@@ -242,8 +201,11 @@ def _separated(path: Path, text: str) -> Iterator[Row]:
             yield Row(number, record)
         elif any(cell.strip() for cell in record):
             number += 1
+            while len(record) > len(header) and not record[-1].strip():  # spreadsheets write empty cells behind rows
+                record.pop()
             if len(record) == len(header):
-                yield Row(number, dict(zip(header, record, strict=True)))
+                named = zip(header, record, strict=True)
+                yield Row(number, {name: cell for name, cell in named if name or cell.strip()})
             else:
                 detail = f"has {len(record)} cells, the header has {len(header)}"
                 yield Row(number, BadRow("wrong number of cells", detail, separator.join(record)))
@@ -256,11 +218,12 @@ def _separator(header: str, usual: str) -> str:
     return max((usual, *_SEPARATORS), key=cells)  # the first of equals
 
 
-def _records(lines: Sequence[str], separator: str) -> Iterator[list[str] | BadRow]:
+def _records(lines: Sequence[str], separator: str, spaced: bool) -> Iterator[list[str] | BadRow]:
     """Records, of one line or, in quotes, of several. Where quotes do not close, only that line is bad."""
     start, width = 0, None
     while start < len(lines):
-        reader, position = csv.reader(_from(lines, start), delimiter=separator, strict=True), start
+        options: Any = {"delimiter": separator, "skipinitialspace": spaced, "strict": True}
+        reader, position = csv.reader(_from(lines, start), **options), start
         while True:
             try:
                 record = next(reader, None)

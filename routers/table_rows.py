@@ -32,7 +32,7 @@ _READERS: dict[str, Callable[[Any], Any]] = {
     "query": partial(cells.name, strip=False),
     "member": cells.name,
     "correct": partial(cells.number, upper=1.0, truth=True),
-    "reply": cells.text,
+    "reply": cells.words,
     **dict.fromkeys(TOKENS, cells.count),
     "family": cells.name,
     "split": cells.split,
@@ -61,7 +61,8 @@ def readers(rows: Iterable[Row], catalogue: Mapping[str, Member], source: str) -
     required = REQUIRED if "cost" in found or free else (*REQUIRED, *TOKENS)
     unused = [str(name) or "(one without a name)" for name in found if name not in _READERS]
     if missing := [name for name in required if name not in found]:
-        close = {name: difflib.get_close_matches(name, unused, 1) for name in missing}
+        folded = {name.strip().casefold(): name for name in unused}
+        close = {name: [folded[n] for n in difflib.get_close_matches(name, folded, 1)] for name in missing}
         hints = [f"{match[0]!r} for {name!r}" for name, match in close.items() if match]
         hint = f"; do you mean {' and '.join(hints)}?" if hints else ""
         named = (

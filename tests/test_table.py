@@ -159,7 +159,7 @@ def test_broken_json_and_csv_cells_are_named(tmp_path):
         ({"query_id": None}, ["query_id", "None"]),
         ({"query": "  "}, ["query", "empty"]),
         ({"reply": None}, ["reply", "None"]),
-        ({"reply": 3}, ["reply", "3"]),
+        ({"reply": [3]}, ["reply", "[3]", "text"]),
         ({"member": "stranger"}, ["stranger", "catalogue"]),
         ({"prompt_tokens": -1}, ["prompt_tokens", "-1"]),
         ({"prompt_tokens": 1.5}, ["prompt_tokens", "1.5"]),
