@@ -84,7 +84,7 @@ def count(value: Any) -> int:
 
 
 def number(value: Any, upper: float = math.inf, truth: bool = False) -> float:
-    """A number from 0 to `upper`, also as text ("0,5" is 0.5); with `truth`, true and false (in any case) are 1 and 0."""
+    """A number from 0 to `upper`, also as text ("0,5" is 0.5); with `truth`, true and false are 1 and 0."""
     if type(value) is float and 0 <= value <= upper and value != math.inf:
         return value
     given = value.strip() if isinstance(value, str) else value
@@ -115,7 +115,7 @@ def split(value: Any) -> str:
 
 
 def answers(value: Any) -> tuple[str, ...]:
-    """Accepted answers: a list of them, one alone, or a list written as text (JSON, or as Python or numpy write it)."""
+    """Accepted answers: a list of them, one alone, or a list as text (JSON, or as Python or numpy write it)."""
     if type(value) is list and all(type(one) is str and one.isascii() for one in value):
         return tuple(value)
     if isinstance(value, str) and value.strip().startswith("[") and value.strip().endswith("]"):

@@ -34,10 +34,10 @@ def result_of(reply: str) -> str:
     """The result of a reply that shows its working: what follows the last " = " of its first line, else that line.
 
     The quickstart's members end with their result ("convert('2 yards', 'feet') = 6"); a policy of 1M parameters can
-    copy a result, but not find it in a paragraph. It is a fixed rule that looks at the reply only. An empty reply
-    becomes `NO_ANSWER`, since an endpoint that says nothing is a failure of the pool.
+    copy a result, but not find it in a paragraph. It is a fixed rule that looks at the reply only, behind what it
+    thought aloud. An empty reply, or only reasoning, becomes `NO_ANSWER`: an endpoint that says nothing has failed.
     """
-    first = reply.strip().split("\n")[0].strip()
+    first = split_reasoning(reply)[0].strip().split("\n")[0].strip()
     return first.rsplit(" = ", 1)[-1].strip() or NO_ANSWER
 
 

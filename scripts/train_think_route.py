@@ -36,6 +36,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from routers.agent_parts import without_control_tokens
 from routers.agent_report import AGENT_EVALUATION, AgentEvaluation
 from routers.agent_settings import AgentSettings
+from routers.pool.reasoning import split_reasoning
 from routers.table import ReplyTable
 from routers.think_rows import Demonstration, copy_drills, demonstrations, restricted
 from srpo import SRPOConfig, SRPOTrainer
@@ -212,7 +213,8 @@ def warm_start_rows(
         settings.grammar,
         rng,
     )
-    replies = [shown.lookup(query["query_id"], name).reply for query in queries for name in names]
+    recorded = [shown.lookup(query["query_id"], name).reply for query in queries for name in names]
+    replies = [split_reasoning(reply)[0] for reply in recorded]
     words = [tokenizer.decode([i]) for i in range(len(tokenizer)) if i not in tokenizer.added_tokens_decoder]
     whole = [word for word in words if "\ufffd" not in word]  # a token may be a part of a character
     drills = copy_drills(replies, whole, settings.grammar, rng, task.warm_start_drills)

@@ -59,6 +59,7 @@ def text(words: str) -> dict[str, str]:
         ([{"type": "output_text", "text": "Herbert"}], {}, "Herbert"),
         (["Frank ", text("Herbert")], {}, "Frank Herbert"),
         ([{"text": "Herbert"}], {}, "Herbert"),
+        ([None, {"type": "text", "text": None}, text("Herbert"), {"type": "text"}], {}, "Herbert"),
         (text("Herbert"), {}, "Herbert"),
         ([{"type": "text", "text": {"value": "Herbert", "annotations": []}}], {}, "Herbert"),
         ([{"type": "refusal", "refusal": "I cannot say."}], {}, "I cannot say."),
@@ -85,7 +86,7 @@ def test_parts_that_are_no_text_are_named(server, caplog):
 
 @pytest.mark.parametrize(
     ("content", "told"),
-    [(7, "a number"), ([None], "null"), ([text("a"), {"type": "text", "text": 5}], "number"), (True, "boolean")],
+    [(7, "a number"), ([[]], "list"), ([text("a"), {"type": "text", "text": 5}], "number"), (True, "boolean")],
 )
 def test_content_that_is_no_text_says_what_it_is(server, content, told):
     reply = replied(server, completion(content))
@@ -127,6 +128,8 @@ def test_the_first_choice_with_an_answer_counts(server):
         (completion("half an", "error", {"error": {"code": 502, "message": "it broke"}}), "server error", "it broke"),
         (completion("half an", "stop", {"error": {"message": "it broke"}}), "server error", "it broke"),
         (completion("half an", "abort"), "server error", "abort"),
+        (completion("half an", "internal_error"), "server error", "internal_error"),
+        (completion("half an", {"type": "abort", "message": "x"}), "server error", "abort"),  # type: ignore[arg-type]
         (completion("half an", "insufficient_system_resource"), "server error", "insufficient_system_resource"),
         (completion("half an", "content_filter"), "filtered", "content_filter"),
         (completion(None, "content_filter"), "filtered", "content_filter"),
@@ -184,6 +187,9 @@ def test_a_rate_limit_with_status_200_is_waited_for(server, error):
         (502, {"message": "upstream", "metadata": {"raw": '{"error":{"code":"insufficient_quota"}}'}}, ()),
         (200, {"message": "Insufficient credits", "code": 402}, ()),
         (200, {"message": "no", "type": "insufficient_quota"}, ()),
+        (400, {"message": "ExceededBudget: User has exceeded their budget", "type": "budget_exceeded"}, ()),
+        (403, {"message": "Key limit exceeded (total limit)", "code": 403}, ()),
+        (429, {"message": "\u60a8\u7684\u8d26\u6237\u5df2\u6b20\u8d39", "code": "1113"}, ()),
     ],
 )
 def test_no_money_at_the_provider_is_not_retried_and_opens_the_breaker(server, status, error, headers):
@@ -218,17 +224,24 @@ def test_a_question_about_money_that_is_repeated_in_an_error_opens_nothing(serve
 @pytest.mark.parametrize(
     ("body", "headers", "requests", "words"),
     [
-        (b"<html>502 Bad\n  Gateway</html>", (("Content-Type", "text/html"),), 5,
+        (b"<html>502 Bad\n  Gateway</html>", (("Content-Type", "text/html"),), 1,
          "the body (text/html) is not JSON: <html>502 Bad Gateway</html>"),
         (b"", (), 5, "the body is empty"),
         (b'data: {"choices": []}\n\ndata: [DONE]\n\n', (), 1, "a stream of events, which was not asked for"),
         (b": ping\n\n", (("Content-Type", "text/event-stream"),), 1, "a stream of events"),
         (b"[" * 100_000, (), 5, "is not JSON"),
-        (b"7", (), 5, "no choices"),
-        (b'"text"', (), 5, "no choices"),
-        (b'{"choices": {"0": 1}}', (), 5, "no choices"),
-        (b'{"choices": [null, 3]}', (), 5, "no choices"),
-        (b'{"choices": [{"text": "x"}]}', (), 5, "no message"),
+        (b"OK", (("Content-Type", "text/plain"),), 1, "the body (text/plain) is not JSON: OK"),
+        (b'{"choices": [{"mess', (), 5, "is not JSON"),
+        (b"7", (), 1, "no choices"),
+        (b'"text"', (), 1, "no choices"),
+        (b'{"choices": {"0": 1}}', (), 1, "no choices"),
+        (b'{"choices": [null, 3]}', (), 1, "no choices"),
+        (b'{"choices": [{"text": "x"}]}', (), 1, "no message"),
+        (b'{"choices": [{"message": null}]}', (), 5, "no message"),
+        (b'{"choices": []}', (), 5, "no choices in the reply"),
+        (b'{"choices": null, "id": "x"}', (), 5, "no choices in the reply"),
+        (b'{"object": "response", "output": []}', (), 1, "no choices in the reply; its fields: object, output"),
+        (b'{"choices": [{"message": {"content": 42}}]}', (), 1, "the content is not text: it is a number"),
     ],
 )  # fmt: skip
 def test_a_body_that_says_nothing_is_named_shortly(server, body, headers, requests, words):
@@ -256,7 +269,7 @@ def test_odd_json_with_an_answer_is_read(server, body, expected):
     reply.text.encode("utf-8")
 
 
-@pytest.mark.parametrize("count", ["NaN", "Infinity", "1" * 5000, "-3", '"7"', "[7]"])
+@pytest.mark.parametrize("count", ["NaN", "Infinity", "1" * 5000, "-3", '"many"', "[7]"])
 def test_absurd_counts_are_no_usage(server, count):
     body = '{"choices":[{"message":{"content":"abc"}}],"usage":{"prompt_tokens":COUNT,"completion_tokens":1}}'
     pool = pool_of(server)

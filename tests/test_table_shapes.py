@@ -88,8 +88,10 @@ def test_a_row_of_another_length_in_pandas_split_is_bad(tmp_path: Path) -> None:
     path = tmp_path / "t.json"
     path.write_text(json.dumps({"columns": ["a", "b"], "index": [0, 1], "data": [[1, 2], [3]]}))
     good, bad = (row.value for row in read_rows(path))
-    assert good == {"a": 1, "b": 2} and isinstance(bad, BadRow) and bad.detail == (
-        "is no list of 2 values, as the columns are"
+    assert (
+        good == {"a": 1, "b": 2}
+        and isinstance(bad, BadRow)
+        and bad.detail == ("is no list of 2 values, as the columns are")
     )
 
 

@@ -26,6 +26,9 @@ SETTINGS = AgentSettings(prompt="short", forward_empty=True)
         ("", NO_ANSWER),
         ("x = ", "x ="),
         (" \n 5", "5"),
+        ("<think>\n2 + 3 = 6, no\n</think>\n\n2 + 3 = 5", "5"),
+        ("2 + 3 = 6, no\n</think>\nParis", "Paris"),  # the prompt's template opened it
+        ("<think>\nhmm", NO_ANSWER),
     ],
 )
 def test_the_result_of_a_reply_is_a_rule_on_its_text(reply: str, result: str) -> None:

@@ -48,15 +48,18 @@ def not_json(body: bytes, content_type: str) -> NoAnswer:
     text = body[:2000].decode("utf-8", "replace").lstrip("\ufeff \r\n\t")
     if content_type.startswith("text/event-stream") or re.match(r"(?:data|event|id|retry)\s*:|:", text):
         return NoAnswer(MALFORMED, f"a stream of events, which was not asked for: {text}")
-    told = f"the body ({content_type or 'no content type'}) is not JSON" if text else "the body is empty"
-    return NoAnswer(MALFORMED, f"{told}: {text}" if text else told, retry=True)
+    if not text:
+        return NoAnswer(MALFORMED, "the body is empty", retry=True)
+    told = f"the body ({content_type or 'no content type'}) is not JSON: {text}"
+    return NoAnswer(MALFORMED, told, retry=text[0] in "{[")  # JSON that broke off; a page will be the same again
 
 
 def read_completion(document: Any, asked: str = "") -> Answer | NoAnswer:
     """The body of a status 200.
 
-    The first choice with an answer counts. An error in such a body is not retried: the provider has taken the request
-    and may bill every attempt; only a rate limit says that it has not.
+    The first choice with an answer counts. An error in such a body is not retried, nor is a body of another kind: the
+    provider has taken the request and may bill every attempt. Only a rate limit says that it has not, and only where
+    the place of an answer is there and empty may the next attempt fill it.
 
     Args:
         asked: the question, which an error may repeat; its words are not the provider's.
@@ -66,13 +69,17 @@ def read_completion(document: Any, asked: str = "") -> Answer | NoAnswer:
     if (error := error_of(document, bool(choices))) is not None:
         return refusal(200, error, asked)
     if not choices:
-        return NoAnswer(MALFORMED, "no choices in the reply", retry=True)
+        empty = isinstance(document, dict) and "choices" in document and document["choices"] in (None, [])
+        there = f"; its fields: {', '.join(map(str, list(document)[:8]))}" if isinstance(document, dict) else ""
+        return NoAnswer(MALFORMED, "no choices in the reply" + ("" if empty else there), retry=empty)
     read = [_read_choice(choice, asked) for choice in choices]
     return next((found for found in read if isinstance(found, Answer)), read[0])
 
 
 _FAILED = re.compile(
-    r"error|abort(?:ed)?|cancel+ed|network_error|insufficient_system_resource|time_?out|overloaded|failed", re.I
+    r"(?:\w+[_ ])?error|abort(?:ed)?|interrupt(?:ed)?|terminated|cancel+ed|insufficient_system_resource|time_?out"
+    r"|(?:\w+_)?overloaded|failed",
+    re.I,
 )
 _FILTERED = re.compile(
     r"content_?filter(?:ed)?|safety|sensitive|recitation|blocklist|prohibited_content|spii|guardrail\w*", re.I
@@ -80,19 +87,21 @@ _FILTERED = re.compile(
 
 
 def _read_choice(choice: dict[str, Any], asked: str) -> Answer | NoAnswer:
-    finish = str(choice.get("finish_reason"))
+    finish = choice.get("finish_reason")
+    finish = str(finish.get("type") if isinstance(finish, dict) else finish)  # SGLang's own
     message = choice.get("message")
     if (error := error_of(choice, holds_answer=False)) is not None:
         return refusal(200, error, asked)
     if _FAILED.fullmatch(finish):
         return NoAnswer(SERVER_ERROR, f"the reply broke off (finish_reason {finish})")
     if not isinstance(message, dict):
-        return NoAnswer(MALFORMED, "no choices in the reply: the first one has no message", retry=True)
+        told = "no choices in the reply: the first one has no message"
+        return NoAnswer(MALFORMED, told, retry="message" in choice and message is None)
     parts = _Parts()
     try:
         parts.add(message.get("content"))
     except TypeError as error:
-        return NoAnswer(MALFORMED, f"the content is not text: {error}", retry=True)
+        return NoAnswer(MALFORMED, f"the content is not text: {error}")
     apart = next((t for name in _APART if (t := _words_of(message.get(name)))), "")
     thoughts = [*parts.reasoning, *([apart] if apart else [])]
     text = "".join(parts.text)
@@ -139,7 +148,7 @@ class _Parts:
                     self.text.append(part)
                 elif isinstance(part, dict):
                     self._part(part)
-                else:
+                elif part is not None:
                     raise TypeError(f"a part is a {_json_type(part)}")
         elif isinstance(content, dict):
             self._part(content)
@@ -153,6 +162,8 @@ class _Parts:
         elif of_type in (*_TEXT_PARTS, "refusal"):
             words = part.get("refusal" if of_type == "refusal" else "text")
             words = words.get("value") if isinstance(words, dict) else words
+            if words is None:  # as content itself may be
+                return
             if not isinstance(words, str):
                 raise TypeError(f"a part of type {of_type} holds a {_json_type(words)}")
             self.text.append(words)

@@ -46,7 +46,9 @@ def read_error(status: int, document: Any, body: bytes, asked: str = "", hinted:
 _NO_QUOTA = re.compile(
     r"insufficient[\s_-]*(?:\w+[\s_-]+){0,2}(?:quota|balance|credits?|funds)|exceeded[\s_-]+(?:your[\s_-]+)?current"
     r"[\s_-]+quota|credit balance is too low|billing[\s_-]*(?:hard[\s_-]*limit|not[\s_-]*active)|out of credits"
-    r"|payment[\s_-]*required|arrearage|balance is not enough|not enough (?:credits|balance)",
+    r"|payment[\s_-]*required|arrearage|balance is not enough|not enough (?:credits|balance)"
+    r"|budget[\s_-]*exceeded|exceeded[\s_-]*(?:\w+[\s_-]+){0,2}budget|(?:key|credit) limit exceeded"
+    "|\u6b20\u8d39|\u4f59\u989d\u4e0d\u8db3",  # "in arrears", "the balance is not enough"
     re.IGNORECASE,
 )
 _RATE = re.compile(r"rate[\s_-]*limit|too[\s_-]*many[\s_-]*requests|throttl|resource[\s_-]*exhausted", re.IGNORECASE)
