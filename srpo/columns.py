@@ -29,6 +29,7 @@ _TRL_ARGUMENTS = (
     "prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "environments",
 )  # fmt: skip
 """Arguments that TRL gives every reward function beside the columns."""
+PICTURES = ("image", "images")
 _METRIC_PREFIXES = (
     INTERNAL, "completions/", "rewards/", "rollout/", "route/", "calls/", "sampling/", "router/", "clip_ratio/",
     "loss/", "records/", "tools/", "eval_",
@@ -52,6 +53,28 @@ def check_dataset_columns(names: Iterable[Any], environment: bool) -> None:
         else:
             continue
         raise ValueError(f"the dataset's column {name!r} must be renamed: {why}")
+
+
+def check_no_pictures(data: Any) -> None:
+    """ValueError for a dataset's column that TRL would show to the policy as pictures; for policies that read text.
+
+    A column without a single value, as merging leaves it, is none (`without_pictures`).
+    """
+    features = getattr(data, "features", None) or {}
+    for name in PICTURES:
+        kind = features.get(name)
+        while hasattr(kind, "feature"):  # a list of these
+            kind = kind.feature
+        if name in (getattr(data, "column_names", None) or ()) and getattr(kind, "dtype", None) != "null":
+            raise ValueError(
+                f"the dataset's column {name!r} must be renamed or removed: TRL shows a column of that name to the "
+                "policy as pictures, and this policy reads text only"
+            )
+
+
+def without_pictures(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The rows without columns of pictures that hold none: TRL takes None for one."""
+    return [{k: v for k, v in row.items() if k not in PICTURES or v} for row in rows]
 
 
 def checked_columns(
@@ -193,7 +216,7 @@ def broken_text(value: Any) -> str | None:
 
 def _same(a: Any, b: Any) -> bool:
     try:
-        return bool(a == b)
+        return a is b or bool(a == b) or bool(a != a and b != b)  # a NaN that is repeated is no contradiction
     except Exception:  # arrays, tensors: whatever they are, they are two things
         return False
 

@@ -29,8 +29,10 @@ from srpo.columns import (
     LOST_ROW,
     TABLE_COLUMNS,
     check_dataset_columns,
+    check_no_pictures,
     check_reward_names,
     checked_columns,
+    without_pictures,
 )
 from srpo.completions_table import CompletionsMixin
 from srpo.config import SRPOConfig, as_srpo_config, kept_defaults
@@ -158,6 +160,9 @@ class SRPOTrainer(
             refuse_other_rollouts(args, given.arguments, world)
         with vllm_of(self, args):
             super().__init__(model, reward_funcs, args, train_dataset, *rest, **kwargs)
+        if not self._is_vlm:
+            for data in datasets_of(given.arguments):
+                check_no_pictures(data)
         train_in_fp32(self.model, args)
         if is_peft_model(self.model):
             prepare_adapter(self.model, self.accelerator)
@@ -272,7 +277,7 @@ class SRPOTrainer(
     # ----------------------------------------------------------------------------- routing and the teacher's pass
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        batch = super()._generate_and_score_completions(inputs)
+        batch = super()._generate_and_score_completions(inputs if self._is_vlm else without_pictures(inputs))
         branches: list[str | None] = ["grpo"] * len(inputs)
         if self.teacher is not None and self.model.training:
             mask = _loss_mask(batch)

@@ -98,6 +98,17 @@ def test_names_that_trl_passes_to_rewards_are_refused(tmp_path, column):
         run(tmp_path, world=lambda rows, texts: {column: [1] * len(rows)})
 
 
+@pytest.mark.parametrize("column", ["image", "images"])
+def test_pictures_are_not_for_a_policy_that_reads_text(tmp_path, column):
+    with pytest.raises(ValueError, match=f"column '{column}' must be renamed or removed.*reads text only"):
+        trainer(config(tmp_path), train_dataset=with_column(column))
+    with pytest.raises(ValueError, match=f"column '{column}' must be renamed or removed"):
+        trainer(config(tmp_path), eval_dataset={"held out": with_column(column)})
+    for nothing in (None, []):  # as merging datasets leaves it
+        made, calls = run(tmp_path, data=with_column(column, lambda i, value=nothing: value))
+        assert len(calls) == 1 and logged(made, "reward") == [0.5]
+
+
 @pytest.mark.parametrize("column", ["step", "prompt", "completion", "advantage", "branch", "watched"])
 def test_names_of_the_completions_table_are_refused(tmp_path, column):
     with pytest.raises(ValueError, match=f"'{column}'"):
@@ -131,6 +142,9 @@ def test_dataset_and_world_may_repeat_but_not_contradict_each_other(tmp_path):
     assert len(calls) == 1
     _, calls = run(tmp_path, data=data, world=lambda rows, texts: {"family": [None] * len(rows)})
     assert None not in calls[0]["family"]
+    for odd in (lambda i: float("nan"), lambda i: [float("nan"), i], lambda i: {"a": i}):
+        data_of = with_column("family", odd)
+        assert len(run(tmp_path, data=data_of, world=lambda rows, _: {"family": [r["family"] for r in rows]})[1]) == 1
     with pytest.raises(ValueError, match=r"both the dataset and the world have a column 'family'.*row 0: 'f"):
         run(tmp_path, data=data, world=lambda rows, texts: {"family": ["other"] * len(rows)})
 
