@@ -18,7 +18,7 @@ run has the one that the first run had, also where the model it was given by the
 import inspect
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer import grpo_trainer
 
 from srpo.other_weights import OtherWeights
+from srpo.precision import engine_keeps_masters
 from srpo.teacher import plain_copy
 
 WEIGHTS = "reference.safetensors"
@@ -69,7 +70,7 @@ class ReferenceMixin:
         new_adapter = given.arguments.get("peft_config")
         own_adapter = not isinstance(model, str) and is_peft_model(model)
         if beta == 0.0 or not (own_adapter or new_adapter is not None):
-            with _copied_reference(None if beta == 0.0 or isinstance(model, str) else model):
+            with _own_reference(model, not engine_keeps_masters(args)) if beta else nullcontext():
                 super().__init__(model, reward_funcs, args, *rest, **kwargs)  # type: ignore[call-arg]
             return
         if args.sync_ref_model:
@@ -169,14 +170,24 @@ def _without_it_as_given(config: Any) -> bool:
 
 
 @contextmanager
-def _copied_reference(model: PreTrainedModel | None) -> Iterator[None]:
-    """Inside, what TRL builds its reference model from is a copy of `model`, and not a path; None: the path."""
-    if model is None:
-        yield
-        return
-    reference = plain_copy(model).requires_grad_(False).eval()
+def _own_reference(model: str | PreTrainedModel, in_fp32: bool) -> Iterator[None]:
+    """Inside, TRL's reference is a copy of `model`, or what its path holds, and in the precision that the policy has.
+
+    In another one the penalty would pull at the first step already, towards the rounding of the same weights.
+    """
     read = grpo_trainer.create_model_from_path
-    grpo_trainer.create_model_from_path = lambda *_args, **_kwargs: reference
+    reference = None if isinstance(model, str) else plain_copy(model).requires_grad_(False).eval()
+    policy_is_read = reference is not None
+
+    def create(*args: Any, **kwargs: Any) -> PreTrainedModel:
+        nonlocal policy_is_read
+        if not policy_is_read:  # TRL reads a policy that was given by name first, in the same way
+            policy_is_read = True
+            return read(*args, **kwargs)
+        made = read(*args, **kwargs) if reference is None else reference
+        return made.float() if in_fp32 else made
+
+    grpo_trainer.create_model_from_path = create
     try:
         yield
     finally:

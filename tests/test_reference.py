@@ -80,10 +80,14 @@ def test_a_model_is_its_own_reference_and_not_what_lies_at_its_path(tmp_path, or
     check(trainer(config(tmp_path / "run", objective=objective, **SETTINGS), network), given)
 
 
-def test_a_model_by_name_is_read_once_more(tmp_path):
-    model(scale=2.0).save_pretrained(tmp_path / "policy")
-    args = config(tmp_path / "run", objective="grpo", model_init_kwargs={"dtype": "float32"}, **SETTINGS)
-    check(trainer(args, str(tmp_path / "policy")), model(scale=2.0))
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_model_by_name_is_read_once_more_and_has_the_policys_precision(tmp_path, dtype):
+    given = model(scale=2.0).to(getattr(torch, dtype)).float()
+    given.save_pretrained(tmp_path / "policy")
+    args = config(tmp_path / "run", objective="grpo", model_init_kwargs={"dtype": dtype}, **SETTINGS)
+    run = trainer(args, str(tmp_path / "policy"))
+    check(run, given)
+    assert logged(run, "kl")[0] == 0.0 and {p.dtype for p in run.ref_model.parameters()} == {torch.float32}
 
 
 def test_a_copy_computes_with_its_own_head_after_a_trainer_has_cast_it(tmp_path):
