@@ -7,9 +7,12 @@ name that would hide a column, ours or TRL's, is an error that names it. The doc
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from logging import getLogger
 from typing import Any
 
 from srpo.types import CORRECT, COST, FEEDBACK, LOST, STOP, Columns
+
+logger = getLogger(__name__)
 
 INTERNAL = "srpo/"
 """Namespace of the library's own columns."""
@@ -42,8 +45,14 @@ _METRICS = (
 
 
 def check_dataset_columns(names: Iterable[Any], environment: bool) -> None:
-    """ValueError for a dataset's column whose name is taken by TRL, by the library, or by the rollout."""
+    """ValueError for a dataset's column whose name is taken by TRL, by the library, or by the rollout.
+
+    `completion`, which datasets for supervised training have, is no error: TRL keeps it from the
+    rewards, and this says so.
+    """
     for name in names:
+        if name == "completion":
+            logger.warning("the dataset's column 'completion' reaches no reward function (TRL leaves it out)")
         if str(name).startswith(INTERNAL):
             why = f"names that begin with {INTERNAL!r} are the library's own"
         elif name in _TRL_ARGUMENTS:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import MISSING, fields
 from logging import getLogger
 from typing import Any
 
@@ -41,6 +42,26 @@ def refuse_other_rollouts(args: Any, given: Mapping[str, Any], world: Any) -> No
     if args.generation_kwargs and not args.use_vllm:
         names = ", ".join(args.generation_kwargs)
         raise ValueError(f"generation_kwargs ({names}) are not read with environment=; set the fields of the config")
+
+
+_EPISODES_ONLY = (
+    "max_turns", "max_turn_tokens", "max_observation_tokens", "stop_strings", "step_deadline", "episode_deadline",
+    "max_lost_share", "max_lost_batches", "max_cost_usd",
+)  # fmt: skip
+"""Fields of the configuration that only the rollout of an environment reads."""
+
+
+def refuse_settings_of_episodes(args: Any) -> None:
+    """ValueError for fields that only episodes read, where there is no environment: they would do nothing."""
+    defaults = {field.name: field for field in fields(args)}
+    for name in _EPISODES_ONLY:
+        field = defaults[name]
+        neutral = field.default if field.default_factory is MISSING else field.default_factory()
+        if (value := getattr(args, name)) != neutral:
+            raise ValueError(
+                f"{name}={value!r} is read by the episodes of an environment only, and none is given: leave it at "
+                f"{neutral!r}, or pass environment="
+            )
 
 
 class RunLimits(TrainerCallback):

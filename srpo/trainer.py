@@ -59,7 +59,7 @@ from srpo.reference import ReferenceMixin
 from srpo.replay_trainer import ReplayMixin
 from srpo.reprompt import Rollout, Templates, choose_demonstrations, strip_thinking
 from srpo.resume import GenerationClock, ResumeMixin
-from srpo.rollout_limits import refuse_other_rollouts
+from srpo.rollout_limits import refuse_other_rollouts, refuse_settings_of_episodes
 from srpo.sampler import SamplerMixin
 from srpo.steps import StepsMixin
 from srpo.teacher import Teacher, unpatched_copy
@@ -158,6 +158,8 @@ class SRPOTrainer(
             check_dataset_columns(getattr(data, "column_names", None) or (), environment is not None)
         if environment is not None:
             refuse_other_rollouts(args, given.arguments, world)
+        else:
+            refuse_settings_of_episodes(args)
         with vllm_of(self, args):
             super().__init__(model, reward_funcs, args, train_dataset, *rest, **kwargs)
         if not self._is_vlm:

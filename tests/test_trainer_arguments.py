@@ -122,6 +122,14 @@ def test_settings_that_cannot_be_meant_are_named(tmp_path, change, words):
         config(tmp_path, **change)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("stop_strings", ["</route>"]), ("max_turns", 2), ("max_cost_usd", 1.0)]
+)
+def test_what_only_episodes_read_is_refused_without_an_environment(tmp_path, name, value):
+    with pytest.raises(ValueError, match=f"{name}=.* read by the episodes of an environment only"):
+        trainer(config(tmp_path, **{name: value}))
+
+
 def test_settings_are_checked_again_where_the_trainer_class_changes_the_objective(tmp_path):
     args = config(tmp_path, objective="grpo", loss_type="cispo")
     with pytest.raises(ValueError, match="loss_type='cispo'"):
