@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from routers.think_route import ThinkRoute
-from srpo.columns import well_formed
 from srpo.types import Episode, Observation, Row, Stop, Trajectory
+from srpo.well_formed import well_formed
 
 OnTurn = Callable[[str], None]
 """Called with the text of every turn of the policy, as soon as it is written. An exception ends the episode."""

@@ -29,8 +29,8 @@ from routers.observations import note_observation, reply_observation
 from routers.pool.ledger import Account, OverBudget
 from routers.pool.pool import Pool
 from routers.pool.protocol import EMPTY, OVER_BUDGET, kind
-from srpo.columns import well_formed
 from srpo.types import CORRECT, COST, FEEDBACK, LOST, ROUTE, Observation, Row, Stop
+from srpo.well_formed import well_formed
 
 FailedCall = Literal["lost", "observe"]
 REFUSALS = 2

@@ -11,6 +11,7 @@ from logging import getLogger
 from typing import Any
 
 from srpo.types import CORRECT, COST, FEEDBACK, LOST, STOP, Columns
+from srpo.well_formed import well_formed
 
 logger = getLogger(__name__)
 
@@ -178,15 +179,6 @@ def as_list(values: Any) -> list[Any]:
     if hasattr(values, "tolist"):
         values = values.tolist()
     return list(values) if isinstance(values, Iterable) and not isinstance(values, (str, bytes)) else [values]
-
-
-def well_formed(text: str) -> str:
-    """The text with every lone surrogate replaced: no tokenizer and no file takes one. A pair becomes its letter."""
-    try:
-        text.encode("utf-8")
-        return text
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def repaired_value(value: Any) -> tuple[Any, int]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from srpo.columns import well_formed
+from srpo.well_formed import well_formed
 
 _UNKNOWN = "\ufffd"
 

@@ -11,9 +11,10 @@ from episode_worlds import ScriptedEnvironment
 
 from routers.agent_parts import without_control_tokens
 from srpo.checks import check_rows
-from srpo.columns import INTERNAL, checked_columns, repaired_value, well_formed
+from srpo.columns import INTERNAL, checked_columns, repaired_value
 from srpo.completions_table import writable_table
 from srpo.types import Observation
+from srpo.well_formed import well_formed
 
 
 class Graded(ScriptedEnvironment):
