@@ -27,7 +27,8 @@ from routers.think_route import ThinkRoute
 from srpo.episode_loop import EpisodeLoop
 from srpo.generate import Request, Sample, TransformersGenerator
 from srpo.rollout import Limits, play
-from srpo.sampling import Sampling, end_ids
+from srpo.sampling import Sampling
+from srpo.special_tokens import end_ids
 from srpo.types import COST, LOST, Trajectory
 
 

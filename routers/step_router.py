@@ -30,7 +30,8 @@ from routers.step_settings import STEP_ROUTER, StepSettings
 from srpo.episode_loop import EpisodeLoop, Failure
 from srpo.generate import TransformersGenerator
 from srpo.rollout import Labels
-from srpo.sampling import Sampling, end_ids
+from srpo.sampling import Sampling
+from srpo.special_tokens import end_ids
 from srpo.types import Stop
 
 GRACE_SECONDS = 15.0

@@ -27,8 +27,8 @@ from srpo.cli import run
 from srpo.policy_name import named_policy
 from srpo.quarantine import MAX_BAD_SHARE
 from srpo.ranges import at_least, between, ranged
-from srpo.sampling import end_ids
 from srpo.sampling_rules import own_settings_aside
+from srpo.special_tokens import end_ids, pad_id
 from srpo.thinking import opened_by
 
 __all__ = ["EVALUATION", "Evaluation", "evaluate_policy", "load_checkpoint", "main", "spread"]
@@ -128,8 +128,7 @@ def generate(
     ids = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # batches of like length need little padding
     texts, tokens_out = [""] * len(ids), [0] * len(ids)
-    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    ends = end_ids(model, tokenizer)
+    pad, ends = pad_id(model, tokenizer), end_ids(model, tokenizer)
     was_training = model.training
     model.eval()
     for start in tqdm(range(0, len(ids), batch_size), desc="routing", unit="batch", leave=False):

@@ -45,7 +45,8 @@ from srpo.generate import TransformersGenerator
 from srpo.ranges import SEED, at_least, ranged
 from srpo.recipe import load_recipe
 from srpo.rollout import Limits, play
-from srpo.sampling import Sampling, end_ids
+from srpo.sampling import Sampling
+from srpo.special_tokens import end_ids
 from srpo.types import CORRECT, LOST, Row, Trajectory
 
 EPISODES = "episodes.parquet"

@@ -41,7 +41,8 @@ from srpo.generate import TransformersGenerator
 from srpo.recipe import load_recipe
 from srpo.rollout import Limits, as_columns, play
 from srpo.run_folder import RunArguments
-from srpo.sampling import Sampling, end_ids
+from srpo.sampling import Sampling
+from srpo.special_tokens import end_ids
 from srpo.types import CORRECT, COST, LOST, STOP, Columns
 
 Rewards = tuple[Sequence[Any], Sequence[float]]

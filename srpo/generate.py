@@ -135,8 +135,8 @@ class TransformersGenerator:
         self._run = CachedForward(model, self._base)
         self._reuses = reuses_cache(model)
         self._kept: dict[int, _Kept] = {}
-        pad = tokenizer.pad_token_id
-        self._pad = pad if pad is not None else next(iter(eos_ids))
+        pad, known = tokenizer.pad_token_id, self._base.config.get_text_config().vocab_size
+        self._pad = pad if pad is not None and 0 <= pad < known else 0  # masked: any id will do
 
     @torch.no_grad()
     def generate(self, requests: Sequence[Request]) -> list[Sample]:

@@ -22,6 +22,7 @@ from transformers.utils import logging
 from srpo.fed_tokens import FedTokens
 from srpo.kv_cache import given_cache
 from srpo.sampling_rules import own_settings_aside, unscored_settings
+from srpo.special_tokens import settle_special_tokens
 
 logger = logging.get_logger(__name__)
 
@@ -129,10 +130,16 @@ class SamplerMixin:
     use_vllm: bool
     vllm_generation: Any
     vllm_mode: str
+    generation_config: Any
+    generation_kwargs: dict[str, Any]
     _metrics: Any
+    _tokenizer: Any
 
     def _set_up_sampling(self) -> None:
         """After TRL's engines exist: what ends a completion is the same for each, and what is not scored is said."""
+        self.eos_token_ids = settle_special_tokens(self.model, self._tokenizer)
+        pad = self._tokenizer.pad_token_id
+        self.model.config.get_text_config().pad_token_id = self.model.generation_config.pad_token_id = pad
         if unscored := unscored_settings(self.args):
             logger.warning(
                 "%s: completions are sampled from a part of the policy's distribution, and scored, as in TRL, under "
@@ -140,6 +147,9 @@ class SamplerMixin:
                 ", ".join(unscored),
             )
         if not self.use_vllm:
+            ids = {"eos_token_id": self.eos_token_ids, "pad_token_id": pad}
+            self.generation_kwargs.update(ids)
+            self.generation_config.update(**ids)
             return
         # vLLM reads the end tokens of the *path*, and none at all with `--generation-config vllm`: they do not count.
         engine = self.vllm_generation

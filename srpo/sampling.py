@@ -135,9 +135,3 @@ class Stops:
             return False
         text = text_of(self._tokenizer, ids[-self._window :])
         return any(stop in text for stop in self._stop)
-
-
-def end_ids(model: Any, tokenizer: Any) -> list[int]:
-    """Ids that end a turn: the tokenizer's end token and those that the model's generation configuration names."""
-    named = model.generation_config.eos_token_id
-    return sorted({tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])} - {None})

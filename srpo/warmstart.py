@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
 from srpo.precision import train_in_fp32
+from srpo.special_tokens import settle_special_tokens
 from srpo.steps import check_steps_made
 from srpo.thinking import inside, opened_by
 from srpo.untrusted import encode_frame
@@ -54,6 +55,7 @@ def imitate(
     for i, row in enumerate(rows):
         if len(row["input_ids"]) != len(row["labels"]) or all(label == -100 for label in row["labels"]):
             raise ValueError(f"row {i}: needs as many labels as input_ids, and at least one that is not -100")
+    settle_special_tokens(model, tokenizer)
     dataset = Dataset.from_list([dict(row) for row in rows])
     return _trained(_EpisodeSFT, model, tokenizer, dataset, args, peft_config)
 
@@ -70,7 +72,7 @@ def warm_start(
 
     Args:
         model: trained in place (with ``peft_config``: wrapped in a new adapter, which is what is trained).
-        tokenizer: with a chat template and a pad token.
+        tokenizer: with a chat template; it gets an end and a pad token where it lacks them (`srpo.special_tokens`).
         rows: ``{"prompt": [messages], "completion": [messages]}``; the loss is on the completion only. Or, where the
             loss skips parts (what the world said between two turns), ``{"input_ids": [ids], "labels": [ids]}`` with
             -100 at tokens without loss.
@@ -91,7 +93,8 @@ def warm_start(
             raise ValueError(f"row {i} of the warm start has no {fields[0]} or no {fields[1]}")
         if fields[0] == "input_ids" and len(row["labels"]) != len(row["input_ids"]):
             raise ValueError(f"row {i} of the warm start has {len(row['labels'])} labels, not one per input id")
-    if fields[0] == "prompt" and not all(_rendered(row, tokenizer, chat_template_kwargs) for row in rows):
+    ends = settle_special_tokens(model, tokenizer)
+    if fields[0] == "prompt" and not all(_rendered(row, tokenizer, ends, chat_template_kwargs) for row in rows):
         fields, rows = ("input_ids", "labels"), [_encoded(row, tokenizer, chat_template_kwargs) for row in rows]
     dataset = Dataset.from_list([{name: row[name] for name in fields} for row in rows])
     return _trained(SFTTrainer, model, tokenizer, dataset, args, peft_config)
@@ -123,11 +126,12 @@ def _trained(
     return trainer.model
 
 
-def _rendered(row: Mapping[str, Any], tokenizer: Any, options: Mapping[str, Any] | None) -> bool:
+def _rendered(row: Mapping[str, Any], tokenizer: Any, ends: Sequence[int], options: Mapping[str, Any] | None) -> bool:
     """Whether TRL's way trains what will be sampled: the chat template goes on from the generation prompt, in full.
 
-    Templates of reasoning models drop the think block of an answer, or open one in the generation prompt only. TRL
-    knows nothing of `chat_template_kwargs` here either.
+    Templates of reasoning models drop the think block of an answer, or open one in the generation prompt only. Others
+    close an answer with a token that ends nothing (`<|im_end|>` where the end token is `<|endoftext|>`). TRL knows
+    nothing of `chat_template_kwargs` here either.
     """
     if options:
         return False
@@ -136,14 +140,14 @@ def _rendered(row: Mapping[str, Any], tokenizer: Any, options: Mapping[str, Any]
     whole = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
     text = "".join(inside(opened_by(tokenizer, prompt), row["completion"][-1]["content"]).split())
     shown = "".join(tokenizer.decode(whole[len(prompt) :]).split())
-    return whole[: len(prompt)] == prompt and text in shown
+    return whole[: len(prompt)] == prompt and text in shown and not {*ends}.isdisjoint(whole[len(prompt) :])
 
 
 def _encoded(row: Mapping[str, Any], tokenizer: Any, options: Mapping[str, Any] | None) -> dict[str, list[int]]:
     """A row as ids: the prompt as the policy will see it, its answer as it should write it, and the end token."""
     prompt = _prompt_ids(row, tokenizer, options or {})
     answer = encode_frame(tokenizer, inside(opened_by(tokenizer, prompt), row["completion"][-1]["content"]))
-    answer += [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    answer += [tokenizer.eos_token_id]
     return {"input_ids": [*prompt, *answer], "labels": [-100] * len(prompt) + answer}
 
 

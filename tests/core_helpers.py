@@ -105,11 +105,11 @@ def trainer(
     """A trainer with scripted rollouts unless `rollout_func` says otherwise."""
     kwargs.setdefault("rollout_func", scripted)
     kwargs.setdefault("train_dataset", dataset())
+    kwargs.setdefault("processing_class", tokenizer())
     made = cls(
         model=model() if network is None else network,
         reward_funcs=rewards,
         args=args,
-        processing_class=tokenizer(),
         **kwargs,
     )
     made.remove_callback(PrinterCallback)

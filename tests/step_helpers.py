@@ -12,7 +12,8 @@ from routers.environments.suites import suite
 from routers.step_settings import StepSettings
 from srpo.generate import TransformersGenerator
 from srpo.rollout import Limits, play
-from srpo.sampling import Sampling, end_ids
+from srpo.sampling import Sampling
+from srpo.special_tokens import end_ids
 from srpo.types import Trajectory
 
 LABELS = ("<small>", "<large>")

@@ -11,8 +11,9 @@ from evaluate import generate
 from peft import LoraConfig
 
 from srpo.generate import Request, TransformersGenerator
-from srpo.sampling import Sampling, end_ids
+from srpo.sampling import Sampling
 from srpo.sampling_rules import own_settings_aside
+from srpo.special_tokens import end_ids
 
 LEAKS = {
     "min_p": 0.99,

@@ -54,7 +54,7 @@ class LanguageModel:
         prefix_ids, cached = self._encoded(prefix)
         ids = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in suffixes]
         width = max(map(len, ids))
-        pad = self.tokenizer.pad_token_id
+        pad = self.tokenizer.pad_token_id or 0  # masked
         tokens = torch.tensor([[pad] * (width - len(row)) + row for row in ids])
         mask = torch.tensor([[1] * len(prefix_ids) + [0] * (width - len(row)) + [1] * len(row) for row in ids])
         past = copy.deepcopy(cached)

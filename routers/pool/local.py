@@ -16,6 +16,7 @@ import torch
 from routers.catalogue import Member
 from routers.pool.protocol import BAD_REQUEST, EMPTY, Attempt
 from routers.pool.reasoning import split_reasoning
+from srpo.special_tokens import known_ends
 from srpo.types import Usage
 
 
@@ -120,7 +121,7 @@ class LocalModel:
     def _generate(self, batch: list[_Waiting]) -> list[list[int]]:
         """New ids per prompt, the end token included as it was generated."""
         width = max(len(waiting.ids) for waiting in batch)
-        ends = self._end_ids()
+        ends = set(known_ends(self._model, self._tokenizer))
         pad = next(iter(ends), 0)
         device = self._model.device
         ids = torch.tensor([[pad] * (width - len(w.ids)) + w.ids for w in batch], device=device)
@@ -140,11 +141,6 @@ class LocalModel:
             stopping_criteria=[given_up],
         )
         return [_until_end(row, ends) for row in output[:, width:].tolist()]
-
-    def _end_ids(self) -> set[int]:
-        found = [self._tokenizer.eos_token_id, self._model.generation_config.eos_token_id]
-        flat = [i for entry in found for i in (entry if isinstance(entry, list) else [entry])]
-        return {i for i in flat if i is not None}
 
     async def aclose(self) -> None:
         if self._worker is not None and not self._worker.done():
