@@ -6,26 +6,23 @@ run. [`HubMixin`], placed before the trainer's class, keeps the arguments and st
 the Hub's fault.
 """
 
+import glob
 import logging
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 from srpo.card import model_card
-from srpo.redact import scrubbed
+from srpo.hub_errors import explain
+from srpo.hub_files import files_to_push
 
 logger = logging.getLogger(__name__)
 
 _STAGING = "_hub"  # upload_folder leaves out names that begin with "_"
-_ADVICE = "log in with `hf auth login`, or set HF_TOKEN to a token that may write"
-# What never goes up: pickles (training_args.bin holds the token if one was passed), other checkpoints, local records.
-_LOCAL_ONLY = ["_*", "checkpoint-*", "training_args.bin", "runs/*", "wandb/*", "completions/*", "quarantine*.jsonl"]
-# What only resuming needs.
-_RESUME_ONLY = ["optimizer*", "scheduler*", "rng_state*", "scaler*", "trainer_state.json", "global_step*"]
-_RESUME_ONLY += ["teacher*", "rollouts_*"]
 
 
 def push_checkpoint(
@@ -38,8 +35,9 @@ def push_checkpoint(
     private: bool | None = None,
     revision: str | None = None,
     resumable: bool = False,
+    beside: Sequence[str] = (),
 ) -> str:
-    """Creates the repository where it is missing and uploads a folder; returns the URL of the commit.
+    """Creates the repository where it is missing and uploads the policy in a folder; returns the URL of the commit.
 
     Args:
         folder: a saved model, or a checkpoint of a run.
@@ -49,13 +47,16 @@ def push_checkpoint(
         token: None: the logged-in user's, or HF_TOKEN.
         private: only for a repository that is created.
         revision: branch to commit to; None: main.
-        resumable: also upload optimiser, scheduler, random state and teacher.
+        resumable: also upload optimiser, scheduler, random state, teacher and whatever else resuming needs.
+        beside: names of further files that belong to the policy (see `srpo.hub_files`).
 
     Raises:
+        ValueError: the folder holds no policy.
         Any error of `huggingface_hub`. Inside a run, wrap it in [`safe_push`].
     """
     from transformers.utils.hub import hf_api
 
+    names = files_to_push(folder, resumable, beside)
     url = hf_api().create_repo(repo_id, token=token, private=private, exist_ok=True)
     return str(
         hf_api().upload_folder(
@@ -65,7 +66,7 @@ def push_checkpoint(
             commit_message=commit_message,
             token=token,
             revision=revision,
-            ignore_patterns=_LOCAL_ONLY if resumable else _LOCAL_ONLY + _RESUME_ONLY,
+            allow_patterns=[glob.escape(name) for name in names],
         )
     )
 
@@ -86,34 +87,6 @@ def safe_push(push: Callable[[], object], *, what: str = "the push to the Hub", 
     return True
 
 
-def explain(error: BaseException) -> str:
-    """One sentence on what failed, free of credentials."""
-    chain = [error]
-    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
-        chain.append(cause)
-    statuses = [getattr(getattr(e, "response", None), "status_code", None) for e in chain]
-    status = next((s for s in statuses if isinstance(s, int)), None)
-    names = {kind.__name__ for e in chain for kind in type(e).__mro__}
-    if status in (401, 403):
-        cause_text = f"the Hub refused the credentials (HTTP {status}): {_ADVICE}"
-    elif status == 404:
-        cause_text = f"the Hub does not know the repository, or hides it from this account (HTTP 404): {_ADVICE}"
-    elif status == 429:
-        cause_text = "the Hub's rate limit or storage quota is reached (HTTP 429)"
-    elif status is not None and status >= 500:
-        cause_text = f"the Hub has a problem of its own (HTTP {status}), which usually passes"
-    elif "OfflineModeIsEnabled" in names:
-        cause_text = "HF_HUB_OFFLINE is set"
-    elif "LocalTokenNotFoundError" in names:
-        cause_text = f"nobody is logged in to the Hub: {_ADVICE}"
-    elif names & {"ConnectionError", "ConnectError", "NetworkError", "TimeoutError", "TimeoutException"}:
-        cause_text = "the Hub cannot be reached"
-    else:
-        cause_text = "unexpected error"
-    first_line = str(error).strip().partition("\n")[0][:200]
-    return scrubbed(f"{cause_text} [{type(error).__name__}: {first_line}]")
-
-
 def _report(error: BaseException, what: str, retry: str) -> None:
     logger.warning("%s failed: %s. Training goes on.%s", what, explain(error), f" {retry}" if retry else "")
 
@@ -121,7 +94,8 @@ def _report(error: BaseException, what: str, retry: str) -> None:
 class HubMixin:
     """Makes a `transformers.Trainer` subclass survive the Hub. Put it first: `class T(HubMixin, GRPOTrainer)`.
 
-    Reads, where the trainer has them: `objective` (str), `recipe` (dict or None), `heldout_table` (markdown or None).
+    `save_beside` is that of `srpo.resume`. Reads, where the trainer has them: `objective` (str), `recipe` (dict or
+    None), `heldout_table` (markdown or None).
     """
 
     hub_model_id: str | None
@@ -132,10 +106,12 @@ class HubMixin:
     callback_handler: Any
     control: Any
     processing_class: Any
+    save_beside: Callable[[str], object] | None
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Creates the repository; on failure `hub_model_id` stays None and the next push tries again."""
         self.push_in_progress = None
+        self._say_if_the_base_stays_here()
         safe_push(
             lambda: super(HubMixin, self).init_hf_repo(token=token, private=private),  # type: ignore[misc]
             what="creating the repository on the Hub",
@@ -259,6 +235,7 @@ class HubMixin:
                     private=self.args.hub_private_repo,
                     revision=revision or self.args.hub_revision,
                     resumable=path_in_repo is not None,
+                    beside=self._names_beside(),
                 )
             )
 
@@ -280,6 +257,25 @@ class HubMixin:
         else:
             self.push_in_progress.jobs.extend(jobs)
         return True
+
+    def _names_beside(self) -> list[str]:
+        """What `save_beside` writes belongs to the policy, whatever its name."""
+        if self.save_beside is None:
+            return []
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_beside(folder)
+            return sorted(p.relative_to(folder).as_posix() for p in Path(folder).rglob("*") if p.is_file())
+
+    def _say_if_the_base_stays_here(self) -> None:
+        adapters = getattr(self.model, "peft_config", {}).values()
+        for base in {str(config.base_model_name_or_path) for config in adapters}:
+            if os.path.isdir(base):
+                logger.warning(
+                    "An adapter is pushed without the model that it changes, which is a folder of this machine, %s. "
+                    "Push that one too, under a name of its own, and write it into adapter_config.json as "
+                    "base_model_name_or_path",
+                    base,
+                )
 
     def _say_how_to_retry(self, folder: str) -> None:
         repo = self.args.hub_model_id or Path(self.args.output_dir).absolute().name

@@ -1,6 +1,6 @@
 """Runs in a process of its own: trains tiny models against a Hub on loopback that works, refuses, breaks or is gone.
 
-    python hub_worker.py MODEL_DIR WORK_DIR      prints one line of JSON
+python hub_worker.py MODEL_DIR WORK_DIR      prints one line of JSON
 """
 
 import hashlib
@@ -13,6 +13,18 @@ from typing import Any
 
 from hub_server import HubServer
 
+MUCH_ELSE = (
+    *("warm_start/model.safetensors", "warm_start/config.json", "base/model.safetensors", "bosft/episodes.parquet"),
+    *(
+        "task/rules.parquet",
+        "runs/events.out.tfevents.1",
+        "completions/completions_1.parquet",
+        "unseen/evaluation.json",
+    ),
+    *("environment_0.json", "reference.safetensors", "teacher.safetensors", "spending_0.json", "episodes.parquet"),
+    *("recipe.yaml", "run.json", "quarantine.jsonl", "trainer_state.json", "optimizer.pt", "anything.new"),
+)
+"""What a run may leave in its folder beside the policy."""
 CANARY = "hf_" + "Canary0Secret1" * 3
 
 
@@ -94,8 +106,16 @@ def train(server: HubServer, mode: Any, model_dir: Path, work: Path, **extra: An
         processing_class=AutoTokenizer.from_pretrained(model_dir),
         recipe={"objective": "grpo", "learning_rate": 1e-6, "note": CANARY},
     )
-    trainer.save_beside = lambda folder: Path(folder, "agent.yaml").write_text("turns: 4\n")
+
+    def beside(folder: str) -> None:
+        Path(folder, "agent.yaml").write_text("turns: 4\n")
+        Path(folder, "prices.txt").write_text("1 1\n")
+
+    trainer.save_beside = beside
     trainer.train()
+    for name in MUCH_ELSE:
+        (output / name).parent.mkdir(exist_ok=True)
+        (output / name).write_text("of this machine")
     trainer.heldout_table = "| router | accuracy |\n|---|---|\n| held-out | 0.61 |"
     finished = trainer.push_to_hub()
     logging.getLogger("srpo.hub").removeHandler(handler)

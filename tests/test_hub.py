@@ -12,7 +12,9 @@ import pytest
 import yaml
 
 from srpo.card import model_card
-from srpo.hub import explain, safe_push
+from srpo.hub import HubMixin, safe_push
+from srpo.hub_errors import explain
+from srpo.hub_files import files_to_push
 from srpo.redact import REDACTED, redacted, scrubbed
 
 HERE = Path(__file__).resolve().parent
@@ -52,9 +54,11 @@ def test_a_run_pushes_at_every_save_and_at_the_end(outcomes: dict[str, Any]) -> 
     assert run["messages"][0] == "Training in progress, step 1" and run["messages"][-1] == "End of training"
     received = {name.removeprefix("me/router:"): sha for name, sha in run["received"].items()}
     saved = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
-    for name in ("README.md", *saved, "agent.yaml"):
+    policy = {"README.md", *saved, "agent.yaml", "prices.txt"}
+    for name in policy:
         assert received[name] == run["local"][name]
-    assert not [name for name in received if name.endswith((".bin", ".pt", ".pth"))]
+    # A run's folder holds much else (see hub_worker.MUCH_ELSE): none of it is public.
+    assert received.keys() - policy <= {"generation_config.json", "chat_template.jinja"}
     assert run["staged"] == []
 
 
@@ -86,6 +90,42 @@ def test_training_goes_on_whatever_the_hub_does(outcomes: dict[str, Any], mode: 
     assert any("push_checkpoint(" in line and "'me/router'" in line for line in run["logs"])
     assert not any("Canary" in line for line in run["logs"])
     assert run["received"] == {} and run["staged"] == []
+
+
+def test_what_of_a_checkpoint_goes_up(tmp_path: Path) -> None:
+    policy = ["README.md", "adapter_config.json", "adapter_model.safetensors", "tokenizer.json"]
+    state = ["environment_0.json", "global_step1/a.pt", "optimizer.pt", "reference.safetensors", "teacher.safetensors"]
+    local = ["_own", "completions/a.parquet", "quarantine.jsonl", "quarantine-1.jsonl", "training_args.bin"]
+    for name in (*policy, *state, *local, "checkpoint-1/model.safetensors", "a[1].txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    assert files_to_push(tmp_path) == policy
+    assert files_to_push(tmp_path, beside=["a[1].txt"]) == sorted([*policy, "a[1].txt"])
+    assert files_to_push(tmp_path, resumable=True) == sorted([*policy, *state, "a[1].txt"])
+
+
+def test_a_folder_without_a_policy_is_not_pushed(tmp_path: Path) -> None:
+    for name in ("config.json", "teacher.safetensors", "warm_start/model.safetensors"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    with pytest.raises(ValueError, match="holds no weights of a policy"):
+        files_to_push(tmp_path)
+
+
+def test_an_adapter_of_a_local_model_is_said_to_need_it(
+    tiny_model_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    class Bare(HubMixin):
+        def __init__(self, model: Any) -> None:
+            self.model = model
+
+    policy = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model_dir), LoraConfig(r=2))
+    with caplog.at_level(logging.WARNING):
+        Bare(policy)._say_if_the_base_stays_here()
+    assert f"without the model that it changes, which is a folder of this machine, {tiny_model_dir}" in caplog.text
 
 
 def test_safe_push_catches_errors_but_not_an_interrupt(caplog: pytest.LogCaptureFixture) -> None:

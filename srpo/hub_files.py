@@ -1,0 +1,51 @@
+"""What goes up to the Hub: a policy, as its users load it; and, in a folder of their own, whole checkpoints.
+
+An output folder also holds the warm start, a base model, tables, ledgers, rollouts and other checkpoints, and every
+new file would be public until somebody thought of leaving it out. So what is uploaded is named here, and nothing else.
+"""
+
+from collections.abc import Iterable
+from fnmatch import fnmatch
+from pathlib import Path
+
+_WEIGHTS = ("model*.safetensors", "adapter_model*.safetensors", "pytorch_model*.bin", "adapter_model.bin")
+_POLICY = (
+    *_WEIGHTS,
+    *("model*.safetensors.index.json", "pytorch_model*.bin.index.json", "config.json", "generation_config.json"),
+    *("adapter_config.json", "tokenizer*.json", "tokenizer*.model", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece*.model", "chat_template*"),
+    *("*processor_config.json", "*.py"),  # code of a model that is not part of transformers
+    *("README.md", "LICENSE*", "NOTICE*", "agent.yaml", "step_router.yaml"),
+)
+"""Files at the top of the folder."""
+_POLICY_BELOW = ("additional_chat_templates/*.jinja",)
+# Of a checkpoint: pickles (training_args.bin holds the token if one was passed), other checkpoints, local records.
+_LOCAL_ONLY = ("_*", "checkpoint-*", "training_args.bin", "runs/*", "wandb/*", "completions/*", "quarantine*.jsonl")
+
+
+def files_to_push(folder: str | Path, resumable: bool = False, beside: Iterable[str] = ()) -> list[str]:
+    """Paths in `folder`, relative to it and sorted.
+
+    Args:
+        resumable: all that resuming needs too.
+        beside: names of further files that belong to the policy.
+
+    Raises:
+        ValueError: there are no weights of a policy.
+    """
+    root = Path(folder)
+    found = sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
+    if resumable:
+        return [name for name in found if not _any(name, _LOCAL_ONLY)]
+    top = [name for name in found if "/" not in name]
+    if not any(_any(name, _WEIGHTS) for name in top):
+        raise ValueError(
+            f"{folder} holds no weights of a policy (model*.safetensors or adapter_model*.safetensors): name a folder "
+            "that a run saved its policy into"
+        )
+    own = {*beside}
+    return [name for name in found if name in own or _any(name, _POLICY if "/" not in name else _POLICY_BELOW)]
+
+
+def _any(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch(name, pattern) for pattern in patterns)
