@@ -32,6 +32,7 @@ from trl import GRPOTrainer as TRLGRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer import grpo_trainer
 
+from srpo.engines import load_whole
 from srpo.other_weights import OtherWeights
 from srpo.precision import engine_keeps_masters
 from srpo.teacher import plain_copy
@@ -147,7 +148,7 @@ class ReferenceMixin:
             self.reference.load(load_file(path), path)
             self._reference_is_set = True
         else:
-            _load_whole(self.accelerator.unwrap_model(self.ref_model), load_file(path))
+            load_whole(self.accelerator.unwrap_model(self.ref_model), load_file(path))
 
 
 class _AtStart(TrainerCallback):
@@ -192,19 +193,3 @@ def _own_reference(model: str | PreTrainedModel, in_fp32: bool) -> Iterator[None
         yield
     finally:
         grpo_trainer.create_model_from_path = read
-
-
-@torch.no_grad()
-def _load_whole(model: torch.nn.Module, values: dict[str, Tensor]) -> None:
-    """Load a whole state dict into a model that ZeRO-3 or FSDP2 may have sharded; all ranks call it."""
-    sharded = [p for p in model.parameters() if hasattr(p, "ds_id")]
-    if sharded:
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters(sharded, modifier_rank=0):
-            for name, parameter in model.named_parameters():
-                parameter.data.copy_(values[name])
-        return
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-
-    set_model_state_dict(model, values, options=StateDictOptions(full_state_dict=True))

@@ -20,6 +20,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from srpo.buffer import load_nested, save_nested
+from srpo.engines import saved_whole
 from srpo.moe_checkpoint import load_renamed_weights
 from srpo.objectives import Head
 
@@ -43,6 +44,10 @@ class ResumeMixin:
     _losses: Any
     _step: int
     _teacher_head: Any
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        with saved_whole(self.accelerator):
+            super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)

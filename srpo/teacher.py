@@ -26,6 +26,7 @@ from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.trainer.callbacks import SyncRefModelCallback
 from trl.trainer.utils import create_model_from_path
 
+from srpo.engines import load_whole
 from srpo.heads import completion_hidden, head_of
 from srpo.objectives.divergence import Head
 from srpo.other_weights import OtherWeights
@@ -165,8 +166,8 @@ class Teacher:
         if self.weights is not None:
             self.weights.load(load_file(path), path)
             self._begun = True
-        elif self.sharded and self.accelerator.distributed_type == "FSDP":
-            raise NotImplementedError("resuming a full-weight teacher under FSDP is not supported; use LoRA or ZeRO-2")
+        elif self.sharded:
+            load_whole(self.accelerator.unwrap_model(self.model), load_file(path))
         else:
             self.accelerator.unwrap_model(self.model).load_state_dict(load_file(path))
 

@@ -38,6 +38,7 @@ from srpo.completions_table import CompletionsMixin
 from srpo.config import SRPOConfig, as_srpo_config, kept_defaults
 from srpo.credit import CreditMixin
 from srpo.distillation import DistillationMixin, Plan
+from srpo.engines import gather_when_saving
 from srpo.episodes import RolloutMixin
 from srpo.forward_checks import ForwardChecksMixin
 from srpo.heads import Divergence, add_distillation_head
@@ -131,6 +132,7 @@ class SRPOTrainer(
                 )
         args.check()
         check_precision(args)
+        gather_when_saving(args)
         self.objective = args.objective
         self.recipe = recipe
         self.heldout_table: str | None = None

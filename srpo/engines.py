@@ -1,0 +1,54 @@
+"""Whole weights in and out of engines that keep them in parts (ZeRO-3, FSDP).
+
+What a run saves can be loaded by whoever knows transformers and peft. Left to themselves, FSDP with
+`SHARDED_STATE_DICT` writes no weights beside its checkpoints at all, and ZeRO-3 without
+`stage3_gather_16bit_weights_on_model_save` writes its own partitions in their place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def gather_when_saving(args: Any) -> None:
+    """Before engines exist: ZeRO-3 gathers its weights when they are saved, whatever its file says."""
+    plugin = args.deepspeed_plugin
+    if plugin is not None and plugin.zero_stage == 3:
+        plugin.deepspeed_config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
+
+
+@contextmanager
+def saved_whole(accelerator: Any) -> Iterator[None]:
+    """Inside, FSDP saves whole weights; its checkpoints of optimiser and weights may still be sharded."""
+    plugin = getattr(accelerator.state, "fsdp_plugin", None) if accelerator.distributed_type == "FSDP" else None
+    if plugin is None or "FULL_STATE_DICT" in str(plugin.state_dict_type):
+        yield
+        return
+    from torch.distributed.fsdp import StateDictType
+
+    found, plugin.state_dict_type = plugin.state_dict_type, StateDictType.FULL_STATE_DICT
+    try:
+        yield
+    finally:
+        plugin.state_dict_type = found
+
+
+@torch.no_grad()
+def load_whole(model: torch.nn.Module, values: dict[str, Tensor]) -> None:
+    """Load a whole state dict into a model that ZeRO-3 or FSDP2 may have sharded; all ranks call it."""
+    sharded = [p for p in model.parameters() if hasattr(p, "ds_id")]
+    if sharded:
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(sharded, modifier_rank=0):
+            for name, parameter in model.named_parameters():
+                parameter.data.copy_(values[name])
+        return
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    set_model_state_dict(model, values, options=StateDictOptions(full_state_dict=True))
