@@ -6,6 +6,7 @@ import pytest
 import torch
 from core_helpers import config, distance, equal, logged, model, tokenizer, trainer, weights
 from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import Qwen2Config, Qwen2ForCausalLM
 from trl import SFTConfig
 
 from srpo.warmstart import warm_start
@@ -140,6 +141,50 @@ def test_with_an_adapter_of_its_own_the_reference_is_that_adapter(tmp_path, name
     run = trainer(config(tmp_path, objective="grpo", **SETTINGS), network)
     assert list(run.model.peft_config) == [name], "a reference is not a part of the policy"
     check(run, given)
+
+
+def biased():
+    """A network with biases, as Qwen2's attention has them; Qwen3 has none."""
+    words = tokenizer()
+    settings = Qwen2Config(
+        vocab_size=len(words), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+        intermediate_size=64, max_position_embeddings=512, tie_word_embeddings=True, initializer_range=0.1,
+        pad_token_id=words.pad_token_id, bos_token_id=words.bos_token_id, eos_token_id=words.eos_token_id,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return moved(Qwen2ForCausalLM(settings))
+
+
+@pytest.mark.parametrize("brought", [False, True], ids=["new adapter", "adapter of its own"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bias": "all"},
+        {"bias": "lora_only"},
+        {"trainable_token_indices": [5, 6, 7]},
+        {"modules_to_save": ["lm_head"]},
+    ],
+    ids=lambda options: "-".join(map(str, options.values())),
+)
+def test_what_trains_beside_a_lora_does_not_move_the_reference(tmp_path, options, brought):
+    """Biases of the model below have no other values: without its adapter the policy keeps the trained ones."""
+    network = biased()
+    adapter = LoraConfig(**LORA, **options)
+    if brought:
+        network = _moved_adapter(get_peft_model(network, adapter), 3)
+    given = copy.deepcopy(network)
+    args = config(tmp_path, objective="srpo", **{**SETTINGS, "learning_rate": 3.0})
+    run = trainer(args, network, peft_config=None if brought else adapter)
+    start = weights(run.model)
+    check(run, given)
+    kinds = {
+        "bias": ".bias",
+        "trainable_token_indices": "trainable_tokens_delta",
+        "modules_to_save": "modules_to_save",
+    }
+    part = kinds.get(next(iter(options)), next(iter(options)))
+    now = weights(run.model)
+    assert max((now[name] - value).abs().max() for name, value in start.items() if part in name) > 1e-3
 
 
 def test_a_moving_reference_is_for_whole_models(tmp_path):
