@@ -17,7 +17,6 @@ ENGINES = ("ddp", "zero2", "zero3", "fsdp2")
 POLICIES: dict[str, dict[str, Any] | None] = {
     "full": None,
     "lora": {},
-    "dora": {"use_dora": True},
     "whole_head": {"modules_to_save": ["lm_head"]},
 }
 STEPS = 3
@@ -29,13 +28,14 @@ def engine_settings(engine: str) -> dict[str, Any]:
 
         settings("fsdp2")
         os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = "Qwen3DecoderLayer"
+        os.environ["FSDP_STATE_DICT_TYPE"] = "SHARDED_STATE_DICT"  # accelerate's own default
     if engine.startswith("zero"):
         import deepspeed
         from distributed_cases import ZERO3
 
         deepspeed.init_distributed("gloo")
-        zero = {"stage": int(engine[-1]), "stage3_gather_16bit_weights_on_model_save": True}
-        return {"deepspeed": {**ZERO3, "zero_optimization": zero}}
+        own = {name: value for name, value in ZERO3.items() if name != "optimizer"}
+        return {"deepspeed": {**own, "zero_optimization": {"stage": int(engine[-1])}}}
     return {}
 
 
@@ -60,6 +60,7 @@ def trained(folder: Path, policy: str, kind: str, processes: int, engine: dict[s
         per_device_train_batch_size=16 // processes,
         max_steps=STEPS if resume else STEPS - 1,
         learning_rate=1.0,
+        optim_args="momentum=0.5",  # a state that resuming needs; torch's FSDP2 cannot load an optimiser without one
         teacher_model_kind=kind,
         save_strategy="steps",
         save_steps=STEPS - 1,
