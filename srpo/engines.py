@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
 
 
 def gather_when_saving(args: Any) -> None:
@@ -39,7 +38,7 @@ def saved_whole(accelerator: Any) -> Iterator[None]:
 
 
 @torch.no_grad()
-def load_whole(model: torch.nn.Module, values: dict[str, Tensor]) -> None:
+def load_whole(model: torch.nn.Module, values: dict[str, Any]) -> None:
     """Load a whole state dict into a model that ZeRO-3 or FSDP2 may have sharded; all ranks call it."""
     sharded = [p for p in model.parameters() if hasattr(p, "ds_id")]
     if sharded:

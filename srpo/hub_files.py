@@ -4,6 +4,7 @@ An output folder also holds the warm start, a base model, tables, ledgers, rollo
 new file would be public until somebody thought of leaving it out. So what is uploaded is named here, and nothing else.
 """
 
+import os
 from collections.abc import Iterable
 from fnmatch import fnmatch
 from pathlib import Path
@@ -23,7 +24,7 @@ _POLICY_BELOW = ("additional_chat_templates/*.jinja",)
 _LOCAL_ONLY = ("_*", "checkpoint-*", "training_args.bin", "runs/*", "wandb/*", "completions/*", "quarantine*.jsonl")
 
 
-def files_to_push(folder: str | Path, resumable: bool = False, beside: Iterable[str] = ()) -> list[str]:
+def files_to_push(folder: str | os.PathLike[str], resumable: bool = False, beside: Iterable[str] = ()) -> list[str]:
     """Paths in `folder`, relative to it and sorted.
 
     Args:
