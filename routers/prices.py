@@ -95,6 +95,9 @@ def litellm_fields(table: Mapping[str, Any], key: str, own: Mapping[str, Any] | 
     """
     own = own or {}
     entry = table.get(key)
+    other = entry.get("alias_of") if isinstance(entry, dict) and len(entry) == 1 else None
+    if isinstance(other, str):
+        key, entry = other, table.get(other)  # such as "claude-opus-latest"
     if not isinstance(entry, dict):
         similar = sorted(name for name in table if key.split("/")[-1].lower() in name.lower())[:5]
         hint = f"; similar keys: {', '.join(similar)}" if similar else ""
@@ -105,8 +108,6 @@ def litellm_fields(table: Mapping[str, Any], key: str, own: Mapping[str, Any] | 
         fields["context_length"] = window
     if own.get("price_in") is not None and own.get("price_out") is not None:
         return fields
-    if entry.keys() == {"alias_of"}:
-        raise ValueError(f"{key!r} is another name of {entry['alias_of']!r} in litellm's table; write that one")
     if entry.get("mode") not in _CHAT:
         raise ValueError(f"{key!r} is no text chat model in litellm's table (mode {entry['mode']!r})")
     asked = sorted(_ASKED_FOR & _set_fields(own.get("request")))

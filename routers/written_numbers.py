@@ -62,13 +62,19 @@ _NEGATIVE = re.compile(r"\b(?:minus|negative)\s+$", re.IGNORECASE)
 _CHANGES = frozenset(
     # Denied, compared, one of several, or calculated with: the number that stands there is not what the text states.
     "not no never neither nor none cannot without except excluding unlike instead rather wrong false incorrect "
-    "than least most over under above below almost nearly between up or "
-    "minus plus negative times divided multiplied half halves twice thrice double triple quarter quarters root "
-    "squared cubed power factorial modulo hundred hundreds thousand thousands million millions billion billions "
-    "trillion trillions dozen dozens mil lakh lakhs crore crores grand pair pairs couple "
+    "than least most under above below or "
+    "minus plus negative divided multiplied half halves "
+    "root squared cubed power factorial modulo frac dfrac tfrac sqrt \u221a pi \u03c0 log ln exp sin cos tan "
+    "hundred hundreds thousand thousands million millions billion billions "
+    "trillion trillions dozen dozens mil lakh lakhs crore crores grand "
     "two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen "
     "nineteen twenty thirty forty fifty sixty seventy eighty ninety".split()
 )
+_CHANGES_WHAT_FOLLOWS = _CHANGES | frozenset(
+    # Behind a number they count ("5 pairs", "12 times a week") or say where ("5 miles over the hill").
+    "over almost nearly between up times twice thrice double triple quarter quarters pair pairs couple".split()
+)
+_FRACTION_OF_TEX = re.compile(r"\\[dt]?frac\s*(?:\{\s*(\d+)\s*\}|(\d))\s*(?:\{\s*(\d+)\s*\}|(\d))")
 
 
 @dataclass(frozen=True)
@@ -130,21 +136,48 @@ def stated(text: str) -> Written | None:
 
     Words around it do not matter ("18 apples"), unless they change it: scales are multiplied in ("7 million", "7k"),
     "minus 5" is -5, and a text that denies, compares or calculates ("not 5", "at least 5", "half of 5") states none.
+    "1 1/2" is 1.5, and so is TeX's "1\\frac{1}{2}".
     """
-    text = readable(text)
-    found = find(text)
-    if len(found) != 1 or found[0].value is None or found[0].compared or found[0].named:
+    text = readable(_without_tex(text))
+    number = _only(find(text), text)
+    if number is None or number.value is None or number.compared or number.named:
         return None
-    number, value = found[0], found[0].value
+    value = number.value
     before, after = text[: number.start], text[number.end :]
     while scale := SCALE.match(after):
         value, after = value * _SCALES[scale[1]], after[scale.end() :]
     if negative := _NEGATIVE.search(before):
         value, before = -value, before[: negative.start()]
-    words = re.findall(r"[^\W\d_]+(?:['’][^\W\d_]+)?", f"{before} {after}".casefold())
-    if any(word in _CHANGES or word.endswith(("n't", "n’t")) for word in words) or not math.isfinite(value):
+    changed = any(
+        word in changes or word.endswith(("n't", "n’t"))
+        for part, changes in ((before, _CHANGES_WHAT_FOLLOWS), (after, _CHANGES))
+        for word in re.findall(r"\u221a|[^\W\d_]+(?:['’][^\W\d_]+)?", part.casefold())
+    )
+    if changed or not math.isfinite(value):
         return None
     return Written(number.text, value, number.currency, number.percent, False, False, number.start, number.end)
+
+
+def _without_tex(text: str) -> str:
+    if "\\" not in text:
+        return text
+    text = _FRACTION_OF_TEX.sub(lambda m: f" {m[1] or m[2]}/{m[3] or m[4]}", text)
+    return re.sub(r"\\(?=[%$])", "", text)
+
+
+def _only(found: list[Written], text: str) -> Written | None:
+    """The only number, or a whole one and the fraction behind it as one."""
+    if len(found) == 1:
+        return found[0]
+    if len(found) != 2 or text[found[0].end : found[1].start].strip(" ") or found[0].percent or found[1].currency:
+        return None
+    whole, part = found
+    digits = whole.text.removeprefix("-").isdecimal() and not whole.compared
+    if not (digits and whole.value is not None and "/" in part.text and 0 < (part.value or 0) < 1):
+        return None
+    value = whole.value + math.copysign(part.value or 0, -1 if whole.text[0] == "-" else 1)
+    text = f"{whole.text} {part.text}"
+    return Written(text, value, whole.currency, part.percent, False, whole.named, whole.start, part.end)
 
 
 def same(first: Written | None, second: Written | None) -> bool:
@@ -162,7 +195,7 @@ def _written(match: re.Match[str]) -> Written:
     core = re.sub(r"\s*([/*^×÷])\s*", r"\1", match["core"])
     core = re.sub(f"[{_DASHES}]", "-", core)
     before = match.string[max(0, match.start() - 2) : match.start()]
-    joined = before[-1:].isalpha()
+    joined = before[-1:].isalpha() and not match["currency"]  # "B12", but not "US$5"
     signs = (match["sign"] or "") + (match["inner_sign"] or "")
     negative = sum(sign not in "+(" for sign in signs if not sign.isspace()) % 2 == 1
     after = match.string[match.end() : match.end() + 1]

@@ -17,6 +17,7 @@ from routers import RouterAgent, load_catalogue, load_table, quickstart_table
 from routers.pool import Ledger, Pool, ReplyCache, live_pool, recorded_pool
 from routers.think_rows import restricted, result_of
 from srpo.cli import run
+from srpo.quarantine import MAX_BAD_SHARE
 from srpo.ranges import at_least, between, ranged
 
 
@@ -27,6 +28,8 @@ def agent_arguments(parser: argparse.ArgumentParser) -> None:
     pool = parser.add_mutually_exclusive_group(required=True)
     pool.add_argument("--catalogue", type=Path, help="members behind OpenAI-compatible endpoints (YAML)")
     pool.add_argument("--table", help="recorded replies instead: quickstart, or a file")
+    share = ranged(between(0, 1))
+    parser.add_argument("--max-bad-share", type=share, default=MAX_BAD_SHARE, help="of the table's rows, left out")
     parser.add_argument("--drop-incomplete", action="store_true", help="leave out queries that lack a member's row")
     parser.add_argument("--reply-cache", type=Path, help="folder of a reply cache for the endpoints")
     parser.add_argument("--max-total-usd", type=usd, help="of all questions together; then no member is asked")
@@ -42,15 +45,21 @@ def make_agent(args: argparse.Namespace) -> RouterAgent:
         return RouterAgent.from_pretrained(
             args.model, live_pool(load_catalogue(args.catalogue), ledger=ledger, cache=cache)
         )
-    return RouterAgent.from_pretrained(args.model, recorded(args.table, args.model, ledger, args.drop_incomplete))
+    rows = {"max_bad_share": args.max_bad_share, "drop_incomplete": args.drop_incomplete}
+    return RouterAgent.from_pretrained(args.model, recorded(args.table, args.model, ledger, **rows))
 
 
-def recorded(table: str, model: str, ledger: Ledger, drop_incomplete: bool = False) -> Pool:
+def recorded(
+    table: str, model: str, ledger: Ledger, max_bad_share: float = MAX_BAD_SHARE, drop_incomplete: bool = False
+) -> Pool:
     """Replies of a table, found by the text of the question, from the members that the policy was trained with."""
     from routers.agent_settings import AgentSettings
 
     members = [member.name for member in AgentSettings.load(model).members] or None
-    replies = quickstart_table() if table == "quickstart" else load_table(table, drop_incomplete=drop_incomplete)
+    if table == "quickstart":
+        replies = quickstart_table()
+    else:
+        replies = load_table(table, max_bad_share=max_bad_share, drop_incomplete=drop_incomplete)
     return recorded_pool(restricted(replies, members, result_of), by="query", ledger=ledger)
 
 

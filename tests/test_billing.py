@@ -422,8 +422,15 @@ def test_a_model_that_always_searches_pays_for_it_and_a_request_that_changes_pri
         with pytest.raises(ValueError, match=f"request sets '{next(iter(request))}'"):
             litellm_fields({"k": PLAIN}, "k", {"request": request})
     assert litellm_fields({"k": PLAIN}, "k", {"request": {"service_tier": "default"}})["price_in"] == 1.0
-    with pytest.raises(ValueError, match="another name of 'other'"):
-        litellm_fields({"k": {"alias_of": "other"}}, "k")
+
+
+def test_another_name_of_a_model_has_its_prices():
+    table = {"latest": {"alias_of": "k"}, "k": PLAIN, "lost": {"alias_of": "gone"}, "self": {"alias_of": "self"}}
+    assert litellm_fields(table, "latest") == litellm_fields(table, "k")
+    with pytest.raises(ValueError, match="litellm's table has no model 'gone'"):
+        litellm_fields(table, "lost")
+    with pytest.raises(ValueError, match="litellm's table has no input_cost_per_token of 'self'"):
+        litellm_fields(table, "self")
 
 
 def test_a_key_that_a_price_table_holds_twice(tmp_path):

@@ -1,6 +1,8 @@
 """Demonstrations of the warm start: what they say, what they do not know, and that they are read back as they were."""
 
+import asyncio
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -128,3 +130,29 @@ def test_drills_repeat_what_is_shown() -> None:
         shown.append(body.body)
     assert len(drills) == 100 and not any("<answer>" in text for text in shown)
     assert 30 < sum(text == "one = two" for text in shown) < 80  # half are replies, but for those that hold a tag
+
+
+def test_a_server_leaves_out_the_share_of_bad_rows_that_is_said(tmp_path: Path) -> None:
+    import argparse
+
+    from serve import agent_arguments, recorded
+
+    from routers.pool import Ledger
+    from srpo.quarantine import BadRows
+
+    (tmp_path / "catalogue.yaml").write_text("members:\n  - {name: m, descriptor: d, price_in: 1.0, price_out: 2.0}\n")
+    head = "query_id,query,member,reply,prompt_tokens,completion_tokens,correct\n"
+    lines = [f"q{i},question {i},m,<think>no</think>{i},1,1,{'x' if i == 3 else 1}\n" for i in range(10)]
+    (tmp_path / "t.csv").write_text(head + "".join(lines))
+    AgentSettings(members=(Member("m", "d", 1.0, 2.0),)).save(tmp_path)
+    parser = argparse.ArgumentParser()
+    agent_arguments(parser)
+    common = ["--model", str(tmp_path), "--table", str(tmp_path / "t.csv")]
+    for words, works in (([], False), (["--max-bad-share", "0.1"], True)):
+        args = parser.parse_args([*common, *words])
+        if works:
+            pool = recorded(args.table, args.model, Ledger(), args.max_bad_share)
+            assert asyncio.run(pool.ask("m", "question 4", 5.0)).text == "4"
+        else:
+            with pytest.raises(BadRows, match="1 of 10 rows"):
+                recorded(args.table, args.model, Ledger(), args.max_bad_share)
