@@ -17,10 +17,10 @@ behind the k-th are the slots of fused shared experts, whose ids lie behind thos
 dropped. Ids must be logical ones, as the checkpoint counts (with expert-parallel load balancing: before placement).
 
 Sources: docs.vllm.ai (v0.21.0 training/routed_experts_replay; latest training/routed_experts), vllm pull requests
-28284, 38939 and 51906, sglang pull requests 12162 and 17434. Inferred, because the sources do not say it: row t of
-every table belongs to token t as it was fed; a G-th row of vLLM 0.21 is the sample's last token, which was not fed.
-The first line of the table was seen in vLLM 0.30 on a CPU, offline, and its rows were those tokens'
-(tests/test_vllm_live.py). No other engine has run here; the tests' server answers in these formats.
+28284, 38939 and 51906, sglang pull requests 12162 and 17434. Seen in vLLM 0.30 on a CPU, offline
+(tests/test_vllm_live.py): the first line of the table, and that row t belongs to token t as it was fed. Inferred for
+the others, because the sources do not say it: the same; and a G-th row of vLLM 0.21 is the sample's last token, which
+was not fed. No other engine has run here; the tests' server answers in these formats.
 """
 
 from __future__ import annotations
