@@ -11,6 +11,7 @@ import time
 import urllib.request
 
 import pytest
+import torch
 
 from routers.catalogue import Member
 from routers.pool import Ledger, live_pool
@@ -21,6 +22,17 @@ QUERIES = [f"say {word}" for word in ("red", "green", "blue", "one", "two", "cat
 PATIENCE = 800.0
 """Seconds for a start, which is minutes of nothing but imports where many processes share two cores. A server that
 ended is seen at once."""
+
+
+def network_and_tokenizer():
+    """Peaked, so that other kernels choose the same tokens; with this seed one of the replies ends before its limit."""
+    tokenizer = train_tokenizer(QUERIES, vocab_size=290)
+    network = tiny_causal_lm(tokenizer, hidden=64, layers=2, heads=2, intermediate=128, seed=3).eval()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(6.0)
+    return network, tokenizer
 
 
 def healthy(port: int) -> bool:
@@ -35,9 +47,8 @@ def healthy(port: int) -> bool:
 def server(tmp_path_factory):
     """Its address."""
     folder = tmp_path_factory.mktemp("served")
-    tokenizer = train_tokenizer(QUERIES, vocab_size=290)
-    tiny_causal_lm(tokenizer, hidden=64, layers=2, heads=2, intermediate=128, seed=0).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    for part in network_and_tokenizer():
+        part.save_pretrained(folder)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -73,7 +84,7 @@ def server(tmp_path_factory):
 
 def test_a_vllm_server_is_a_member_whose_usage_is_exact(server):
     """Every reply is billed by its real tokens: those of the chat template around the query, and those written."""
-    tokenizer = train_tokenizer(QUERIES, vocab_size=290)
+    network, tokenizer = network_and_tokenizer()
     member = Member("tiny", "small", 10.0, 20.0, base_url=server, max_tokens=12, concurrency=8)
     ledger = Ledger()
     pool = live_pool({"tiny": member}, agent_prompt="{query}", ledger=ledger)
@@ -87,11 +98,15 @@ def test_a_vllm_server_is_a_member_whose_usage_is_exact(server):
     for query, reply in zip(QUERIES * 2, replies, strict=True):
         assert reply.error is None, reply
         prompt = tokenizer.apply_chat_template(
-            [{"role": "user", "content": query}], add_generation_prompt=True, return_dict=True
-        )["input_ids"]
-        assert reply.usage.prompt_tokens == len(prompt) and 1 <= reply.usage.completion_tokens <= 12
-        expected = (len(prompt) * 10 + reply.usage.completion_tokens * 20) / 1e6
+            [{"role": "user", "content": query}], add_generation_prompt=True, return_dict=True, return_tensors="pt"
+        )
+        own = network.generate(**prompt, do_sample=False, max_new_tokens=12, eos_token_id=tokenizer.eos_token_id)
+        read = prompt["input_ids"].shape[1]
+        written = own.shape[1] - read
+        assert (reply.usage.prompt_tokens, reply.usage.completion_tokens) == (read, written)
+        expected = (read * 10 + written * 20) / 1e6
         assert reply.cost == pytest.approx(expected, rel=1e-12)
         paid += expected
     assert ledger.spent_usd == pytest.approx(paid)
+    assert len({reply.usage.completion_tokens for reply in replies}) > 1, "some ended by themselves"
     assert [r.text for r in replies[: len(QUERIES)]] == [r.text for r in replies[len(QUERIES) :]], "greedy"
