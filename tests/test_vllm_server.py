@@ -25,7 +25,7 @@ ended is seen at once."""
 
 
 def network_and_tokenizer():
-    """Peaked, so that other kernels choose the same tokens; with this seed one of the replies ends before its limit."""
+    """Peaked, so that other kernels choose the same tokens; with this seed one reply ends before its limit."""
     tokenizer = train_tokenizer(QUERIES, vocab_size=290)
     network = tiny_causal_lm(tokenizer, hidden=64, layers=2, heads=2, intermediate=128, seed=3).eval()
     with torch.no_grad():
