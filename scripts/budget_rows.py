@@ -38,13 +38,8 @@ def given_profiles(task: BudgetTask, path: Path) -> dict[str, BoundaryProfile]:
     return {name: found[name] for name in names}
 
 
-def training_rows(
-    task: BudgetTask,
-    rule: BoundaryReward,
-    profiled: Mapping[str, BoundaryProfile],
-    quarantine_path: Path | None = None,
-) -> list[dict[str, Any]]:
-    """A row per cap and task, with what the reward and the advantage read.
+def begun_rows(task: BudgetTask, rule: BoundaryReward, quarantine_path: Path | None = None) -> list[dict[str, Any]]:
+    """A row per cap and training task that begins.
 
     Args:
         quarantine_path: where tasks that do not begin are written; None: a warning only.
@@ -55,9 +50,23 @@ def training_rows(
     """
     if rule.cost_norm == "budget" and (task.budget_unit != "usd" or not all(map(math.isfinite, task.train_caps))):
         raise ValueError("cost_norm: budget divides by the budget in USD: set budget_unit: usd and finite train_caps")
-    rows = []
     bad = Quarantine("training tasks", quarantine_path, task.max_bad_share)
-    for row in make_rows(task, train_tasks(task), task.train_caps, bad):
+    return make_rows(task, train_tasks(task), task.train_caps, bad)
+
+
+def training_rows(
+    task: BudgetTask,
+    rule: BoundaryReward,
+    profiled: Mapping[str, BoundaryProfile],
+    begun: Sequence[dict[str, Any]] | None = None,
+) -> list[dict[str, Any]]:
+    """The rows with what the reward and the advantage read.
+
+    Args:
+        begun: of `begun_rows`; None: they are begun here.
+    """
+    rows = []
+    for row in begun_rows(task, rule) if begun is None else begun:
         columns = profiled[row[TASK]].columns(task.rule)
         budget = row[CAP] if task.budget_unit == "usd" else None
         references = list(rule.references(_boundary(columns), budget))

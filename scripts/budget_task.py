@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
     from srpo import SRPOConfig
 
+PARTS = "parts.json"
+
 
 @dataclass
 class BudgetTask:
@@ -307,28 +309,49 @@ def profiles(task: BudgetTask, name: str, which: str, count: int, folder: Path) 
     return {profile.task: profile for profile in found}
 
 
+def check_parts(task: BudgetTask) -> None:
+    """Raise where a held-out part cannot be read, or a given `task_dir` is for something else; writes nothing."""
+    for which in heldout_sets(task).values():
+        load_tasks(task.environment, which, task.heldout_count)
+    if task.task_dir is not None:
+        _refuse_other_settings(task.profile_settings(), Path(task.task_dir))
+        for which in (task.train_tasks, *task.heldout_tasks):
+            _known_contents(which, Path(task.task_dir))
+
+
 def check_folder(settings: Mapping[str, Any], folder: Path) -> None:
     """Refuse a folder that was made with other settings; mark a new one."""
     mark = folder / "settings.json"
     if mark.exists():
-        then = json.loads(mark.read_text())
-        return refuse_changes(then, settings, str(folder), "another folder, or remove that one")
+        return _refuse_other_settings(settings, folder)
     folder.mkdir(parents=True, exist_ok=True)
     mark.write_text(json.dumps(settings, indent=1) + "\n")
 
 
+def _refuse_other_settings(settings: Mapping[str, Any], folder: Path) -> None:
+    mark = folder / "settings.json"
+    if mark.exists():
+        refuse_changes(json.loads(mark.read_text()), settings, str(folder), "another folder, or remove that one")
+
+
 def _check_content(which: str, folder: Path) -> None:
     """Refuse a file of tasks whose content has changed since its profiles were made; mark one that is new."""
+    if Path(which).exists():
+        (folder / PARTS).write_text(json.dumps(_known_contents(which, folder), indent=1) + "\n")
+
+
+def _known_contents(which: str, folder: Path) -> dict[str, Any]:
+    """The contents of files of tasks whose profiles lie in the folder, this one's too."""
     if not Path(which).exists():
-        return
-    path, now = folder / "parts.json", source(which)
-    known = json.loads(path.read_text()) if path.exists() else {}
+        return {}
+    path, now = folder / PARTS, source(which)
+    known: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     if known.setdefault(which, now) != now:
         raise ValueError(
             f"{folder} holds profiles of {which} as it was: its content has changed; give another task_dir (or "
             "output_dir), or remove that one"
         )
-    path.write_text(json.dumps(known, indent=1) + "\n")
+    return known
 
 
 def refuse_changes(then: Mapping[str, Any], settings: Mapping[str, Any], what: str, instead: str) -> None:

@@ -3,7 +3,8 @@
     python scripts/evaluate.py --model outputs/quickstart/srpo --output outputs/quickstart/evaluation
     python scripts/evaluate.py --model user/router --table pool.parquet --catalogue prices.yaml --output here
 
-Prints the table and writes `evaluation.json` and `frontier.png` into the output directory.
+Prints the table and writes `evaluation.json` and `frontier.png` into the output directory, and what they were made
+from; a directory with the results of a training run, or of another evaluation, is refused.
 """
 
 import argparse
@@ -24,9 +25,11 @@ from routers.prompts import policy_prompt
 from routers.report import EVALUATION, Evaluation, evaluate_routes
 from routers.table import SPLITS, ReplyTable, load_table, quickstart_table
 from srpo.cli import run
+from srpo.derived import made_from, mark, source, unmark
 from srpo.policy_name import named_policy
 from srpo.quarantine import MAX_BAD_SHARE
 from srpo.ranges import at_least, between, ranged
+from srpo.results import check_results
 from srpo.sampling_rules import own_settings_aside
 from srpo.special_tokens import end_ids, pad_id
 from srpo.thinking import opened_by
@@ -66,9 +69,8 @@ def evaluate_policy(
         ValueError: the split has no queries, or the limit is not positive.
     """
     grammar = grammar or Grammar()
+    check_split(table, split)
     queries = table.queries(split)
-    if not queries:
-        raise ValueError(f"the table has no query in the split {split!r}; its splits are chosen by its 'split' column")
     chosen = spread(len(queries), limit)
     queries = [queries[i] for i in chosen]
     members = list(table.catalogue.values())
@@ -103,6 +105,12 @@ def evaluate_policy(
         split=split,
         baselines=_baselines(table, rule, [query["family"] for query in queries]),
     )
+
+
+def check_split(table: ReplyTable, split: str = "heldout") -> None:
+    """ValueError for a split without queries."""
+    if not table.queries(split):
+        raise ValueError(f"the table has no query in the split {split!r}; its splits are chosen by its 'split' column")
 
 
 def _baselines(table: ReplyTable, rule: RewardRule, families: Sequence[str]) -> dict[str, np.ndarray]:
@@ -211,7 +219,11 @@ def main(argv: Sequence[str] | None = None) -> Evaluation:
     parser.add_argument("--batch-size", type=count, default=64)
     parser.add_argument("--max-new-tokens", type=count, default=64)
     args = parser.parse_args(argv)
+    told = {key: value for key, value in vars(args).items() if key not in ("output", "batch_size")}
+    contents = {f"{key}_content": source(told[key]) for key in ("model", "table", "catalogue")}
+    made = made_from(**told, **contents)
     try:
+        check_results(args.output, EVALUATION, made)
         table = replies_of(
             args.table,
             args.catalogue,
@@ -235,7 +247,9 @@ def main(argv: Sequence[str] | None = None) -> Evaluation:
         batch_size=args.batch_size,
         max_new_tokens=args.max_new_tokens,
     )
+    unmark(args.output / EVALUATION)
     paths = evaluation.write(args.output)
+    mark(args.output / EVALUATION, made)
     print(evaluation.text())
     print("\n" + "\n".join(str(path) for path in paths))
     return evaluation

@@ -14,6 +14,7 @@ import argparse
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +41,11 @@ from routers.environments.executors import SCRIPTED
 from routers.shared_policy import find_file, load_checkpoint
 from routers.step_settings import STEP_ROUTER, StepSettings
 from srpo.cli import run
-from srpo.derived import is_made_from, made_from, mark, unmark
+from srpo.derived import is_made_from, made_from, mark, source, unmark
 from srpo.generate import TransformersGenerator
 from srpo.ranges import SEED, at_least, ranged
 from srpo.recipe import load_recipe
+from srpo.results import check_results
 from srpo.rollout import Limits, play
 from srpo.sampling import Sampling
 from srpo.special_tokens import end_ids
@@ -241,22 +243,33 @@ def evaluate_checkpoint(argv: Sequence[str]) -> str:
     model, tokenizer, folder = load_checkpoint(options.model, STEP_ROUTER)
     settings = StepSettings.load(folder)
     output = options.output or Path("outputs/evaluation", Path(options.model).name)
+    decoding = {"temperature": options.temperature or [settings.temperature], "seeds": options.seeds}
+    made = made_from(
+        model=options.model,
+        model_content=source(folder),
+        settings=asdict(settings),
+        **task.evaluation_settings(),
+        **decoding,
+    )
+    check_results(output, EPISODES, made)
     output.mkdir(parents=True, exist_ok=True)
     places = [Path(place) for place in (task.task_dir, folder / "task") if place is not None]
     known = options.task_dir or next((place for place in places if place.exists()), output / "task")
     money = Money(make_pool(task), options.max_cost_usd, output / "spending_0.json")
     with money.phase("rules"):
         frames = [rules(task, known)]
-    for temperature in options.temperature or [settings.temperature]:
+    for temperature in decoding["temperature"]:
         name = POLICY + {0.0: ", greedy", settings.temperature: ""}.get(temperature, f", temperature {temperature:g}")
         for seed in options.seeds:
             how = {"seed": seed, "temperature": temperature}
             with money.phase(f"{name}, seed {seed}"):
                 frames.append(evaluate(model, tokenizer, task, settings, known, name, **how))
     episodes = pd.concat(frames, ignore_index=True)
+    unmark(output / EPISODES)
     episodes.to_parquet(output / EPISODES)
     text = tables(episodes, True, output / "frontier.png")
     (output / "tables.md").write_text(text)
+    mark(output / EPISODES, made)
     print(text, output, sep="\n")
     return text
 

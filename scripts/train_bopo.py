@@ -25,10 +25,11 @@ from accelerate.utils import gather_object
 from budget_executors import make_pool
 from budget_money import Money, StopWithoutMoney, estimate, phases
 from budget_play import PhaseStopped
-from budget_rows import describe_rows, given_profiles, training_rows
+from budget_rows import begun_rows, describe_rows, given_profiles, training_rows
 from budget_task import (
     BudgetTask,
     check_folder,
+    check_parts,
     corpus,
     heldout_sets,
     make_environment,
@@ -39,7 +40,7 @@ from budget_task import (
 )
 from datasets import Dataset
 from evaluate_bopo import EPISODES, POLICY, evaluate, rules, tables
-from policies import check_policy, load_policy, warm_start_config
+from policies import check_loads, check_policy, load_policy, warm_start_config, with_adapter
 from transformers import set_seed
 
 from rewards.boundary import BoundaryReward, make_boundary_reward
@@ -138,18 +139,22 @@ def main(argv: list[str] | None = None) -> str | None:
     start = Path(bopo.bosft_policy or own / "bosft")
     if resume is not None and bopo.bosft_policy is None:
         check_made_from(start, bosft_made_from(task, bopo, args, settings, start), "what the run began from")
-    output = claim(recipe, args.output_dir, overwrite=folders.overwrite, resume=resume)
+    claimed = claim(recipe, args.output_dir, overwrite=folders.overwrite, resume=resume)
+    given = None if bopo.profiles is None else given_profiles(task, Path(bopo.profiles))
+    check_parts(task)
+    begun = begun_rows(task, bopo.reward(), claimed.notes / "quarantine.jsonl")
+    pool = make_pool(task)
+    check_loads(bopo.bosft_policy or bopo.model_name_or_path)
+    # All that can be found wrong before something is played has been looked for: the folder is this run's now.
+    output = claimed.take()
     folder = Path(task.task_dir or output / "task")
-    money = Money(make_pool(task), args.max_cost_usd, output / f"spending_{state.process_index}.json")
+    money = Money(pool, args.max_cost_usd, output / f"spending_{state.process_index}.json")
     if task.live and state.is_main_process:
         runs = task.profile_runs + bopo.bosft_sweep - 1 if bopo.bosft_epochs > 0 and bopo.bosft_policy is None else 0
         print(estimate(task, phases(task, args, runs, state.num_processes), args.max_cost_usd), flush=True)
     with state.main_process_first(), money.phase("profiling"):  # the others read what the first has written
-        if bopo.profiles is None:
-            profiled = profiles(task, "train", task.train_tasks, task.train_count, folder)
-        else:
-            profiled = given_profiles(task, Path(bopo.profiles))
-    rows = training_rows(task, bopo.reward(), profiled, output / "quarantine.jsonl")
+        profiled = given or profiles(task, "train", task.train_tasks, task.train_count, folder)
+    rows = training_rows(task, bopo.reward(), profiled, begun)
     if state.is_main_process:
         print(describe_rows(bopo.reward(), rows))
 
@@ -273,6 +278,7 @@ def make_start(
         model = tiny_causal_lm(tokenizer, hidden=96, layers=2, heads=4, intermediate=192, seed=args.seed)
     else:
         model, tokenizer = load_policy(bopo.model_name_or_path, args, bopo.lora_r, lambda: corpus(task, rows))
+        model = with_adapter(model, tokenizer, bopo.model_name_or_path, args, bopo.lora_r)
     if chosen:
         examples = [tokens(demonstration, settings, tokenizer) for demonstration in chosen]
         config = warm_start_config(

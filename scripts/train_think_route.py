@@ -17,7 +17,7 @@ import numpy as np
 from accelerate import PartialState
 from evaluate import spread
 from evaluate_think_route import evaluate_agent
-from policies import check_policy, load_policy, warm_start_config
+from policies import check_policy, load_policy, warm_start_config, with_adapter
 from think_route_setup import (
     TaskArguments,
     load_questions,
@@ -67,9 +67,9 @@ def main(argv: Sequence[str] | None = None) -> AgentEvaluation | None:
     warmed, evaluated = _made_from(recipe)
     if resumes and warm_starts:
         check_made_from(start, warmed, "the warm start that the checkpoint began from")
-    output = claim(recipe, args.output_dir, overwrite=how.overwrite, resume=resume)
-    table = load_replies(task, output)
-    train, heldout = load_questions(task, table, output)
+    claimed = claim(recipe, args.output_dir, overwrite=how.overwrite, resume=resume)
+    table = load_replies(task, claimed.notes)
+    train, heldout = load_questions(task, table, claimed.notes)
     check_rows_of_a_batch(len(train), args, "the training questions")
     pool = make_pool(task, table, args.max_cost_usd)
     names = seen_members(task, pool)
@@ -84,16 +84,23 @@ def main(argv: Sequence[str] | None = None) -> AgentEvaluation | None:
     model, tokenizer = load_policy(policy, args, task.lora_r, lambda: tiny_corpus(settings, train, table, args))
     world = make_world(task, settings, pool, names, tokenizer)
     clean = without_control_tokens(tokenizer)
+    quarantine = claimed.notes / "quarantine.jsonl"
     rows = [{"prompt": prompt_of(row, settings, settings.members, clean), **row} for row in train]
     dataset = check_rows(
         rows,
         tokenizer=tokenizer,
         max_prompt_length=task.max_prompt_length,
-        quarantine_path=output / "quarantine.jsonl",
+        quarantine_path=quarantine,
         max_bad_share=task.max_bad_share,
         chat_template_kwargs=args.chat_template_kwargs,
     )
-    check_rows_of_a_batch(len(dataset), args, f"the training data, without what {output / 'quarantine.jsonl'} lists,")
+    check_rows_of_a_batch(len(dataset), args, f"the training data, without what {quarantine} lists,")
+    examples = []
+    if warm_starts and not resumes:
+        examples = warm_start_rows(task, args, settings, table, train, tokenizer)
+    # All that can be found wrong before something is trained has been looked for: the folder is this run's now.
+    output = claimed.take()
+    model = with_adapter(model, tokenizer, policy, args, task.lora_r)
 
     def evaluate(
         policy: PreTrainedModel, name: str, members: Sequence[str], weight: float | None = None
@@ -113,7 +120,6 @@ def main(argv: Sequence[str] | None = None) -> AgentEvaluation | None:
 
     before, scores = None, start / AGENT_EVALUATION
     if warm_starts and not resumes:
-        examples = warm_start_rows(task, args, settings, table, train, tokenizer)
         config = warm_start_config(
             args,
             start,

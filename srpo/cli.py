@@ -31,7 +31,8 @@ def run(main: Callable[[], Any], *stops: type[BaseException]) -> NoReturn:
             raise
         rank = os.environ.get("RANK", "0")
         who = "" if rank == "0" else f"process {rank}: "
-        print(f"{who}error: {_one_line(error)}", file=sys.stderr, flush=True)
+        if not getattr(error, "said", False):  # by the process that found it, to all of the run
+            print(f"{who}error: {_one_line(error)}", file=sys.stderr, flush=True)
         sys.exit(2)
     sys.exit(code if isinstance(code, int) else 0)
 

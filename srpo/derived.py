@@ -77,7 +77,7 @@ def unmark(path: Path) -> None:
 
 def is_made_from(path: Path, values: Mapping[str, Any]) -> bool:
     """Whether the artefact is whole and was made from exactly these values."""
-    return path.exists() and _read(path) == dict(values)
+    return path.exists() and made_of(path) == dict(values)
 
 
 def check_made_from(path: Path, values: Mapping[str, Any], what: str) -> None:
@@ -89,7 +89,7 @@ def check_made_from(path: Path, values: Mapping[str, Any], what: str) -> None:
     Raises:
         StaleArtefact: names the value that differs, then and now.
     """
-    then = _read(path) if path.exists() else None
+    then = made_of(path) if path.exists() else None
     if then is None:
         raise StaleArtefact(f"{what}: {path} is missing or not whole (no {_place(path).name}): start the run again")
     changed = sorted(key for key in {*then, *values} if then.get(key) != values.get(key))
@@ -105,7 +105,8 @@ def _place(path: Path) -> Path:
     return path / MADE_FROM if path.is_dir() or not path.suffix else path.with_name(f"{path.name}.{MADE_FROM}")
 
 
-def _read(path: Path) -> dict[str, Any] | None:
+def made_of(path: Path) -> dict[str, Any] | None:
+    """What an artefact says that it was made from; None: nothing, or it is not whole."""
     try:
         found = json.loads(_place(path).read_text(encoding="utf-8"))
     except (OSError, ValueError):

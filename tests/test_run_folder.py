@@ -8,7 +8,13 @@ import pytest
 import yaml
 
 from srpo.recipe import Recipe, RecipeError
-from srpo.run_folder import FolderTaken, claim, finish
+from srpo.run_files import FolderTaken
+from srpo.run_folder import claim as look
+from srpo.run_folder import finish
+
+
+def claim(*args: Any, **kwargs: Any) -> Path:
+    return look(*args, **kwargs).take()
 
 
 def recipe(folder: Path, **given: Any) -> Recipe:

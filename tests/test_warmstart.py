@@ -280,7 +280,12 @@ def test_the_command_on_a_users_table(policy: Path, files: Path, tmp_path: Path,
     assert all(q["correct"] == table.lookup(q["query_id"], q["route"]).correct for q in found.queries)
     # 10 tokens of one member, and at least 50 prompt and 5 completion tokens of the policy, in millionths of a dollar
     assert all(query["cost"] > (10 + 50 + 50) * 1e-6 for query in found.queries)
-    train = main([*command, "--split", "train", "--limit", "3"])
+    with pytest.raises(SystemExit):
+        main([*command, "--split", "train", "--limit", "3"])
+    refused = capsys.readouterr().err
+    assert "evaluation.json was made with limit=12, now it is 3: name another folder, or move it" in refused
+    assert Evaluation.read(tmp_path) == found
+    train = main([*command[:-1], str(tmp_path / "train"), "--split", "train", "--limit", "3"])
     assert train.split == "train" and not {q["query_id"] for q in train.queries} & {
         q["query_id"] for q in found.queries
     }
