@@ -14,7 +14,8 @@ export OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE="${HF
 export WANDB_MODE="${WANDB_MODE:-offline}"
 export PATH="$PWD/.venv/bin:$PATH"
 
-launch=(accelerate launch)
+# --quiet: a mistake is one line of the script's, without a traceback of the launcher's.
+launch=(accelerate launch --quiet)
 if nvidia-smi >/dev/null 2>&1; then
   launch+=(--num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no)
 else
