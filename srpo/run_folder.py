@@ -99,6 +99,7 @@ class Claim:
             _write(self.folder / RUN, {"recipe": made_from(**given), "started": _now(), "finished": None})
             (self.folder / RECIPE).write_text(yaml.safe_dump(given, sort_keys=False), encoding="utf-8")
         if self.notes != self.folder:
+            clear_notes(self.folder)
             move_notes(self.notes, self.folder)
 
 
@@ -123,8 +124,7 @@ def claim(recipe: Recipe, output_dir: str | Path, *, overwrite: bool = False, re
         then = _look(found)
         if then is not None and not _has_made_nothing(folder):
             found.notes = folder / CHECKED
-        if then is None or found.notes != folder:
-            clear_notes(found.notes)
+        clear_notes(found.notes)
         return str(found.notes)
 
     found.notes = Path(_main_process(look))
@@ -138,6 +138,7 @@ def _main_process(act: Callable[[], Any]) -> Any:
 
     state = PartialState()
     told: list[Any] = [None, None]  # what it returned, and what it raised
+    state.wait_for_everyone()  # what the others still have to write or read in the folder
     if state.is_main_process:
         try:
             told[0] = act()

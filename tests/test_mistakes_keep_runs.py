@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import budget_task
 import evaluate
 import pytest
 import train
@@ -15,7 +16,8 @@ import train_think_route
 from test_bad_rows_in_recipes import table
 from test_run_folder import checkpoint, files, write
 
-from srpo.recipe import Recipe
+from srpo.derived import StaleArtefact, mark
+from srpo.recipe import Recipe, load_recipe
 from srpo.run_folder import claim, finish
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -92,6 +94,39 @@ def test_a_model_that_cannot_be_read_does_not_either(finished: Path, tmp_path: P
         with pytest.raises(FileNotFoundError, match="broken cannot be loaded"):
             MAINS[name](words(name, finished, overwrite="true", model_name_or_path=broken))
         assert files(finished) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("srpo", {"warm_start_learning_rate": 0.5}),
+        ("bopo", {"bosft_learning_rate": 0.5}),
+        ("think_route", {"warm_start_passes": 1, "warm_start_learning_rate": 0.5}),
+    ],
+)
+def test_a_resumed_run_with_another_start_is_refused_in_one_sentence(
+    finished: Path, name: str, changes: dict[str, Any]
+) -> None:
+    resume = finished / "checkpoint-20"
+    with pytest.raises(StaleArtefact, match=r"is missing or not whole \(no made_from.json\)"):
+        MAINS[name](words(name, finished, resume_from_checkpoint=resume, **changes))
+    start = finished / ("bosft" if name == "bopo" else "warm_start")
+    key = next(key for key in changes if key.endswith("rate"))
+    mark(start, _start_of(name, words(name, finished, resume_from_checkpoint=resume, **{**changes, key: 0.25}), start))
+    before = files(finished)
+    with pytest.raises(StaleArtefact, match=rf"was made with {key}=0\.25, now it is 0\.5: set it back to go on"):
+        MAINS[name](words(name, finished, resume_from_checkpoint=resume, **changes))
+    assert files(finished) == before
+
+
+def _start_of(name: str, given: list[str], start: Path) -> dict[str, Any]:
+    """What the start of this recipe is made from."""
+    if name != "bopo":
+        script = train if name == "srpo" else train_think_route
+        found: dict[str, Any] = script._made_from(load_recipe(script.ARGUMENTS, given))[0]
+        return found
+    task, bopo, _, args = load_recipe(train_bopo.ARGUMENTS, given)
+    return train_bopo.bosft_made_from(task, bopo, args, budget_task.step_settings(task, args, (0.0, 0.0)), start)
 
 
 def test_what_was_found_comes_into_the_folder_with_the_run(finished: Path) -> None:
