@@ -56,7 +56,7 @@ from srpo.recipe import load_recipe, resolved_recipe
 from srpo.rollout import observation_ids
 from srpo.rollout_limits import LostRollouts
 from srpo.run_folder import RunArguments, claim, finish
-from srpo.steps import check_rows_of_a_batch
+from srpo.steps import NoSteps, check_rows_of_a_batch
 from srpo.tiny import tiny_causal_lm, train_tokenizer
 from srpo.types import CORRECT, Observation
 from srpo.warmstart import imitate
@@ -305,6 +305,7 @@ def bosft_demonstrations(
 
     Raises:
         ValueError: the folder was made with other settings.
+        NoSteps: there is none, so that the row "BoSFT" of the table would be an untrained policy's.
     """
     if bopo.bosft_epochs <= 0:
         return []
@@ -328,7 +329,12 @@ def bosft_demonstrations(
         found = demonstrations(rows, how, seeds, play, partial)
         write_dataset(balance(found, how, random.Random(seed)), folder, task.executors)
         partial.unlink(missing_ok=True)
-    return read_dataset(folder)
+    if not (chosen := read_dataset(folder)):
+        raise NoSteps(
+            f"BoSFT has nothing to imitate: no boundary run and none of {how.sweep} sweeps solved one of {len(rows)} "
+            "training rows; raise bosft_sweep or profile_runs, or set bosft_epochs: 0"
+        )
+    return chosen
 
 
 def tokens(demonstration: Demonstration, settings: StepSettings, tokenizer: Any) -> dict[str, list[int]]:

@@ -44,7 +44,7 @@ class Range:
     open_high: bool = False
     also: tuple[float, ...] = ()
 
-    def __contains__(self, value: float) -> bool:
+    def __contains__(self, value: Any) -> bool:
         if value in self.also:
             return True
         if isinstance(value, float) and not math.isfinite(value):
@@ -110,7 +110,8 @@ def check_numbers(settings: Any) -> None:
     Raises:
         OutOfRange: names field, value and range.
     """
-    known, ranges = numeric_fields(type(settings)), type(settings).RANGES
+    kind: Any = type(settings)
+    known, ranges = numeric_fields(kind), kind.RANGES
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name, None)
         if field.name in known:

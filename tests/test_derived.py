@@ -106,15 +106,18 @@ def test_a_warm_start_is_of_its_model_table_and_settings(script: Any, tmp_path: 
 
 def test_demonstrations_are_of_the_rows_and_their_profiles(tmp_path: Path) -> None:
     task = budget_task.BudgetTask(train_count=2, profile_runs=1)
-    bopo = train_bopo.BopoArguments(bosft_sweep=1)
+    bopo = train_bopo.BopoArguments(bosft_sweep=2)
     names = budget_task.train_tasks(task)
-    columns = {"difficulty": "easy", "hard": False, "p_small": 1.0, "p_large": 1.0}
+    columns = {"difficulty": "hard", "hard": True, "p_small": 0.0, "p_large": 1.0}
     rows = [{**row, **columns} for row in budget_task.make_rows(task, names, task.train_caps)]
     first = train_bopo.bosft_demonstrations(task, bopo, rows, 0, tmp_path / "d")
     assert first and train_bopo.bosft_demonstrations(task, bopo, rows, 0, tmp_path / "d") == first
     for seed, other, match in ((1, rows, "seed=0, the recipe says 1"), (0, rows[:1], "was made with rows=")):
         with pytest.raises(ValueError, match=match):
             train_bopo.bosft_demonstrations(task, bopo, other, seed, tmp_path / "d")
+    unsolved = [{**row, "difficulty": "intractable", "hard": False} for row in rows]
+    with pytest.raises(ValueError, match=r"BoSFT has nothing to imitate: .* of 2 training rows; raise bosft_sweep"):
+        train_bopo.bosft_demonstrations(task, bopo, unsolved, 0, tmp_path / "unsolved")
 
 
 def test_profiles_are_of_the_settings_and_of_the_tasks_content(tmp_path: Path) -> None:
@@ -198,6 +201,6 @@ def test_episodes_of_another_start_policy_are_never_the_bosft_row(tmp_path: Path
     again = evaluate_bopo.evaluate(
         model, tokenizer, task, told, out / "task", "BoSFT", seed=args.seed, temperature=1.0
     )
-    assert again["success"].tolist() == mine["success"].tolist() and again["used"].tolist() == mine["used"].tolist()
+    assert again["success"].tolist() == mine["success"].tolist() and again["steps"].tolist() == mine["steps"].tolist()
     with pytest.raises(ValueError, match="holds a finished run"):
         train_bopo.main([*words, "--bosft_learning_rate", "0.5"])

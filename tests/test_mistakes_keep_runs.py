@@ -126,7 +126,8 @@ def _start_of(name: str, given: list[str], start: Path) -> dict[str, Any]:
         found: dict[str, Any] = script._made_from(load_recipe(script.ARGUMENTS, given))[0]
         return found
     task, bopo, _, args = load_recipe(train_bopo.ARGUMENTS, given)
-    return train_bopo.bosft_made_from(task, bopo, args, budget_task.step_settings(task, args, (0.0, 0.0)), start)
+    told = budget_task.step_settings(task, args, (bopo.policy_price_in, bopo.policy_price_out))
+    return train_bopo.bosft_made_from(task, bopo, args, told, start)
 
 
 def test_what_was_found_comes_into_the_folder_with_the_run(finished: Path) -> None:
@@ -150,36 +151,39 @@ def test_an_attempt_that_never_began_stands_in_nobodys_way(tmp_path: Path) -> No
         assert files(tmp_path / "out") == {"quarantine_table.jsonl"}, "no recipe of a run that never was"
 
 
-@pytest.mark.parametrize("given", ["overwrite", "resume"])
-def test_two_processes_end_with_one_line(finished: Path, given: str) -> None:
+@pytest.mark.distributed
+def test_two_processes_end_with_one_line(finished: Path) -> None:
     body = (
         "import sys; from accelerate import PartialState; from srpo.cli import run\n"
-        "from srpo.recipe import Recipe; from srpo.run_folder import claim\n"
+        "from srpo.recipe import Recipe; from srpo.run_folder import FolderTaken, claim\n"
         "def main():\n"
         "    PartialState(cpu=True); made = Recipe(); made.path = None\n"
         "    made.given = {'output_dir': sys.argv[1], 'learning_rate': 0.1}\n"
-        "    claim(made, sys.argv[1], resume=sys.argv[2] or None).take()\n"
+        "    try: claim(made, sys.argv[1], resume=sys.argv[1] + '/checkpoint-7')\n"
+        "    except FolderTaken as error: print(error)\n"
+        "    claim(made, sys.argv[1])\n"
         "run(main)"
     )
-    resume = str(finished / "checkpoint-7") if given == "resume" else ""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     started = [
         subprocess.Popen(
-            [sys.executable, "-c", body, str(finished), resume],
+            [sys.executable, "-c", body, str(finished)],
             env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"},
+            stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
         for rank in range(2)
     ]
-    said = [process.communicate(timeout=200)[1] for process in started]
-    assert [process.returncode for process in started] == [2, 2], said
-    lines = [line for text in said for line in text.splitlines() if "error" in line.lower()]
-    assert len(lines) == 1 and "Traceback" not in "".join(said), said
-    assert ("checkpoint-7 does not exist" if given == "resume" else "holds a finished run") in lines[0]
+    (out, err), (out_1, err_1) = [process.communicate(timeout=300) for process in started]
+    assert [process.returncode for process in started] == [2, 2], err + err_1
+    assert out == out_1 and "checkpoint-7 does not exist; there are" in out, "both hear what the first one found"
+    lines = [line for line in (err + err_1).splitlines() if "error" in line.lower()]
+    assert len(lines) == 1 and "Traceback" not in err + err_1, err + err_1
+    assert "holds a finished run with another learning_rate: resume_from_checkpoint: " in lines[0]
 
 
 def test_an_evaluation_writes_over_nothing_else(finished: Path, tmp_path: Path, capsys: Any) -> None:
