@@ -71,9 +71,17 @@ class RecordedServer:
     def write_catalogue(self, path: Path) -> Path:
         """A catalogue whose members live here, at the prices of the table."""
         names = ("name", "descriptor", "price_in", "price_out")
-        members = [
-            {**{n: asdict(m)[n] for n in names}, "base_url": self.url} for m in self.table.catalogue.values()
-        ]
+        members = []
+        for member in self.table.catalogue.values():
+            found = [self.table.lookup(query["query_id"], member.name) for query in self.table.queries()]
+            # Recorded prompts hold what this pool's do not (examples of fewshot): without these bounds such a usage
+            # would not be possible, and less of it billed.
+            bounds = {
+                "extra_prompt_tokens": max(reply.prompt_tokens for reply in found),
+                "max_tokens": max(512, *(reply.completion_tokens for reply in found)),
+            }
+            own = {name: asdict(member)[name] for name in names}
+            members.append({**own, **bounds, "base_url": self.url})
         path.write_text(yaml.safe_dump({"members": members}))
         return path
 
