@@ -21,7 +21,10 @@ _POLICY = (
 """Files at the top of the folder."""
 _POLICY_BELOW = ("additional_chat_templates/*.jinja",)
 # Of a checkpoint: pickles (training_args.bin holds the token if one was passed), other checkpoints, local records.
-_LOCAL_ONLY = ("_*", "checkpoint-*", "training_args.bin", "runs/*", "wandb/*", "completions/*", "quarantine*.jsonl")
+_LOCAL_ONLY = (
+    *("_*", "checkpoint-*", "training_args.bin", "runs/*", "wandb/*", "completions/*"),
+    *("quarantine*.jsonl", "checked/*"),
+)
 
 
 def files_to_push(folder: str | os.PathLike[str], resumable: bool = False, beside: Iterable[str] = ()) -> list[str]:
