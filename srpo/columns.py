@@ -33,6 +33,8 @@ _TRL_ARGUMENTS = (
     "prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "environments",
 )  # fmt: skip
 """Arguments that TRL gives every reward function beside the columns."""
+_DEEPEST = 50
+"""Levels of lists and mappings that a value may have: pyarrow's stack ends at a list that holds itself."""
 PICTURES = ("image", "images")
 _METRIC_PREFIXES = (
     INTERNAL, "completions/", "rewards/", "rollout/", "route/", "calls/", "sampling/", "router/", "clip_ratio/",
@@ -122,10 +124,15 @@ def checked_columns(
                     f"both the dataset and the world have a column {name!r}, with different values (row {i}: "
                     f"{row[name]!r:.80} and {value!r:.80}); rename one of them"
                 )
-        found[name] = values = list(values)
+        values = list(values)
         for i, value in enumerate(values):
             values[i], broken = repaired_value(value)
             repaired += [f"column {name!r}, row {i}"] * broken
+        if (name_in_table := well_formed(name)) is not name:
+            repaired.append(f"the name of column {name!r}")
+        if name_in_table in found:
+            raise ValueError(f"the world has two columns of the name {name_in_table!r}; rename one of them")
+        found[name_in_table] = values
     return found, repaired
 
 
@@ -182,8 +189,10 @@ def as_list(values: Any) -> list[Any]:
 
 
 def repaired_value(value: Any) -> tuple[Any, int]:
-    """The value with every text in it, however deep, well formed; and how many texts were not."""
+    """The value with every text in it well formed, and how many texts were not; one that is `too_deep` as it is."""
     count = 0
+    if too_deep(value):
+        return value, count
 
     def repaired(value: Any) -> Any:
         nonlocal count
@@ -198,6 +207,16 @@ def repaired_value(value: Any) -> tuple[Any, int]:
         return value
 
     return repaired(value), count
+
+
+def too_deep(value: Any, around: tuple[int, ...] = ()) -> bool:
+    """Whether lists and mappings lie in each other without end, or nearly."""
+    if not isinstance(value, (list, tuple, dict)):
+        return False
+    if id(value) in around or len(around) == _DEEPEST:
+        return True
+    parts = (*value.keys(), *value.values()) if isinstance(value, dict) else value
+    return any(too_deep(part, (*around, id(value))) for part in parts)
 
 
 def broken_text(value: Any) -> str | None:

@@ -19,7 +19,7 @@ from transformers.utils import is_rich_available, logging
 from trl.trainer import grpo_trainer
 from trl.trainer.utils import print_prompt_completions_sample
 
-from srpo.columns import TABLE_COLUMNS, as_list, check_extra, checked_metric, repaired_value
+from srpo.columns import TABLE_COLUMNS, as_list, check_extra, checked_metric, repaired_value, too_deep, well_formed
 from srpo.types import FEEDBACK, Columns
 
 logger = logging.get_logger(__name__)
@@ -64,6 +64,7 @@ class CompletionsMixin:
 
     def _log_completion_extra(self, column: str, values: Any) -> None:
         """A column that a reward function logs: checked and repaired where it comes in."""
+        column = well_formed(column) if isinstance(column, str) else column
         values = as_list(values)
         taken = {*self.reward_func_names, *TABLE_COLUMNS, *self._columns, *self._pending_extra_logs} - {FEEDBACK}
         check_extra(column, len(values), self._rows_here, taken)
@@ -150,6 +151,8 @@ def writable_table(table: Mapping[str, Sequence[Any]]) -> tuple[dict[str, list[A
 
 
 def _has_type(name: str, values: list[Any]) -> bool:
+    if any(too_deep(value) for value in values):
+        return False
     try:
         pq.write_table(pa.Table.from_pandas(pd.DataFrame({name: values})), io.BytesIO())
     except Exception:  # pyarrow raises a dozen kinds, the values' own methods any

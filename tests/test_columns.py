@@ -1,5 +1,6 @@
 """Columns of users beside words of ours; values that no table can hold; and a run that goes on."""
 
+import functools
 import json
 import logging
 
@@ -192,16 +193,26 @@ ODD = {
     "nested": lambda i: {"a": [{"b": "x\ud800"}]} if i == 2 else {"a": 3},
     "object": lambda i: object(),
     "bytes": lambda i: b"\xff" if i else "text",
+    "circular": lambda i: circular(),
+    "deep": lambda i: functools.reduce(lambda inner, _: [inner], range(3000), 1),
 }
+
+
+def circular():
+    value = []
+    value += [value, value]
+    return value
 
 
 def test_no_value_of_a_world_or_a_reward_ends_a_run(tmp_path, caplog):
     logging.getLogger("srpo").propagate = True
 
     def world(rows, texts):
-        return {name: [value(i) for i in range(len(rows))] for name, value in ODD.items()}
+        odd = {name: [value(i) for i in range(len(rows))] for name, value in ODD.items()}
+        return {**odd, "a name\ud800": [1] * len(rows)}
 
     def reward(completions, log_extra, **columns):
+        log_extra("logged name\ud800", [1] * len(completions))
         for name, value in ODD.items():
             log_extra(f"logged {name}", [value(i) for i in range(len(completions))])
         return [1.0] * len(completions)
@@ -217,10 +228,13 @@ def test_no_value_of_a_world_or_a_reward_ends_a_run(tmp_path, caplog):
         assert found[prefix + "huge"][1] == str(10**30 + 1)
         assert found[prefix + "endless"] == ["<int>"] * 16
         assert "tensor" in found[prefix + "tensor"][0]
-    # Of 16 values in each: mixed 8 that are neither text nor None, and all of empty, huge, endless, tensor, nested and
-    # object: 8 + 6 * 16 = 104, once of the world and once of the reward. Bytes and texts have a common type.
-    assert logged(made, "records/as_text") == [208.0] * 3  # two steps, and the end
-    assert logged(made, "records/repaired") == [2.0, 2.0]  # "surrogate" and "nested"
+        assert found[prefix + "circular"] == ["[[...], [...]]"] * 16 and found[prefix + "deep"] == ["<list>"] * 16
+    assert found["a name\ufffd"] == found["logged name\ufffd"] == [1] * 16
+    # Of 16 values in each: mixed 8 that are neither text nor None, and all of empty, huge, endless, tensor, nested,
+    # object, circular and deep: 8 + 8 * 16 = 136, once of the world and once of the reward. Bytes and texts have a
+    # common type.
+    assert logged(made, "records/as_text") == [272.0] * 3  # two steps, and the end
+    assert logged(made, "records/repaired") == [3.0, 3.0]  # "surrogate", "nested" and the name
     assert calls[0]["surrogate"][1] == "x\ufffdy"  # rewards read what can be encoded
     said = [r.getMessage() for r in caplog.records if "Completions table" in r.getMessage()]
     assert len(said) == 2 and "mixed" in said[1] and "column 'surrogate', row 1" in said[0]
