@@ -83,7 +83,9 @@ def test_a_model_is_its_own_reference_and_not_what_lies_at_its_path(tmp_path, or
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_model_by_name_is_read_once_more_and_has_the_policys_precision(tmp_path, dtype):
-    given = model(scale=2.0).to(getattr(torch, dtype)).float()
+    given = model(scale=2.0)
+    for parameter in given.parameters():  # and not its buffers, which are computed anew
+        parameter.data = parameter.data.to(getattr(torch, dtype)).float()
     given.save_pretrained(tmp_path / "policy")
     args = config(tmp_path / "run", objective="grpo", model_init_kwargs={"dtype": dtype}, **SETTINGS)
     run = trainer(args, str(tmp_path / "policy"))
