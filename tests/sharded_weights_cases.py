@@ -72,7 +72,8 @@ def trained(folder: Path, policy: str, kind: str, processes: int, engine: dict[s
     made = trainer(args, rewards=reward, train_dataset=dataset(48), peft_config=peft_config)
     assert made.accelerator.num_processes == processes
     made.train(resume_from_checkpoint=str(folder / policy / f"checkpoint-{STEPS - 1}") if resume else None)
-    network = made.model_wrapped.eval()
+    network = made.model_wrapped
+    network.eval()  # DeepSpeed's returns nothing
     with torch.no_grad():
         logits = network(input_ids=ids(), attention_mask=torch.ones_like(ids())).logits
     return made, logits
