@@ -65,14 +65,18 @@ def test_the_deadline_stops_the_generation_and_leaves_no_task(tiny_model, tiny_t
     assert len(tasks) == 1 and set(threading.enumerate()) <= threads
 
 
-def test_a_failing_model_is_an_error_in_words(tiny_model, tiny_tokenizer):
+def test_a_failing_model_is_an_error_in_words_and_its_place_is_logged_once(tiny_model, tiny_tokenizer, caplog):
     def broken(*args, **kwargs):
         raise RuntimeError("out of memory")
 
     tiny_model.forward = broken
     pool = pool_of(Member("tiny", "x", 1.0, 1.0, max_tokens=4), tiny_model, tiny_tokenizer)
-    reply = asyncio.run(pool.ask("tiny", "stone", 5.0))
-    assert kind(reply) == "malformed reply" and "out of memory" in reply.error
+    for _ in range(2):
+        reply = asyncio.run(pool.ask("tiny", "stone", 5.0))
+        assert kind(reply) == "malformed reply" and "out of memory" in reply.error
+    (record,) = [r for r in caplog.records if r.name == "routers.pool.caller"]
+    assert "'tiny'" in record.getMessage() and record.exc_info is not None
+    assert isinstance(record.exc_info[1], RuntimeError)
 
 
 def test_a_prompt_without_room_is_refused(tiny_model, tiny_tokenizer):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from dataclasses import dataclass, field, replace
 
@@ -25,6 +26,8 @@ from routers.pool.protocol import (
 )
 from routers.pool.usage import within
 from srpo.types import Reply, Usage
+
+_log = logging.getLogger(__name__)
 
 LONGEST_PAUSE = 60.0
 """Seconds that one Retry-After may hold back other calls of the member; a server could ask for a year."""
@@ -81,6 +84,7 @@ class Caller:
         self._spacing = Spacing(member.requests_per_second)
         self._tokens = TokenBucket(member.tokens_per_minute)
         self._places: tuple[asyncio.AbstractEventLoop, asyncio.Semaphore] | None = None
+        self._raised: set[type[Exception]] = set()
 
     def bound(self, query: str) -> float:
         """USD that one attempt costs at most."""
@@ -205,6 +209,9 @@ class Caller:
             attempt = Attempt(error=words, retry=True, unmetered=True)
         except Exception as error:  # a member's failure is data, whatever it is
             worked = False
+            if type(error) not in self._raised:  # but it may be a fault of ours, and then the place is wanted
+                self._raised.add(type(error))
+                _log.error("member %r raised (said once per kind of error)", self.member.name, exc_info=error)
             attempt = Attempt(error=f"{MALFORMED}: {type(error).__name__}: {error}", unmetered=True)
         finally:
             self._breaker.ended(entry, worked)

@@ -58,8 +58,8 @@ def read_completion(document: Any, asked: str = "") -> Answer | NoAnswer:
     """The body of a status 200.
 
     The first choice with an answer counts. An error in such a body is not retried, nor is a body of another kind: the
-    provider has taken the request and may bill every attempt. Only a rate limit says that it has not, and only where
-    the place of an answer is there and empty may the next attempt fill it.
+    provider has taken the request and may bill every attempt. Only a rate limit says that it has not; and where a
+    completion is there and broken, or its place is empty, another attempt may bring a whole one.
 
     Args:
         asked: the question, which an error may repeat; its words are not the provider's.
@@ -69,7 +69,8 @@ def read_completion(document: Any, asked: str = "") -> Answer | NoAnswer:
     if (error := error_of(document, bool(choices))) is not None:
         return refusal(200, error, asked)
     if not choices:
-        empty = isinstance(document, dict) and "choices" in document and document["choices"] in (None, [])
+        empty = document is None
+        empty |= isinstance(document, dict) and "choices" in document and document["choices"] in (None, [])
         there = f"; its fields: {', '.join(map(str, list(document)[:8]))}" if isinstance(document, dict) else ""
         return NoAnswer(MALFORMED, "no choices in the reply" + ("" if empty else there), retry=empty)
     read = [_read_choice(choice, asked) for choice in choices]
@@ -101,7 +102,7 @@ def _read_choice(choice: dict[str, Any], asked: str) -> Answer | NoAnswer:
     try:
         parts.add(message.get("content"))
     except TypeError as error:
-        return NoAnswer(MALFORMED, f"the content is not text: {error}")
+        return NoAnswer(MALFORMED, f"the content is not text: {error}", retry=True)
     apart = next((t for name in _APART if (t := _words_of(message.get(name)))), "")
     thoughts = [*parts.reasoning, *([apart] if apart else [])]
     text = "".join(parts.text)
