@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 from routers.billing import HIGHEST_PRICE, HIGHEST_REQUEST, LOWEST_PRICE, PriceTier
@@ -68,8 +69,11 @@ def _tiers(value: Any) -> tuple[PriceTier, ...]:
     for entry in value:
         if not isinstance(entry, dict) or not {"above", "price_in", "price_out"} <= entry.keys():
             raise ValueError("a tier needs above, price_in and price_out")
+        known = [field.name for field in fields(PriceTier)]
+        if unknown := [str(name) for name in entry if name not in known]:
+            raise ValueError(f"a tier has no {unknown[0]!r}; it may have {', '.join(known)}")
         prices = {name: _price(price) for name, price in entry.items() if name != "above" and price is not None}
-        tiers.append(PriceTier(_whole(entry["above"]), **prices))  # TypeError: a price that there is not
+        tiers.append(PriceTier(_whole(entry["above"]), **prices))  # TypeError: price_in or price_out is null
     tiers.sort(key=lambda tier: tier.above)
     if len({tier.above for tier in tiers}) < len(tiers):
         raise ValueError("two tiers begin at the same number of tokens")

@@ -439,3 +439,11 @@ def test_a_key_that_a_price_table_holds_twice(tmp_path):
     path.write_text("price_table: prices.json\nmembers:\n  - {name: m, descriptor: x, price_from: 'litellm:k'}\n")
     with pytest.raises(ValueError, match=r"prices\.json: the key 'input_cost_per_token' is written twice"):
         load_catalogue(path)
+
+
+def test_a_tier_with_a_field_that_there_is_not_names_those_that_there_are(tmp_path):
+    path = tmp_path / "pool.yaml"
+    tier = "{above: 200000, price_in: 2, price_out: 4, price_request: 1}"
+    path.write_text(f"members:\n  - {{name: m, descriptor: x, price_in: 1, price_out: 2, price_tiers: [{tier}]}}\n")
+    with pytest.raises(ValueError, match="a tier has no 'price_request'; it may have above, price_in, price_out"):
+        load_catalogue(path)
