@@ -56,7 +56,8 @@ def made(folder: Path | str, network: Any = None, **changes: Any) -> Any:
 
 
 class Spy:
-    """Passes of a trainer's policy, by name: `rollout`, `score` (no gradient), `policy`, `eval`, `again` (re-forward).
+    """Passes of a trainer's policy, by name: `rollout`, `score` (no gradient), `policy`, `eval`, `again` (re-forward);
+    `before` the first rollout.
 
     Attributes:
         seen: pass -> one dict per forward: tokens up to a place -> the experts that ran there. In `rollout` one dict
@@ -92,6 +93,8 @@ class Spy:
     def _pass(self) -> str:
         if self._generating:
             return "rollout"
+        if not self.seen["rollout"]:
+            return "before"  # a trainer measures noise before its first rollout (srpo.forward_checks)
         if torch._C._current_graph_task_id() != -1:
             return "again"
         if torch.is_grad_enabled():
