@@ -204,7 +204,7 @@ def main(argv: Sequence[str] | None = None) -> Evaluation:
     )
     parser.add_argument("--catalogue", help="prices and descriptors (YAML); default: catalogue.yaml beside the table")
     parser.add_argument(
-        "--max-bad-share", type=float, default=MAX_BAD_SHARE, help="of the table's rows, as in training"
+        "--max-bad-share", type=ranged(between(0, 1)), default=MAX_BAD_SHARE, help="of its rows, as in training"
     )
     parser.add_argument("--drop-incomplete", action="store_true", help="leave out queries that lack a member's row")
     parser.add_argument("--split", choices=SPLITS, default="heldout")
