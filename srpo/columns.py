@@ -74,7 +74,7 @@ def check_no_pictures(data: Any) -> None:
     """
     features = getattr(data, "features", None) or {}
     for name in PICTURES:
-        kind = features.get(name)
+        kind: Any = features.get(name)
         while hasattr(kind, "feature"):  # a list of these
             kind = kind.feature
         if name in (getattr(data, "column_names", None) or ()) and getattr(kind, "dtype", None) != "null":
