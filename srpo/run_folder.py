@@ -38,6 +38,7 @@ from srpo.run_files import (
     refuse_to_empty,
 )
 from srpo.steps import checkpoint_step
+from srpo.strict_yaml import YamlError, read_yaml
 
 # Keys that may change between two starts of one run: they say how it is watched, paid and spread, not what it is.
 _NEUTRAL = """
@@ -258,8 +259,8 @@ def run_of(folder: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, AttributeError):
         pass
     try:
-        recipe = yaml.safe_load((folder / RECIPE).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError):
+        recipe = read_yaml(folder / RECIPE)
+    except (OSError, YamlError):
         return None
     if not isinstance(recipe, dict) or "output_dir" not in recipe:
         return None

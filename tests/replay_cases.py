@@ -69,7 +69,7 @@ class Spy:
         self.run = run
         self.seen: dict[str, list[dict[tuple[int, ...], Experts]]] = defaultdict(list)
         self.layers: dict[str, list[tuple[int, torch.Tensor]]] = defaultdict(list)
-        self._generating = False
+        self._generating = self._began = False
         model = run.model if model is None else model
         self._whole: list[list[int]] = []
         self._pending: dict[int, torch.Tensor] = {}
@@ -78,7 +78,7 @@ class Spy:
         decoder.register_forward_hook(self._end, with_kwargs=True)
         for place, layer in enumerate(decoder.layers):
             layer.mlp.experts.register_forward_pre_hook(self._experts(place), with_kwargs=True)
-        inner = run._generate_single_turn
+        inner, whole = run._generate_single_turn, run._generate_and_score_completions
 
         def generate(*args: Any, **kwargs: Any) -> Any:
             self._generating, self._whole = True, []
@@ -88,12 +88,16 @@ class Spy:
             finally:
                 self._generating = False
 
-        run._generate_single_turn = generate
+        def begin(inputs: Any) -> Any:
+            self._began = True
+            return whole(inputs)
+
+        run._generate_single_turn, run._generate_and_score_completions = generate, begin
 
     def _pass(self) -> str:
         if self._generating:
             return "rollout"
-        if not self.seen["rollout"]:
+        if not self._began:
             return "before"  # a trainer measures noise before its first rollout (srpo.forward_checks)
         if torch._C._current_graph_task_id() != -1:
             return "again"

@@ -14,10 +14,11 @@ PACKAGES = ("srpo", "routers", "rewards")
 COMMON = {"srpo.quarantine", "srpo.ranges", "srpo.redact", "srpo.strict_yaml", "srpo.types", "srpo.well_formed"}
 ALLOWED: dict[str, set[str]] = {"srpo": set(), "routers": COMMON, "rewards": COMMON}
 # The one exception: trained agents act by the very loop that they were trained with, or they would have a second one.
-LOOP = {"srpo.episode_loop", "srpo.generate", "srpo.rollout", "srpo.sampling"}
+LOOP = {"srpo.episode_loop", "srpo.generate", "srpo.rollout", "srpo.sampling", "srpo.special_tokens"}
 EXCEPTIONS: dict[str, set[str]] = {
     "routers.agent": LOOP,
     "routers.members.lm": {"srpo.kv_cache"},
+    "routers.pool.local": {"srpo.special_tokens"},
     "routers.shared_policy": {"srpo.generate", "srpo.policy_name"},
     "routers.step_router": LOOP,
     "routers.step_session": {"srpo.generate", "srpo.rollout"},

@@ -163,7 +163,7 @@ def test_episodes_read_the_first_turn_as_the_policy_saw_it(chat_template):
 def test_the_warm_start_teaches_what_will_be_sampled(tmp_path, chat_template, options, by_trl):
     made = tokenizer(chat_template)
     row = {"prompt": PROMPT, "completion": [{"role": "assistant", "content": TURN}]}
-    assert _rendered(row, made, options) is by_trl
+    assert _rendered(row, made, [made.eos_token_id], options) is by_trl
     encoded = _encoded(row, made, options)
     prompt = prompt_ids(made, **(options or {}))
     trained = [i for i, label in zip(encoded["input_ids"], encoded["labels"], strict=True) if label != -100]

@@ -110,11 +110,11 @@ def test_a_reference_penalty_goes_with_srpo(tmp_path):
         ({"reprompt_template": "{question}"}, r"lacks its slot \{prompt\}"),
         ({"solution_template": "x"}, "successful_previous_attempt"),
         ({"feedback_template": "x"}, "feedback_raw"),
-        ({"loss_type": "cispo"}, "loss_type='cispo' acts inside TRL's own loss"),
-        ({"steps_per_generation": 1, "gradient_accumulation_steps": 2}, "must be a multiple of gradient_accumulation"),
-        ({"steps_per_generation": 3, "gradient_accumulation_steps": 2}, "must be a multiple of gradient_accumulation"),
+        ({"objective": "srpo", "loss_type": "cispo"}, "loss_type='cispo' acts inside TRL's own loss"),
+        ({"objective": "srpo", "steps_per_generation": 1, "gradient_accumulation_steps": 2}, "must be a multiple of"),
+        ({"objective": "srpo", "steps_per_generation": 3, "gradient_accumulation_steps": 2}, "must be a multiple of"),
         ({"objective": "sdpo", "beta": 0.1}, "beta=0.1: sdpo has no penalty"),
-        ({"top_entropy_quantile": 0.2}, "top_entropy_quantile=0.2 acts inside TRL's own loss"),
+        ({"objective": "srpo", "top_entropy_quantile": 0.2}, "top_entropy_quantile=0.2 acts inside TRL's own loss"),
     ],
 )
 def test_settings_that_cannot_be_meant_are_named(tmp_path, change, words):

@@ -40,6 +40,7 @@ PARAMETERS = {
     "image_sizes token_type_ids mm_token_type_ids image_position_ids",
     "compute_loss": "model inputs return_outputs num_items_in_batch",
     "_compute_loss": "model inputs",
+    "save_model": "output_dir _internal_call",
     "_get_train_sampler": "dataset",
     "_load_best_model": "",
     "_log_completion_extra": "column values",
@@ -73,6 +74,7 @@ OVERRIDDEN = (
     "_save",
     "_save_checkpoint",
     "log",
+    "save_model",
     "training_step",
 )
 

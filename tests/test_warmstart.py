@@ -316,7 +316,7 @@ def test_a_policy_of_another_pool_is_pointed_out(policy: Path, capsys: Any) -> N
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"--model": "outputs/nowhere"}, "nowhere' is no folder here"),
+        ({"--model": "outputs/nowhere"}, "is no folder here"),
         ({"--model": "./nowhere"}, "nowhere' is no folder here"),
         ({"--table": "nowhere.parquet"}, "nowhere.parquet"),
         ({"--catalogue": "nowhere.yaml"}, "nowhere.yaml"),
