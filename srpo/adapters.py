@@ -9,7 +9,7 @@ from typing import Any
 
 from accelerate import Accelerator
 from peft import PeftModel
-from peft.utils.other import TrainableTokensWrapper
+from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 
 
 def prepare_adapter(model: PeftModel, accelerator: Accelerator) -> None:
@@ -31,6 +31,14 @@ def prepare_adapter(model: PeftModel, accelerator: Accelerator) -> None:
         raise ValueError(
             "trainable_token_indices do not work where weights are sharded (FSDP, ZeRO-3): use ZeRO-2 or DDP, or "
             "modules_to_save with the embeddings"
+        )
+    base = model.get_base_model()
+    ends = [base.get_input_embeddings(), base.get_output_embeddings()]
+    copied = any(isinstance(module, ModulesToSaveWrapper) for module in ends)
+    if sharded and copied and getattr(base.config, "tie_word_embeddings", False):
+        raise ValueError(
+            "modules_to_save with a head that is the embeddings too (tie_word_embeddings) does not work where weights "
+            "are sharded (FSDP, ZeRO-3): use ZeRO-2 or DDP"
         )
     for wrapper in tokens:
         # TRL's fused head and ours read the head's bias, which PEFT's wrapper of a tied head does not pass on.

@@ -22,6 +22,11 @@ POLICIES: dict[str, dict[str, Any] | None] = {
 STEPS = 3
 
 
+def policies_of(engine: str) -> list[str]:
+    """A head that is the embeddings too cannot be trained as a copy where weights are sharded: that is refused."""
+    return [name for name in POLICIES if name != "whole_head" or engine in ("ddp", "zero2")]
+
+
 def engine_settings(engine: str) -> dict[str, Any]:
     if engine == "fsdp2":
         from replay_sharded_cases import settings
@@ -82,7 +87,7 @@ def trained(folder: Path, policy: str, kind: str, processes: int, engine: dict[s
 def main() -> None:
     from safetensors.torch import save_file
 
-    folder, engine, policies = Path(sys.argv[1]), sys.argv[2], sys.argv[3:] or list(POLICIES)
+    folder, engine, policies = Path(sys.argv[1]), sys.argv[2], sys.argv[3:] or policies_of(sys.argv[2])
     settings = engine_settings(engine)
     for policy in policies:
         for resume in (False, True):

@@ -25,7 +25,7 @@ SMALL = {
 }  # fmt: skip
 WARM = {
     "srpo": {"warm_start_epochs": 1, "warm_start_limit": 8},
-    "think_route": {"warm_start_passes": 1, "warm_start_limit": 8, "warm_start_drills": 0},
+    "think_route": {"warm_start_passes": 1, "warm_start_limit": 8, "warm_start_drills": 0, "members": ["a", "b"]},
 }
 MAINS = {"srpo": train.main, "think_route": train_think_route.main}
 
@@ -38,7 +38,11 @@ def test_a_run_goes_on_in_its_folder(name: str, tmp_path: Path, capsys: Any) -> 
     given |= {**SMALL, **WARM[name], "table": table(tmp_path, 60), "catalogue": tmp_path / "catalogue.yaml"}
 
     def words(**changes: Any) -> list[str]:
-        return [word for key, value in {**given, **changes}.items() for word in (f"--{key}", str(value))]
+        return [
+            str(word)
+            for key, value in {**given, **changes}.items()
+            for word in (f"--{key}", *(value if isinstance(value, list) else [value]))
+        ]
 
     main(words())
     assert json.loads((out / "run.json").read_text())["finished"]
