@@ -12,7 +12,8 @@
 The guard matters: an always-small run that fails goes on to the horizon and can cost more than a short success of
 always-large. The difference is then negative, and without the guard the ratio would reward spending.
 
-The references R_S, R_L of `srpo.advantages` are the same reward at a boundary's success rate p and mean cost:
+The references R_S, R_L of `srpo.objectives.advantages` are the same reward at a boundary's success rate p and mean
+cost:
 R = p (1 + beta 1[Hard]) - lambda C_norm(Cbar)                        success-gated: ... - lambda p C_norm(Cbar)
 
 INFERRED. "BoPO-style": Budget-Aware Agentic Routing (arXiv 2602.21227) has a reward of success, a bonus for hard tasks

@@ -2,7 +2,7 @@
 
 TRL logs every function by itself, so the parts of a reward are seen apart. Each scheme keeps, for answers graded 0 or
 1: right > wrong at any cost, and wrong >= any completion with a format error and no valid answer. ``c`` below is
-``cost / scale_usd``; the scale is a constant, such as ``routers.think_route.cost_scale``.
+``cost / scale_usd``; the scale is a constant, such as ``routers.tasks.think_route.environment.cost_scale``.
 """
 
 from __future__ import annotations

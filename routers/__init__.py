@@ -3,12 +3,12 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from routers.catalogue import Member, cost, load_catalogue
-from routers.table import Recorded, ReplyTable, load_table, quickstart_table
+from routers.data.catalogue import Member, cost, load_catalogue
+from routers.data.table import Recorded, ReplyTable, load_table, quickstart_table
 
 if TYPE_CHECKING:
-    from routers.agent import RouterAgent
-    from routers.step_router import StepRouter
+    from routers.tasks.step_routing.router import StepRouter
+    from routers.tasks.think_route.agent import RouterAgent
 
 __all__ = [
     "Member",
@@ -23,7 +23,7 @@ __all__ = [
 ]
 
 
-_NEED_TORCH = {"RouterAgent": "routers.agent", "StepRouter": "routers.step_router"}
+_NEED_TORCH = {"RouterAgent": "routers.tasks.think_route.agent", "StepRouter": "routers.tasks.step_routing.router"}
 
 
 def __getattr__(name: str) -> Any:

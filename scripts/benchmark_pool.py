@@ -2,11 +2,11 @@
 
     python scripts/benchmark_pool.py --latency 1.0 0.5 0.2 0
 
-The server (`tests/openai_server.py`) runs in its own process and takes a fixed time for every reply, as a model does.
-Its limit is what a minimal client measures in the same run: raw sockets, one prepared request, no JSON, no retries.
-With a latency the limit is close to concurrency / latency; at latency 0 it is how fast Python answers on loopback,
-and the ratio then only says how much CPU time the client takes beside that.
-Clients take turns, and the median of the rounds counts: machines are noisy.
+The server (`tests/support/openai_server.py`) runs in its own process and takes a fixed time for every reply, as a
+model does. Its limit is what a minimal client measures in the same run: raw sockets, one prepared request, no JSON, no
+retries. With a latency the limit is close to concurrency / latency; at latency 0 it is how fast Python answers on
+loopback, and the ratio then only says how much CPU time the client takes beside that. Clients take turns, and the
+median of the rounds counts: machines are noisy.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from routers.catalogue import Member
+from routers.data.catalogue import Member
 from routers.pool import Pool, live_pool
 from srpo.ranges import at_least, ranged
 

@@ -23,11 +23,11 @@ from benchmark_step import reward
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
 
-from routers.prompts import policy_prompt
-from routers.table import quickstart_table
+from routers.data.table import quickstart_table
+from routers.language.prompts import policy_prompt
 from srpo import SRPOConfig, SRPOTrainer
 from srpo.ranges import at_least, ranged
-from srpo.tiny import tiny_moe_lm, train_tokenizer
+from srpo.scratch_lm import tiny_moe_lm, train_tokenizer
 
 UPDATES = 4
 MODES = ("off", "R2", "R3")

@@ -23,8 +23,8 @@ from trl import GRPOTrainer as TRLGRPOTrainer
 from trl.experimental.sdpo import SDPOConfig
 from trl.experimental.sdpo import SDPOTrainer as TRLSDPOTrainer
 
-from routers.prompts import policy_prompt
-from routers.table import quickstart_table
+from routers.data.table import quickstart_table
+from routers.language.prompts import policy_prompt
 from srpo import SRPOConfig, SRPOTrainer
 from srpo.ranges import at_least, ranged
 

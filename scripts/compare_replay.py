@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from routers.report import Evaluation
+from routers.evaluation.report import Evaluation
 from srpo.cli import run as run_script
 from srpo.strict_yaml import read_yaml
 

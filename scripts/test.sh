@@ -7,7 +7,7 @@
 #                                         (.venv-newest) with the newest versions that pyproject.toml allows
 #   bash scripts/test.sh --oldest         the same with the oldest (.venv-oldest)
 #   bash scripts/test.sh --vllm           the tests on a live vLLM, which scripts/setup_vllm_cpu.sh sets up (.venv-vllm)
-#   bash scripts/test.sh tests/test_x.py  these tests only; further words go to pytest
+#   bash scripts/test.sh tests/srpo/test_x.py  these tests only; further words go to pytest
 #
 # Tests marked gpu are skipped without an NVIDIA GPU; tests marked network are never run from here.
 set -euo pipefail
@@ -33,12 +33,12 @@ export PATH="$PWD/.venv${versions:+-${versions#--}}/bin:$PATH"
 
 if [[ -n ${live:-} ]]; then
   export PATH="$PWD/.venv-vllm/bin:$PATH" PYTEST_WORKERS=0  # one engine at a time
-  (($#)) || set -- tests/test_vllm_live.py tests/test_vllm_server.py
+  (($#)) || set -- tests/srpo/test_vllm_live.py tests/srpo/test_vllm_server.py
 elif [[ -n $versions ]]; then
   # What touches other packages' seams: caches, hooks, adapters, engines. The rest runs on the lock only.
-  (($#)) || set -- tests/test_{generate,kv_cache,rollout,episodes,replay,replay_trainer,replay_turns,minirl,routed_experts}.py \
-    tests/test_{trl_hooks,trainer_parity,trainer_bopo,trainer_arguments,teacher,heads,agent,step_router,versions}.py \
-    tests/test_{positions,reference,precision,train_mode,sampling_rules}.py
+  (($#)) || set -- tests/*/test_{generate,kv_cache,rollout,episodes,replay,replay_trainer,replay_turns,minirl,routed_experts}.py \
+    tests/*/test_{trl_hooks,trainer_parity,trainer_bopo,trainer_arguments,teacher,heads,agent,step_router,versions}.py \
+    tests/*/test_{positions,reference,precision,train_mode,sampling_rules}.py
 elif (($# == 0)); then
   say "ruff"
   ruff check .

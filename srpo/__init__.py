@@ -11,13 +11,13 @@ from srpo.versions import warn_outside
 __version__ = "0.2.0"
 
 TRL_SERIES = "1.16"
-"""The one TRL minor version whose hooks the trainer core overrides (see tests/test_trl_hooks.py)."""
+"""The one TRL minor version whose hooks the trainer core overrides (see tests/srpo/test_trl_hooks.py)."""
 
 _LAZY = {
     "SRPOConfig": "srpo.config",
-    "SRPOTrainer": "srpo.trainer",
-    "SDPOTrainer": "srpo.trainer",
-    "GRPOTrainer": "srpo.trainer",
+    "SRPOTrainer": "srpo.trainer.trainer",
+    "SDPOTrainer": "srpo.trainer.trainer",
+    "GRPOTrainer": "srpo.trainer.trainer",
 }
 
 __all__ = ["TRL_SERIES", "GRPOTrainer", "SDPOTrainer", "SRPOConfig", "SRPOTrainer", "__version__"]

@@ -4,7 +4,7 @@ The names are those of TRL's `GRPOConfig` and `SDPOConfig`; the defaults are the
 (arXiv:2604.02288, Table 3) and SDPO (arXiv:2601.20802, Table 12), so any key you set is visibly your own choice.
 Four defaults of TRL's differ here on purpose: `scale_rewards="none"` (both papers' baselines do not divide by the
 standard deviation), `epsilon_high=0.28`, token-truncated importance weights of the sampler, at most 2, and
-`disable_dropout=True` (srpo/train_mode.py).
+`disable_dropout=True` (srpo/trainer/train_mode.py).
 """
 
 from dataclasses import MISSING, dataclass, field, fields
@@ -13,12 +13,12 @@ from typing import Any, ClassVar
 from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available, logging
 from trl import GRPOConfig
 
-from srpo.advantages import BASELINES, SCALES
+from srpo.objectives.advantages import BASELINES, SCALES
 from srpo.ranges import Ranges, check_numbers
 from srpo.redact import redacted
-from srpo.replay_settings import check_minirl, check_replay
-from srpo.sampling_rules import check_generation_kwargs
-from srpo.trainer_ranges import TRAINER_RANGES
+from srpo.replay.settings import check_minirl, check_replay
+from srpo.rollout.sampling_rules import check_generation_kwargs
+from srpo.trainer.ranges import TRAINER_RANGES
 
 logger = logging.get_logger(__name__)
 
@@ -145,7 +145,7 @@ class SRPOConfig(GRPOConfig):
         metadata=_help("As published."),
     )
 
-    # Mixture-of-experts policies, and the loss type minirl (srpo/replay_settings.py)
+    # Mixture-of-experts policies, and the loss type minirl (srpo/replay/settings.py)
     routing_replay: str = field(
         default="off",
         metadata=_help(
@@ -185,7 +185,7 @@ class SRPOConfig(GRPOConfig):
         default=None, metadata=_help("Stop, with a checkpoint, after the step that reaches this cost over all ranks.")
     )
 
-    # objective: bopo (srpo/advantages.py); the column `references` holds [R_S, R_L] of a row
+    # objective: bopo (srpo/objectives/advantages.py); the column `references` holds [R_S, R_L] of a row
     advantage_baseline: str = field(
         default="refmax", metadata=_help("What a reward is compared with: refmax, refgroup, refmean, refsmall, none.")
     )

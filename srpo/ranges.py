@@ -10,7 +10,7 @@
             check_numbers(self)
 
 NaN and the infinities are out of every range that does not name them, also inside lists and mappings; a bool or a
-text is no number. A numeric field without a range is found by tests/test_ranges.py.
+text is no number. A numeric field without a range is found by tests/recipes/test_ranges.py.
 """
 
 from __future__ import annotations

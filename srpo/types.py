@@ -7,9 +7,9 @@ Columns
 
 Episodes
     A completion of one turn needs a `World`. Where policy and world take turns, an `Environment` makes one `Episode`
-    per completion, and the rollout loop (`srpo.rollout`) plays it: the policy writes, the episode answers, until one
-    of `STOPS` ends it. What the policy wrote and what the world answered are `Turn`s of a `Trajectory`, told apart by
-    their owner: only the policy's tokens are ever parsed, scored or trained on.
+    per completion, and the rollout loop (`srpo.rollout.loop`) plays it: the policy writes, the episode answers, until
+    one of `STOPS` ends it. What the policy wrote and what the world answered are `Turn`s of a `Trajectory`, told apart
+    by their owner: only the policy's tokens are ever parsed, scored or trained on.
 """
 
 from collections.abc import Callable, Mapping, Sequence

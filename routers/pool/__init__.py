@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from routers.catalogue import Member
+from routers.data.catalogue import Member
 from routers.pool.cache import ReplyCache
 from routers.pool.endpoint import AGENT_PROMPT, Endpoint
 from routers.pool.ledger import Account, Ledger, OverBudget, Reservation, Spending

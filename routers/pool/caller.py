@@ -7,9 +7,9 @@ import logging
 import time
 from dataclasses import dataclass, field, replace
 
-from routers.billing import highest, price
-from routers.billing import total as sum_of
-from routers.catalogue import Member
+from routers.data.billing import highest, price
+from routers.data.billing import total as sum_of
+from routers.data.catalogue import Member
 from routers.pool.ledger import Ledger, OverBudget, Spending
 from routers.pool.limits import Breaker, CircuitOpen, Entry, Retry, Spacing, TokenBucket
 from routers.pool.protocol import (

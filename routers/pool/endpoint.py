@@ -20,7 +20,7 @@ from typing import Any
 
 import httpx
 
-from routers.catalogue import Member
+from routers.data.catalogue import Member
 from routers.pool.completion import Answer, not_json, read_completion, read_json
 from routers.pool.protocol import BAD_REQUEST, CONNECTION, EMPTY, FILTERED, MALFORMED, TIMEOUT, Attempt
 from routers.pool.refusals import NoAnswer, read_error

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from routers.billing import token_usd
+from routers.data.billing import token_usd
 
 
 class OverBudget(Exception):

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from routers.catalogue import Member
+from routers.data.catalogue import Member
 from routers.pool.protocol import BAD_REQUEST, EMPTY, Attempt
 from routers.pool.reasoning import split_reasoning
-from srpo.special_tokens import known_ends
+from srpo.rollout.special_tokens import known_ends
 from srpo.types import Usage
 
 

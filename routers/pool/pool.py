@@ -8,8 +8,8 @@ import time
 import warnings
 from collections.abc import Mapping
 
-from routers.billing import price
-from routers.catalogue import Member
+from routers.data.billing import price
+from routers.data.catalogue import Member
 from routers.pool.cache import ReplyCache, cache_key, hit
 from routers.pool.caller import Caller
 from routers.pool.ledger import Ledger, Spending

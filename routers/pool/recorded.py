@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from routers.data.table import ReplyTable, normalise_query
 from routers.pool.ledger import Ledger
 from routers.pool.pool import Pool
 from routers.pool.protocol import BAD_REQUEST, Attempt
 from routers.pool.reasoning import split_reasoning
-from routers.table import ReplyTable, normalise_query
 from srpo.types import Usage
 
 By = Literal["row", "query"]

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 from . import bopo, sdpo, srpo
 from .batch import Counts, LossConfig, LossOutput, TokenBatch
+from .branches import route
 from .divergence import Head, hidden_divergence, sampled_token_divergence, topk_divergence
-from .routing import route
 from .weights import entropy_weights
 
 # `grpo` is TRL's own loss (all its loss types). A new objective is one file and one line here, and one line in

@@ -4,8 +4,9 @@
     L    = 1/B sum_i ( 1/max(|y_i|,1) sum_t M_it l_it )
 
     M [B,T] the decisions: tokens of the policy; observations and executors are masked     |y_i| = sum_t M_it
-    rho, k3 [B,T] of the decision's probability, renormalised over the actions that were allowed (srpo.choices)
-    A [B] reference-guided advantage (srpo.advantages)     B trajectories of the whole step
+    rho, k3 [B,T] of the decision's probability, renormalised over the actions that were allowed
+    (srpo.teacher.masked_decisions)
+    A [B] reference-guided advantage (srpo.objectives.advantages)     B trajectories of the whole step
     w^TIS [B,T] sampler correction     k3 to the BoSFT policy, k_it = 1 or rho_it: both as in objectives/srpo.py
 
 A long episode has more decisions, not more weight. The result does not depend on the split into micro-batches.

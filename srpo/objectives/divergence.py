@@ -12,7 +12,8 @@ and D ~ (1-alpha) KL(student || teacher) for alpha -> 1. At alpha = 1e-4 the los
 
 Support: the whole vocabulary (exact), or the K tokens that the *student* ranks highest now, plus one bucket that holds
 the rest of the mass (`tail`), or renormalised over the K. With the tail D is never above the exact value. A decision
-was sampled among its choices C only, so its support is C, exactly, and both are renormalised over it (srpo.choices).
+was sampled among its choices C only, so its support is C, exactly, and both are renormalised over it
+(srpo.teacher.masked_decisions).
 
     hidden [N,D], [N,D']   weight [V,D], [V,D']   logits [N,V]   D [N]   (N = scored tokens, V = vocabulary)
     choices [N,A] token ids padded with -1; a row of -1 is a token without restriction

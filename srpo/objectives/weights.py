@@ -2,7 +2,7 @@
 
     w~_it = exp(-beta H_it)        w_it = w~_it / Z        Z = 1/|Omega| sum_{Omega} w~        (eq. 4.2)
 
-    H [B,T] teacher entropy, nats, over the vocabulary, of a decision over its choices (srpo.choices)
+    H [B,T] teacher entropy, nats, over the vocabulary, of a decision over its choices (srpo.teacher.masked_decisions)
     Omega [B,T] trained tokens of routed completions
 
 so that the mean of w over Omega is 1, whatever beta and the entropies are, and the scale of the loss is kept. w is a

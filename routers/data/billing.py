@@ -1,0 +1,170 @@
+"""What a call costs: the one place in the project that multiplies tokens by a price.
+
+Prices are USD per million tokens, as vendors quote them; ``price_request`` alone is USD per request. A catalogue
+states them per member (``routers.data.catalogue.Member``):
+
+    price_in, price_out   prompt and completion tokens
+    price_cached          prompt tokens that the provider read from its cache; default: price_in
+    price_cache_write     prompt tokens that it wrote there; default: price_in
+    price_reasoning       completion tokens that were reasoning; default: price_out
+    price_request         of every request that used tokens; default: 0
+    price_tiers           [{above: 200000, price_in: 2.5, price_out: 15, price_cached: 0.25}, ...]: the prices of a
+                          whole call whose prompt has more tokens than that. A tier says its price_in and price_out;
+                          what else it leaves out costs as much as those, and is not taken from below
+
+A reply is billed by what it reports, within what was possible and never below what was seen (``routers.pool.usage``).
+What is set aside before a call is ``highest``: no discount, the dearest tier that the prompt can reach, the fee. A
+reply out of our own cache costs nothing; its price (``price``), which rewards use, stays that of the call that was
+made. A recorded reply whose table has a ``cost`` column costs what that says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from srpo.types import Usage
+
+if TYPE_CHECKING:
+    from routers.data.catalogue import Member
+
+TOKENS_PER_PRICE = 1_000_000
+HIGHEST_PRICE = 10_000.0
+"""USD per million tokens; the dearest model sold takes 600. Above it a catalogue means another unit."""
+LOWEST_PRICE = 1e-4
+"""The same from below: a price per token, where one per million belongs. 0 is a price."""
+HIGHEST_REQUEST = 100.0
+"""USD per request."""
+
+
+@dataclass(frozen=True)
+class PriceTier:
+    """Prices of calls whose prompt has more than ``above`` tokens."""
+
+    above: int
+    price_in: float
+    price_out: float
+    price_cached: float | None = None
+    price_cache_write: float | None = None
+    price_reasoning: float | None = None
+
+
+def token_usd(prompt_tokens: Any, completion_tokens: Any, price_in: float, price_out: float) -> Any:
+    """USD of tokens, or of arrays of them, at two plain prices."""
+    return (prompt_tokens * price_in + completion_tokens * price_out) / TOKENS_PER_PRICE
+
+
+def cost(
+    member: Member,
+    prompt_tokens: int,
+    completion_tokens: int,
+    *,
+    cached_tokens: int = 0,
+    cache_write_tokens: int = 0,
+    reasoning_tokens: int = 0,
+) -> float:
+    """Price of one request in USD, by the member's prices; see the module's docstring.
+
+    Args:
+        member: with prices.
+        prompt_tokens: all of them.
+        completion_tokens: all of them.
+        cached_tokens, cache_write_tokens: of the prompt tokens.
+        reasoning_tokens: of the completion tokens.
+
+    Raises:
+        ValueError: the member has no prices, a count is negative, or a part is more than its whole.
+    """
+    fresh = prompt_tokens - cached_tokens - cache_write_tokens
+    written = completion_tokens - reasoning_tokens
+    if min(prompt_tokens, completion_tokens, cached_tokens, cache_write_tokens, reasoning_tokens) < 0:
+        raise ValueError(f"{member.name}: token counts are negative ({prompt_tokens}, {completion_tokens})")
+    if fresh < 0 or written < 0:
+        raise ValueError(f"{member.name}: more cached or reasoning tokens than prompt or completion tokens")
+    prices = _tier(member, prompt_tokens)
+    usd = token_usd(fresh, written, prices.price_in, prices.price_out)
+    if cached_tokens or cache_write_tokens:
+        usd += token_usd(
+            cached_tokens,
+            cache_write_tokens,
+            _or(prices.price_cached, prices.price_in),
+            _or(prices.price_cache_write, prices.price_in),
+        )
+    if reasoning_tokens:
+        usd += token_usd(0, reasoning_tokens, 0.0, _or(prices.price_reasoning, prices.price_out))
+    return float(usd + member.price_request)
+
+
+def price(member: Member, usage: Usage) -> float:
+    """USD of a call's usage: what its source states, else by tokens, request by request. Nothing used costs nothing.
+
+    Raises:
+        ValueError: as `cost`.
+    """
+    return sum(_of_one(member, request) for request in usage.calls or (usage,))
+
+
+def _of_one(member: Member, usage: Usage) -> float:
+    if usage.usd is not None:
+        return usage.usd
+    if not (usage.prompt_tokens or usage.completion_tokens):
+        return 0.0
+    return cost(
+        member,
+        usage.prompt_tokens,
+        usage.completion_tokens,
+        cached_tokens=usage.cached_tokens,
+        cache_write_tokens=usage.cache_write_tokens,
+        reasoning_tokens=usage.reasoning_tokens,
+    )
+
+
+def highest(member: Member, prompt_tokens: int, completion_tokens: int) -> float:
+    """USD that one request costs at most, if it has at most so many tokens.
+
+    Raises:
+        ValueError: the member has no prices.
+    """
+    tiers = [_base(member), *(tier for tier in member.price_tiers if tier.above < prompt_tokens)]
+    return member.price_request + max(
+        token_usd(
+            prompt_tokens,
+            completion_tokens,
+            max(tier.price_in, _or(tier.price_cached, 0.0), _or(tier.price_cache_write, 0.0)),
+            max(tier.price_out, _or(tier.price_reasoning, 0.0)),
+        )
+        for tier in tiers
+    )
+
+
+def total(usages: Iterable[Usage]) -> Usage:
+    """The sum of requests, which remembers them: a tier and a fee belong to a request, and not to a sum of tokens."""
+    requests = tuple(usages)
+    return Usage(
+        sum(u.prompt_tokens for u in requests),
+        sum(u.completion_tokens for u in requests),
+        sum(u.cached_tokens for u in requests),
+        sum(u.cache_write_tokens for u in requests),
+        sum(u.reasoning_tokens for u in requests),
+        calls=requests,
+    )
+
+
+def _or(value: float | None, default: float) -> float:
+    return default if value is None else value
+
+
+def _base(member: Member) -> PriceTier:
+    if member.price_in is None or member.price_out is None:
+        raise ValueError(
+            f"member {member.name!r} has no prices; write price_in and price_out (or price_from) in the catalogue. "
+            "Only recorded replies of a table whose every row has a cost can do without"
+        )
+    found = (member.price_cached, member.price_cache_write, member.price_reasoning)
+    return PriceTier(0, member.price_in, member.price_out, *found)
+
+
+def _tier(member: Member, prompt_tokens: int) -> PriceTier:
+    reached = [tier for tier in member.price_tiers if tier.above < prompt_tokens]
+    return max(reached, key=lambda tier: tier.above) if reached else _base(member)

@@ -1,0 +1,248 @@
+"""Rows out of users' files: the one reader of parquet, JSON and separated text, plain or compressed.
+
+A row that cannot be read is returned as a `BadRow` with its reason, so that the caller can leave it out and name it
+(`srpo.quarantine`). What is wrong with a whole file is one error that names it.
+"""
+
+from __future__ import annotations
+
+import bz2
+import codecs
+import csv
+import gzip
+import io
+import lzma
+import re
+import sys
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from routers.data.json_rows import json_lines, json_rows
+from routers.data.raw_rows import BadRow as BadRow
+from routers.data.raw_rows import Row as Row
+
+FORMATS = (".parquet", ".jsonl", ".json", ".csv", ".tsv")
+_SAME = {".pq": ".parquet", ".ndjson": ".jsonl", ".tab": ".tsv"}
+_PACKED: dict[str, Callable[[bytes], bytes]] = {
+    ".gz": gzip.decompress,
+    ".xz": lzma.decompress,
+    ".bz2": bz2.decompress,
+}
+_OTHER_FILES = (
+    ".txt",
+    ".arrow",
+    ".feather",
+    ".xls",
+    ".xlsx",
+    ".zip",
+    ".zst",
+    ".yaml",
+    ".yml",
+    ".pkl",
+    ".sqlite",
+    ".db",
+)
+_SEPARATORS = (",", ";", "\t", "|")
+_ESCAPED = re.compile("[\udc80-\udcff]")  # a byte that is no UTF-8, after decoding with surrogateescape
+
+
+def format_of(path: str | Path) -> str | None:
+    """The format that a file's name says (one of `FORMATS`), whatever it is packed in; None: no known one."""
+    suffixes = [suffix.lower() for suffix in Path(path).suffixes]
+    if suffixes and suffixes[-1] in _PACKED:
+        suffixes.pop()
+    last = suffixes[-1] if suffixes else ""
+    last = _SAME.get(last, last)
+    return last if last in FORMATS else None
+
+
+def names_a_file(source: str | Path) -> bool:
+    """Whether this is a file or folder here, or says that it should be one: then it is no id of the Hub."""
+    text, path = str(source), Path(source)
+    if isinstance(source, Path) or path.exists() or path.is_absolute() or text.startswith(("~", ".")):
+        return True
+    suffix = path.suffix.lower()
+    known = format_of(path) is not None or suffix in _OTHER_FILES or suffix in _PACKED
+    return known or "\\" in text or len(path.parts) > 2 or (len(path.parts) == 2 and path.parent.is_dir())
+
+
+def read_rows(path: str | Path) -> list[Row]:
+    """All rows of a file, or of the files in a folder; a row that cannot be read has a `BadRow` for its value.
+
+    Blank lines and rows without any value are skipped. Text is UTF-8 (or UTF-16 or -32 with its mark); the
+    separator of .csv and .tsv is found in the header. What a cell holds under no name is a column without a name.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file as a whole cannot be read; the message names it.
+    """
+    path = Path(path).expanduser()
+    if path.is_dir():
+        files = [file for file in sorted(path.iterdir()) if file.is_file() and format_of(file)]
+        if not files:
+            raise ValueError(f"{path}: this folder holds no {', '.join(FORMATS)} file")
+        rows = [row.value for file in files for row in read_rows(file)]
+        return [Row(number, value) for number, value in enumerate(rows, start=1)]
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file")
+    kind = format_of(path)
+    if kind is None:
+        packed = " or ".join(_PACKED)
+        raise ValueError(f"{path}: its name says no format; there are {', '.join(FORMATS)}, packed as {packed} or not")
+    data = _unpacked(path)
+    if kind == ".parquet":
+        return [Row(number, value) for number, value in enumerate(_parquet(path, data), start=1)]
+    text, broken = _decoded(path, data)
+    reader = {".jsonl": json_lines, ".json": json_rows}.get(kind, _separated)
+    rows_read = reader(path, text)
+    return list(rows_read) if broken is None else [_checked_bytes(row, broken) for row in rows_read]
+
+
+def _unpacked(path: Path) -> bytes | None:
+    """The file's content; None for a plain parquet file, which is read in place."""
+    unpack = _PACKED.get(path.suffix.lower())
+    if unpack is None and format_of(path) == ".parquet":
+        return None
+    data = path.read_bytes()
+    try:
+        return data if unpack is None else unpack(data)
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, ValueError) as error:
+        raise ValueError(f"{path}: is not a whole {path.suffix.lower()} file ({error})") from None
+
+
+def _parquet(path: Path, data: bytes | None) -> list[dict[str, Any]]:
+    import pyarrow as pa  # here, because reading rows from memory should not need arrow
+    import pyarrow.parquet as pq
+
+    try:
+        rows: list[dict[str, Any]] = pq.read_table(path if data is None else pa.BufferReader(data)).to_pylist()
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read as parquet: {error}") from None
+    return rows
+
+
+_WIDE_MARKS = {
+    codecs.BOM_UTF32_LE: "utf-32",  # before UTF-16, whose mark it begins with
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+
+
+def _decoded(path: Path, data: bytes | None) -> tuple[str, str | None]:
+    """The text of a file; and, where bytes are no UTF-8, words that name the first, for the rows that hold one."""
+    data = data or b""
+    if encoding := next((_WIDE_MARKS[mark] for mark in _WIDE_MARKS if data.startswith(mark)), None):
+        try:
+            return data.decode(encoding, "surrogatepass"), None
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{path}: begins as {encoding} and is none at byte {error.start}; save it as UTF-8"
+            ) from None
+    while data.startswith(codecs.BOM_UTF8):  # some tools put theirs before another's
+        data = data[len(codecs.BOM_UTF8) :]
+    if b"\0" in data[:2000].partition(b"\n")[0]:
+        raise ValueError(f"{path}: its first line holds NUL bytes, as UTF-16 without its mark does; save it as UTF-8")
+    try:
+        return data.decode("utf-8"), None
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        first = f"the file's first is byte {error.start}, in line {line}"
+        return data.decode("utf-8", "surrogateescape"), first
+
+
+def _checked_bytes(row: Row, first: str) -> Row:
+    found = _ESCAPED.search(_texts(row.value))
+    if found is None:
+        return row
+    byte = f"0x{ord(found[0]) - 0xDC00:02X}"
+    detail = f"byte {byte} is not UTF-8 ({first}); save the file as UTF-8"
+    return Row(row.number, BadRow("not UTF-8", detail, repr(row.value)))
+
+
+def _texts(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, BadRow):
+        return value.content
+    if isinstance(value, Mapping):
+        return "".join(map(_texts, (*value.keys(), *value.values())))
+    return "".join(map(_texts, value)) if isinstance(value, (list, tuple)) else ""
+
+
+def _separated(path: Path, text: str) -> Iterator[Row]:
+    csv.field_size_limit(max(csv.field_size_limit(), min(len(text) + 1, sys.maxsize)))  # long replies are no fault
+    lines = list(io.StringIO(text, newline=""))
+    while lines and not lines[0].strip():
+        lines.pop(0)
+    separator = None
+    if lines and (mark := re.fullmatch(r"sep=(.)\s*", lines[0], re.IGNORECASE)):  # Excel's own first line
+        separator = mark[1]
+        lines.pop(0)
+    if not lines:
+        return
+    separator = separator or _separator(lines[0], "\t" if format_of(path) == ".tsv" else ",")
+    spaced = re.fullmatch(
+        rf"[^{re.escape(separator)}]+(?:{re.escape(separator)} [^{re.escape(separator)}]+)+", lines[0]
+    )
+    records = _records(lines, separator, spaced is not None)  # "a, b, c": the space belongs to the separator
+    first = next(records)
+    if isinstance(first, BadRow):
+        raise ValueError(f"{path}: the header {first.detail}")
+    header = [name.strip() for name in first]
+    if twice := [name for name in header if name and header.count(name) > 1]:
+        raise ValueError(f"{path}: the column {twice[0]!r} stands twice in its first line, the header; rename one")
+    number = 0
+    for record in records:
+        if isinstance(record, BadRow):
+            number += 1
+            yield Row(number, record)
+        elif any(cell.strip() for cell in record):
+            number += 1
+            while len(record) > len(header) and not record[-1].strip():  # spreadsheets write empty cells behind rows
+                record.pop()
+            if len(record) == len(header):
+                named = zip(header, record, strict=True)
+                yield Row(number, {name: cell for name, cell in named if name or cell.strip()})
+            else:
+                detail = f"has {len(record)} cells, the header has {len(header)}"
+                yield Row(number, BadRow("wrong number of cells", detail, separator.join(record)))
+
+
+def _separator(header: str, usual: str) -> str:
+    def cells(separator: str) -> int:
+        return len(next(csv.reader([header], delimiter=separator), []))
+
+    return max((usual, *_SEPARATORS), key=cells)  # the first of equals
+
+
+def _records(lines: Sequence[str], separator: str, spaced: bool) -> Iterator[list[str] | BadRow]:
+    """Records, of one line or, in quotes, of several. Where quotes do not close, only that line is bad."""
+    start, width = 0, None
+    while start < len(lines):
+        options: Any = {"delimiter": separator, "skipinitialspace": spaced, "strict": True}
+        reader, position = csv.reader(_from(lines, start), **options), start
+        while True:
+            try:
+                record = next(reader, None)
+            except csv.Error as error:
+                yield BadRow("broken quotes", f"has broken quotes: {error}", lines[position])
+                break
+            if record is None:
+                return
+            end = start + reader.line_num
+            width = len(record) if width is None else width
+            if end - position > 1 and len(record) != width:  # a quote that never closed took other rows with it
+                yield BadRow(
+                    "broken quotes", f"opens a quote and has {len(record)} cells, not {width}", lines[position]
+                )
+                break
+            yield record
+            position = end
+        start = position + 1
+
+
+def _from(lines: Sequence[str], start: int) -> Iterable[str]:
+    return (lines[i] for i in range(start, len(lines)))

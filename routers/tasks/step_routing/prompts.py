@@ -1,0 +1,133 @@
+"""What a router is told after every step: a few words of a fixed vocabulary, or the texts themselves.
+
+`compact` and `progress` are for small policies. `compact`, for ALFWorld: one word each for what the episode needs
+next, how many steps are gone, how many places were never looked into, and what is left of the budget. It reads the
+episode's texts only (`memory`), never the hidden state, so a router that sees it knows no more than the explorer does.
+`progress`, for any environment: steps, budget, the score so far, and whether the last step showed anything new.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from routers.environments.alfworld.facts import TREATMENTS
+from routers.environments.alfworld.memory import Memory, kind, remember
+from routers.tasks.step_routing.environment import Describe, Situation
+from srpo.types import Observation
+
+PHASES = ("lost", "search", "closed", "seen", "held", "ready")
+"""lost: the task is not understood. search: what is needed next was not seen. closed: the same, facing a closed door.
+seen: it was seen. held: in the hand, to be treated or brought under a lamp that was seen. ready: to be delivered."""
+_MOST = 30
+
+
+def _numbers(letters: str) -> list[str]:
+    return [f"<{letter}{n}>" for letter in letters for n in range(_MOST + 1)] + ["<b*>"]
+
+
+def compact(situation: Situation) -> Observation:
+    """`<search><t4><u7><b2>`: phase, steps taken, places not looked into, what is left of the budget (* no limit).
+
+    The budget is shown in calls where calls are counted, else in thirtieths of the cap.
+    """
+    memory = remember(situation.view)
+    unseen = sum(place not in memory.seen for place in memory.places)
+    steps = len(situation.view.steps)
+    words = [phase(memory), f"t{min(steps, _MOST)}", f"u{min(unseen, _MOST)}", f"b{_left(situation)}"]
+    return Observation(before="".join(f"<{word}>" for word in words))
+
+
+def _left(situation: Situation) -> str:
+    budget, remaining = situation.gate.budget, situation.gate.remaining
+    if budget.cap is None:
+        return "*"
+    if budget.unit == "large_calls":
+        return str(min(int(remaining), _MOST))
+    return str(math.floor(_MOST * remaining / budget.cap) if budget.cap else 0)
+
+
+def phase(memory: Memory) -> str:
+    """One of `PHASES`."""
+    goal = memory.goal
+    if goal is None:
+        return "lost"
+    treatment = TREATMENTS.get(goal.task_type)
+    if memory.held is not None and kind(memory.held) == goal.thing:
+        if goal.lamp is not None:
+            return "held" if memory.whereabouts(goal.lamp) else _searching(memory)
+        return "ready" if treatment is None or (treatment, memory.held) in memory.treated else "held"
+    for thing, place in memory.whereabouts(goal.thing):
+        done = kind(place) == goal.receptacle and (treatment is None or (treatment, thing) in memory.treated)
+        if not done:
+            return "seen"
+    return _searching(memory)
+
+
+def _searching(memory: Memory) -> str:
+    return "closed" if memory.here in memory.closed else "search"
+
+
+def progress(situation: Situation) -> Observation:
+    """`<new><t4><s3><b2>`: whether the last observation is one that was not seen before (else `<again>`), steps taken,
+    score so far in tenths (0 where the environment tells it at the end only), what is left of the budget."""
+    seen = [situation.view.first, *(step.observation for step in situation.view.steps)]
+    score = math.floor(10 * situation.view.environment.score)
+    steps = min(len(situation.view.steps), _MOST)
+    words = ["again" if seen[-1] in seen[:-1] else "new", f"t{steps}", f"s{score}", f"b{_left(situation)}"]
+    return Observation(before="".join(f"<{word}>" for word in words))
+
+
+def verbose(situation: Situation) -> Observation:
+    """The last action and its observation as text of others, in a frame that says who acted and what is left."""
+    left = "" if situation.gate.budget.cap is None else f", budget left {situation.gate.remaining:.4g}"
+    head = f"\n[steps left {situation.steps_left}{left}]\n"
+    if not situation.view.steps:
+        return Observation(body=situation.view.first, before=head, after="\n")
+    last = situation.view.steps[-1]
+    return Observation(
+        body=f"> {last.action}\n{last.observation}", before=f"\n{situation.calls[-1]} acted.{head}", after="\n"
+    )
+
+
+def compact_prompt(situation: Situation, labels: Mapping[str, str]) -> str:
+    """The task, and the words of the start."""
+    return f"{situation.view.environment.task}\n{compact(situation).before}"
+
+
+def progress_prompt(situation: Situation, labels: Mapping[str, str]) -> str:
+    """The task and its type, and the words of the start."""
+    environment = situation.view.environment
+    return f"{environment.task_type}: {environment.task}\n{progress(situation).before}"
+
+
+def verbose_prompt(situation: Situation, labels: Mapping[str, str]) -> str:
+    """What a language model is asked to do, who can act, what is left, and the first observation."""
+    cap = situation.gate.budget.cap
+    limit = "There is no budget." if cap is None else f"The budget is {cap:g} {situation.gate.budget.unit}."
+    names = "\n".join(f"{label}: {name}" for name, label in labels.items())
+    return (
+        "You do not act yourself. At every step of the task you decide which executor acts; the first is cheap, those "
+        f"after it are stronger and more expensive. Answer with its word only.\n{names}\n{limit} "
+        f"There are {situation.steps_left} steps.\n\n{situation.view.first}"
+    )
+
+
+@dataclass(frozen=True)
+class Style:
+    """One way of telling a router what happens."""
+
+    describe: Describe
+    prompt: Callable[[Situation, Mapping[str, str]], str]
+    """The user's message, from the situation at the start and the labels of the executors by name."""
+    words: tuple[str, ...] = ()
+    """What must be one token each of a policy that is made from nothing."""
+
+
+OBSERVATIONS = {
+    "compact": Style(compact, compact_prompt, (*(f"<{phase}>" for phase in PHASES), *_numbers("tub"))),
+    "progress": Style(progress, progress_prompt, ("<new>", "<again>", *_numbers("tsb"))),
+    "verbose": Style(verbose, verbose_prompt),
+}
+"""Names that recipes use."""

@@ -1,0 +1,281 @@
+"""One episode of a `StepRouter` from the inside: who acts now, and what is left. For agents that own their loop.
+
+    with router.session("put a clean mug in coffeemachine.", cap=0.05) as session:
+        while not done and (name := session.choose(observation, {"small": 0.0004, "large": 0.01})) is not None:
+            reply = ask(name, observation)               # your call of a model; keep it below its bound
+            session.paid(reply.usd, reply.action)
+            observation, done = act(reply.action)        # your environment
+
+Before a call its upper bound is reserved, afterwards `paid` settles it. `failed`, or leaving the block with a call
+open, costs the whole bound, because the call may be billed. What no longer fits cannot be chosen: the cap holds for
+every sequence of choices, as long as no call costs more than its bound. The policy reads, token for token, what a
+rollout of the same episode would have shown it (`srpo.rollout.loop`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+from routers.environments.alfworld.memory import remember
+from routers.environments.protocol import AgentEnvironment, Step, View
+from routers.pool.ledger import Reservation
+from routers.tasks.step_routing.budget import BudgetGate
+from routers.tasks.step_routing.environment import Situation
+from routers.tasks.step_routing.settings import StepSettings, Told
+from routers.tasks.step_routing.step_parts import RoutedStep
+from srpo.rollout.generator import Request, Sample
+from srpo.rollout.loop import Labels, observation_ids
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A turn of the policy that is wanted: `choices` are the labels of `step.allowed`."""
+
+    request: Request
+    choices: tuple[int, ...]
+    step: RoutedStep
+
+
+class StepSession:
+    """Made by `StepRouter.session`. One episode, one call at a time.
+
+    Args:
+        settings, gate: how the policy was trained, and the budget of this episode.
+        tokenizer, labels, clean: of the policy; `clean` breaks control tokens in texts of others.
+        submit: asks the policy.
+        number: tells this episode's turns from those of others; the same for all of them.
+        seed: names the dice of the policy's choices.
+        limit: steps of the episode.
+        task, task_type: what has to be done, for prompts that say it.
+    """
+
+    def __init__(
+        self,
+        settings: StepSettings,
+        gate: BudgetGate,
+        tokenizer: Any,
+        labels: Labels,
+        clean: Callable[[str], str],
+        submit: Callable[[Request], Future[Sample]],
+        *,
+        number: int,
+        seed: str,
+        limit: int,
+        task: str = "",
+        task_type: str = "",
+    ) -> None:
+        self.settings = settings
+        self.gate = gate
+        self.seed = seed
+        self.limit = limit
+        self.stop: str | None = None
+        """Why `choose` returns None: "budget", "turns" or "closed"."""
+        self._tokenizer, self._labels, self._clean, self._submit = tokenizer, labels, clean, submit
+        self._number = number
+        self._told = Told(task, task_type, seed=seed)
+        self._first = ""
+        self._ids: tuple[int, ...] = ()
+        self._steps: list[RoutedStep] = []
+        self._reservation: Reservation | None = None
+        self._call = threading.Lock()  # held from a choice until its call is settled
+
+    def choose(
+        self,
+        observation: str,
+        bounds: Mapping[str, float] | None = None,
+        *,
+        steps_left: int | None = None,
+        score: float = 0.0,
+    ) -> str | None:
+        """Who acts now; its bound is reserved until `paid` or `failed`.
+
+        Args:
+            observation: the first one, task included; later what came of the last action. Text of others: what it
+                spells out is never a control token, and the choice is one token out of the affordable labels.
+            bounds: USD that the next call of each executor costs at most. May be left out where calls are counted.
+            steps_left: steps that the episode may still take, this one included; None: the limit less those taken.
+            score: the environment's so far, in [0, 1], where it tells one (the policy of `progress` reads it).
+
+        Returns:
+            An executor's name; None: nothing fits, or no step is left. `stop` says which, and it stays so.
+
+        Raises:
+            ValueError: bounds that are not one number >= 0 per executor; a `force_small` budget that cannot pay for
+                the episode; a first observation that a policy of ALFWorld's `compact` words cannot read.
+            RuntimeError: the last call was not settled, or the router was closed.
+        """
+        with self._deciding():
+            return self._chosen(self._heard(observation, score), bounds, steps_left)
+
+    async def achoose(
+        self,
+        observation: str,
+        bounds: Mapping[str, float] | None = None,
+        *,
+        steps_left: int | None = None,
+        score: float = 0.0,
+    ) -> str | None:
+        """`choose` for asyncio."""
+        with self._deciding():
+            asked = self._asked(self._heard(observation, score), bounds, steps_left)
+            if asked is None:
+                return None
+            return self._decided(asked, await asyncio.wrap_future(self._submit(asked.request)))
+
+    def choose_in(self, view: View, bounds: Mapping[str, float], steps_left: int) -> str | None:
+        """`choose` where the episode is played in an `AgentEnvironment`."""
+        with self._deciding():
+            return self._chosen(view, bounds, steps_left)
+
+    def paid(self, usd: float, action: str = "", error: str | None = None) -> None:
+        """The call is over.
+
+        Args:
+            usd: what it cost. More than its bound is held against the budget (`violated`); what is not a number >= 0
+                is not believed, and costs the bound.
+            action: what the executor chose to do, in its words; the policy of `verbose` reads it with the observation.
+            error: why it failed, where it did; for the record.
+
+        Raises:
+            RuntimeError: no call is open.
+        """
+        if self._reservation is None:
+            raise RuntimeError("no call is open: choose() comes first, then paid() or failed(), once")
+        last = self._steps[-1]
+        believed = usd if math.isfinite(usd) and usd >= 0 else last.bounds[last.executor]
+        self.gate.settle(self._reservation, believed)
+        self._steps[-1] = replace(last, usd=believed, action=action, error=error)
+        self._reservation = None
+        self._call.release()
+
+    def failed(self, error: str = "failed") -> None:
+        """The call failed. It may be billed, so it costs its whole bound; and a step."""
+        self.paid(math.nan, error=error)
+
+    def close(self, error: str = "left open") -> None:
+        """The episode is over. A call that is still open has failed."""
+        if self._reservation is not None:
+            self.failed(error)
+        self.stop = self.stop or "closed"
+
+    @property
+    def steps(self) -> tuple[RoutedStep, ...]:
+        """All steps so far; the last one's observation is known with the next choice."""
+        return tuple(self._steps)
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """What the policy has read and written, from its prompt to its last choice."""
+        return self._ids
+
+    @property
+    def remaining(self) -> float:
+        """In the budget's unit; infinite without a cap."""
+        return self.gate.remaining
+
+    @property
+    def violated(self) -> bool:
+        """Whether a call cost more than its bound."""
+        return self.gate.violated
+
+    @property
+    def executor_usd(self) -> float:
+        return sum(step.usd for step in self._steps)
+
+    @property
+    def policy_usd(self) -> float:
+        """The policy's own tokens, each token of the context once (it is cached)."""
+        return self.settings.policy_usd(len(self._ids) - len(self._steps), len(self._steps))
+
+    def __enter__(self) -> StepSession:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @contextmanager
+    def _deciding(self) -> Iterator[None]:
+        if not self._call.acquire(blocking=False):
+            raise RuntimeError("the last call is still open: say paid() or failed() before the next choose()")
+        try:
+            yield
+        finally:
+            if self._reservation is None:
+                self._call.release()
+
+    def _heard(self, observation: str, score: float) -> View:
+        """The episode as it would look if it were played in an environment of ours."""
+        texts = [*(step.observation for step in self._steps[:-1]), observation]
+        told = cast(AgentEnvironment, replace(self._told, score=score))
+        steps = tuple(Step(step.action, text) for step, text in zip(self._steps, texts, strict=False))
+        view = View(self._first if steps else observation, steps, (), told, self.seed)
+        if not steps and self.settings.observation == "compact" and remember(view).goal is None:
+            raise ValueError(
+                "this policy was trained on ALFWorld's `compact` words, and the first observation is not a text of "
+                "ALFWorld with its task: train one with observation: progress or verbose for other environments"
+            )
+        return view
+
+    def _asked(self, view: View, given: Mapping[str, float] | None, steps_left: int | None) -> _Asked | None:
+        """The next turn of the policy; None where the episode is over. May be asked again after an error."""
+        if self.stop is not None:
+            return None
+        left = self.limit - len(self._steps) if steps_left is None else steps_left
+        bounds = self._bounds(given)
+        if self._steps:
+            self._steps[-1] = replace(self._steps[-1], observation=view.steps[-1].observation)
+        else:
+            self._first = view.first
+            self.gate.check_start(bounds, left)
+        allowed = tuple(self.gate.allowed(bounds, left)) if left > 0 else ()
+        if not allowed:
+            self.stop = "budget" if left > 0 else "turns"
+            return None
+        situation = Situation(view, left, self.gate, tuple(step.executor for step in self._steps))
+        ids = (*self._ids, *(self._observed(situation) if self._steps else self._prompt(situation)))
+        choices = self._labels.ids(tuple(self.settings.names[name] for name in allowed))
+        step = RoutedStep(allowed[0], allowed, bounds, self.gate.remaining, 0.0)
+        return _Asked(Request(self._number, ids, f"{self.seed}:{len(self._steps)}", 1, choices), choices, step)
+
+    def _chosen(self, view: View, bounds: Mapping[str, float] | None, steps_left: int | None) -> str | None:
+        asked = self._asked(view, bounds, steps_left)
+        return None if asked is None else self._decided(asked, self._submit(asked.request).result())
+
+    def _decided(self, asked: _Asked, sample: Sample) -> str:
+        name = asked.step.allowed[asked.choices.index(sample.ids[0])]
+        self._reservation = self.gate.reserve(name, asked.step.bounds)
+        self._ids = (*asked.request.ids, *sample.ids)
+        self._steps.append(replace(asked.step, executor=name, probability=math.exp(sample.logprobs[0])))
+        return name
+
+    def _prompt(self, start: Situation) -> list[int]:
+        ids: list[int] = self._tokenizer.apply_chat_template(
+            self.settings.messages(start, self._clean),
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=False,
+            **self.settings.chat_template_kwargs,
+        )
+        return ids
+
+    def _observed(self, situation: Situation) -> tuple[int, ...]:
+        observation = self.settings.style.describe(situation)
+        return observation_ids(observation, self._tokenizer, self.settings.observation_tokens)
+
+    def _bounds(self, given: Mapping[str, float] | None) -> dict[str, float]:
+        names = self.settings.executors
+        if given is None and self.gate.budget.unit == "large_calls":
+            return dict.fromkeys(names, 0.0)
+        if given is None or set(given) != set(names):
+            found = "none" if given is None else ", ".join(given)
+            raise ValueError(f"bounds are needed for each of {', '.join(names)}; given: {found}")
+        if bad := [name for name in names if not (math.isfinite(given[name]) and given[name] >= 0)]:
+            raise ValueError(f"the bound of {bad[0]} is {given[bad[0]]!r}; it must be a number of USD >= 0")
+        return {name: float(given[name]) for name in names}

@@ -1,0 +1,307 @@
+"""Policy and episodes take turns until one of `srpo.types.STOPS`. Token in = token out.
+
+    all episodes made -> [ policy: one turn for every row that is going on, in one batch
+                        -> world: all their steps at the same time                      ] ... -> columns
+
+A turn of the policy stays the ids that were sampled: nothing is decoded and encoded again. The world's text is encoded
+once, without control tokens (`srpo.rollout.untrusted`), cut, and framed. An episode that raises or does not answer in
+time is *lost*: its trajectory ends with stop "lost" and the cause in its columns, and nobody else notices.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from tqdm.auto import tqdm
+
+from srpo.columns import OF_ROLLOUT, TURNS, check_word
+from srpo.ranges import Ranges, above, at_least, check_numbers
+from srpo.rollout.generator import Generator, Request
+from srpo.rollout.sampling import text_of
+from srpo.rollout.thinking import opened_by
+from srpo.rollout.untrusted import encode_frame, encode_untrusted
+from srpo.rollout.worker_loop import EpisodeLoop, Failure
+from srpo.types import LOST, STOP, Columns, Environment, Episode, Observation, Row, Stop, Trajectory, Turn
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What ends an episode, or cuts a part of it.
+
+    Raises:
+        ValueError: a number out of its range.
+    """
+
+    RANGES: ClassVar[Ranges] = {
+        "turns": at_least(1),
+        "tokens": at_least(1),
+        "observation_tokens": at_least(0),
+        "step_seconds": above(0),
+        "turn_tokens": at_least(1),
+        "episode_seconds": at_least(0),
+    }
+
+    turns: int
+    """Turns of the policy."""
+    tokens: int
+    """Of all turns, the world's too (TRL's `max_completion_length`)."""
+    observation_tokens: int
+    """Of the body of one observation; its frame is added after the cut."""
+    step_seconds: float
+    """One step of the world; longer loses the episode."""
+    turn_tokens: int | None = None
+    """One turn of the policy; the world sees what was written until then."""
+    episode_seconds: float | None = None
+    """Looked at after each step."""
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
+
+
+@dataclass
+class _Play:
+    """One row while it is going on."""
+
+    row: int
+    prompt: tuple[int, ...]
+    episode: Episode | None = None
+    choices: tuple[str, ...] | None = None
+    turns: list[Turn] = field(default_factory=list)
+    text: str = ""
+    """What the policy wrote in its last turn."""
+    opened: str = ""
+    """The think tag in which its first text begins, where the prompt has opened one."""
+    stop: Stop | None = None
+    cause: str | None = None
+
+    @property
+    def context(self) -> tuple[int, ...]:
+        return (*self.prompt, *(i for turn in self.turns for i in turn.ids))
+
+    @property
+    def used(self) -> int:
+        return sum(len(turn.ids) for turn in self.turns)
+
+    @property
+    def policy_turns(self) -> int:
+        return sum(turn.owner == "policy" for turn in self.turns)
+
+    def lose(self, cause: str) -> None:
+        self.stop, self.cause = "lost", cause
+
+
+def play(
+    environment: Environment,
+    rows: Sequence[Row],
+    prompt_ids: Sequence[Sequence[int]],
+    seeds: Sequence[str],
+    generator: Generator,
+    tokenizer: Any,
+    limits: Limits,
+    loop: EpisodeLoop | None = None,
+    progress: bool = False,
+    out_of_money: Callable[[], bool] = lambda: False,
+) -> list[Trajectory]:
+    """One trajectory per row.
+
+    Args:
+        rows: dataset rows, handed to `environment.episode`.
+        prompt_ids: per row the ids of its prompt, at least one.
+        seeds: per row a text that names it: (run, step, row, sample). Turn t draws from `seed:t`.
+        loop: where the episodes live; None: a loop of this call's own. Clients of an environment belong to a loop.
+        progress: show a bar over episodes.
+        out_of_money: asked after the steps of each round; True ends every episode with stop "budget", so that only
+            what was under way is spent.
+
+    Returns:
+        Trajectories whose columns are the episode's, and `STOP`, `LOST` and "turns". An episode that could not give
+        its columns has None in each.
+
+    Raises:
+        ValueError: a label of `choices()` that is not one token, two labels of the same token.
+    """
+    started = time.monotonic()
+    plays = [_Play(i, tuple(ids), opened=opened_by(tokenizer, ids)) for i, ids in enumerate(prompt_ids)]
+    labels = Labels(tokenizer)
+    with EpisodeLoop() if loop is None else nullcontext(loop) as loop:
+        _make(environment, plays, rows, seeds, loop, limits)
+        with tqdm(total=len(plays), desc="episodes", disable=not progress, leave=False) as bar:
+            while going := [p for p in plays if p.stop is None]:
+                _policy_turns(going, seeds, generator, labels, tokenizer, limits)
+                _world_turns([p for p in going if p.stop is None], loop, tokenizer, limits, started)
+                if out_of_money():
+                    for p in going:
+                        p.stop = p.stop or "budget"
+                bar.update(sum(p.stop is not None for p in plays) - bar.n)
+        generator.finish()
+        return _trajectories(plays, loop, limits)
+
+
+def _make(
+    environment: Environment,
+    plays: list[_Play],
+    rows: Sequence[Row],
+    seeds: Sequence[str],
+    loop: EpisodeLoop,
+    limits: Limits,
+) -> None:
+    def job(play: _Play) -> Any:
+        async def make() -> Any:
+            episode = environment.episode(rows[play.row], seeds[play.row])
+            return episode, episode.choices()
+
+        return make
+
+    for play, made in zip(plays, loop.run([job(p) for p in plays], limits.step_seconds), strict=True):
+        if isinstance(made, Failure):
+            play.lose(made.cause)
+        else:
+            play.episode, play.choices = made[0], _labels(made[1])
+
+
+def _policy_turns(
+    plays: list[_Play], seeds: Sequence[str], generator: Generator, labels: "Labels", tokenizer: Any, limits: Limits
+) -> None:
+    requests = []
+    for play in plays:
+        room = limits.tokens - play.used
+        requests.append(
+            Request(
+                row=play.row,
+                ids=play.context,
+                seed=f"{seeds[play.row]}:{play.policy_turns}",
+                max_tokens=room if limits.turn_tokens is None else min(room, limits.turn_tokens),
+                choices=None if play.choices is None else labels.ids(play.choices),
+            )
+        )
+    for play, request, sample in zip(plays, requests, generator.generate(requests), strict=True):
+        play.turns.append(Turn("policy", sample.ids, sample.logprobs, request.choices))
+        if request.choices is not None:
+            play.text = play.choices[request.choices.index(sample.ids[0])]  # type: ignore[index]
+        else:
+            play.text = play.opened + text_of(tokenizer, sample.ids)
+            play.opened = ""
+        if not sample.ended and play.used >= limits.tokens:
+            play.stop = "tokens"  # in the middle of a sentence: there is nothing to answer
+
+
+def _world_turns(plays: list[_Play], loop: EpisodeLoop, tokenizer: Any, limits: Limits, started: float) -> None:
+    def job(play: _Play) -> Any:
+        async def step() -> Any:
+            observation = await play.episode.step(play.text)  # type: ignore[union-attr]
+            if not isinstance(observation, Observation):
+                raise TypeError(f"step returned a {type(observation).__name__}, not an Observation")
+            return observation, None if observation.end is not None else play.episode.choices()  # type: ignore
+
+        return step
+
+    for play, answer in zip(plays, loop.run([job(p) for p in plays], limits.step_seconds), strict=True):
+        if isinstance(answer, Failure):
+            play.lose(answer.cause)
+            continue
+        observation, choices = answer
+        play.choices = _labels(choices)
+        late = limits.episode_seconds is not None and time.monotonic() - started > limits.episode_seconds
+        if observation.end is not None:
+            play.stop = observation.end
+            play.cause = "the episode says so" if observation.end == "lost" else None
+        elif play.policy_turns >= limits.turns:
+            play.stop = "turns"
+        elif late:
+            play.stop = "deadline"
+        else:
+            ids = observation_ids(observation, tokenizer, limits.observation_tokens)
+            if play.used + len(ids) >= limits.tokens:
+                play.stop = "tokens"
+            elif ids:
+                play.turns.append(Turn("world", ids))
+
+
+def observation_ids(observation: Observation, tokenizer: Any, limit: int) -> tuple[int, ...]:
+    """Ids of an observation: the body is cut to `limit` tokens first and framed then, so no frame is ever torn. The
+    aside gets what the body leaves of the limit, and loses its head."""
+    body = encode_untrusted(tokenizer, observation.body)[:limit]
+    if observation.aside:
+        between = encode_frame(tokenizer, observation.between)
+        room = limit - len(body) - len(between)
+        aside = encode_untrusted(tokenizer, observation.aside)[-room:] if room > 0 else []
+        body = [*body, *between, *aside] if aside else body
+    return (*encode_frame(tokenizer, observation.before), *body, *encode_frame(tokenizer, observation.after))
+
+
+def _trajectories(plays: list[_Play], loop: EpisodeLoop, limits: Limits) -> list[Trajectory]:
+    def job(play: _Play) -> Any:
+        async def columns() -> Any:
+            return dict(play.episode.columns(play.stop))  # type: ignore[union-attr, arg-type]
+
+        return columns
+
+    alive = [p for p in plays if p.episode is not None]
+    columns: list[dict[str, Any]] = [{} for _ in plays]
+    for play, found in zip(alive, loop.run([job(p) for p in alive], limits.step_seconds), strict=True):
+        if isinstance(found, Failure):
+            play.lose(play.cause or f"columns: {found.cause}")
+        else:
+            columns[play.row] = _own_columns(found, play.row)
+            if play.stop == "lost":
+                play.cause = found.get(LOST) or play.cause
+            elif found.get(LOST):
+                play.lose(str(found[LOST]))
+    names = sorted({name for c in columns for name in c} - set(OF_ROLLOUT))
+    return [
+        Trajectory(
+            prompt_ids=play.prompt,
+            turns=tuple(play.turns),
+            stop=play.stop,  # type: ignore[arg-type]
+            columns={
+                **{name: columns[play.row].get(name) for name in names},
+                STOP: play.stop,
+                LOST: play.cause,
+                TURNS: play.policy_turns,
+            },
+        )
+        for play in plays
+    ]
+
+
+def _own_columns(found: dict[str, Any], row: int) -> dict[str, Any]:
+    """Raises ValueError where an episode's column would be mistaken for one of the rollout's."""
+    for name in (STOP, TURNS):
+        if name in found:
+            raise ValueError(f"the episode of row {row} has a column {name!r}, which is the rollout's own; rename it")
+    check_word(LOST, found.get(LOST), f"the episode of row {row}")
+    return found
+
+
+def as_columns(trajectories: Sequence[Trajectory]) -> Columns:
+    """One list per column, one value per trajectory."""
+    names = {name: None for t in trajectories for name in t.columns}
+    return {name: [t.columns.get(name) for t in trajectories] for name in names}
+
+
+def _labels(choices: Sequence[str] | None) -> tuple[str, ...] | None:
+    return None if choices is None else tuple(choices)
+
+
+class Labels:
+    """Labels of choices as ids, looked up once; each must be one token."""
+
+    def __init__(self, tokenizer: Any):
+        self._tokenizer = tokenizer
+        self._ids: dict[tuple[str, ...], tuple[int, ...]] = {}
+
+    def ids(self, labels: tuple[str, ...]) -> tuple[int, ...]:
+        if labels not in self._ids:
+            encoded = [encode_frame(self._tokenizer, label) for label in labels]
+            for label, ids in zip(labels, encoded, strict=True):
+                if len(ids) != 1:
+                    raise ValueError(
+                        f"the choice {label!r} is {len(ids)} tokens of this tokenizer; each label must be exactly one"
+                    )
+            found = tuple(ids[0] for ids in encoded)
+            if not found or len(set(found)) < len(found):
+                raise ValueError(f"the choices {labels!r} are not different tokens of this tokenizer")
+            self._ids[labels] = found
+        return self._ids[labels]

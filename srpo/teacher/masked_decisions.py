@@ -1,0 +1,144 @@
+"""Masked decisions: log-probabilities renormalised over the actions that were allowed.
+
+    log pi(a | s, C) = z_a / tau - logsumexp_{c in C} z_c / tau                 a in C, C the choices of the position
+
+    z logits of the LM head     tau sampling temperature     C stored when the token was sampled: choices [B,T,A],
+    int64, token ids padded with -1; a row of -1 is a position without restriction and keeps its log-probability
+
+Sampling was restricted to C, so old, new and reference log-probabilities must be too, with the same stored C:
+otherwise the ratio compares two different distributions, and mass on actions that were not allowed leaks into the
+gradient. Only the |C| rows of the head are read, inside the model's own forward, as TRL's fused head does it.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate.utils import is_peft_model
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from srpo.objectives import Head
+from srpo.teacher.lm_head import capture_hidden, head_of
+
+
+def choice_log_probs(hidden: Tensor, head: Head, choices: Tensor, temperature: float) -> Tensor:
+    """hidden [N, D], choices [N, A] -> log-probabilities [N, A] over each row's choices; -inf at the padding. fp32."""
+    with head.gather():
+        return (head.logits(hidden, choices) / temperature).log_softmax(dim=-1)
+
+
+def score_choices(
+    hidden: Tensor, head: Head, choices: Tensor, tokens: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of `tokens` [N] among their choices [N, A], and the entropy over the choices: [N], [N], nats.
+
+    Raises:
+        ValueError: a token is not among its choices.
+    """
+    chosen = choices == tokens.unsqueeze(-1)
+    if not chosen.any(dim=-1).all():
+        bad = int((~chosen.any(dim=-1)).nonzero()[0])
+        raise ValueError(
+            f"decision {bad}: token {int(tokens[bad])} is not among its choices {choices[bad].tolist()}; the stored "
+            "choices do not belong to these completions"
+        )
+    logp = choice_log_probs(hidden, head, choices, temperature)
+    sampled = logp.gather(-1, chosen.int().argmax(dim=-1, keepdim=True)).squeeze(-1)
+    finite = logp.masked_fill(choices < 0, 0.0)  # 0 log 0 = 0, and its gradient too, instead of NaN
+    return sampled, -(logp.exp() * finite).sum(dim=-1)
+
+
+def add_choice_head(model: PreTrainedModel, temperature: float) -> None:
+    """Let `model(..., labels=, fused_lm_head=True)` score decisions among their choices inside `scored_among`.
+
+    Call it after TRL's `add_fused_lm_head`, on the base model of a PEFT model. Without choices nothing changes.
+    """
+    fused_forward = model.forward
+    model.scored_choices = None
+
+    # Keep the original signature: `generate` validates its model kwargs against it.
+    @functools.wraps(type(model).forward)
+    def forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        choices = self.scored_choices
+        if choices is None or not kwargs.get("fused_lm_head"):
+            return fused_forward(*args, **kwargs)
+        with capture_hidden(self) as captured:
+            output = fused_forward(*args, **kwargs)
+        length = choices.size(1)
+        tokens = kwargs["labels"][:, -length:]
+        decided = (choices >= 0).any(dim=-1) & (tokens != -100)
+        hidden = captured[0][:, -1 - length : -1]  # position t predicts token t + 1
+        logp, entropy = score_choices(hidden[decided], head_of(self), choices[decided], tokens[decided], temperature)
+        where = torch.zeros_like(output.log_probs, dtype=torch.bool)
+        where[:, -length:] = decided
+        output.log_probs = output.log_probs.masked_scatter(where, logp.to(output.log_probs.dtype))
+        if output.entropy is not None:
+            output.entropy = output.entropy.masked_scatter(where, entropy.to(output.entropy.dtype))
+        return output
+
+    model.forward = types.MethodType(forward, model)
+
+
+@contextmanager
+def scored_among(model: PreTrainedModel, choices: Tensor | None) -> Iterator[None]:
+    """Inside the block the patched `model` scores its last T tokens among `choices` [B, T, A]; None: as ever."""
+    model.scored_choices = choices
+    try:
+        yield
+    finally:
+        model.scored_choices = None
+
+
+class ChoicesMixin:
+    """Every log-probability that a trainer scores is renormalised over the stored choices: old, new and reference."""
+
+    _choices: Tensor | None = None
+    """Choices of the rows that are being scored; the rollout sets it while it scores a generation batch."""
+
+    def _add_choice_heads(self) -> None:
+        """After the model (and the reference model) have TRL's fused head."""
+        for model in filter(None, (self.model, self.ref_model)):
+            add_choice_head(self._scored_model(model), self.temperature)
+
+    def _scored_model(self, model: torch.nn.Module) -> PreTrainedModel:
+        base = self.accelerator.unwrap_model(model)
+        return base.get_base_model() if is_peft_model(base) else base
+
+    def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> Tensor:
+        self._choices = inputs.get("choices")
+        try:
+            return super()._compute_loss(model, inputs)
+        finally:
+            self._choices = None
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: torch.nn.Module,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        score = functools.partial(super()._get_per_token_logps_and_entropies, model, **kwargs)
+        choices = self._choices
+        if choices is None:
+            return score(input_ids, attention_mask, logits_to_keep, batch_size)
+        parts = []
+        size = batch_size or input_ids.size(0)
+        for start in range(0, input_ids.size(0), size):
+            rows = slice(start, start + size)
+            with scored_among(self._scored_model(model), choices[rows]):
+                parts.append(score(input_ids[rows], attention_mask[rows], logits_to_keep))
+        logps, entropies, aux = zip(*parts, strict=True)
+        return (
+            torch.cat(logps),
+            None if entropies[0] is None else torch.cat(entropies),
+            None if aux[0] is None else torch.stack(aux).mean(),
+        )

@@ -1,0 +1,218 @@
+"""Publishing works against a real server, and nothing that the Hub does ends a run."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from srpo.hub.card import model_card
+from srpo.hub.errors import explain
+from srpo.hub.files import files_to_push
+from srpo.hub.hub import HubMixin, safe_push
+from srpo.redact import REDACTED, redacted, scrubbed
+
+HERE = Path(__file__).resolve().parents[1] / "support"
+
+
+@pytest.fixture(scope="module")
+def outcomes(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What happened in a process that trained against a Hub that works, refuses (401), breaks (500, dies), is gone."""
+    work = tmp_path_factory.mktemp("hub")
+    # huggingface_hub reads its settings when imported, so this cannot run in the test's own process.
+    path = os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path}
+    run = subprocess.run(
+        [sys.executable, str(HERE / "hub_worker.py"), str(tiny_model_dir), str(work)],
+        capture_output=True, text=True, timeout=500, env=environment, cwd=work,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-3000:]
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def test_a_pushed_folder_arrives_byte_for_byte_and_without_pickles(outcomes: dict[str, Any]) -> None:
+    folder = outcomes["folder"]
+    names = ("README.md", "config.json", "model.safetensors")
+    assert folder["received"] == {f"me/small:{name}": folder["local"][name] for name in names}
+    assert folder["url"].endswith("/me/small/commit/" + "c" * 40)
+
+
+def test_a_resumable_push_adds_what_resuming_needs_but_not_the_arguments(outcomes: dict[str, Any]) -> None:
+    state = ["optimizer.pt", "rng_state.pth", "scheduler.pt", "teacher.safetensors"]
+    wanted = sorted(["README.md", "config.json", "model.safetensors", *state])
+    assert outcomes["folder"]["resumable"] == [f"me/small:last-checkpoint/{name}" for name in wanted]
+
+
+def test_a_run_pushes_at_every_save_and_at_the_end(outcomes: dict[str, Any]) -> None:
+    run = outcomes["ok"]
+    assert run["steps"] == 2 and run["push"] is True and run["logs"] == []
+    # A save during an upload is skipped, as in transformers, so the second message may be missing on a busy machine.
+    assert run["messages"][0] == "Training in progress, step 1" and run["messages"][-1] == "End of training"
+    received = {name.removeprefix("me/router:"): sha for name, sha in run["received"].items()}
+    saved = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+    policy = {"README.md", *saved, "agent.yaml", "prices.txt"}
+    for name in policy:
+        assert received[name] == run["local"][name]
+    # A run's folder holds much else (see hub_worker.MUCH_ELSE): none of it is public.
+    assert received.keys() - policy <= {"generation_config.json", "chat_template.jinja"}
+    assert run["staged"] == []
+
+
+def test_the_card_on_the_hub_tells_what_was_done_and_no_secret(outcomes: dict[str, Any]) -> None:
+    run = outcomes["ok"]
+    card = run["remote_card"]
+    assert card == run["card"]
+    assert "`grpo`" in card and "2402.03300" in card and "| held-out | 0.61 |" in card
+    assert "learning_rate: 1.0e-06" in card and REDACTED in card
+    assert "Canary" not in card and run["leaks"] == 0
+    assert str(HERE) not in card
+
+
+@pytest.mark.parametrize(
+    ("mode", "words"),
+    [
+        ("401", "the Hub refused the credentials (HTTP 401): log in"),
+        ("500", "the Hub has a problem of its own (HTTP 500)"),
+        ("dies", "the Hub has a problem of its own (HTTP 500)"),
+        ("gone", "the Hub cannot be reached"),
+    ],
+)
+def test_training_goes_on_whatever_the_hub_does(outcomes: dict[str, Any], mode: str, words: str) -> None:
+    run = outcomes[mode]
+    assert run["steps"] == 2 and run["push"] is False
+    # The weights are those of the run that could push: the failures changed nothing.
+    assert run["local"]["model.safetensors"] == outcomes["ok"]["local"]["model.safetensors"]
+    assert any(words in line and "Training goes on." in line for line in run["logs"])
+    assert any("push_checkpoint(" in line and "'me/router'" in line for line in run["logs"])
+    assert not any("Canary" in line for line in run["logs"])
+    assert run["received"] == {} and run["staged"] == []
+
+
+def test_what_of_a_checkpoint_goes_up(tmp_path: Path) -> None:
+    policy = ["README.md", "adapter_config.json", "adapter_model.safetensors", "tokenizer.json"]
+    state = ["environment_0.json", "global_step1/a.pt", "optimizer.pt", "reference.safetensors", "teacher.safetensors"]
+    local = ["_own", "completions/a.parquet", "quarantine.jsonl", "quarantine-1.jsonl", "training_args.bin"]
+    for name in (*policy, *state, *local, "checkpoint-1/model.safetensors", "a[1].txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    assert files_to_push(tmp_path) == policy
+    assert files_to_push(tmp_path, beside=["a[1].txt"]) == sorted([*policy, "a[1].txt"])
+    assert files_to_push(tmp_path, resumable=True) == sorted([*policy, *state, "a[1].txt"])
+
+
+def test_a_folder_without_a_policy_is_not_pushed(tmp_path: Path) -> None:
+    for name in ("config.json", "teacher.safetensors", "warm_start/model.safetensors"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    with pytest.raises(ValueError, match="holds no weights of a policy"):
+        files_to_push(tmp_path)
+
+
+def test_an_adapter_of_a_local_model_is_said_to_need_it(
+    tiny_model_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    class Bare(HubMixin):
+        def __init__(self, model: Any) -> None:
+            self.model = model
+
+    policy = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model_dir), LoraConfig(r=2))
+    with caplog.at_level(logging.WARNING):
+        Bare(policy)._say_if_the_base_stays_here()
+    assert f"without the model that it changes, which is a folder of this machine, {tiny_model_dir}" in caplog.text
+
+
+def test_safe_push_catches_errors_but_not_an_interrupt(caplog: pytest.LogCaptureFixture) -> None:
+    def fail() -> None:
+        raise ConnectionError("no route")
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    assert safe_push(lambda: "commit") is True
+    with caplog.at_level(logging.WARNING):
+        assert safe_push(fail, what="the push of X", retry="Run Y.") is False
+    assert "the push of X failed: the Hub cannot be reached [ConnectionError: no route]" in caplog.text
+    assert caplog.records[0].getMessage().endswith("Training goes on. Run Y.")
+    with pytest.raises(KeyboardInterrupt):
+        safe_push(interrupt)
+
+
+def test_an_explanation_looks_at_the_cause_and_hides_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_API_KEY", "swordfish-9")
+    response = type("Response", (), {"status_code": 429})
+    cause = OSError("slow down")
+    cause.response = response  # type: ignore[attr-defined]
+    error = RuntimeError("upload with hf_abcdefghijklmnopqrstuv and swordfish-9 failed\nmore")
+    error.__cause__ = cause
+    text = explain(error)
+    assert "HTTP 429" in text and "abcdef" not in text and "swordfish" not in text and "more" not in text
+    assert explain(ValueError("x")) == "unexpected error [ValueError: x]"
+
+
+# ----------------------------------------------------------------------------------------------------- model card
+
+
+def metadata(card: str) -> dict[str, Any]:
+    assert card.startswith("---\n")
+    return yaml.safe_load(card.split("---\n")[1])
+
+
+@pytest.mark.parametrize(
+    ("objective", "papers"),
+    [
+        ("grpo", {"2402.03300"}),
+        ("sdpo", {"2601.20802"}),
+        ("srpo", {"2604.02288", "2601.20802", "2402.03300"}),
+    ],
+)
+def test_the_card_cites_the_papers_of_its_objective(objective: str, papers: set[str]) -> None:
+    card = model_card(objective=objective, model_name="router", base_model="Qwen/Qwen3-4B", command=["x"])
+    assert {number for number in ("2402.03300", "2601.20802", "2604.02288") if number in card} == papers
+    data = metadata(card)
+    assert data["base_model"] == "Qwen/Qwen3-4B" and objective in data["tags"] and "trl" in data["tags"]
+    assert data["library_name"] == "transformers" and data["pipeline_tag"] == "text-generation"
+
+
+def test_an_adapter_is_loaded_with_peft_on_its_base() -> None:
+    card = model_card(
+        objective="srpo", model_name="r", base_model="Qwen/Qwen3-4B", adapter=True, repo_id="me/r", command=["x"]
+    )
+    assert metadata(card)["library_name"] == "peft"
+    assert 'AutoModelForCausalLM.from_pretrained("Qwen/Qwen3-4B")' in card
+    assert 'PeftModel.from_pretrained(base, "me/r")' in card
+    code = card.split("```python\n")[1].split("```")[0]
+    compile(code, "card", "exec")  # an example that is not even Python helps nobody
+
+
+def test_the_card_holds_a_recipe_that_can_be_read_back_and_says_when_nothing_was_evaluated() -> None:
+    recipe = {"objective": "srpo", "learning_rate": 5e-6, "hub_token": "abc", "members": ["a", "b"]}
+    card = model_card(objective="srpo", model_name="r", recipe=recipe, command=["train.py", "--config", "a b.yaml"])
+    block = card.split("```yaml\n")[1].split("```")[0]
+    assert yaml.safe_load(block) == {**recipe, "hub_token": REDACTED}
+    assert "Not evaluated yet." in card and "train.py --config 'a b.yaml'" in card
+
+
+def test_an_unknown_objective_is_refused() -> None:
+    with pytest.raises(ValueError, match="unknown objective 'ppo'"):
+        model_card(objective="ppo", model_name="r")
+
+
+def test_redaction_reaches_every_depth_and_leaves_the_rest() -> None:
+    mapping = {"a": [{"api_key": "x"}, "hf_" + "Ab1" * 8], "pad_token": "<pad>", "n": 3, "revision": "0a" * 20}
+    assert redacted(mapping) == {
+        "a": [{"api_key": REDACTED}, REDACTED], "pad_token": "<pad>", "n": 3, "revision": "0a" * 20
+    }  # fmt: skip
+
+
+def test_scrubbing_removes_what_the_environment_keeps_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_SERVICE_TOKEN", "correct horse")
+    monkeypatch.setenv("MY_SERVICE_URL", "http://somewhere")
+    assert scrubbed("say correct horse to http://somewhere") == f"say {REDACTED} to http://somewhere"

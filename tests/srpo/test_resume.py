@@ -1,0 +1,75 @@
+"""Eight steps are at + (8 - at) steps in a new process: losses, parameters, teacher and optimiser, bit for bit."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from resume_cases import CASES, made, state
+from safetensors.torch import load_file
+
+from srpo.trainer.buffer import load_nested, save_nested
+from srpo.trainer.checkpoint import _refuse_other_world_size
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The uninterrupted runs, made here, and what one new process made of their checkpoints."""
+    folder = tmp_path_factory.mktemp("resume")
+    straight = {}
+    for case in CASES:
+        run = made(folder, case)
+        run.train()
+        straight[case] = state(run)
+    script = (Path(__file__).parents[1] / "support" / "resume_cases.py")
+    done = subprocess.run([sys.executable, str(script), str(folder), *CASES], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return straight, {case: load_file(folder / f"{case}.safetensors") for case in CASES}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_resuming_is_bitwise(runs, case):
+    straight, resumed = runs[0][case], runs[1][case]
+    assert straight.keys() == resumed.keys()
+    objective = CASES[case]["objective"]
+    kinds = {name.split("/")[0] for name in straight}
+    assert {"model", "optimizer", "log"} <= kinds
+    assert ("teacher" in kinds) is (objective != "grpo" and CASES[case].get("teacher_model_kind") != "live")
+    if objective != "grpo":
+        assert (straight["log/srpo/routed_share"] > 0).any(), "nothing was distilled: the case is empty"
+    assert len(set(straight["log/loss"].tolist())) >= 5, "hardly a step did anything: the case is empty"
+    different = [name for name in straight if not torch.equal(straight[name], resumed[name])]
+    assert not different
+
+
+def test_nested_tensors_come_back_bit_for_bit(tmp_path):
+    whole = torch.arange(6.0)
+    value = {
+        "a": [whole[:3], None, whole[3:]],  # slices share memory
+        "b": {"c": torch.tensor(float("nan")), "d": 0.1, "e": "text", "tensor": True},
+        "f": [torch.tensor([True, False]), torch.zeros(0, 4), torch.eye(3).T.bfloat16()],
+    }
+    save_nested(value, tmp_path / "x.safetensors")
+    back = load_nested(tmp_path / "x.safetensors")
+    assert back["a"][1] is None and torch.equal(torch.cat([back["a"][0], back["a"][2]]), whole)
+    assert back["b"]["c"].isnan() and back["b"]["c"].ndim == 0
+    assert (back["b"]["d"], back["b"]["e"], back["b"]["tensor"]) == (0.1, "text", True)
+    for ours, theirs in zip(value["f"], back["f"], strict=True):
+        assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+    with pytest.raises(TypeError):
+        save_nested({"a": object()}, tmp_path / "y.safetensors")
+
+
+@pytest.mark.parametrize(("files", "processes", "wrote"), [(2, 1, 2), (0, 2, 1)])
+def test_another_number_of_processes_is_refused(tmp_path, files, processes, wrote):
+    names = [f"rng_state_{rank}.pth" for rank in range(files)] or ["rng_state.pth"]
+    for name in names:
+        (tmp_path / name).touch()
+    with pytest.raises(ValueError, match=f"was written by {wrote} processes and this run has {processes}"):
+        _refuse_other_world_size(str(tmp_path), processes)
+    _refuse_other_world_size(str(tmp_path), wrote)
+
+
+def test_a_checkpoint_of_weights_only_says_nothing_of_processes(tmp_path):
+    _refuse_other_world_size(str(tmp_path), 4)

@@ -1,0 +1,190 @@
+"""Chat templates that open `<think>` in the prompt, from warm start to serving; and those that close it again."""
+
+from typing import Any
+
+import pytest
+import torch
+from core_helpers import config, dataset
+
+from routers.language.grammar import Grammar, parse, parse_turn
+from routers.tasks.query_routing.evaluate import generate
+from routers.tasks.think_route.settings import AgentSettings
+from routers.tasks.think_route.sft_rows import Demonstration
+from routers.tasks.think_route.task import encode_demonstration
+from srpo.policy import warm_start_config
+from srpo.rollout.generator import Sample
+from srpo.rollout.loop import Limits, play
+from srpo.rollout.thinking import inside, opened_by, opened_in, unfinished
+from srpo.scratch_lm import tiny_causal_lm, train_tokenizer
+from srpo.sft import _encoded, _rendered, warm_start
+from srpo.teacher.prompt import strip_thinking
+from srpo.trainer.trainer import SRPOTrainer
+from srpo.types import Observation
+
+HEAD = "{% for m in messages %}{% if m.role == 'assistant' %}<|im_start|>assistant\n{{ ANSWER }}<|im_end|>\n{% else %}"
+REST = "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
+END = "{% if add_generation_prompt %}<|im_start|>assistant\nOPENED{% endif %}"
+
+
+def template(answer: str, opened: str) -> str:
+    return (HEAD + REST + END).replace("{{ ANSWER }}", answer).replace("OPENED", opened)
+
+
+# As DeepSeek's distillations, as Qwen3-Thinking (its answer keeps the block), as Qwen3 with enable_thinking: false.
+R1 = template("{{ m.content.split('</think>')[-1] }}", "<think>\n")
+THINKING = template(
+    "<think>\n{{ m.content.replace('<think>', '').replace('</think>', '\n</think>\n\n') }}", "<think>\n"
+)
+CLOSED = template("{{ m.content }}", "{% if enable_thinking is defined %}<think>\n\n</think>\n\n{% endif %}")
+NONE = template("{{ m.content }}", "")
+TURN = "<think>why</think><route>a</route>"
+PROMPT = [{"role": "user", "content": "Write <think>why</think><route>name</route>. Question: what?"}]
+
+
+def tokenizer(chat_template: str) -> Any:
+    made = train_tokenizer(
+        [TURN, "what is it", "assistant user"], 300, whole=["<think>", "</think>", "<route>", "</route>"]
+    )
+    made.chat_template = chat_template
+    return made
+
+
+def prompt_ids(made: Any, **options: Any) -> list[int]:
+    return made.apply_chat_template(PROMPT, add_generation_prompt=True, return_dict=False, **options)
+
+
+@pytest.mark.parametrize(
+    ("chat_template", "options", "opened"),
+    [
+        (R1, {}, "<think>"),
+        (THINKING, {}, "<think>"),
+        (NONE, {}, ""),
+        (CLOSED, {}, ""),
+        (CLOSED, {"enable_thinking": False}, ""),
+    ],
+)
+def test_what_a_prompt_leaves_open(chat_template, options, opened):
+    made = tokenizer(chat_template)
+    assert opened_by(made, prompt_ids(made, **options)) == opened
+    completion = "why</think><route>a</route>" if opened else TURN
+    assert parse(opened + completion, ["a"]).member == "a"
+    assert (parse(completion, ["a"]).kind == "invalid") == bool(opened)
+
+
+def test_texts_by_hand():
+    assert opened_in("a <think> \n") == "<think>" and opened_in("<think>\n\n</think>\n\n") == opened_in("") == ""
+    assert inside("<think>", "<think>\nwhy</think>x") == "why</think>x" and inside("", TURN) == TURN
+    assert strip_thinking(unfinished("<think>", "why</think> so")) == "so"
+    assert strip_thinking(unfinished("<think>", "no end")) == "no end"
+    assert strip_thinking(unfinished("", TURN)) == "<route>a</route>"
+
+
+def test_a_special_think_token_is_refused_in_one_sentence():
+    made = tokenizer(R1)
+    made.add_special_tokens({"additional_special_tokens": ["</think>"]})
+    with pytest.raises(ValueError, match="make them ordinary added tokens"):
+        opened_by(made, prompt_ids(made))
+
+
+def network(made: Any) -> Any:
+    return tiny_causal_lm(made, hidden=32, layers=1, heads=2, intermediate=64, seed=0)
+
+
+@pytest.mark.parametrize(("chat_template", "says"), [(R1, "why</think><route>a</route>"), (NONE, TURN)])
+def test_worlds_and_demonstrations_of_the_trainer(tmp_path, monkeypatch, chat_template, says):
+    made = tokenizer(chat_template)
+    seen, demonstrations = [], []
+    monkeypatch.setattr(
+        "srpo.trainer.trainer.strip_thinking", lambda text: demonstrations.append(text) or strip_thinking(text)
+    )
+
+    def world(rows, texts):
+        seen.extend(texts)
+        return {"route": [parse(text, ["a"]).member for text in texts]}
+
+    def rollout(prompts, run):
+        ids = made(says, add_special_tokens=False)["input_ids"] + [made.eos_token_id]
+        return {
+            "prompt_ids": run._tokenize_prompts(prompts)[0],
+            "completion_ids": [ids for _ in prompts],
+            "logprobs": None,
+        }
+
+    run = SRPOTrainer(
+        network(made),
+        lambda completions, **_: [float(i % 2) for i in range(len(completions))],
+        config(tmp_path, objective="srpo", max_completion_length=64),
+        dataset(),
+        processing_class=made,
+        world=world,
+        rollout_func=rollout,
+    )
+    run.train()
+    assert set(seen) == {TURN} and set(demonstrations) == {TURN}
+
+
+@pytest.mark.parametrize("chat_template", [R1, THINKING, NONE])
+def test_episodes_read_the_first_turn_as_the_policy_saw_it(chat_template):
+    made, texts = tokenizer(chat_template), []
+    opened = chat_template != NONE
+
+    class World:
+        def episode(self, row, seed):
+            return self
+
+        def choices(self):
+            return None
+
+        async def step(self, text):
+            texts.append(text)
+            return Observation("reply", end=None if len(texts) == 1 else "done")
+
+        def columns(self, stop):
+            return {}
+
+    class Writes:
+        def generate(self, requests):
+            text = TURN if texts or not opened else TURN.removeprefix("<think>")
+            return [Sample(tuple(made(text)["input_ids"]), (0.0,) * len(made(text)["input_ids"]), True)]
+
+        def finish(self):
+            pass
+
+    limits = Limits(turns=3, tokens=200, observation_tokens=20, step_seconds=5.0)
+    play(World(), [{}], [prompt_ids(made)], ["0"], Writes(), made, limits)
+    assert texts == [TURN, TURN]
+    assert parse_turn(texts[0].replace("a<", "a:q<"), ["a"], Grammar()).kind == "route"
+
+
+@pytest.mark.parametrize(
+    ("chat_template", "options", "by_trl"),
+    [(R1, None, False), (THINKING, None, True), (NONE, None, True), (CLOSED, {"enable_thinking": False}, False)],
+)
+def test_the_warm_start_teaches_what_will_be_sampled(tmp_path, chat_template, options, by_trl):
+    made = tokenizer(chat_template)
+    row = {"prompt": PROMPT, "completion": [{"role": "assistant", "content": TURN}]}
+    assert _rendered(row, made, [made.eos_token_id], options) is by_trl
+    encoded = _encoded(row, made, options)
+    prompt = prompt_ids(made, **(options or {}))
+    trained = [i for i, label in zip(encoded["input_ids"], encoded["labels"], strict=True) if label != -100]
+    assert encoded["input_ids"] == [*prompt, *trained] and trained[-1] == made.eos_token_id
+    assert opened_by(made, prompt) + made.decode(trained[:-1]) == TURN
+
+    settings = warm_start_config(
+        config(tmp_path), tmp_path, epochs=60, learning_rate=1e-2, batch_size=8, disable_tqdm=True
+    )
+    torch.manual_seed(0)
+    policy = warm_start(network(made), made, [row] * 8, settings, chat_template_kwargs=options)
+    rendered = made.apply_chat_template(PROMPT, add_generation_prompt=True, tokenize=False, **(options or {}))
+    (text,), _, _ = generate(policy, made, [rendered], 1, 40)
+    assert parse(text, ["a"]).member == "a"
+
+
+@pytest.mark.parametrize("chat_template", [R1, NONE])
+def test_demonstrations_of_agents_begin_inside_the_block(chat_template):
+    made = tokenizer(chat_template)
+    turns = (TURN, Observation("reply"), TURN)
+    encoded = encode_demonstration(Demonstration(PROMPT, turns), made, AgentSettings())
+    text = made.decode(encoded["input_ids"][len(prompt_ids(made)) :])
+    whole = TURN + "reply" + TURN
+    assert text == (whole if chat_template == NONE else whole.removeprefix("<think>"))

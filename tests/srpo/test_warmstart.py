@@ -1,0 +1,342 @@
+"""The tiny model, its warm start, and the command that evaluates what comes out."""
+
+import json
+import random
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from routers.data.catalogue import Member
+from routers.data.table import ReplyTable
+from routers.evaluation.report import Evaluation
+from routers.language.grammar import Grammar, parse
+from routers.language.prompts import policy_prompt
+from routers.tasks.query_routing.evaluate import evaluate_policy, generate, load_checkpoint, main
+from routers.tasks.query_routing.sft_rows import warm_start_rows
+from srpo.scratch_lm import tiny_causal_lm, train_tokenizer
+
+CATALOGUE = {
+    "chat": Member("chat", "facts", 1.0, 1.0),
+    "calculator": Member("calculator", "sums", 2.0, 2.0),
+    "lookup": Member("lookup", "spelling", 3.0, 3.0),
+}
+MEMBERS = list(CATALOGUE.values())
+GRAMMAR = Grammar()
+TAGS = ["<think>", "</think>", "<route>", "</route>"]
+WORDS = "apple bridge candle dragon engine forest garden hammer island jacket kitchen ladder".split()
+FORMS = {
+    "facts": "What is the capital of the land of {word} {n}?",
+    "sums": "Calculate {n} plus {m}",
+    "spelling": "Spell the word {word} backwards {n} times",
+}
+
+
+def rows() -> list[dict[str, Any]]:
+    """360 queries; on each family one member is right, and "chat" also on every fifth query of any family."""
+    rng, found = random.Random(0), []
+    for i in range(360):
+        family, member = list(zip(FORMS, CATALOGUE, strict=True))[i % 3]
+        query = FORMS[family].format(word=rng.choice(WORDS), n=1000 + i, m=rng.randint(10, 999))
+        split = "heldout" if i // 3 % 3 == 2 else "train"
+        for name in CATALOGUE:
+            right = name == member or (name == "chat" and i % 5 == 0)
+            found.append(
+                {"query_id": f"q{i}", "query": query, "family": family, "split": split}
+                | {"member": name, "reply": "x", "prompt_tokens": 10, "completion_tokens": 0, "correct": float(right)}
+            )
+    return found
+
+
+@pytest.fixture(scope="module")
+def table() -> ReplyTable:
+    return ReplyTable(rows(), CATALOGUE)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(table: ReplyTable) -> Any:
+    texts = [policy_prompt(query["query"], MEMBERS)[0]["content"] for query in table.queries("train")]
+    return train_tokenizer(texts, vocab_size=500, whole=TAGS)
+
+
+@pytest.fixture(scope="module")
+def policy(table: ReplyTable, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model after its warm start, saved."""
+    from trl import SFTConfig
+
+    from srpo.sft import warm_start
+
+    folder = tmp_path_factory.mktemp("policy")
+    examples = warm_start_rows(
+        table.queries("train"), table.correct_matrix("train"), MEMBERS, GRAMMAR, np.random.default_rng(0)
+    )
+    args = SFTConfig(
+        output_dir=str(folder),
+        num_train_epochs=4,
+        per_device_train_batch_size=16,
+        learning_rate=5e-3,
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        max_length=None,
+    )
+    model = tiny_causal_lm(tokenizer, hidden=64, layers=2, heads=2, intermediate=128)
+    model = warm_start(model, tokenizer, examples, args)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The table as a file with its catalogue, as a user has it."""
+    folder = tmp_path_factory.mktemp("table")
+    (folder / "pool.jsonl").write_text("\n".join(json.dumps(row) for row in rows()))
+    lines = [
+        f"  - {{name: {m.name}, descriptor: {m.descriptor}, price_in: {m.price_in}, price_out: {m.price_out}}}"
+        for m in MEMBERS
+    ]
+    (folder / "catalogue.yaml").write_text("\n".join(["members:", *lines]))
+    return folder
+
+
+# --- tokenizer and model ---------------------------------------------------------------------------------------------
+
+
+def test_any_text_survives_the_tokenizer(tokenizer: Any) -> None:
+    for text in (
+        "Spell apple",
+        " two  spaces\n\ttab ",
+        "<think>x</think><route>chat</route>",
+        "é 漢字 🤖 \x00",
+        "1234567",
+    ):
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert tokenizer.decode(ids, skip_special_tokens=True) == text
+
+
+def test_the_tokenizer_is_deterministic(table: ReplyTable, tokenizer: Any) -> None:
+    texts = [policy_prompt(query["query"], MEMBERS)[0]["content"] for query in table.queries("train")]
+    again = train_tokenizer(texts, vocab_size=500, whole=TAGS)
+    assert again.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
+    assert len(tokenizer) <= 500
+
+
+def test_tags_are_one_token_and_digits_stand_alone(tokenizer: Any) -> None:
+    assert tokenizer.tokenize("<think>12345</think>") == ["<think>", *"12345", "</think>"]
+    assert tokenizer.decode(tokenizer("<route>")["input_ids"], skip_special_tokens=True) == "<route>"
+    assert len({tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id}) == 3
+
+
+def test_the_chat_template(tokenizer: Any) -> None:
+    messages = [{"role": "user", "content": "Hi <b>"}]
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    assert prompt == "<|im_start|>user\nHi <b><|im_end|>\n<|im_start|>assistant\n"
+    whole = tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": "Yo"}], tokenize=False)
+    assert whole == prompt + "Yo<|im_end|>\n"
+
+
+def test_the_vocabulary_must_hold_the_bytes() -> None:
+    with pytest.raises(ValueError, match="too small"):
+        train_tokenizer(["x"], vocab_size=259, whole=["<think>"])
+
+
+def test_the_tiny_model_is_small_seeded_and_leaves_the_random_state_alone(tokenizer: Any) -> None:
+    state = torch.random.get_rng_state()
+    first, same, other = (tiny_causal_lm(tokenizer, seed=seed) for seed in (3, 3, 4))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), same.parameters(), strict=True))
+    assert not torch.equal(first.lm_head.weight, other.lm_head.weight)
+    assert first.num_parameters() < 10_000_000 and {p.dtype for p in first.parameters()} == {torch.float32}
+    assert first.lm_head.weight is first.model.embed_tokens.weight
+    with pytest.raises(ValueError, match="multiple of heads"):
+        tiny_causal_lm(tokenizer, hidden=100, heads=6)
+
+
+# --- warm-start rows -------------------------------------------------------------------------------------------------
+
+QUERIES = [{"query_id": str(i), "query": f"question {i}", "family": "word_sums", "split": "train"} for i in range(4)]
+CORRECT = np.array([[1, 1, 0], [0, 0, 1], [0, 0, 0], [1, 0.5, 0]], float)
+
+
+def mark(prompt: list[dict[str, str]], demonstration: str | None, feedback: str | None) -> list[dict[str, str]]:
+    return [{**prompt[0], "content": f"{prompt[0]['content']}|{demonstration}|{feedback}"}]
+
+
+def test_targets_are_drawn_uniformly_among_the_right_members() -> None:
+    counts: dict[str, dict[str, int]] = {}
+    for seed in range(600):
+        made = warm_start_rows(QUERIES, CORRECT, MEMBERS, GRAMMAR, np.random.default_rng(seed))
+        assert [row["prompt"][0]["content"][-1] for row in made] == ["0", "1", "3"]  # nobody is right on query 2
+        for row in made:
+            action = parse(row["completion"][0]["content"], list(CATALOGUE))
+            assert action.think == "word sums"
+            per_query = counts.setdefault(row["prompt"][0]["content"][-1], {})
+            per_query[str(action.member)] = per_query.get(str(action.member), 0) + 1
+    assert counts["1"] == {"lookup": 600} and counts["3"] == {"chat": 600}  # half right is not right
+    assert counts["0"].keys() == {"chat", "calculator"} and 240 < counts["0"]["chat"] < 360
+
+
+def test_rows_are_reproducible_and_prompts_are_the_policys() -> None:
+    made = [warm_start_rows(QUERIES, CORRECT, MEMBERS, GRAMMAR, np.random.default_rng(5), mark) for _ in range(2)]
+    assert made[0] == made[1]
+    plain = warm_start_rows(QUERIES, CORRECT, MEMBERS, GRAMMAR, np.random.default_rng(5), mark, reprompt_share=0.0)
+    assert [row["prompt"] for row in plain] == [policy_prompt(QUERIES[i]["query"], MEMBERS) for i in (0, 1, 3)]
+
+
+def test_reprompted_rows_agree_with_what_they_show() -> None:
+    """A demonstration is the target itself; feedback is on a member that was not fully right, never the target."""
+    shown = {"demonstration": 0, "feedback": 0}
+    for seed in range(200):
+        for row in warm_start_rows(QUERIES, CORRECT, MEMBERS, GRAMMAR, np.random.default_rng(seed), mark, 1.0):
+            prompt, demonstration, feedback = row["prompt"][0]["content"].split("|")
+            turn = row["completion"][0]["content"]
+            if feedback == "None":
+                assert demonstration == turn
+                shown["demonstration"] += 1
+            else:
+                member = list(CATALOGUE).index(re.match(r"The route to (\w+) gave", feedback)[1])  # type: ignore[index]
+                assert demonstration == "None" and CORRECT[int(prompt[-1]), member] < 1
+                shown["feedback"] += 1
+    assert min(shown.values()) > 200
+
+
+def test_heldout_queries_and_bad_shapes_are_refused() -> None:
+    with pytest.raises(ValueError, match="'7' is of split 'heldout'"):
+        heldout = {"query_id": "7", "query": "x", "family": "f", "split": "heldout"}
+        warm_start_rows([heldout], np.ones((1, 3)), MEMBERS, GRAMMAR, np.random.default_rng(0))
+    with pytest.raises(ValueError, match="not \\(queries, members\\)"):
+        warm_start_rows(QUERIES, CORRECT.T, MEMBERS, GRAMMAR, np.random.default_rng(0))
+    with pytest.raises(ValueError, match="must lie in"):
+        warm_start_rows(QUERIES, CORRECT, MEMBERS, GRAMMAR, np.random.default_rng(0), mark, 1.5)
+
+
+def test_bad_warm_starts_are_refused(tokenizer: Any) -> None:
+    from trl import SFTConfig
+
+    from srpo.sft import warm_start
+
+    model = tiny_causal_lm(tokenizer, hidden=32, layers=1, heads=2, intermediate=32)
+    args = SFTConfig(use_cpu=True, bf16=False, report_to="none")
+    good = {"prompt": [{"role": "user", "content": "x"}], "completion": [{"role": "assistant", "content": "y"}]}
+    with pytest.raises(ValueError, match="no rows"):
+        warm_start(model, tokenizer, [], args)
+    with pytest.raises(ValueError, match="row 1 of the warm start"):
+        warm_start(model, tokenizer, [good, good | {"completion": []}], args)
+    args.completion_only_loss = False
+    with pytest.raises(ValueError, match="completions only"):
+        warm_start(model, tokenizer, [good], args)
+
+
+# --- what was learned, and the evaluation of it ----------------------------------------------------------------------
+
+
+def test_the_warm_start_learns_the_format_and_the_families(policy: Path, table: ReplyTable) -> None:
+    model, tokenizer = load_checkpoint(str(policy))
+    untrained = evaluate_policy(tiny_causal_lm(tokenizer, hidden=32, heads=2), tokenizer, table, limit=6)
+    assert untrained.policy.format_rate == 0.0
+    found = evaluate_policy(model, tokenizer, table)
+    assert found.policy.format_rate > 0.97
+    assert found.policy.accuracy.value > 0.8 > max(entry.accuracy.value for entry in found.references[:4])
+
+
+def test_batching_and_mode_change_nothing(policy: Path, table: ReplyTable) -> None:
+    model, tokenizer = load_checkpoint(str(policy))
+    prompts = [
+        tokenizer.apply_chat_template(
+            policy_prompt(query["query"] * (i % 4 + 1), MEMBERS), add_generation_prompt=True, tokenize=False
+        )
+        for i, query in enumerate(table.queries("heldout")[:9])
+    ]
+    state = torch.random.get_rng_state()
+    together = generate(model.train(), tokenizer, prompts, 9, 24)
+    assert model.training and torch.equal(torch.random.get_rng_state(), state)
+    assert generate(model.eval(), tokenizer, prompts, 1, 24) == together
+    assert not model.training
+    texts, tokens_in, tokens_out = together
+    assert tokens_in == [len(tokenizer(prompt)["input_ids"]) for prompt in prompts]
+    assert tokens_out == [len(tokenizer(text)["input_ids"]) + 1 for text in texts]  # and the end token
+    # An untrained model babbles differently at the least change of what it sees.
+    untrained = tiny_causal_lm(tokenizer, hidden=32, heads=2)
+    babble = generate(untrained, tokenizer, prompts, 4, 8)
+    assert generate(untrained, tokenizer, prompts, 1, 8) == babble and babble[2] == [8] * 9
+
+
+def test_the_command_on_a_users_table(policy: Path, files: Path, tmp_path: Path, capsys: Any) -> None:
+    command = ["--model", str(policy), "--table", str(files / "pool.jsonl"), "--output", str(tmp_path)]
+    found = main([*command, "--limit", "12", "--policy-price-in", "1", "--policy-price-out", "10", "--name", "tiny"])
+    printed = capsys.readouterr().out
+    assert "oracle" in printed and "tiny asked:" in printed and str(tmp_path / "frontier.png") in printed
+    assert Evaluation.read(tmp_path) == found
+    assert len({query["query_id"] for query in found.queries}) == 12
+    assert len({query["family"] for query in found.queries}) == 3
+    table = ReplyTable(rows(), CATALOGUE)
+    assert all(q["correct"] == table.lookup(q["query_id"], q["route"]).correct for q in found.queries)
+    # 10 tokens of one member, and at least 50 prompt and 5 completion tokens of the policy, in millionths of a dollar
+    assert all(query["cost"] > (10 + 50 + 50) * 1e-6 for query in found.queries)
+    with pytest.raises(SystemExit):
+        main([*command, "--split", "train", "--limit", "3"])
+    refused = capsys.readouterr().err
+    assert "evaluation.json was made with limit=12, now it is 3: name another folder, or move it" in refused
+    assert Evaluation.read(tmp_path) == found
+    train = main([*command[:-1], str(tmp_path / "train"), "--split", "train", "--limit", "3"])
+    assert train.split == "train" and not {q["query_id"] for q in train.queries} & {
+        q["query_id"] for q in found.queries
+    }
+
+
+def test_a_lora_adapter_is_evaluated_on_its_base(policy: Path, table: ReplyTable, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model, tokenizer = load_checkpoint(str(policy))
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear"))
+    for name, weight in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=2.0)
+    adapted.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    expected = evaluate_policy(adapted, tokenizer, table, limit=4)
+    assert evaluate_policy(*load_checkpoint(str(tmp_path)), table, limit=4) == expected
+    assert expected.queries != evaluate_policy(*load_checkpoint(str(policy)), table, limit=4).queries
+
+
+def test_a_policy_of_another_pool_is_pointed_out(policy: Path, capsys: Any) -> None:
+    renamed = {f"other {name}": Member(f"other {name}", m.descriptor, 1, 1) for name, m in CATALOGUE.items()}
+    table = ReplyTable([row | {"member": f"other {row['member']}"} for row in rows()], renamed)
+    evaluate_policy(*load_checkpoint(str(policy)), table, limit=3)
+    assert "none of 3 completions is a valid action on this pool" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"--model": "outputs/nowhere"}, "is no folder here"),
+        ({"--model": "./nowhere"}, "nowhere' is no folder here"),
+        ({"--table": "nowhere.parquet"}, "nowhere.parquet"),
+        ({"--catalogue": "nowhere.yaml"}, "nowhere.yaml"),
+    ],
+)
+def test_clear_errors(
+    policy: Path, files: Path, tmp_path: Path, change: dict[str, str], message: str, capsys: Any
+) -> None:
+    options = {"--model": str(policy), "--table": str(files / "pool.jsonl"), "--output": str(tmp_path)} | change
+    with pytest.raises(SystemExit):
+        main([part for option in options.items() for part in option])
+    assert message in capsys.readouterr().err
+
+
+def test_an_unfinished_run_and_a_member_without_price(policy: Path, files: Path, tmp_path: Path, capsys: Any) -> None:
+    with pytest.raises(FileNotFoundError, match="is the training over"):
+        load_checkpoint(str(tmp_path))
+    shutil.copy(files / "pool.jsonl", tmp_path)
+    lines = (files / "catalogue.yaml").read_text().splitlines()
+    (tmp_path / "catalogue.yaml").write_text("\n".join(lines[:-1]))
+    with pytest.raises(SystemExit):
+        main(["--model", str(policy), "--table", str(tmp_path / "pool.jsonl"), "--output", str(tmp_path)])
+    assert "member 'lookup' has no price" in capsys.readouterr().err
