@@ -320,6 +320,34 @@ def quickstart_table() -> ReplyTable:
         return load_table(path)
 
 
+def replies_of(
+    table: str, catalogue: str | None, *, max_bad_share: float, drop_incomplete: bool, folder: Path
+) -> ReplyTable:
+    """Recorded replies: `quickstart`, or a table of the user's own, whose bad rows are written into `folder`."""
+    if table == "quickstart":
+        return quickstart_table()
+    return load_table(
+        table,
+        catalogue,
+        max_bad_share=max_bad_share,
+        drop_incomplete=drop_incomplete,
+        quarantine_path=folder / "quarantine_table.jsonl",
+    )
+
+
+def check_split(table: ReplyTable, split: str = "heldout") -> None:
+    """ValueError for a split without queries."""
+    if not table.queries(split):
+        raise ValueError(f"the table has no query in the split {split!r}; its splits are chosen by its 'split' column")
+
+
+def spread(count: int, limit: int | None) -> np.ndarray:
+    """`limit` indices spread evenly over `count` rows, so that a part of a table holds every family; None: all."""
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit is {limit}; it must be at least 1")
+    return np.unique(np.linspace(0, count - 1, min(limit or count, count)).astype(int))
+
+
 def _warn_of_splits(rows: Iterable[Row], source: str) -> None:
     """Say it where parts of several names are put together: they are evaluated on as one."""
     names = Counter(str(row.value.get("split")).strip().lower() for row in rows if isinstance(row.value, Mapping))

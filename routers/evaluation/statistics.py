@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 
-from srpo.ranges import Ranges, above, at_least, check_numbers
+from routers.evaluation.episodes import RewardRule
 
 RESAMPLES = 2000
 PER_QUERIES = 1000
@@ -70,28 +69,6 @@ class Difference:
     cost: Estimate
     reward: Estimate
     mixing: float
-
-
-@dataclass(frozen=True)
-class RewardRule:
-    """The training reward: ``correct - cost_weight * min(cost / cost_scale, 1) - format_weight * invalid``.
-
-    Raises:
-        ValueError: a weight that is negative or not finite, or a scale that is not positive.
-    """
-
-    RANGES: ClassVar[Ranges] = {"cost_scale": above(0), "cost_weight": at_least(0), "format_weight": at_least(0)}
-
-    cost_scale: float
-    cost_weight: float = 0.2
-    format_weight: float = 0.2
-
-    def __post_init__(self) -> None:
-        check_numbers(self)
-
-    def __call__(self, correct: np.ndarray, cost: np.ndarray, valid: np.ndarray | float = 1.0) -> np.ndarray:
-        penalty = self.cost_weight * np.minimum(cost / self.cost_scale, 1.0)
-        return np.asarray(correct - penalty - self.format_weight * (1.0 - valid))
 
 
 def resamples(queries: int, seed: int = 0, count: int = RESAMPLES) -> np.ndarray:

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from routers.data.table import replies_of
 from routers.evaluation.answers import gold_problem
-from routers.tasks.query_routing.evaluate import replies_of
 from routers.tasks.query_routing.task import ARGUMENTS as ROUTING
 from routers.tasks.step_routing.task import ARGUMENTS as BUDGET
 from routers.tasks.think_route.task import ARGUMENTS as THINKING

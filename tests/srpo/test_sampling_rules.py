@@ -9,8 +9,8 @@ import torch
 from core_helpers import config, model, tokenizer, trainer
 from peft import LoraConfig
 
-from routers.tasks.query_routing.evaluate import generate
 from srpo.rollout.generator import Request, TransformersGenerator
+from srpo.rollout.greedy import generate
 from srpo.rollout.sampling import Sampling
 from srpo.rollout.sampling_rules import own_settings_aside
 from srpo.rollout.special_tokens import end_ids

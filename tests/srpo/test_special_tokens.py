@@ -7,8 +7,8 @@ import torch
 from core_helpers import config, equal, logged, model, tokenizer, trainer, weights
 from trl import SFTConfig
 
-from routers.tasks.query_routing.evaluate import generate
 from srpo.rollout.generator import Request, TransformersGenerator
+from srpo.rollout.greedy import generate
 from srpo.rollout.sampling import Sampling
 from srpo.rollout.special_tokens import end_ids, known_ends, settle_special_tokens
 from srpo.sft import imitate, warm_start

@@ -7,12 +7,12 @@ import torch
 from core_helpers import config, dataset
 
 from routers.language.grammar import Grammar, parse, parse_turn
-from routers.tasks.query_routing.evaluate import generate
 from routers.tasks.think_route.settings import AgentSettings
 from routers.tasks.think_route.sft_rows import Demonstration
 from routers.tasks.think_route.task import encode_demonstration
 from srpo.policy import warm_start_config
 from srpo.rollout.generator import Sample
+from srpo.rollout.greedy import generate
 from srpo.rollout.loop import Limits, play
 from srpo.rollout.thinking import inside, opened_by, opened_in, unfinished
 from srpo.scratch_lm import tiny_causal_lm, train_tokenizer

@@ -16,8 +16,9 @@ from routers.data.table import ReplyTable
 from routers.evaluation.report import Evaluation
 from routers.language.grammar import Grammar, parse
 from routers.language.prompts import policy_prompt
-from routers.tasks.query_routing.evaluate import evaluate_policy, generate, load_checkpoint, main
+from routers.tasks.query_routing.evaluate import evaluate_policy, load_checkpoint, main
 from routers.tasks.query_routing.sft_rows import warm_start_rows
+from srpo.rollout.greedy import generate
 from srpo.scratch_lm import tiny_causal_lm, train_tokenizer
 
 CATALOGUE = {

@@ -15,25 +15,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from routers.data.billing import token_usd
-from routers.data.table import SPLITS, ReplyTable, load_table, quickstart_table
+from routers.data.table import SPLITS, ReplyTable, check_split, replies_of, spread
+from routers.evaluation.episodes import RewardRule
 from routers.evaluation.report import EVALUATION, Evaluation, evaluate_routes
-from routers.evaluation.statistics import RewardRule, family_routes
+from routers.evaluation.statistics import family_routes
 from routers.language.grammar import Grammar, parse
 from routers.language.prompts import policy_prompt
 from srpo.policy_name import named_policy
 from srpo.quarantine import MAX_BAD_SHARE
 from srpo.ranges import at_least, between, ranged
-from srpo.rollout.sampling_rules import own_settings_aside
-from srpo.rollout.special_tokens import end_ids, pad_id
-from srpo.rollout.thinking import opened_by
+from srpo.rollout.greedy import generate
 from srpo.run.derived import made_from, mark, source, unmark
 from srpo.run.results import check_results
-
-__all__ = ["EVALUATION", "Evaluation", "evaluate_policy", "load_checkpoint", "main", "spread"]
 
 
 def evaluate_policy(
@@ -106,59 +102,12 @@ def evaluate_policy(
     )
 
 
-def check_split(table: ReplyTable, split: str = "heldout") -> None:
-    """ValueError for a split without queries."""
-    if not table.queries(split):
-        raise ValueError(f"the table has no query in the split {split!r}; its splits are chosen by its 'split' column")
-
-
 def _baselines(table: ReplyTable, rule: RewardRule, families: Sequence[str]) -> dict[str, np.ndarray]:
     train = table.queries("train")
     if not train or not any(families):
         return {}
     rewards = rule(table.correct_matrix("train"), table.cost_matrix("train"))
     return {"best per family": family_routes([query["family"] for query in train], rewards, families)}
-
-
-@torch.inference_mode()
-def generate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
-    batch_size: int,
-    max_new_tokens: int,
-) -> tuple[list[str], list[int], list[int]]:
-    """Greedy completions of rendered prompts, with prompt and completion tokens (the end token counts), in order.
-
-    A completion begins with the think tag where its prompt has opened one.
-    """
-    ids = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
-    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # batches of like length need little padding
-    texts, tokens_out = [""] * len(ids), [0] * len(ids)
-    pad, ends = pad_id(model, tokenizer), end_ids(model, tokenizer)
-    was_training = model.training
-    model.eval()
-    for start in tqdm(range(0, len(ids), batch_size), desc="routing", unit="batch", leave=False):
-        batch = order[start : start + batch_size]
-        width = max(len(ids[i]) for i in batch)
-        inputs = torch.tensor([[pad] * (width - len(ids[i])) + ids[i] for i in batch], device=model.device)
-        mask = torch.tensor([[0] * (width - len(ids[i])) + [1] * len(ids[i]) for i in batch], device=model.device)
-        with own_settings_aside(model):  # a penalty or a list of suppressed tokens is not the policy's
-            output = model.generate(
-                input_ids=inputs,
-                attention_mask=mask,
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                eos_token_id=ends,
-                pad_token_id=pad,
-                use_cache=True,
-            )
-        for i, row in zip(batch, output[:, width:].tolist(), strict=True):
-            length = next((n for n, token in enumerate(row, start=1) if token in ends), len(row))
-            texts[i] = opened_by(tokenizer, ids[i]) + tokenizer.decode(row[:length], skip_special_tokens=True)
-            tokens_out[i] = length
-    model.train(was_training)
-    return texts, [len(row) for row in ids], tokens_out
 
 
 def load_checkpoint(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -176,21 +125,6 @@ def load_checkpoint(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
             model = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
         tokenizer = AutoTokenizer.from_pretrained(name)
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
-
-
-def replies_of(
-    table: str, catalogue: str | None, *, max_bad_share: float, drop_incomplete: bool, folder: Path
-) -> ReplyTable:
-    """Recorded replies: `quickstart`, or a table of the user's own, whose bad rows are written into `folder`."""
-    if table == "quickstart":
-        return quickstart_table()
-    return load_table(
-        table,
-        catalogue,
-        max_bad_share=max_bad_share,
-        drop_incomplete=drop_incomplete,
-        quarantine_path=folder / "quarantine_table.jsonl",
-    )
 
 
 def main(argv: Sequence[str] | None = None) -> Evaluation:
@@ -252,10 +186,3 @@ def main(argv: Sequence[str] | None = None) -> Evaluation:
     print(evaluation.text())
     print("\n" + "\n".join(str(path) for path in paths))
     return evaluation
-
-
-def spread(count: int, limit: int | None) -> np.ndarray:
-    """`limit` indices spread evenly over `count` rows, so that a part of a table holds every family; None: all."""
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit is {limit}; it must be at least 1")
-    return np.unique(np.linspace(0, count - 1, min(limit or count, count)).astype(int))

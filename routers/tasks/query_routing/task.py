@@ -19,16 +19,13 @@ from accelerate import PartialState
 from transformers import PreTrainedModel, set_seed
 
 from rewards import correctness_reward, format_reward, make_cost_reward
-from routers.data.table import ReplyTable
+from routers.data.table import ReplyTable, check_split, replies_of, spread
 from routers.language.grammar import Grammar
 from routers.language.prompts import policy_prompt
 from routers.tasks.query_routing.evaluate import (
     EVALUATION,
     Evaluation,
-    check_split,
     evaluate_policy,
-    replies_of,
-    spread,
 )
 from routers.tasks.query_routing.sft_rows import warm_start_rows
 from routers.tasks.query_routing.world import RecordedPool

@@ -17,10 +17,9 @@ import numpy as np
 from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from routers.data.table import ReplyTable
+from routers.data.table import ReplyTable, spread
 from routers.evaluation.agent_report import AGENT_EVALUATION, AgentEvaluation
 from routers.pool.reasoning import split_reasoning
-from routers.tasks.query_routing.evaluate import spread
 from routers.tasks.think_route.agent_parts import without_control_tokens
 from routers.tasks.think_route.evaluate import evaluate_agent
 from routers.tasks.think_route.settings import AgentSettings

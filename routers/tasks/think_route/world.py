@@ -8,13 +8,12 @@ from typing import Any, ClassVar
 from rewards.schemes import additive_rewards, router_r1_rewards, xrouter_rewards
 from routers.data.catalogue import Member, load_catalogue
 from routers.data.questions import load_qa, without_duplicates
-from routers.data.table import ReplyTable
+from routers.data.table import ReplyTable, replies_of, spread
 from routers.evaluation.answers import gold_problem
 from routers.language.observations import reply_observation
 from routers.language.prompts import Clean, Messages, drawn_cost_weight, price
 from routers.pool import Ledger, Pool, ReplyCache, live_pool, recorded_pool
 from routers.pool.reasoning import split_reasoning
-from routers.tasks.query_routing.evaluate import replies_of, spread
 from routers.tasks.query_routing.sft_rows import family_phrase
 from routers.tasks.think_route.environment import ThinkRoute, cost_scale
 from routers.tasks.think_route.settings import AgentSettings
