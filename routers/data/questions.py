@@ -69,7 +69,9 @@ def load_qa(
     rows = []
     for number, entry in raw:
         try:
-            rows.append(_row(entry, family, number, split))
+            asked = question_of(entry)
+            row = {"query_id": f"{family}-{number}", "query": asked["query"], "gold": asked["gold"]}
+            rows.append({**row, "family": family, "split": split})
         except ValueError as error:
             reason = entry.reason if isinstance(entry, BadRow) else "not a question with answers"
             bad.add(number, reason, str(error), entry)
@@ -124,20 +126,28 @@ def _read_hub(name: str, split: str) -> Iterable[Row]:
     return (Row(number, row) for number, row in enumerate(rows, start=1))
 
 
-def _row(raw: Any, family: str, number: int, split: str) -> dict[str, Any]:
+def question_of(raw: Any, needs_answers: bool = True) -> dict[str, Any]:
+    """`{query, gold}` of a row; `gold` may be empty where no answers are needed.
+
+    Raises:
+        ValueError: names the field that is missing or wrong.
+    """
     if isinstance(raw, BadRow):
         raise ValueError(raw.detail)
     if not isinstance(raw, Mapping):
         raise ValueError(f"is {type(raw).__name__}, not an object with a question and its answers")
-    question, answers = _field(raw, _QUESTION), _field(raw, _ANSWERS)
-    query = _cell(raw, question, lambda value: cells.name(value, strip=False))
-    accepted = [answer for answer in _cell(raw, answers, cells.answers) if answer.strip()]
-    if not accepted:
-        raise ValueError(f"field {answers!r} holds no answer; drop the row")
-    return {"query_id": f"{family}-{number}", "query": query, "gold": accepted, "family": family, "split": split}
+    question = _field(raw, _QUESTION)
+    row: dict[str, Any] = {"query": read_cell(raw, question, lambda value: cells.name(value, strip=False)), "gold": []}
+    if needs_answers or any(name in raw for name in _ANSWERS):
+        answers = _field(raw, _ANSWERS)
+        row["gold"] = [answer for answer in read_cell(raw, answers, cells.answers) if answer.strip()]
+        if needs_answers and not row["gold"]:
+            raise ValueError(f"field {answers!r} holds no answer; drop the row")
+    return row
 
 
-def _cell(raw: Mapping[str, Any], field: str, read: Callable[[Any], Any]) -> Any:
+def read_cell(raw: Mapping[str, Any], field: str, read: Callable[[Any], Any]) -> Any:
+    """What `read` makes of a field; its ValueError then names the field and what it holds."""
     try:
         return read(raw[field])
     except ValueError as error:

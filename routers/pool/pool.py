@@ -110,6 +110,11 @@ class Pool:
             self.ledger.book(query_id, booked, member)
             return reply
 
+    def kept(self, member: str, query: str) -> Reply | None:
+        """The reply in the cache, for whoever wants to know before asking; samples are told apart by `ask` only."""
+        identity = self._caller(member).backend.identity
+        return None if self._cache is None or identity is None else self._cache.get(cache_key(identity, query))
+
     def _caller(self, member: str) -> Caller:
         try:
             return self._callers[member]
