@@ -5,25 +5,35 @@ from typing import TYPE_CHECKING, Any
 
 from routers.data.catalogue import Member, cost, load_catalogue
 from routers.data.table import Recorded, ReplyTable, load_table, quickstart_table
+from routers.router import Decision, Router, load_router
 
 if TYPE_CHECKING:
+    from routers.tasks.query_routing.router import QueryRouter
     from routers.tasks.step_routing.router import StepRouter
     from routers.tasks.think_route.agent import RouterAgent
 
 __all__ = [
+    "Decision",
     "Member",
+    "QueryRouter",
     "Recorded",
     "ReplyTable",
+    "Router",
     "RouterAgent",
     "StepRouter",
     "cost",
     "load_catalogue",
+    "load_router",
     "load_table",
     "quickstart_table",
 ]
 
 
-_NEED_TORCH = {"RouterAgent": "routers.tasks.think_route.agent", "StepRouter": "routers.tasks.step_routing.router"}
+_NEED_TORCH = {
+    "QueryRouter": "routers.tasks.query_routing.router",
+    "RouterAgent": "routers.tasks.think_route.agent",
+    "StepRouter": "routers.tasks.step_routing.router",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -134,13 +134,14 @@ def shared_fields(member: Member) -> dict[str, Any]:
 
 
 def shared_member(document: Mapping[str, Any]) -> Member:
-    """The member of `shared_fields`; also of older files, which hold further fields.
+    """The member of `shared_fields`. A file that others wrote says nothing about addresses and keys.
 
     Raises:
-        TypeError, ValueError: not such a document.
+        ValueError: not such a document; names the member and the field.
     """
-    tiers = tuple(PriceTier(**tier) for tier in document.get("price_tiers") or ())
-    return Member(**{**document, "price_tiers": tiers})
+    if unknown := [str(name) for name in document if name not in _SHARED]:
+        raise ValueError(f"unknown key {unknown[0]!r}; a member has {', '.join(_SHARED)}")
+    return _member({name: value for name, value in document.items() if value not in (None, [], {})}, "members", 0)
 
 
 def load_catalogue(path: str | Path) -> dict[str, Member]:
@@ -172,7 +173,7 @@ def load_catalogue(path: str | Path) -> dict[str, Member]:
     return members
 
 
-def _label(entry: dict[str, Any], path: Path, position: int) -> str:
+def _label(entry: dict[str, Any], path: Path | str, position: int) -> str:
     name = entry.get("name", f"number {position}")
     return f"{path}: member {'with a key in its name' if credential_in('name', name) else repr(name)}"
 
@@ -193,7 +194,7 @@ def _priced(entry: Any, table: str | None, path: Path, position: int) -> Any:
     return {**found, **own}
 
 
-def _member(entry: Any, path: Path, position: int) -> Member:
+def _member(entry: Any, path: Path | str, position: int) -> Member:
     if not isinstance(entry, dict):
         raise ValueError(f"{path}: entry {position} of 'members' is not a mapping; write {', '.join(REQUIRED)}")
     label = _label(entry, path, position)

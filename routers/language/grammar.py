@@ -86,6 +86,7 @@ class Grammar:
         return render("why", member, self)
 
 
+DEFAULT = Grammar()
 ROUTER_R1 = Grammar(route="search")
 """The tags of Router-R1's prompts and checkpoints."""
 

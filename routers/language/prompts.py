@@ -29,22 +29,32 @@ def _named(member: Member) -> str:
     return f"{member.name} {price(member)}" if member.priced else member.name
 
 
-def policy_prompt(query: str, members: Sequence[Member], grammar: Grammar | None = None) -> Messages:
+def policy_prompt(
+    query: str,
+    members: Sequence[Member],
+    grammar: Grammar | None = None,
+    *,
+    cost_weight: float | None = None,
+    clean: Clean | None = None,
+) -> Messages:
     """One user message for ``apply_chat_template``: the prompt of a router, which names a member and is done.
 
     It is as short as it can be, since a small policy reads it thousands of times.
 
     Args:
-        query: the question, put last and unchanged.
+        query: the question, put last and unchanged but for ``clean``.
         members: the pool in the order in which it is shown; prices are USD per million tokens, in/out.
         grammar: the tags of the action; ``None`` is the default grammar.
+        cost_weight, clean: as in `think_route_prompt`.
 
     Raises:
-        ValueError: no member, or two of one name (a route action could not tell them apart).
+        ValueError: no member, or two of one name (a route action could not tell them apart); a cost weight outside
+            [0, 1].
     """
     grammar = grammar or Grammar()
     _check(members)
-    lines = [f"{_named(m)}: {m.descriptor}" for m in members]
+    lines = [*(f"{_named(m)}: {m.descriptor}" for m in members), *_sensitivity(cost_weight)]
+    query = clean(query) if clean else query
     text = "\n".join(["Who should answer?", *lines, f"Write {grammar.example()}", f"Question: {query}"])
     return [{"role": "user", "content": text}]
 

@@ -80,6 +80,11 @@ def find_file(name: str, file: str) -> Path | None:
     Raises:
         OSError: no such checkpoint.
     """
+    with named_policy(name):
+        return _cached(name, file)
+
+
+def _cached(name: str, file: str) -> Path | None:
     from transformers.utils import cached_file
 
     found = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
@@ -98,12 +103,12 @@ def load_checkpoint(name: str, settings: str) -> tuple[Any, Any, Path]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with named_policy(name):
-        if find_file(name, "adapter_config.json"):
+        if _cached(name, "adapter_config.json"):
             from peft import AutoPeftModelForCausalLM
 
             model = AutoPeftModelForCausalLM.from_pretrained(name)
         else:
             model = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
-        tokenizer, found = AutoTokenizer.from_pretrained(name), find_file(name, settings)
+        tokenizer, found = AutoTokenizer.from_pretrained(name), _cached(name, settings)
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     return model, tokenizer, found.parent if found else Path(name)

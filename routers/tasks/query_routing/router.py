@@ -1,0 +1,1 @@
+"""A trained query router at work."""

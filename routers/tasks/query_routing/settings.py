@@ -1,0 +1,129 @@
+"""What a query router was trained with besides its weights: members, prompt, tags. Saved beside it in `router.yaml`.
+
+One owner for training, evaluation and serving: whoever has a checkpoint asks it exactly as it learned to be asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+from routers.data.billing import cost, token_usd
+from routers.data.catalogue import Member
+from routers.data.table import ReplyTable
+from routers.language.grammar import DEFAULT, Grammar
+from routers.language.prompts import Clean, Messages, drawn_cost_weight, policy_prompt
+from routers.router import plain_settings, write_router
+from srpo.ranges import Ranges, at_least, between, check_numbers
+
+KIND = "query_routing"
+COST_WEIGHT = "cost_weight"
+"""Column of a row whose prompt states a price sensitivity; the cost reward reads it."""
+
+
+@dataclass(frozen=True)
+class QuerySettings:
+    """How a query becomes a prompt, and what its answer may be.
+
+    Raises:
+        ValueError: a number out of its range.
+    """
+
+    RANGES: ClassVar[Ranges] = {
+        "completion_tokens": at_least(1),
+        "cost_weights": between(0, 1),
+        "policy_price": at_least(0),
+    }
+
+    members: tuple[Member, ...]
+    """The pool, in the order of the prompt."""
+    grammar: Grammar = DEFAULT
+    completion_tokens: int = 64
+    """Longest turn of the policy."""
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    cost_weights: tuple[float, ...] = ()
+    """Price sensitivities that prompts of the training stated, one each; empty: prompts state none."""
+    policy_price: tuple[float, float] = (0.0, 0.0)
+    """USD per million tokens that the policy reads and writes."""
+    typical: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """Mean tokens of a member's prompt and reply in the training data."""
+    typical_usd: Mapping[str, float] = field(default_factory=dict)
+    """Mean USD of a member's reply in the training data, at its prices."""
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
+
+    def seen_in(self, table: ReplyTable) -> QuerySettings:
+        """The same with the typical tokens and costs of a table's training split (of all of it if there is none)."""
+        split = "train" if table.queries("train") else None
+        ids, usd = [query["query_id"] for query in table.queries(split)], table.cost_matrix(split).mean(axis=0)
+        means: dict[str, tuple[float, float]] = {}
+        for name in table.members:
+            found = [table.lookup(i, name) for i in ids]
+            both = (sum(r.prompt_tokens for r in found), sum(r.completion_tokens for r in found))
+            if any(both):  # else the table counts no tokens
+                means[name] = (both[0] / len(ids), both[1] / len(ids))
+        return replace(self, typical=means, typical_usd=dict(zip(table.members, map(float, usd), strict=True)))
+
+    def weighed(self, row: Mapping[str, Any], weight: float | None = None) -> dict[str, Any]:
+        """A row with its price sensitivity, where the policy has one: `weight`, or drawn by the query's id."""
+        if not self.cost_weights:
+            return dict(row)
+        drawn = drawn_cost_weight(row["query_id"], self.cost_weights)
+        return {**row, COST_WEIGHT: drawn if weight is None else weight}
+
+    def messages(
+        self,
+        query: str,
+        members: Sequence[Member] | None = None,
+        *,
+        cost_weight: float | None = None,
+        clean: Clean | None = None,
+    ) -> Messages:
+        """The policy's prompt; `members`: None for the pool of the training; `clean` breaks its control tokens."""
+        chosen = self.members if members is None else members
+        return policy_prompt(query, chosen, self.grammar, cost_weight=cost_weight, clean=clean)
+
+    def prompt_weight(self, cost_weight: float | None) -> float | None:
+        """The price sensitivity that a prompt states: the one asked for, else the first of the training.
+
+        Raises:
+            ValueError: none was trained, or it lies outside the trained range.
+        """
+        if not self.cost_weights:
+            if cost_weight is not None:
+                raise ValueError(
+                    f"cost_weight is {cost_weight!r}, but the router was trained with one fixed weight (train with "
+                    "cost_weights: [...] for a router that takes it)"
+                )
+            return None
+        if cost_weight is None:
+            return self.cost_weights[0]
+        low, high = min(self.cost_weights), max(self.cost_weights)
+        if not low <= cost_weight <= high:
+            raise ValueError(f"cost_weight is {cost_weight!r}; the router was trained from {low} to {high}")
+        return cost_weight
+
+    def expected_usd(self, member: Member) -> float | None:
+        """Mean USD of a call at the member's prices now; None: nothing says.
+
+        A member that was not there in training counts with the mean tokens of those that were.
+        """
+        trained = next((one for one in self.members if one.name == member.name), None)
+        if trained is not None and member.name in self.typical_usd and trained.token_prices == member.token_prices:
+            return self.typical_usd[member.name]
+        tokens = [self.typical[member.name]] if member.name in self.typical else list(self.typical.values())
+        if not tokens or not member.priced:
+            return None
+        read, written = (sum(column) / len(tokens) for column in zip(*tokens, strict=True))
+        return cost(member, round(read), round(written))
+
+    def policy_usd(self, read: int, written: int) -> float:
+        """USD of the policy's own tokens."""
+        return float(token_usd(read, written, *self.policy_price))
+
+    def save(self, folder: str | Path, made_from: Mapping[str, Any] | None = None) -> None:
+        """Write `router.yaml` into a checkpoint's folder; `made_from`: hashes of data and prices."""
+        write_router(folder, KIND, plain_settings(self), made_from)
