@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+from srpo.types import Stopped
+
 _OURS = ("srpo", "routers", "rewards")
 _EXTRAS = {"fastapi": "serve", "openai": "serve", "starlette": "serve", "uvicorn": "serve"}
 
@@ -24,7 +26,7 @@ def run(main: Callable[[], Any], *stops: type[BaseException]) -> NoReturn:
     """
     try:
         code = main()
-    except stops as stopped:
+    except (Stopped, *stops) as stopped:
         sys.exit(f"STOPPED: {_one_line(stopped)}")
     except Exception as error:
         if sys.flags.dev_mode or not is_mistake(error):

@@ -1,27 +1,33 @@
-"""Supervised warm start: what a policy is taught before any reward is seen, by texts or by whole episodes."""
+"""The supervised start: episodes as ids that a policy imitates before it sees a reward.
+
+    loss = mean over trained tokens                              mean "tokens", as TRL's SFTTrainer
+         = mean over rows of the mean over a row's tokens        mean "rows": an episode of 20 decisions weighs as
+                                                                 much as one of 2
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
+from srpo.config import SRPOConfig
 from srpo.rollout.special_tokens import settle_special_tokens
 from srpo.rollout.thinking import inside, opened_by
 from srpo.rollout.untrusted import encode_frame
 from srpo.run.steps import check_steps_made
+from srpo.task import Ids, RunArguments
 from srpo.trainer.precision import train_in_fp32
 
+Mean = Literal["tokens", "rows"]
 
-class _EpisodeSFT(SFTTrainer):
-    """Every episode weighs the same: the mean over rows of the mean over a row's trained tokens.
 
-    A batch sampled whole counts its tokens, so that an episode of 20 decisions would weigh ten times one of 2.
-    """
-
+class _RowsSFT(SFTTrainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
@@ -33,127 +39,113 @@ class _EpisodeSFT(SFTTrainer):
         return (loss, output) if return_outputs else loss
 
 
-def imitate(
+def check_unsharded() -> None:
+    """ValueError, before anything is loaded, where the engine keeps weights in parts (ZeRO-3 by its own words)."""
+    if {os.environ.get("ACCELERATE_USE_DEEPSPEED"), os.environ.get("ACCELERATE_USE_FSDP")} & {"true", "1"}:
+        raise ValueError(
+            "the supervised start runs on unsharded weights: make it with ddp.yaml and max_steps: 1, then give its "
+            "OUTPUT/start as start_from to the sharded run"
+        )
+
+
+def sft_config(run: RunArguments, args: SRPOConfig, folder: Path, options: Mapping[str, Any]) -> SFTConfig:
+    """The supervised start of a recipe; seed, device and precision are those of the training that follows.
+
+    `options` are further fields of `SFTConfig`, of the task.
+    """
+    settings = {
+        "output_dir": str(folder),
+        "num_train_epochs": run.sft_epochs,
+        "learning_rate": run.sft_learning_rate,
+        "per_device_train_batch_size": run.sft_batch_size,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 10,
+        "max_length": None,
+        "save_strategy": "no",
+        "report_to": "none",
+        "logging_steps": 20,
+        **{name: getattr(args, name) for name in ("seed", "use_cpu", "bf16", "fp16", "activation_checkpointing")},
+    }
+    return SFTConfig(**settings | dict(options))
+
+
+def sft(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[dict[str, list[int]]],
+    rows: Sequence[Ids],
     args: SFTConfig,
+    *,
+    mean: Mean = "tokens",
     peft_config: Any = None,
 ) -> PreTrainedModel:
-    """Train on the policy's own tokens of ready-made episodes, and return the trained model.
+    """Train on the policy's own tokens of ready-made episodes with TRL's ``SFTTrainer``; returns the trained model.
 
     Args:
-        rows: ``{"input_ids": [...], "labels": [...]}``, labels -100 wherever the token is not the policy's. Every
-            row weighs the same, its n trained tokens 1/n each.
-        model, tokenizer, args, peft_config: as in ``warm_start``.
+        model: trained in place (with ``peft_config``: wrapped in a new adapter, which is what is trained).
+        tokenizer: gets an end and a pad token where it lacks them (`srpo.rollout.special_tokens`).
+        rows: ``input_ids``, and ``labels`` of the same length: -100 wherever the token is not the policy's.
+        mean: how rows weigh, see above.
 
     Raises:
-        ValueError: no rows, or a row without a trained token (named by its number, from 0).
+        ValueError: no rows, a row without a trained token (named by its number, from 0), or sharded weights.
     """
     if not rows:
-        raise ValueError("there are no episodes to imitate")
+        raise ValueError("the supervised start has no rows to imitate")
     for i, row in enumerate(rows):
         if len(row["input_ids"]) != len(row["labels"]) or all(label == -100 for label in row["labels"]):
             raise ValueError(f"row {i}: needs as many labels as input_ids, and at least one that is not -100")
     settle_special_tokens(model, tokenizer)
-    dataset = Dataset.from_list([dict(row) for row in rows])
-    return _trained(_EpisodeSFT, model, tokenizer, dataset, args, peft_config)
-
-
-def warm_start(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[dict[str, Any]],
-    args: SFTConfig,
-    peft_config: Any = None,
-    chat_template_kwargs: Mapping[str, Any] | None = None,
-) -> PreTrainedModel:
-    """Train on the completions of ``rows`` with TRL's ``SFTTrainer`` and return the trained model.
-
-    Args:
-        model: trained in place (with ``peft_config``: wrapped in a new adapter, which is what is trained).
-        tokenizer: with a chat template; it gets an end and a pad token where it lacks them
-        (`srpo.rollout.special_tokens`). rows: ``{"prompt": [messages], "completion": [messages]}``; the loss is on the
-        completion only. Or, where the
-            loss skips parts (what the world said between two turns), ``{"input_ids": [ids], "labels": [ids]}`` with
-            -100 at tokens without loss.
-        args: as for ``SFTTrainer``. ``completion_only_loss`` must not be False.
-        peft_config: a PEFT configuration, or None.
-        chat_template_kwargs: as the policy's prompts are rendered afterwards.
-
-    Raises:
-        ValueError: no rows, a row without its two fields, or labels that do not fit (named by its number, from 0).
-    """
-    if not rows:
-        raise ValueError("the warm start has no rows")
-    if args.completion_only_loss is False:
-        raise ValueError("the warm start trains on completions only: leave completion_only_loss unset")
-    fields = ("input_ids", "labels") if "input_ids" in rows[0] else ("prompt", "completion")
-    for i, row in enumerate(rows):
-        if not row.get(fields[0]) or not row.get(fields[1]):
-            raise ValueError(f"row {i} of the warm start has no {fields[0]} or no {fields[1]}")
-        if fields[0] == "input_ids" and len(row["labels"]) != len(row["input_ids"]):
-            raise ValueError(f"row {i} of the warm start has {len(row['labels'])} labels, not one per input id")
-    ends = settle_special_tokens(model, tokenizer)
-    if fields[0] == "prompt" and not all(_rendered(row, tokenizer, ends, chat_template_kwargs) for row in rows):
-        fields, rows = ("input_ids", "labels"), [_encoded(row, tokenizer, chat_template_kwargs) for row in rows]
-    dataset = Dataset.from_list([{name: row[name] for name in fields} for row in rows])
-    return _trained(SFTTrainer, model, tokenizer, dataset, args, peft_config)
-
-
-def _trained(
-    trainer_class: type[SFTTrainer],
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    dataset: Dataset,
-    args: SFTConfig,
-    peft_config: Any,
-) -> PreTrainedModel:
-    trainer = trainer_class(
-        model=model, args=args, train_dataset=dataset, processing_class=tokenizer, peft_config=peft_config
+    trainer = (_RowsSFT if mean == "rows" else SFTTrainer)(
+        model=model,
+        args=args,
+        train_dataset=Dataset.from_list([dict(row) for row in rows]),
+        processing_class=tokenizer,
+        peft_config=peft_config,
     )
     zero3 = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
     if zero3 or trainer.accelerator.distributed_type == "FSDP":
         raise ValueError(
-            "the warm start runs on unsharded weights, so that it can be saved and played with: make it in a run "
-            "with ddp.yaml or zero2.yaml, and give the sharded run what that one saved"
+            "the supervised start runs on unsharded weights, so that it can be saved and played with: make it in a "
+            "run with ddp.yaml or zero2.yaml, and give the sharded run what that one saved"
         )
     train_in_fp32(trainer.model, args)
     trainer.train()
-    check_steps_made(trainer.state.global_step, "the supervised training")
+    check_steps_made(trainer.state.global_step, "the supervised start")
     config = trainer.model.config.get_text_config()
     if hasattr(config, "output_router_logits"):
         config.output_router_logits = False  # switched on by the trainer, for its auxiliary loss; breaks `generate`
     return trainer.model
 
 
-def _rendered(row: Mapping[str, Any], tokenizer: Any, ends: Sequence[int], options: Mapping[str, Any] | None) -> bool:
-    """Whether TRL's way trains what will be sampled: the chat template goes on from the generation prompt, in full.
+def encode_turn(
+    row: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    ends: Sequence[int],
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> Ids:
+    """A prompt and one answer as ids: the prompt as the policy will see it, the answer as it should write it.
 
-    Templates of reasoning models drop the think block of an answer, or open one in the generation prompt only. Others
-    close an answer with a token that ends nothing (`<|im_end|>` where the end token is `<|endoftext|>`). TRL knows
-    nothing of `chat_template_kwargs` here either.
+    The chat template writes the whole where it goes on from the generation prompt, in full. Templates of reasoning
+    models do not (they drop the think block of an answer, or open one in the generation prompt only); others close an
+    answer with a token that ends nothing (`<|im_end|>` where the end token is `<|endoftext|>`). There, the answer is
+    encoded by itself, with the end token.
+
+    Args:
+        row: ``prompt`` and ``completion``, chat messages each.
+        ends: ids that end a turn, as `srpo.rollout.special_tokens.settle_special_tokens` returns them.
+        chat_template_kwargs: as the policy's prompts are rendered afterwards.
     """
-    if options:
-        return False
-    prompt = _prompt_ids(row, tokenizer, {})
-    messages = [*row["prompt"], *row["completion"]]
-    whole = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
-    text = "".join(inside(opened_by(tokenizer, prompt), row["completion"][-1]["content"]).split())
-    shown = "".join(tokenizer.decode(whole[len(prompt) :]).split())
-    return whole[: len(prompt)] == prompt and text in shown and not {*ends}.isdisjoint(whole[len(prompt) :])
-
-
-def _encoded(row: Mapping[str, Any], tokenizer: Any, options: Mapping[str, Any] | None) -> dict[str, list[int]]:
-    """A row as ids: the prompt as the policy will see it, its answer as it should write it, and the end token."""
-    prompt = _prompt_ids(row, tokenizer, options or {})
-    answer = encode_frame(tokenizer, inside(opened_by(tokenizer, prompt), row["completion"][-1]["content"]))
-    answer += [tokenizer.eos_token_id]
-    return {"input_ids": [*prompt, *answer], "labels": [-100] * len(prompt) + answer}
-
-
-def _prompt_ids(row: Mapping[str, Any], tokenizer: Any, options: Mapping[str, Any]) -> list[int]:
-    ids: list[int] = tokenizer.apply_chat_template(
+    options = dict(chat_template_kwargs or {})
+    prompt: list[int] = tokenizer.apply_chat_template(
         row["prompt"], add_generation_prompt=True, tokenize=True, return_dict=False, **options
     )
-    return ids
+    messages = [*row["prompt"], *row["completion"]]
+    whole = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **options)
+    turn = inside(opened_by(tokenizer, prompt), row["completion"][-1]["content"])
+    shown = "".join(tokenizer.decode(whole[len(prompt) :]).split())
+    ended = not {*ends}.isdisjoint(whole[len(prompt) :])
+    if whole[: len(prompt)] == prompt and "".join(turn.split()) in shown and ended:
+        answer = whole[len(prompt) :]
+    else:
+        answer = [*encode_frame(tokenizer, turn), ends[0]]
+    return {"input_ids": [*prompt, *answer], "labels": [-100] * len(prompt) + answer}

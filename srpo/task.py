@@ -140,6 +140,8 @@ class Task(Protocol):
 
     Arguments: ClassVar[type]
     """Dataclass whose fields are recipe keys, none of them a field of `RunArguments` or of `SRPOConfig`."""
+    episodes: ClassVar[type[Evaluation]]
+    """The class of what `evaluate` returns."""
     correctness: Callable[[Tensor, Columns], Tensor] | None
     """(rewards [B], columns) -> correct [B] bool; None: the reward reaches `success_reward_threshold`."""
 
@@ -162,8 +164,12 @@ class Task(Protocol):
         """What costs money or time and needs the output folder, which is the run's now: profiles, demonstrations.
         Returns the rows, completed or fewer. Called by all ranks; pays once."""
 
-    def sft_rows(self, tokenizer: PreTrainedTokenizerBase) -> list[Ids]:
-        """Episodes for the supervised start; asked for only if `sft_epochs` > 0."""
+    def sft_rows(self, tokenizer: PreTrainedTokenizerBase, ends: Sequence[int]) -> list[Ids]:
+        """Episodes for the supervised start; asked for, after `prepare`, only if `sft_epochs` > 0.
+        `ends`: ids that end a turn, the tokenizer's own first."""
+
+    sft_options: Mapping[str, Any]
+    """`mean` of `srpo.sft.sft` ("tokens" or "rows"), and fields of TRL's `SFTConfig` that the task sets."""
 
     def save(self, folder: Path) -> None:
         """`router.yaml` beside a policy: everything that serving must know. Called on the main process."""

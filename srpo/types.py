@@ -31,6 +31,12 @@ A lost completion is not scored: it leaves its group, whose mean is the mean of 
 STOP = "stop"
 """Which of `STOPS` ended the trajectory."""
 
+
+
+class Stopped(RuntimeError):
+    """A run ends as it was asked to, or cannot go on; what it has finished is kept. `srpo.cli` ends with code 1."""
+
+
 Row = Mapping[str, Any]
 """One dataset row: a `prompt` (string or chat messages) and whatever else the world needs to find the query again."""
 

@@ -8,8 +8,9 @@ tags of the grammar, and whatever ``clean`` takes out (the policy's control toke
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from routers.data.catalogue import Member, describe
 from routers.data.table import ReplyTable
@@ -18,6 +19,11 @@ from routers.language.observations import neutralise
 
 Messages = list[dict[str, str]]
 Clean = Callable[[str], str]
+
+
+def family_phrase(query: Mapping[str, Any]) -> str:
+    """The reasoning of a turn to imitate: the family in words. Short, since every token of it is sampled in RL."""
+    return str(query["family"]).replace("_", " ") or "question"
 
 
 def price(member: Member) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 RUN = "run.json"
 RECIPE = "recipe.yaml"
+EVALUATION = "evaluation.parquet"
 CHECKED = "checked"
 """Folder of what was found before a run took the place of another: quarantine files, until then."""
 # Names that our scripts, TRL, transformers, peft, accelerate and DeepSpeed give to what they write into a folder.

@@ -15,7 +15,7 @@ wait, and end with its words.
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 from fnmatch import fnmatch
 from pathlib import Path
@@ -46,15 +46,6 @@ resume_from_checkpoint overwrite max_cost_usd report_to run_name project disable
 logging_* log_* concurrency profile_workers reply_cache dataloader_* trackio_* include_num_input_tokens_seen
 """.split()
 _LONGER = ("max_steps", "num_train_epochs")
-
-
-@dataclass
-class RunArguments:
-    """What a script may do with its output folder."""
-
-    overwrite: bool = field(
-        default=False, metadata={"help": "Take away what an earlier run wrote into output_dir, and start afresh."}
-    )
 
 
 @dataclass
@@ -109,7 +100,7 @@ def claim(recipe: Recipe, output_dir: str | Path, *, overwrite: bool = False, re
 
     Args:
         recipe: as `load_recipe` returned it.
-        overwrite: of `RunArguments`.
+        overwrite: of `srpo.task.RunArguments`.
         resume: `resume_from_checkpoint`.
 
     Raises:

@@ -9,10 +9,12 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.utils import logging
 
+from srpo.types import Stopped
+
 logger = logging.get_logger(__name__)
 
 
-class LostRollouts(RuntimeError):
+class LostRollouts(Stopped):
     """Too many rollouts were lost; a checkpoint has been saved."""
 
 

@@ -7,26 +7,22 @@ from typing import Any
 
 import numpy as np
 
-from routers.data.catalogue import Member
 from routers.language.grammar import Grammar, parse, render
-from routers.language.prompts import policy_prompt
+from routers.language.prompts import Messages, drawn_cost_weight, family_phrase
 from routers.tasks.query_routing.world import feedback_text
 
-Messages = list[dict[str, str]]
-Reprompt = Callable[[Messages, str | None, str | None], Messages]
-
-
-def family_phrase(query: Mapping[str, Any]) -> str:
-    """The reasoning of a warm-start turn: the family in words. Short, since every token of it is sampled in RL."""
-    return str(query["family"]).replace("_", " ") or "question"
+Reprompt = Callable[[Messages, str | None, str | None], Any]
 
 
 def warm_start_rows(
     queries: Sequence[Mapping[str, Any]],
     correct: np.ndarray,
-    members: Sequence[Member],
+    prompt: Callable[[Mapping[str, Any]], Messages],
+    members: Sequence[str],
     grammar: Grammar,
     rng: np.random.Generator,
+    *,
+    cost_weights: Sequence[float] | None = None,
     reprompt: Reprompt | None = None,
     reprompt_share: float = 0.25,
     think: Callable[[Mapping[str, Any]], str] = family_phrase,
@@ -39,9 +35,11 @@ def warm_start_rows(
     Args:
         queries: ``query``, ``family`` (see ``think``) and ``split``; a held-out query is refused.
         correct: ``[len(queries), len(members)]``, 0 to 1; right means 1.
-        members: the pool, in the order in which the prompt shows it.
+        prompt: query -> the policy's prompt.
+        members: names of the pool, in the order in which the prompt shows it.
         grammar: the tags of the action.
         rng: draws members and forms; the same generator state gives the same rows.
+        cost_weights: each query's prompt states one of them, drawn by its id.
         reprompt: ``(prompt, demonstration, feedback) -> prompt`` in the self-teacher's words. A policy that starts
             from nothing must have seen that form, or its teacher cannot use it. ``None``: no such rows.
         reprompt_share: probability that a query is given in the reprompted form: half of these with a right
@@ -55,7 +53,6 @@ def warm_start_rows(
         raise ValueError(f"correct has shape {correct.shape}, not (queries, members) {(len(queries), len(members))}")
     if not 0 <= reprompt_share <= 1:
         raise ValueError(f"reprompt_share is {reprompt_share}; it must lie in [0, 1]")
-    names = [member.name for member in members]
     rows = []
     for query, scores in zip(queries, correct, strict=True):
         if query.get("split", "train") != "train":
@@ -63,14 +60,15 @@ def warm_start_rows(
         right, wrong = np.flatnonzero(scores >= 1.0), np.flatnonzero(scores < 1.0)
         if not len(right):
             continue
-        turn = render(think(query), names[rng.choice(right)], grammar)
-        prompt = policy_prompt(query["query"], members, grammar)
+        turn = render(think(query), members[rng.choice(right)], grammar)
+        told = {"cost_weight": drawn_cost_weight(query["query_id"], cost_weights)} if cost_weights else {}
+        asked = prompt({**query, **told})
         if reprompt is not None and rng.random() < reprompt_share:
             if len(wrong) and rng.random() < 0.5:
                 failed = int(rng.choice(wrong))
-                action = parse(render(think(query), names[failed], grammar), names, grammar)
-                prompt = reprompt(prompt, None, feedback_text(action, float(scores[failed])))
+                action = parse(render(think(query), members[failed], grammar), members, grammar)
+                asked = reprompt(asked, None, feedback_text(action, float(scores[failed])))
             else:
-                prompt = reprompt(prompt, turn, None)
-        rows.append({"prompt": prompt, "completion": [{"role": "assistant", "content": turn}]})
+                asked = reprompt(asked, turn, None)
+        rows.append({"prompt": asked, "completion": [{"role": "assistant", "content": turn}]})
     return rows

@@ -8,16 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from routers.data.table import ReplyTable
 from routers.language.grammar import Grammar, render_answer, render_route
 from routers.language.observations import reply_observation
+from routers.language.prompts import Messages, family_phrase
 from routers.pool.reasoning import split_reasoning
-from routers.tasks.query_routing.sft_rows import Messages, family_phrase
+from routers.tasks.think_route.settings import AgentSettings
+from srpo.rollout.loop import observation_ids
+from srpo.rollout.thinking import inside, opened_by
+from srpo.rollout.untrusted import encode_frame
+from srpo.task import Ids
 from srpo.types import Observation
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 NO_ANSWER = "unknown"
 
@@ -150,3 +158,28 @@ def copy_drills(
         if text and not grammar.tags.search(text):
             made += 1
             yield Demonstration([], (reply_observation(text, grammar), render_answer("", text, grammar)))
+
+
+def encode(demonstration: Demonstration, tokenizer: PreTrainedTokenizerBase, settings: AgentSettings) -> Ids:
+    """`input_ids`, and `labels`: -100 on prompt and observations. A turn ends with its closing tag, not with EOS."""
+    ids: list[int] = []
+    if demonstration.prompt:
+        ids += tokenizer.apply_chat_template(
+            demonstration.prompt,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=False,
+            **settings.chat_template_kwargs,
+        )
+    labels = [-100] * len(ids)
+    opened = opened_by(tokenizer, ids)
+    for turn in demonstration.turns:
+        if isinstance(turn, str):
+            part = encode_frame(tokenizer, inside(opened, turn))
+            opened = ""
+            labels += part
+        else:
+            part = list(observation_ids(turn, tokenizer, settings.observation_tokens))
+            labels += [-100] * len(part)
+        ids += part
+    return {"input_ids": ids, "labels": labels}

@@ -1,0 +1,203 @@
+"""The run of every task: recipe -> task -> policy -> rows -> supervised start -> RL -> evaluation -> report -> Hub.
+
+    srpo train recipes/quickstart/srpo.yaml --seed 1
+    accelerate launch -m srpo.train --config recipes/quickstart/srpo.yaml --seed 1
+
+Every line of a recipe is a field of the task's `Arguments`, of `srpo.task.RunArguments` or of `srpo.SRPOConfig` (TRL's
+GRPOConfig and more). Every process of a launch runs this whole story; what only one of them may do says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from srpo.checks import check_rows
+from srpo.cli import run
+from srpo.config import SRPOConfig
+from srpo.policy import check_loads, check_policy, load_policy, whole_policy, with_adapter
+from srpo.recipe import load_run, resolved_recipe
+from srpo.rollout.special_tokens import settle_special_tokens
+from srpo.run.derived import check_made_from, is_made_from, made_from, mark, source, unmark
+from srpo.run.files import EVALUATION
+from srpo.run.folder import claim, finish
+from srpo.run.steps import check_rows_of_a_batch
+from srpo.sft import check_unsharded, sft, sft_config
+from srpo.task import START, Evaluation, RunArguments, Share, Task
+from srpo.trainer.trainer import SRPOTrainer
+from srpo.types import Stopped
+
+Result = TypeVar("Result")
+
+
+def main(argv: Sequence[str] | None = None) -> Evaluation:
+    """Run a recipe; returns the evaluation of start, trained policy and baselines, on every process.
+
+    Raises:
+        ValueError: a mistake in recipe or data, in one sentence; before the output folder is touched where it can be.
+    """
+    task_class, recipe = load_run(argv)
+    arguments, how, args = recipe
+    state, resume = PartialState(), args.resume_from_checkpoint
+    task: Task = task_class(arguments, how, args)
+
+    # Look at everything that can be wrong, before anything is written or paid.
+    supervised = how.sft_epochs > 0 and how.start_from is None
+    start = (Path(args.output_dir) if resume is None else Path(resume).parent) / START
+    check_policy(how.start_from or how.model_name_or_path)
+    if supervised and resume is None:
+        check_unsharded()
+    began_from, scored = _made_from(task, how, args)
+    if supervised and resume is not None:
+        check_made_from(start, began_from, "the supervised start that the checkpoint began from")
+    claimed = claim(recipe, args.output_dir, overwrite=how.overwrite, resume=resume)
+    task.load(claimed.notes)
+    # A resumed run must begin from the very weights that the first run began from.
+    name = str(start) if supervised and resume is not None else how.start_from or how.model_name_or_path
+    check_loads(name)
+    set_seed(args.seed)
+    model, tokenizer = load_policy(name, args, how.lora_r, task.corpus)
+    quarantine = claimed.notes / "quarantine.jsonl"
+    dataset = check_rows(
+        task.rows(tokenizer),
+        tokenizer=tokenizer,
+        max_prompt_length=how.max_prompt_length,
+        quarantine_path=quarantine,
+        max_bad_share=how.max_bad_share,
+        chat_template_kwargs=args.chat_template_kwargs,
+    )
+    check_rows_of_a_batch(len(dataset), args, f"the training data, without what {quarantine} lists,")
+
+    # The folder is this run's now.
+    output = claimed.take()
+    rows = dataset.to_list()
+    prepared = task.prepare(output, rows)
+    dataset = dataset if prepared is rows else Dataset.from_list(prepared)
+    model = with_adapter(model, tokenizer, name, args, how.lora_r)
+    if supervised and resume is None:
+        model = _supervised_start(task, how, args, model, tokenizer, start)
+        if state.is_main_process:
+            unmark(start)
+            model.save_pretrained(start)
+            tokenizer.save_pretrained(start)
+            task.save(start)
+            mark(start, began_from)
+    before = _evaluated_once(task, model, tokenizer, start / EVALUATION, scored, resume is not None)
+
+    functions, args.reward_weights = task.rewards()
+    trainer = SRPOTrainer(
+        model,
+        functions,
+        args,
+        dataset,
+        processing_class=tokenizer,
+        world=task.world(),
+        environment=task.environment(tokenizer),
+        correctness=task.correctness,
+        recipe=resolved_recipe(recipe),
+    )
+    trainer.save_beside = task.save
+    for callback in task.callbacks():
+        trainer.add_callback(callback)
+    trainer.train(resume_from_checkpoint=resume)
+    trainer.save_model()
+    trainer.save_state()
+    task.finish(trainer, output)
+
+    with whole_policy(trainer, output) as policy:
+        after = evaluated(lambda share: task.evaluate(policy, tokenizer, args.objective, share))
+    rules = evaluated(task.baselines)
+    found = [part for part in (before, after, rules) if part is not None]
+    evaluation: Evaluation = type(after).merged(found)
+    if state.is_main_process:
+        evaluation.write(output / EVALUATION)
+        trainer.heldout_table = task.report(evaluation, output)
+        print(trainer.heldout_table, flush=True)
+    trainer.create_model_card(model_name=output.name)
+    if args.push_to_hub:
+        trainer.push_to_hub()
+    finish(output)
+    return evaluation
+
+
+def together(act: Callable[[], Result]) -> list[Result]:
+    """What every process's `act` returned, in order of rank, on all of them.
+
+    Raises:
+        Exception: what `act` raised here; where it raised on another process only, `Stopped`, so that no process waits
+            for one that has ended.
+    """
+    try:
+        mine: tuple[Any, BaseException | None] = (act(), None)
+    except Exception as error:
+        mine = (None, error)
+    told = gather_object([(mine[0], None if mine[1] is None else f"{type(mine[1]).__name__}: {mine[1]}")])
+    if mine[1] is not None:
+        raise mine[1]
+    for rank, (_, error) in enumerate(told):
+        if error is not None:
+            raise Stopped(f"process {rank}: {error}")
+    return [result for result, _ in told]
+
+
+def evaluated(play: Callable[[Share], Any]) -> Any:
+    """The shares of all processes as one evaluation; None where there is nothing to play."""
+    state = PartialState()
+    parts = together(lambda: play(Share(state.process_index, state.num_processes)))
+    return None if parts[0] is None else type(parts[0]).merged(parts)
+
+
+def _evaluated_once(
+    task: Task, model: Any, tokenizer: Any, path: Path, values: dict[str, Any], resumed: bool
+) -> Any:
+    """The evaluation of the policy that RL starts from; a resumed run reads what the first one wrote."""
+    if resumed and is_made_from(path, values):
+        return task.episodes.read(path)
+    found = evaluated(lambda share: task.evaluate(model, tokenizer, START, share))
+    if PartialState().is_main_process:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unmark(path)
+        found.write(path)
+        mark(path, values)
+    PartialState().wait_for_everyone()
+    return found
+
+
+def _supervised_start(
+    task: Task, how: RunArguments, args: SRPOConfig, model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> PreTrainedModel:
+    options = dict(task.sft_options)
+    mean = options.pop("mean", "tokens")
+    rows = task.sft_rows(tokenizer, settle_special_tokens(model, tokenizer))
+    return sft(model, tokenizer, rows, sft_config(how, args, folder, options), mean=mean)
+
+
+_OF_THE_RUN = "model_name_or_path start_from lora_r train_limit max_bad_share sft_epochs sft_learning_rate"
+_OF_THE_RUN += " sft_batch_size sft_limit"
+_OF_THE_CONFIG = "seed bf16 fp16 chat_template_kwargs reprompt_template solution_template feedback_template"
+_OF_AN_EVALUATION = "heldout_limit policy_price_in policy_price_out"
+_LIMITS = "max_completion_length max_turns max_turn_tokens max_observation_tokens"
+
+
+def _made_from(task: Task, how: RunArguments, args: SRPOConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the supervised start is made from, and what an evaluation of it depends on."""
+    of_start, of_evaluation = task.made_from()
+    began = made_from(
+        policy=source(how.start_from or how.model_name_or_path),
+        **{name: getattr(how, name) for name in _OF_THE_RUN.split()},
+        **{name: getattr(args, name) for name in _OF_THE_CONFIG.split()},
+        **of_start,
+    )
+    evaluated = {name: getattr(how, name) for name in _OF_AN_EVALUATION.split()}
+    evaluated |= {name: getattr(args, name) for name in _LIMITS.split()}
+    return began, made_from(**{**began, **evaluated, **of_evaluation})
+
+
+if __name__ == "__main__":
+    run(main)
