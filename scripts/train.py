@@ -1,7 +1,7 @@
-"""The command of `routers.tasks.query_routing.task`."""
+"""`accelerate launch scripts/train.py --config RECIPE`: the same as `srpo train RECIPE`."""
 
-from routers.tasks.query_routing.task import main
 from srpo.cli import run
+from srpo.train import main
 
 if __name__ == "__main__":
     run(main)
