@@ -1,8 +1,7 @@
 """The command of `routers.tasks.step_routing.evaluate`."""
 
 from routers.tasks.step_routing.evaluate import main
-from routers.tasks.step_routing.player import PhaseStopped
 from srpo.cli import run
 
 if __name__ == "__main__":
-    run(main, PhaseStopped)
+    run(main)

@@ -1,4 +1,4 @@
-"""How a script ends: a user's mistake with one line and exit code 2, a fault of the program with its traceback.
+"""The command `srpo`, and how it ends: a user's mistake with one line and exit code 2, a fault with its traceback.
 
 What our code raises on purpose (`raise ValueError(...)` in srpo, routers, rewards or a script) is worded for the user,
 and so is what the system says of a file. Anything else is a fault, and its traceback is what a report of it needs.
@@ -8,30 +8,91 @@ and so is what the system says of a file. Anything else is a fault, and its trac
 import linecache
 import os
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
 from srpo.types import Stopped
 
+# Command -> the module whose `main(argv)` it calls, and what it does. Modules are named by text: this table is the one
+# place in srpo that knows of routers.
+COMMANDS = {
+    "train": ("srpo.train", "train a policy from a recipe: SFT start, RL, evaluation, report"),
+    "evaluate": ("srpo.evaluate", "play a trained router's held-out items again"),
+    "compare": ("routers.evaluation.compare", "evaluations of several runs in one table and one cost plane"),
+    "route": ("routers.serving.route", "send one query or a file of them through a trained router"),
+    "serve": ("routers.serving.commands", "a trained router as an OpenAI-compatible server"),
+    "play": ("routers.tasks.step_routing.play", "watch a step router act in an environment"),
+    "push": ("srpo.push", "a finished OUTPUT folder to the Hugging Face Hub: policy, router.yaml, card"),
+    "record": ("routers.pool.record", "ask every member of your pool every query once, into a table"),
+    "plan": ("srpo.plan", "what a recipe would do: steps, rows, processes, checkpoints, bounds of cost"),
+    "recipes": ("srpo.shipped", "list the shipped recipes, copy one, print all keys"),
+}
+_LAUNCHED = ("train", "evaluate")
+"""Commands that several processes can run together."""
 _OURS = ("srpo", "routers", "rewards")
 _EXTRAS = {"fastapi": "serve", "openai": "serve", "starlette": "serve", "uvicorn": "serve"}
+_OTHERS_WAIT = 5.0
+"""Seconds that another process than the first gives it to say the same mistake, and the launcher to end all."""
 
 
-def run(main: Callable[[], Any], *stops: type[BaseException]) -> NoReturn:
-    """Call a script's `main` and end the process: its integer, 0 for anything else, 2 after a user's mistake.
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """`srpo COMMAND ...`."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    run(lambda: _dispatch(words))
 
-    Args:
-        stops: exceptions that end a run as it was asked to end, with code 1.
-    """
+
+def _dispatch(words: list[str]) -> Any:
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return 0
+    name, rest = words[0], words[1:]
+    if name in ("-V", "--version"):
+        from srpo import __version__
+
+        print(__version__)
+        return 0
+    if name not in COMMANDS:
+        import difflib
+
+        close = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.0)
+        raise ValueError(f"srpo {name} is no command; the nearest is srpo {close[0]}; srpo --help lists all")
+    if name in _LAUNCHED:
+        from srpo.launch import launched
+
+        code = launched(name, rest)
+        if code is not None:
+            return code
+    if name == "train":  # its module imports torch
+        from srpo.help import print_train_help
+
+        if print_train_help(rest):
+            return 0
+    sys.argv = [f"srpo {name}", *rest]  # what argparse calls the program
+    return import_module(COMMANDS[name][0]).main(rest)
+
+
+def _overview() -> str:
+    lines = ["usage: srpo COMMAND ...      (srpo COMMAND --help says more)", ""]
+    lines += [f"  {name:10}{what}" for name, (_, what) in COMMANDS.items()]
+    return "\n".join([*lines, "", "example: srpo train quickstart/srpo"])
+
+
+def run(main: Callable[[], Any]) -> NoReturn:
+    """Call `main` and end the process: its integer, 0 for anything else, 1 where it was `Stopped`, 2 after a user's
+    mistake."""
     try:
         code = main()
-    except (Stopped, *stops) as stopped:
+    except Stopped as stopped:
         sys.exit(f"STOPPED: {_one_line(stopped)}")
     except Exception as error:
         if sys.flags.dev_mode or not is_mistake(error):
             raise
         rank = os.environ.get("RANK", "0")
+        if rank != "0":  # all processes read one recipe: the first has said it, unless the mistake is this one's only
+            time.sleep(_OTHERS_WAIT)
         who = "" if rank == "0" else f"process {rank}: "
         if not getattr(error, "said", False):  # by the process that found it, to all of the run
             print(f"{who}error: {_one_line(error)}", file=sys.stderr, flush=True)

@@ -1,24 +1,52 @@
-"""Recipes: one flat YAML file of `key: value` lines, as TRL's scripts read them, and `--key value` to override a line.
+"""Recipes: one flat YAML file of `key: value` lines, and `--key value` on the command line to override one.
 
-Strict where TRL is lenient: an unknown key, a key written twice, a value of the wrong type and a secret written into
-the file are errors that name file, line and key, before anything expensive starts. TRL's parser reads the command
-line, so options, aliases and `--help` are what its users know.
+Unknown and old keys, a key written twice, a value of the wrong type and a secret written into the file are errors that
+name file, line and key, before anything expensive starts. Only `SRPOConfig`, which brings TRL's keys, is slow to
+import.
 """
 
-import argparse
 import dataclasses
 import difflib
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
 
 from srpo.ranges import OutOfRange
 from srpo.redact import holds_secret, redacted
+from srpo.settings import check_choices
+from srpo.shipped import find_recipe, shipped_path
 from srpo.strict_yaml import YamlError, read_yaml_lines
+
+if TYPE_CHECKING:
+    from srpo.task import Task
+
+OLD_KEYS = {
+    "warm_start_epochs": "sft_epochs",
+    "warm_start_passes": "sft_epochs",
+    "bosft_epochs": "sft_epochs",
+    "warm_start_learning_rate": "sft_learning_rate",
+    "bosft_learning_rate": "sft_learning_rate",
+    "warm_start_batch_size": "sft_batch_size",
+    "bosft_batch_size": "sft_batch_size",
+    "warm_start_limit": "sft_limit",
+    "warm_start_drills": "sft_drills",
+    "bosft_sweep": "sft_sweep",
+    "bosft_keep": "sft_keep",
+    "bosft_strata": "sft_strata",
+    "bosft_policy": "start_from",
+    "train_count": "train_limit",
+    "heldout_count": "heldout_limit",
+    "eval_limit": "heldout_limit",
+    "eval_caps": "heldout_caps",
+    "eval_temperature": "heldout_temperature",
+}
+"""Key of version 0.2 -> its name now. Each is an error for one release."""
 
 
 class RecipeError(ValueError):
@@ -45,8 +73,48 @@ class Recipe(tuple[Any, ...]):
     path: Path | None
 
 
+def load_run(argv: Sequence[str] | None = None) -> "tuple[type[Task], Recipe]":
+    """The task that a recipe names, and the recipe as `(arguments, run, config)`: the dataclasses `task.Arguments`,
+    `srpo.task.RunArguments` and `srpo.SRPOConfig`.
+
+    Args:
+        argv: command line without the program's name; None: `sys.argv[1:]`. `RECIPE` or `--config RECIPE` is a file,
+            or the name of a shipped recipe (`quickstart/srpo`).
+
+    Raises:
+        RecipeError: as `load_recipe`.
+        ValueError: no installed task has the name.
+        SystemExit: help was asked for, and printed.
+    """
+    from srpo.help import print_train_help
+    from srpo.task import RunArguments, find_task, task_names
+
+    words = list(sys.argv[1:] if argv is None else argv)
+    if print_train_help(words):
+        raise SystemExit(0)
+    name = task_of(words)
+    if name is None:
+        raise RecipeError(f"no task is named: begin the recipe with `task:` and one of {', '.join(task_names())}")
+    task = find_task(name)
+    from srpo.config import SRPOConfig  # imports TRL
+
+    return task, load_recipe((task.Arguments, RunArguments, SRPOConfig), words)
+
+
+def task_of(words: Sequence[str]) -> str | None:
+    """What a command line, or the recipe that it names, says under `task`."""
+    path, rest = _split_config(words)
+    given = {} if path is None else _read_file(path)
+    for i, word in enumerate(rest):
+        if word == "--task" and rest[i + 1 :]:
+            return rest[i + 1]
+        if word.startswith("--task="):
+            return word.removeprefix("--task=")
+    return str(given["task"].value) if "task" in given else None
+
+
 def load_recipe(dataclass_types: Any, argv: Sequence[str] | None = None, *, partial: bool = False) -> Recipe:
-    """Reads `--config recipe.yaml` and `--key value` overrides into dataclasses.
+    """Reads `--config recipe.yaml` (or `recipe.yaml`) and `--key value` overrides into dataclasses.
 
     Args:
         dataclass_types: one dataclass, or several; no two may share a field name.
@@ -55,50 +123,58 @@ def load_recipe(dataclass_types: Any, argv: Sequence[str] | None = None, *, part
             was checked then.
 
     Raises:
-        RecipeError: unknown key (with the nearest valid one), key written twice, wrong type, missing key, a value that
-            looks like a secret, or whatever a dataclass refuses in its `__post_init__`.
+        RecipeError: unknown key (with the nearest valid one), old key (with the new one), key written twice, wrong
+            type, missing key, a value that looks like a secret, or whatever a dataclass refuses in `__post_init__`.
     """
     classes = [dataclass_types] if isinstance(dataclass_types, type) else list(dataclass_types)
-    fields = {f.name: (cls, f) for cls in classes for f in dataclasses.fields(cls) if f.init}
-    hints = {name: hint for cls in classes for name, hint in get_type_hints(cls).items()}
+    hints: dict[str, Any] = {}
+    fields: dict[str, dataclasses.Field[Any]] = {}
+    for cls in classes:
+        own = {f.name: f for f in dataclasses.fields(cls) if f.init}
+        if twice := own.keys() & fields.keys():
+            raise TypeError(f"{cls.__name__} has a field that another part of the recipe has: {', '.join(twice)}")
+        fields |= own
+        hints |= get_type_hints(cls)
 
-    path, rest = _split_config(list(sys.argv[1:] if argv is None else argv))
-    given = _read_file(path) if path is not None else {}
+    path, rest = _split_config(sys.argv[1:] if argv is None else argv)
+    given = {} if path is None else _read_file(path)
     if partial:
         given = {key: item for key, item in given.items() if key in fields}
     for key, item in given.items():
         if key not in fields:
-            raise RecipeError(f"{item.where}: unknown key {key!r}{_nearest(key, fields)}")
-    given |= _read_command_line(classes, rest)
+            raise RecipeError(f"{item.where}: {_unknown('key', key, fields)}")
+    given |= _read_command_line(rest, hints, fields)
 
     values = {}
     for key, item in given.items():
         _refuse_secrets(key, item)
-        values[key] = _checked(key, item, hints[key], fields[key][1])
+        values[key] = _checked(key, item, hints[key], fields[key])
 
-    configs = []
-    for cls in classes:
-        own = [f for f in dataclasses.fields(cls) if f.init]
-        missing = [
-            f.name
-            for f in own
-            if f.name not in values
-            and f.default is dataclasses.MISSING
-            and f.default_factory is dataclasses.MISSING
-        ]
-        source = str(path) if path is not None else "command line"
-        if missing:
-            raise RecipeError(f"{source}: missing {', '.join(missing)} (of {cls.__name__})")
-        try:
-            configs.append(cls(**{f.name: values[f.name] for f in own if f.name in values}))
-            if hasattr(configs[-1], "check"):
-                configs[-1].check()  # a recipe is complete: nobody will set an objective later
-        except (ValueError, TypeError) as error:
-            named = given.get(error.name) if isinstance(error, OutOfRange) else None
-            raise RecipeError(f"{named.where if named else source}: {error}") from error
-    recipe = Recipe(configs)
+    source = str(path) if path is not None else "command line"
+    recipe = Recipe(_made(cls, values, given, source) for cls in classes)
     recipe.given, recipe.path = values, path
     return recipe
+
+
+def _made(cls: Any, values: Mapping[str, Any], given: Mapping[str, "_Given"], source: str) -> Any:
+    """One of a recipe's dataclasses."""
+    own = [f for f in dataclasses.fields(cls) if f.init]
+    missing = [
+        f.name
+        for f in own
+        if f.name not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise RecipeError(f"{source}: missing {', '.join(missing)} (of {cls.__name__})")
+    try:
+        made = cls(**{f.name: values[f.name] for f in own if f.name in values})
+        check_choices(made)
+        if hasattr(made, "check"):
+            made.check()  # a recipe is complete: nobody will set an objective later
+    except (ValueError, TypeError) as error:
+        named = given.get(error.name) if isinstance(error, OutOfRange) else None
+        raise RecipeError(f"{named.where if named else source}: {error}") from error
+    return made
 
 
 def resolved_recipe(recipe: Recipe) -> dict[str, Any]:
@@ -115,10 +191,10 @@ def _refuse_secrets(key: str, item: _Given) -> None:
         )
 
 
-def _split_config(argv: list[str]) -> tuple[Path | None, list[str]]:
+def _split_config(argv: Sequence[str]) -> tuple[Path | None, list[str]]:
     paths, rest = [], []
     words = iter(argv)
-    for word in words:
+    for i, word in enumerate(words):
         if word == "--config":
             value = next(words, None)
             if value is None:
@@ -126,11 +202,13 @@ def _split_config(argv: list[str]) -> tuple[Path | None, list[str]]:
             paths.append(value)
         elif word.startswith("--config="):
             paths.append(word.removeprefix("--config="))
+        elif i == 0 and not word.startswith("-"):
+            paths.append(word)
         else:
             rest.append(word)
     if len(paths) > 1:
         raise RecipeError(f"command line: --config is given {len(paths)} times; recipes do not inherit, use one")
-    return (Path(paths[0]) if paths else None), rest
+    return (find_recipe(paths[0]) if paths else None), rest
 
 
 def _read_file(path: Path) -> dict[str, _Given]:
@@ -145,34 +223,57 @@ def _read_file(path: Path) -> dict[str, _Given]:
         return {}
     if not isinstance(content, dict):
         raise RecipeError(f"{path}: a recipe is a list of `key: value` lines")
-    return {str(key): _Given(value, f"{path}:{lines.get(key, 1)}") for key, value in content.items()}
+    return {str(key): _Given(shipped_path(value), f"{path}:{lines.get(key, 1)}") for key, value in content.items()}
 
 
-def _read_command_line(classes: list[type], argv: list[str]) -> dict[str, _Given]:
-    from trl import TrlParser  # here, because importing trl takes seconds
+def _read_command_line(argv: Sequence[str], hints: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, _Given]:
+    """`--key value`, `--key=value`, `--list a b c`, `--flag` and `--no_flag`; dashes are underscores."""
+    given: dict[str, _Given] = {}
+    words = list(argv)
+    while words:
+        option, equals, value = words.pop(0).partition("=")
+        if not option.startswith("--"):
+            raise RecipeError(f"command line: {option!r} belongs to no option")
+        key = option[2:].replace("-", "_")
+        where = f"command line, --{key}"
+        if key not in fields and hints.get(key.removeprefix("no_")) is bool and not equals:
+            given[key.removeprefix("no_")] = _Given(False, where)
+            continue
+        if key not in fields:
+            raise RecipeError(f"command line: {_unknown('option', '--' + key, fields)}")
+        mine = [value] if equals else []
+        while not equals and words and not words[0].startswith("--"):
+            mine.append(words.pop(0))
+        if not mine and _fit(True, hints[key])[0]:
+            given[key] = _Given(True, where)
+        elif not mine:
+            raise RecipeError(f"{where}: a value is missing; {key} must be {describe(hints[key])}")
+        else:
+            given[key] = _Given(_read_words(mine, hints[key]), where)
+    return given
 
-    class Parser(TrlParser):
-        def error(self, message: str) -> Any:  # argparse would print 300 options and exit
-            raise RecipeError(f"command line: {message}")
 
-    parser = Parser(classes, allow_abbrev=False, formatter_class=argparse.HelpFormatter)
-    for action in parser._actions:  # only what is given may appear in the namespace: the file owns the rest
-        if action.dest != "help":
-            action.default, action.required = argparse.SUPPRESS, False
-    namespace, unknown = parser.parse_known_args(argv)
-    for word in unknown:
-        if word.startswith("--"):
-            key = word[2:].split("=")[0].replace("-", "_")
-            valid = [action.dest for action in parser._actions]
-            raise RecipeError(f"command line: unknown option '--{key}'{_nearest(key, valid)}")
-    if unknown:
-        raise RecipeError(f"command line: {unknown[0]!r} belongs to no option")
-    return {key: _Given(value, f"command line, --{key}") for key, value in vars(namespace).items()}
+def _read_words(words: list[str], hint: Any) -> Any:
+    """What a type makes of the words after an option: YAML's reading where the type takes it, else the text."""
+    readings = []
+    for word in words:
+        try:
+            readings.append(yaml.safe_load(word))
+        except (yaml.YAMLError, ValueError):
+            readings.append(word)
+    whole: list[Any] = [readings[0], words[0]] if len(words) == 1 else []
+    for reading in [*whole, readings, words]:
+        if _fit(reading, hint)[0]:
+            return reading
+    return words[0] if len(words) == 1 else words
 
 
-def _nearest(key: str, valid: Iterable[str]) -> str:
+def _unknown(what: str, name: str, valid: Iterable[str]) -> str:
+    key = name.removeprefix("--")
+    if key in OLD_KEYS:
+        return f"{name!r} is now {OLD_KEYS[key]!r}"
     close = difflib.get_close_matches(key, list(valid), n=1, cutoff=0.0)
-    return f"; the nearest valid name is {close[0]!r}" if close else ""
+    return f"unknown {what} {name!r}" + (f"; the nearest valid name is {close[0]!r}" if close else "")
 
 
 def _checked(key: str, item: _Given, hint: Any, field: "dataclasses.Field[Any]") -> Any:
@@ -190,7 +291,7 @@ def _checked(key: str, item: _Given, hint: Any, field: "dataclasses.Field[Any]")
     elif _fit(str(item.value), hint)[0]:
         advice = " (put it in quotes)"
     found = f"{item.value!r} of type {type(item.value).__name__}"
-    raise RecipeError(f"{item.where}: {key} must be {_describe(hint)}, not {found}{advice}")
+    raise RecipeError(f"{item.where}: {key} must be {describe(hint)}, not {found}{advice}")
 
 
 def _fit(value: Any, hint: Any) -> tuple[bool, Any]:
@@ -214,7 +315,10 @@ def _fit(value: Any, hint: Any) -> tuple[bool, Any]:
         items = [_fit(item, args[0] if args else Any) for item in value]
         return all(ok for ok, _ in items), [item for _, item in items]
     if origin is dict or hint is dict:
-        return isinstance(value, dict), value
+        if not isinstance(value, dict):
+            return False, value
+        entries = {key: _fit(item, args[1] if args else Any) for key, item in value.items()}
+        return all(ok for ok, _ in entries.values()), {key: item for key, (_, item) in entries.items()}
     if hint is type(None):
         return value is None, value
     if hint is float:
@@ -230,7 +334,7 @@ def _fit_float(value: Any) -> tuple[bool, Any]:
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         return False, value
     try:
-        return True, float(value)
+        return True, float(value.replace(".inf", "inf") if isinstance(value, str) else value)
     except ValueError:
         return False, value
 
@@ -239,12 +343,12 @@ def _is_enum(hint: Any) -> bool:
     return isinstance(hint, type) and issubclass(hint, Enum)
 
 
-def _describe(hint: Any) -> str:
+def describe(hint: Any) -> str:
     origin, args = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
         enums = [arg for arg in args if _is_enum(arg)]
         words = [arg for arg in args if arg is not type(None) and not (enums and arg is str)]
-        return " or ".join(_describe(arg) for arg in words)
+        return " or ".join(describe(arg) for arg in words)
     if origin is Literal:
         return "one of " + ", ".join(repr(arg) for arg in args)
     if _is_enum(hint):
@@ -253,5 +357,5 @@ def _describe(hint: Any) -> str:
     if hint in names:
         return names[hint]
     if origin in (list, tuple):
-        return f"a list ({_describe(args[0])} each)" if args else "a list"
+        return f"a list ({describe(args[0])} each)" if args else "a list"
     return "a mapping" if origin is dict else str(hint)

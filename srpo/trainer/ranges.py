@@ -1,4 +1,4 @@
-"""The ranges of the numbers of `srpo.SRPOConfig`, those that it has from TRL and transformers included."""
+"""The ranges of the numbers that `srpo.SRPOConfig` has from TRL and transformers; those of ours: srpo/settings.py."""
 
 from srpo.ranges import FINITE, SEED, Ranges, above, at_least, between
 
@@ -85,23 +85,4 @@ TRAINER_RANGES: Ranges = {
     "vllm_importance_sampling_clip_min": _NOT_NEGATIVE,
     "off_policy_mask_threshold": _NOT_NEGATIVE,
     "num_completions_to_print": _NOT_NEGATIVE,
-    # ours
-    "teacher_update_rate": _SHARE,
-    "distillation_alpha": _SHARE,
-    "distillation_topk": _COUNT,
-    "distillation_is_clip": _POSITIVE,
-    "entropy_weight_beta": _NOT_NEGATIVE,
-    "success_reward_threshold": FINITE,
-    "max_reprompt_len": _COUNT,
-    "routing_replay_metrics_steps": _NOT_NEGATIVE,
-    "minirl_cap": _POSITIVE,
-    "max_turns": _COUNT,
-    "max_turn_tokens": _COUNT,
-    "max_observation_tokens": _NOT_NEGATIVE,
-    "step_deadline": _POSITIVE,
-    "episode_deadline": _POSITIVE,
-    "max_lost_share": _SHARE,
-    "max_lost_batches": _COUNT,
-    "max_cost_usd": _NOT_NEGATIVE,
-    "diagnostics_warning_interval": _COUNT,
 }

@@ -115,7 +115,7 @@ def test_yaml_writes_small_numbers_as_text_and_we_read_them_as_numbers(tmp_path:
         ("table: t\nmode: c\n", [], r"mode must be one of 'a', 'b'"),
         ("table: t\nmembers: calculator\n", [], r"members must be a list \(a text each\)"),
         ("table: t\nreward_weights: [1, x]\n", [], r"reward_weights must be a list \(a number each\)"),
-        ("table: t\n", ["--num_generations", "x"], r"command line: .*--num_generations.* 'x'"),
+        ("table: t\n", ["--num_generations", "x"], r"--num_generations: num_generations must be an integer, not 'x'"),
         ("cost_weight: 1\n", [], r"missing table \(of Task\)"),
         ("table: t\ncost_weight: -1\n", [], r"recipe.yaml: cost_weight=-1.0: must not be negative"),
         ("- table\n", [], r"a recipe is a list of `key: value` lines"),

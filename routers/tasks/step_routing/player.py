@@ -23,7 +23,7 @@ from routers.pool.protocol import CIRCUIT_OPEN
 from routers.tasks.step_routing.environment import TASK, BudgetEnvironment, BudgetEpisode, Driven, drive_episode
 from routers.tasks.step_routing.jobs import Job
 from srpo.rollout.worker_loop import EpisodeLoop, Failure
-from srpo.types import CORRECT, COST, LOST, Observation
+from srpo.types import CORRECT, COST, LOST, Observation, Stopped
 
 STREAK = 8
 STEP_SECONDS = 120.0
@@ -39,7 +39,7 @@ RAISE = (
 )
 
 
-class PhaseStopped(RuntimeError):
+class PhaseStopped(Stopped):
     """A phase cannot go on. What it has finished is kept: the same command goes on from there."""
 
 
