@@ -125,27 +125,18 @@ def encode_turn(
 ) -> Ids:
     """A prompt and one answer as ids: the prompt as the policy will see it, the answer as it should write it.
 
-    The chat template writes the whole where it goes on from the generation prompt, in full. Templates of reasoning
-    models do not (they drop the think block of an answer, or open one in the generation prompt only); others close an
-    answer with a token that ends nothing (`<|im_end|>` where the end token is `<|endoftext|>`). There, the answer is
-    encoded by itself, with the end token.
+    The chat template writes the prompt only. Templates of reasoning models drop the think block of an answer or open
+    one in the generation prompt; others close an answer with a token that ends nothing (`<|im_end|>` where the end
+    token is `<|endoftext|>`).
 
     Args:
         row: ``prompt`` and ``completion``, chat messages each.
         ends: ids that end a turn, as `srpo.rollout.special_tokens.settle_special_tokens` returns them.
         chat_template_kwargs: as the policy's prompts are rendered afterwards.
     """
-    options = dict(chat_template_kwargs or {})
     prompt: list[int] = tokenizer.apply_chat_template(
-        row["prompt"], add_generation_prompt=True, tokenize=True, return_dict=False, **options
+        row["prompt"], add_generation_prompt=True, tokenize=True, return_dict=False, **(chat_template_kwargs or {})
     )
-    messages = [*row["prompt"], *row["completion"]]
-    whole = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **options)
-    turn = inside(opened_by(tokenizer, prompt), row["completion"][-1]["content"])
-    shown = "".join(tokenizer.decode(whole[len(prompt) :]).split())
-    ended = not {*ends}.isdisjoint(whole[len(prompt) :])
-    if whole[: len(prompt)] == prompt and "".join(turn.split()) in shown and ended:
-        answer = whole[len(prompt) :]
-    else:
-        answer = [*encode_frame(tokenizer, turn), ends[0]]
+    answer = encode_frame(tokenizer, inside(opened_by(tokenizer, prompt), row["completion"][-1]["content"]))
+    answer += [ends[0]]
     return {"input_ids": [*prompt, *answer], "labels": [-100] * len(prompt) + answer}

@@ -164,7 +164,7 @@ def test_every_episode_weighs_the_same_in_training(tmp_path: Path) -> None:
     import torch
     from trl import SFTConfig
 
-    from srpo.sft import imitate
+    from srpo.sft import sft
 
     long = {"input_ids": [20, 21, 22, 23, 24, 25], "labels": [-100, 21, 22, 23, 24, 25]}
     short = {"input_ids": [30, 31, 32], "labels": [-100, -100, 32]}
@@ -177,11 +177,11 @@ def test_every_episode_weighs_the_same_in_training(tmp_path: Path) -> None:
         )  # fmt: skip
         start = core.model()
         before = core.weights(start)
-        after = core.weights(imitate(start, core.tokenizer(), list(rows), args))
+        after = core.weights(sft(start, core.tokenizer(), list(rows), args, mean="rows"))
         return {name: after[name] - before[name] for name in before}
 
     both, one, other = step(long, short), step(long), step(short)
     assert core.distance(both, {n: (one[n] + other[n]) / 2 for n in one}) < 1e-6
     assert max(v.abs().max() for v in both.values()) > 1e-4
     with pytest.raises(ValueError, match="row 1"):
-        imitate(core.model(), core.tokenizer(), [long, {"input_ids": [3], "labels": [-100]}], None)
+        sft(core.model(), core.tokenizer(), [long, {"input_ids": [3], "labels": [-100]}], None)

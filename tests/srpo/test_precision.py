@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 from trl import SFTConfig
 
-from srpo.sft import warm_start
+from srpo.sft import sft
 from srpo.trainer.precision import check_precision, loading_options, train_in_fp32
 
 RATE = 5e-6
@@ -101,18 +101,16 @@ def test_an_adapter_from_disk_in_bf16_is_trained_in_fp32(tmp_path, folder):
     assert {p.dtype for p in made.model.parameters() if p.requires_grad} == {torch.float32}
 
 
-@pytest.mark.parametrize("labelled", [False, True])
-def test_the_warm_start_is_in_fp32_too(tmp_path, folder, labelled):
+@pytest.mark.parametrize("mean", ["tokens", "rows"])
+def test_the_supervised_start_is_in_fp32_too(tmp_path, folder, mean):
     policy = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     start = weights(policy)
     args = SFTConfig(
         output_dir=str(tmp_path), bf16=True, use_cpu=True, learning_rate=RATE, max_steps=3, save_strategy="no",
         report_to="none", lr_scheduler_type="constant",
     )  # fmt: skip
-    row = {"prompt": [{"role": "user", "content": "say red"}], "completion": [{"role": "assistant", "content": "red"}]}
-    if labelled:
-        row = {"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8]}
-    trained = warm_start(policy, tokenizer(), [row] * 8, args)
+    row = {"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8]}
+    trained = sft(policy, tokenizer(), [row] * 8, args, mean=mean)
     assert {p.dtype for p in trained.parameters()} == {torch.float32}
     assert moved(start, trained)[0] > 0.5  # rows of the embeddings that no text uses get no gradient
 

@@ -9,7 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from trl import SFTConfig
 
-from srpo.sft import warm_start
+from srpo.sft import sft
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
 
@@ -69,13 +69,12 @@ def test_a_model_is_its_own_reference_and_not_what_lies_at_its_path(tmp_path, or
         network.config._name_or_path = str(tmp_path / "policy")
         moved(network)
     elif origin == "warm start":
-        turn = [{"role": "user", "content": "say red and cat"}]
-        rows = [{"prompt": turn, "completion": [{"role": "assistant", "content": "red cat"}]}] * 4
+        rows = [{"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8]}] * 4
         args = SFTConfig(
             str(tmp_path / "sft"), use_cpu=True, bf16=False, max_steps=2, learning_rate=0.01, report_to=[],
             save_strategy="no", disable_tqdm=True,
         )  # fmt: skip
-        network = warm_start(network, tokenizer(), rows, args)
+        network = sft(network, tokenizer(), rows, args)
     given = copy.deepcopy(network)
     vars(given).pop("forward", None)
     check(trainer(config(tmp_path / "run", objective=objective, **SETTINGS), network), given)

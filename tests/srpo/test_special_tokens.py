@@ -11,7 +11,7 @@ from srpo.rollout.generator import Request, TransformersGenerator
 from srpo.rollout.greedy import generate
 from srpo.rollout.sampling import Sampling
 from srpo.rollout.special_tokens import end_ids, known_ends, settle_special_tokens
-from srpo.sft import imitate, warm_start
+from srpo.sft import encode_turn, sft
 
 END = tokenizer().eos_token_id
 
@@ -75,12 +75,9 @@ def test_nothing_that_ends_a_text_is_one_sentence_at_start(tmp_path):
         trainer(config(tmp_path), nameless(), processing_class=words)
     with pytest.raises(ValueError, match=said):
         generate(nameless(), words, ["say red"], 1, 4)
-    row = {"prompt": [{"role": "user", "content": "say red"}], "completion": [{"role": "assistant", "content": "red"}]}
     args = SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to=[])
     with pytest.raises(ValueError, match=said):
-        warm_start(nameless(), words, [row], args)
-    with pytest.raises(ValueError, match=said):
-        imitate(nameless(), words, [{"input_ids": [5, 6], "labels": [-100, 6]}], args)
+        sft(nameless(), words, [{"input_ids": [5, 6], "labels": [-100, 6]}], args)
     assert known_ends(nameless(), words) == []  # a member of a pool writes to its limit
 
 
@@ -131,7 +128,9 @@ def test_a_warm_start_teaches_to_end(tmp_path, kind):
         output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to=[], max_steps=40, learning_rate=1e-2,
         per_device_train_batch_size=2, save_strategy="no", gradient_checkpointing=False, disable_tqdm=True,
     )  # fmt: skip
-    trained = warm_start(model(scale=1.0), words, [row, row], args)
+    policy = model(scale=1.0)
+    turn = encode_turn(row, words, settle_special_tokens(policy, words))
+    trained = sft(policy, words, [turn, turn], args)
     prompt = words.apply_chat_template(row["prompt"], add_generation_prompt=True, tokenize=False)
     texts, _, counts = generate(trained, words, [prompt], 1, 16)
     assert texts == ["red"]

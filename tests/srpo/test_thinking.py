@@ -8,15 +8,14 @@ from core_helpers import config, dataset
 
 from routers.language.grammar import Grammar, parse, parse_turn
 from routers.tasks.think_route.settings import AgentSettings
-from routers.tasks.think_route.sft_rows import Demonstration
-from routers.tasks.think_route.task import encode_demonstration
-from srpo.policy import warm_start_config
+from routers.tasks.think_route.sft_rows import Demonstration, encode
 from srpo.rollout.generator import Sample
 from srpo.rollout.greedy import generate
 from srpo.rollout.loop import Limits, play
 from srpo.rollout.thinking import inside, opened_by, opened_in, unfinished
 from srpo.scratch_lm import tiny_causal_lm, train_tokenizer
-from srpo.sft import _encoded, _rendered, warm_start
+from srpo.sft import encode_turn, sft, sft_config
+from srpo.task import RunArguments
 from srpo.teacher.prompt import strip_thinking
 from srpo.trainer.trainer import SRPOTrainer
 from srpo.types import Observation
@@ -157,24 +156,21 @@ def test_episodes_read_the_first_turn_as_the_policy_saw_it(chat_template):
 
 
 @pytest.mark.parametrize(
-    ("chat_template", "options", "by_trl"),
-    [(R1, None, False), (THINKING, None, True), (NONE, None, True), (CLOSED, {"enable_thinking": False}, False)],
+    ("chat_template", "options"), [(R1, None), (THINKING, None), (NONE, None), (CLOSED, {"enable_thinking": False})]
 )
-def test_the_warm_start_teaches_what_will_be_sampled(tmp_path, chat_template, options, by_trl):
+def test_the_warm_start_teaches_what_will_be_sampled(tmp_path, chat_template, options):
     made = tokenizer(chat_template)
     row = {"prompt": PROMPT, "completion": [{"role": "assistant", "content": TURN}]}
-    assert _rendered(row, made, [made.eos_token_id], options) is by_trl
-    encoded = _encoded(row, made, options)
+    encoded = encode_turn(row, made, [made.eos_token_id], options)
     prompt = prompt_ids(made, **(options or {}))
     trained = [i for i, label in zip(encoded["input_ids"], encoded["labels"], strict=True) if label != -100]
     assert encoded["input_ids"] == [*prompt, *trained] and trained[-1] == made.eos_token_id
     assert opened_by(made, prompt) + made.decode(trained[:-1]) == TURN
 
-    settings = warm_start_config(
-        config(tmp_path), tmp_path, epochs=60, learning_rate=1e-2, batch_size=8, disable_tqdm=True
-    )
+    run = RunArguments("query_routing", sft_epochs=60, sft_learning_rate=1e-2, sft_batch_size=8)
+    settings = sft_config(run, config(tmp_path), tmp_path, {"disable_tqdm": True})
     torch.manual_seed(0)
-    policy = warm_start(network(made), made, [row] * 8, settings, chat_template_kwargs=options)
+    policy = sft(network(made), made, [encoded] * 8, settings)
     rendered = made.apply_chat_template(PROMPT, add_generation_prompt=True, tokenize=False, **(options or {}))
     (text,), _, _ = generate(policy, made, [rendered], 1, 40)
     assert parse(text, ["a"]).member == "a"
@@ -184,7 +180,7 @@ def test_the_warm_start_teaches_what_will_be_sampled(tmp_path, chat_template, op
 def test_demonstrations_of_agents_begin_inside_the_block(chat_template):
     made = tokenizer(chat_template)
     turns = (TURN, Observation("reply"), TURN)
-    encoded = encode_demonstration(Demonstration(PROMPT, turns), made, AgentSettings())
+    encoded = encode(Demonstration(PROMPT, turns), made, AgentSettings())
     text = made.decode(encoded["input_ids"][len(prompt_ids(made)) :])
     whole = TURN + "reply" + TURN
     assert text == (whole if chat_template == NONE else whole.removeprefix("<think>"))

@@ -14,7 +14,7 @@ from routers.tasks.query_routing.world import feedback_text
 Reprompt = Callable[[Messages, str | None, str | None], Any]
 
 
-def warm_start_rows(
+def sft_turns(
     queries: Sequence[Mapping[str, Any]],
     correct: np.ndarray,
     prompt: Callable[[Mapping[str, Any]], Messages],

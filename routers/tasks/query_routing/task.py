@@ -106,14 +106,14 @@ class QueryRouting:
         return rows
 
     def sft_rows(self, tokenizer: PreTrainedTokenizerBase, ends: Sequence[int]) -> list[Ids]:
-        from routers.tasks.query_routing.sft_rows import warm_start_rows
+        from routers.tasks.query_routing.sft_rows import sft_turns
         from srpo.sft import encode_turn
         from srpo.teacher.prompt import Templates, reprompt
 
         args = self.config
         templates = Templates(args.reprompt_template, args.solution_template, args.feedback_template)
         some = spread(len(self.queries), self.run.sft_limit)
-        turns = warm_start_rows(
+        turns = sft_turns(
             [self.queries[i] for i in some],
             self.table.correct_matrix("train")[self.chosen][some],
             self._prompt,

@@ -17,7 +17,7 @@ from routers.evaluation.report import Evaluation
 from routers.language.grammar import Grammar, parse
 from routers.language.prompts import policy_prompt
 from routers.tasks.query_routing.evaluate import evaluate_policy, load_checkpoint, main
-from routers.tasks.query_routing.sft_rows import warm_start_rows
+from routers.tasks.query_routing.sft_rows import sft_turns
 from srpo.rollout.greedy import generate
 from srpo.scratch_lm import tiny_causal_lm, train_tokenizer
 
@@ -53,6 +53,12 @@ def rows() -> list[dict[str, Any]]:
     return found
 
 
+def made_rows(queries: Any, correct: np.ndarray, rng: np.random.Generator, **how: Any) -> Any:
+    return sft_turns(
+        queries, correct, lambda query: policy_prompt(query["query"], MEMBERS), list(CATALOGUE), GRAMMAR, rng, **how
+    )
+
+
 @pytest.fixture(scope="module")
 def table() -> ReplyTable:
     return ReplyTable(rows(), CATALOGUE)
@@ -69,12 +75,11 @@ def policy(table: ReplyTable, tokenizer: Any, tmp_path_factory: pytest.TempPathF
     """A small model after its warm start, saved."""
     from trl import SFTConfig
 
-    from srpo.sft import warm_start
+    from srpo.sft import encode_turn, sft
 
     folder = tmp_path_factory.mktemp("policy")
-    examples = warm_start_rows(
-        table.queries("train"), table.correct_matrix("train"), MEMBERS, GRAMMAR, np.random.default_rng(0)
-    )
+    turns = made_rows(table.queries("train"), table.correct_matrix("train"), np.random.default_rng(0))
+    examples = [encode_turn(turn, tokenizer, [tokenizer.eos_token_id]) for turn in turns]
     args = SFTConfig(
         output_dir=str(folder),
         num_train_epochs=4,
@@ -88,7 +93,7 @@ def policy(table: ReplyTable, tokenizer: Any, tmp_path_factory: pytest.TempPathF
         max_length=None,
     )
     model = tiny_causal_lm(tokenizer, hidden=64, layers=2, heads=2, intermediate=128)
-    model = warm_start(model, tokenizer, examples, args)
+    model = sft(model, tokenizer, examples, args)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -173,7 +178,7 @@ def mark(prompt: list[dict[str, str]], demonstration: str | None, feedback: str 
 def test_targets_are_drawn_uniformly_among_the_right_members() -> None:
     counts: dict[str, dict[str, int]] = {}
     for seed in range(600):
-        made = warm_start_rows(QUERIES, CORRECT, MEMBERS, GRAMMAR, np.random.default_rng(seed))
+        made = made_rows(QUERIES, CORRECT, np.random.default_rng(seed))
         assert [row["prompt"][0]["content"][-1] for row in made] == ["0", "1", "3"]  # nobody is right on query 2
         for row in made:
             action = parse(row["completion"][0]["content"], list(CATALOGUE))
@@ -185,9 +190,9 @@ def test_targets_are_drawn_uniformly_among_the_right_members() -> None:
 
 
 def test_rows_are_reproducible_and_prompts_are_the_policys() -> None:
-    made = [warm_start_rows(QUERIES, CORRECT, MEMBERS, GRAMMAR, np.random.default_rng(5), mark) for _ in range(2)]
+    made = [made_rows(QUERIES, CORRECT, np.random.default_rng(5), reprompt=mark) for _ in range(2)]
     assert made[0] == made[1]
-    plain = warm_start_rows(QUERIES, CORRECT, MEMBERS, GRAMMAR, np.random.default_rng(5), mark, reprompt_share=0.0)
+    plain = made_rows(QUERIES, CORRECT, np.random.default_rng(5), reprompt=mark, reprompt_share=0.0)
     assert [row["prompt"] for row in plain] == [policy_prompt(QUERIES[i]["query"], MEMBERS) for i in (0, 1, 3)]
 
 
@@ -195,7 +200,7 @@ def test_reprompted_rows_agree_with_what_they_show() -> None:
     """A demonstration is the target itself; feedback is on a member that was not fully right, never the target."""
     shown = {"demonstration": 0, "feedback": 0}
     for seed in range(200):
-        for row in warm_start_rows(QUERIES, CORRECT, MEMBERS, GRAMMAR, np.random.default_rng(seed), mark, 1.0):
+        for row in made_rows(QUERIES, CORRECT, np.random.default_rng(seed), reprompt=mark, reprompt_share=1.0):
             prompt, demonstration, feedback = row["prompt"][0]["content"].split("|")
             turn = row["completion"][0]["content"]
             if feedback == "None":
@@ -211,28 +216,11 @@ def test_reprompted_rows_agree_with_what_they_show() -> None:
 def test_heldout_queries_and_bad_shapes_are_refused() -> None:
     with pytest.raises(ValueError, match="'7' is of split 'heldout'"):
         heldout = {"query_id": "7", "query": "x", "family": "f", "split": "heldout"}
-        warm_start_rows([heldout], np.ones((1, 3)), MEMBERS, GRAMMAR, np.random.default_rng(0))
+        made_rows([heldout], np.ones((1, 3)), np.random.default_rng(0))
     with pytest.raises(ValueError, match="not \\(queries, members\\)"):
-        warm_start_rows(QUERIES, CORRECT.T, MEMBERS, GRAMMAR, np.random.default_rng(0))
+        made_rows(QUERIES, CORRECT.T, np.random.default_rng(0))
     with pytest.raises(ValueError, match="must lie in"):
-        warm_start_rows(QUERIES, CORRECT, MEMBERS, GRAMMAR, np.random.default_rng(0), mark, 1.5)
-
-
-def test_bad_warm_starts_are_refused(tokenizer: Any) -> None:
-    from trl import SFTConfig
-
-    from srpo.sft import warm_start
-
-    model = tiny_causal_lm(tokenizer, hidden=32, layers=1, heads=2, intermediate=32)
-    args = SFTConfig(use_cpu=True, bf16=False, report_to="none")
-    good = {"prompt": [{"role": "user", "content": "x"}], "completion": [{"role": "assistant", "content": "y"}]}
-    with pytest.raises(ValueError, match="no rows"):
-        warm_start(model, tokenizer, [], args)
-    with pytest.raises(ValueError, match="row 1 of the warm start"):
-        warm_start(model, tokenizer, [good, good | {"completion": []}], args)
-    args.completion_only_loss = False
-    with pytest.raises(ValueError, match="completions only"):
-        warm_start(model, tokenizer, [good], args)
+        made_rows(QUERIES, CORRECT, np.random.default_rng(0), reprompt=mark, reprompt_share=1.5)
 
 
 # --- what was learned, and the evaluation of it ----------------------------------------------------------------------
