@@ -7,6 +7,8 @@ are encoded one by one, so that the ids can never be those of a control token; t
 """
 
 import re
+import threading
+from collections.abc import Callable, Collection
 from functools import lru_cache
 from typing import Any
 
@@ -23,7 +25,7 @@ def encode_untrusted(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]
     An added token of one character that is not special is a letter of the alphabet, not a control token, and stays.
     A character that the tokenizer can only write with a control token becomes U+FFFD, or nothing.
     """
-    text = text.encode("utf-8", "replace").decode("utf-8")  # lone surrogates cannot be encoded
+    text = well_formed(text)  # lone surrogates cannot be encoded
     if not text:
         return []
     forbidden, seam = _rules(tokenizer, len(tokenizer))
@@ -72,3 +74,49 @@ def _clean(tokenizer: Any, piece: str, forbidden: frozenset[int]) -> list[int]:
         half = len(piece) // 2
         return _clean(tokenizer, piece[:half], forbidden) + _clean(tokenizer, piece[half:], forbidden)
     return [] if piece == _UNKNOWN else _clean(tokenizer, _UNKNOWN, forbidden)
+
+
+def without_control_tokens(tokenizer: Any, keep: Collection[str] = ()) -> Callable[[str], str]:
+    """A function that breaks every control token that a text spells out ("<|im_end|>" becomes "< |im_end|>").
+
+    A chat template is text, and would read it as the end of the user's turn. Control tokens are the special ones and,
+    as in `encode_untrusted`, added ones of two or more characters, such as Qwen's <tool_call> or a policy's
+    labels; `keep` are those that the text may say. Lone surrogates, which no tokenizer takes, are replaced.
+    """
+    control = {token.content for token in tokenizer.added_tokens_decoder.values()} | set(tokenizer.all_special_tokens)
+    control -= set(keep)
+    long = sorted((content for content in control if len(content.strip()) > 1), key=len, reverse=True)
+    if not long:
+        return well_formed
+    pattern = re.compile("|".join(map(re.escape, long)))
+    return lambda text: pattern.sub(lambda match: f"{match.group()[0]} {match.group()[1:]}", well_formed(text))
+
+
+class LockedTokenizer:
+    """A tokenizer for several threads.
+
+    A fast tokenizer keeps `split_special_tokens` of the last call as its own state, so that text of others, encoded in
+    one thread, could be read with the setting of another thread's call.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._lock = threading.RLock()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with self._lock:
+            return self._tokenizer(*args, **kwargs)
+
+    def __len__(self) -> int:
+        return len(self._tokenizer)
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._tokenizer, name)
+        if not callable(found):
+            return found
+
+        def locked(*args: Any, **kwargs: Any) -> Any:
+            with self._lock:
+                return found(*args, **kwargs)
+
+        return locked

@@ -30,9 +30,9 @@ from routers.language.observations import neutralise, note_observation, reply_ob
 from routers.language.prompts import short_think_route_prompt, think_route_prompt
 from routers.pool import Pool
 from routers.pool.scripted import Fault, Scripted
-from routers.tasks.think_route.agent_parts import without_control_tokens
 from routers.tasks.think_route.environment import ThinkRoute
 from srpo.rollout.loop import Limits, observation_ids, play
+from srpo.rollout.untrusted import without_control_tokens
 
 CORPUS = corpus()
 NEUTRAL = "I do not know that."

@@ -12,11 +12,11 @@ from recorded_server import RecordedServer
 
 from routers.data.table import quickstart_table
 from routers.evaluation.agent_report import AgentEvaluation
-from routers.tasks.think_route.agent_parts import without_control_tokens
 from routers.tasks.think_route.settings import AgentSettings
 from routers.tasks.think_route.sft_rows import restricted, result_of
 from routers.tasks.think_route.task import main
 from routers.tasks.think_route.world import prompt_of
+from srpo.rollout.untrusted import without_control_tokens
 from srpo.scratch_lm import train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]

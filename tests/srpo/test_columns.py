@@ -10,9 +10,9 @@ import torch
 from core_helpers import config, dataset, logged, model, tokenizer, trainer
 from episode_worlds import ScriptedEnvironment
 
-from routers.tasks.think_route.agent_parts import without_control_tokens
 from srpo.checks import check_rows
 from srpo.columns import INTERNAL, checked_columns, repaired_value
+from srpo.rollout.untrusted import without_control_tokens
 from srpo.trainer.completions_table import writable_table
 from srpo.types import Observation
 from srpo.well_formed import well_formed

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from routers.language.grammar import Grammar, parse, render
-from routers.language.prompts import Messages, drawn_cost_weight, family_phrase
+from routers.language.prompts import Messages, family_phrase
 from routers.tasks.query_routing.world import feedback_text
 
 Reprompt = Callable[[Messages, str | None, str | None], Any]
@@ -22,7 +22,6 @@ def sft_turns(
     grammar: Grammar,
     rng: np.random.Generator,
     *,
-    cost_weights: Sequence[float] | None = None,
     reprompt: Reprompt | None = None,
     reprompt_share: float = 0.25,
     think: Callable[[Mapping[str, Any]], str] = family_phrase,
@@ -39,7 +38,6 @@ def sft_turns(
         members: names of the pool, in the order in which the prompt shows it.
         grammar: the tags of the action.
         rng: draws members and forms; the same generator state gives the same rows.
-        cost_weights: each query's prompt states one of them, drawn by its id.
         reprompt: ``(prompt, demonstration, feedback) -> prompt`` in the self-teacher's words. A policy that starts
             from nothing must have seen that form, or its teacher cannot use it. ``None``: no such rows.
         reprompt_share: probability that a query is given in the reprompted form: half of these with a right
@@ -61,8 +59,7 @@ def sft_turns(
         if not len(right):
             continue
         turn = render(think(query), members[rng.choice(right)], grammar)
-        told = {"cost_weight": drawn_cost_weight(query["query_id"], cost_weights)} if cost_weights else {}
-        asked = prompt({**query, **told})
+        asked = prompt(query)
         if reprompt is not None and rng.random() < reprompt_share:
             if len(wrong) and rng.random() < 0.5:
                 failed = int(rng.choice(wrong))

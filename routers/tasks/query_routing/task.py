@@ -12,8 +12,9 @@ from rewards.registry import Facts, make_rewards
 from routers.data.table import ReplyTable, check_split, replies_of, spread
 from routers.evaluation.episodes import Episodes
 from routers.language.grammar import Grammar, render
-from routers.language.prompts import drawn_cost_weight, family_phrase, policy_prompt, price
+from routers.language.prompts import Clean, Messages, family_phrase, price
 from routers.tasks.query_routing.arguments import QueryRoutingArguments
+from routers.tasks.query_routing.settings import COST_WEIGHT, QuerySettings
 from srpo.run.derived import source
 from srpo.run.steps import check_rows_of_a_batch
 from srpo.task import Corpus, Ids, RunArguments, Share
@@ -22,11 +23,7 @@ from srpo.types import Row, World
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-    from routers.tasks.query_routing.router import QuerySettings
     from srpo.config import SRPOConfig
-
-COST_WEIGHT = "cost_weight"
-"""Column: the price sensitivity that a row's prompt states and its reward takes."""
 
 
 class QueryRouting:
@@ -56,23 +53,18 @@ class QueryRouting:
         self.chosen = spread(len(queries), self.run.train_limit)
         self.queries = [queries[i] for i in self.chosen]
         check_rows_of_a_batch(len(self.queries), self.config, "the table's training split")
-
-    @property
-    def settings(self) -> QuerySettings:
-        """What serving must know."""
-        from routers.tasks.query_routing.router import QuerySettings
-
-        return QuerySettings(
-            grammar=self.grammar,
-            tokens=self.config.max_completion_length,
-            chat_template_kwargs=self.config.chat_template_kwargs or {},
-            cost_weights=tuple(self.arguments.cost_weights or ()),
+        self.settings = QuerySettings(
             members=tuple(self.table.catalogue.values()),
-        )
+            grammar=self.grammar,
+            completion_tokens=self.config.max_completion_length,
+            chat_template_kwargs=self.config.chat_template_kwargs or {},
+            cost_weights=tuple(task.cost_weights or ()),
+            policy_price=(self.run.policy_price_in, self.run.policy_price_out),
+        ).seen_in(self.table)
 
     def corpus(self) -> Corpus:
         """Prompts and turns on the training queries, and the templates of the self-teacher."""
-        args, members = self.config, list(self.table.catalogue.values())
+        args, members = self.config, self.settings.members
         queries = self.table.queries("train")
         texts = [self._prompt(row)[0]["content"] for row in queries]
         thoughts = [str(row["family"] or family_phrase(row)) for row in queries]
@@ -85,16 +77,14 @@ class QueryRouting:
         return Corpus(texts, [*tags, *prices])
 
     def rows(self, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
-        weights = self.arguments.cost_weights
-        rows = []
-        for row in self.queries:
-            told = {COST_WEIGHT: drawn_cost_weight(row["query_id"], weights)} if weights else {}
-            rows.append({"prompt": self._prompt({**row, **told}), **row, **told})
-        return rows
+        from srpo.rollout.untrusted import without_control_tokens
 
-    def _prompt(self, row: Mapping[str, Any]) -> list[dict[str, str]]:
-        members = list(self.table.catalogue.values())
-        return policy_prompt(row["query"], members, self.grammar, cost_weight=row.get(COST_WEIGHT))
+        clean = without_control_tokens(tokenizer)
+        rows = [self.settings.weighed(row) for row in self.queries]
+        return [{"prompt": self._prompt(row, clean), **row} for row in rows]
+
+    def _prompt(self, row: Mapping[str, Any], clean: Clean | None = None) -> Messages:
+        return self.settings.messages(row["query"], cost_weight=row.get(COST_WEIGHT), clean=clean)
 
     def made_from(self) -> tuple[dict[str, Any], dict[str, Any]]:
         task = self.arguments
@@ -107,27 +97,26 @@ class QueryRouting:
 
     def sft_rows(self, tokenizer: PreTrainedTokenizerBase, ends: Sequence[int]) -> list[Ids]:
         from routers.tasks.query_routing.sft_rows import sft_turns
+        from srpo.rollout.untrusted import without_control_tokens
         from srpo.sft import encode_turn
         from srpo.teacher.prompt import Templates, reprompt
 
-        args = self.config
+        args, clean = self.config, without_control_tokens(tokenizer)
         templates = Templates(args.reprompt_template, args.solution_template, args.feedback_template)
         some = spread(len(self.queries), self.run.sft_limit)
         turns = sft_turns(
-            [self.queries[i] for i in some],
+            [self.settings.weighed(self.queries[i]) for i in some],
             self.table.correct_matrix("train")[self.chosen][some],
-            self._prompt,
+            lambda row: self._prompt(row, clean),
             self.table.members,
             self.grammar,
             np.random.default_rng(args.seed),
-            cost_weights=self.arguments.cost_weights,
             reprompt=lambda prompt, demonstration, feedback: reprompt(prompt, demonstration, feedback, templates),
         )
         return [encode_turn(turn, tokenizer, ends, args.chat_template_kwargs) for turn in turns]
 
     def save(self, folder: Path) -> None:
-        start, _ = self.made_from()
-        self.settings.save(folder, made_from=start)
+        self.settings.save(folder, {name: str(value) for name, value in self.made_from()[0].items()})
 
     def world(self) -> World:
         from routers.tasks.query_routing.world import RecordedWorld

@@ -25,12 +25,12 @@ from routers.tasks.step_routing.budget import BudgetGate
 from routers.tasks.step_routing.session import StepSession
 from routers.tasks.step_routing.settings import STEP_ROUTER, StepSettings
 from routers.tasks.step_routing.step_parts import PlayedEpisode
-from routers.tasks.think_route.agent_parts import LockedTokenizer, without_control_tokens
 from srpo.rollout.generator import TransformersGenerator
 from srpo.rollout.loop import Labels
 from srpo.rollout.sampling import Sampling
 from srpo.rollout.shared import Batches, load_checkpoint
 from srpo.rollout.special_tokens import end_ids
+from srpo.rollout.untrusted import LockedTokenizer, without_control_tokens
 from srpo.rollout.worker_loop import EpisodeLoop, Failure
 from srpo.types import Stop
 

@@ -18,9 +18,9 @@ from routers.environments.protocol import AgentEnvironment
 from routers.tasks.step_routing.budget import Budget
 from routers.tasks.step_routing.environment import Situation
 from routers.tasks.step_routing.prompts import OBSERVATIONS, Style
-from routers.tasks.think_route.agent_parts import without_control_tokens
 from srpo.ranges import Ranges, at_least, check_numbers
 from srpo.redact import redacted
+from srpo.rollout.untrusted import without_control_tokens
 from srpo.strict_yaml import YamlError, read_yaml
 
 STEP_ROUTER = "step_router.yaml"

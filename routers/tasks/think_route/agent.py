@@ -20,13 +20,7 @@ from typing import Any
 
 from routers.data.catalogue import load_catalogue
 from routers.pool import Pool, live_pool
-from routers.tasks.think_route.agent_parts import (
-    AgentAnswer,
-    Listening,
-    LockedTokenizer,
-    OnTurn,
-    without_control_tokens,
-)
+from routers.tasks.think_route.agent_parts import AgentAnswer, Listening, OnTurn
 from routers.tasks.think_route.environment import ThinkRoute
 from routers.tasks.think_route.settings import AGENT, AgentSettings
 from srpo.rollout.generator import Request, Sample, TransformersGenerator
@@ -34,6 +28,7 @@ from srpo.rollout.loop import Limits, play
 from srpo.rollout.sampling import Sampling
 from srpo.rollout.shared import Batches, load_checkpoint
 from srpo.rollout.special_tokens import end_ids
+from srpo.rollout.untrusted import LockedTokenizer, without_control_tokens
 from srpo.rollout.worker_loop import EpisodeLoop
 from srpo.types import COST, LOST, Trajectory
 

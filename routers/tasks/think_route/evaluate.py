@@ -28,7 +28,6 @@ from routers.evaluation.agent_report import (
 from routers.evaluation.answers import exact_match, f1, score
 from routers.pool import Pool
 from routers.tasks.query_routing.evaluate import load_checkpoint
-from routers.tasks.think_route.agent_parts import without_control_tokens
 from routers.tasks.think_route.environment import ThinkRoute
 from routers.tasks.think_route.settings import AgentSettings
 from routers.tasks.think_route.world import (
@@ -49,6 +48,7 @@ from srpo.rollout.generator import TransformersGenerator
 from srpo.rollout.loop import Limits, as_columns, play
 from srpo.rollout.sampling import Sampling
 from srpo.rollout.special_tokens import end_ids
+from srpo.rollout.untrusted import without_control_tokens
 from srpo.run.derived import made_from, mark, source, unmark
 from srpo.run.folder import RunArguments
 from srpo.run.results import check_results
