@@ -7,7 +7,7 @@ import pytest
 from routers.data.catalogue import Member
 from routers.data.table import ReplyTable
 from routers.language.grammar import Grammar
-from routers.tasks.query_routing.world import RecordedPool
+from routers.tasks.query_routing.world import RecordedWorld
 
 CATALOGUE = {"chat": Member("chat", "facts", 1.0, 2.0), "calculator": Member("calculator", "sums", 10.0, 20.0)}
 # (query, member, reply, prompt tokens, completion tokens, correct)
@@ -32,7 +32,7 @@ def route(member: str) -> str:
 def test_columns_by_hand() -> None:
     rows = [{"query_id": "sum"}, {"query_id": "sum"}, {"query_id": "fact"}, {"query_id": "fact"}, {"query_id": "fact"}]
     texts = [route("calculator"), route("chat"), route("chat"), route("calculator"), route("oracle")]
-    columns = RecordedPool(table())(rows, texts)
+    columns = RecordedWorld(table())(rows, texts)
     assert columns == {
         "route": ["calculator", "chat", "chat", "calculator", None],
         # (30*10 + 2*20)/1e6 and (10*1 + 5*2)/1e6 USD; asking nobody costs nothing.
@@ -52,12 +52,12 @@ def test_columns_by_hand() -> None:
 
 
 def test_feedback_never_tells_the_reply() -> None:
-    columns = RecordedPool(table())([{"query_id": "sum"}, {"query_id": "fact"}], [route("chat"), route("calculator")])
+    columns = RecordedWorld(table())([{"query_id": "sum"}, {"query_id": "fact"}], [route("chat"), route("calculator")])
     assert all(reply not in text for reply, text in zip(columns["reply"], columns["feedback"], strict=True))
 
 
 def test_outcomes_depend_on_nothing_but_row_and_text() -> None:
-    pool, rng = RecordedPool(table()), random.Random(0)
+    pool, rng = RecordedWorld(table()), random.Random(0)
     names = ["chat", "calculator", "nobody", ""]
     batch = [({"query_id": rng.choice(["sum", "fact"])}, route(rng.choice(names))) for _ in range(50)]
     together = pool(*zip(*batch, strict=True))
@@ -67,7 +67,7 @@ def test_outcomes_depend_on_nothing_but_row_and_text() -> None:
 
 
 def test_the_grammar_is_the_pools() -> None:
-    pool = RecordedPool(table(), Grammar(route="search"))
+    pool = RecordedWorld(table(), Grammar(route="search"))
     texts = ["<think>x</think><search>chat</search>", route("chat")]
     assert pool([{"query_id": "fact"}] * 2, texts)["route"] == ["chat", None]
 
@@ -75,9 +75,9 @@ def test_the_grammar_is_the_pools() -> None:
 @pytest.mark.parametrize("text", [route("chat"), "no action"])
 def test_an_unknown_query_is_named(text: str) -> None:
     with pytest.raises(KeyError, match="'elsewhere'"):
-        RecordedPool(table())([{"query_id": "elsewhere"}], [text])
+        RecordedWorld(table())([{"query_id": "elsewhere"}], [text])
 
 
 def test_lengths_must_agree() -> None:
     with pytest.raises(ValueError, match="1 rows but 2 completions"):
-        RecordedPool(table())([{"query_id": "sum"}], ["a", "b"])
+        RecordedWorld(table())([{"query_id": "sum"}], ["a", "b"])

@@ -9,7 +9,7 @@ from routers.data.table import ReplyTable
 from routers.language.grammar import Action, Grammar, parse
 
 
-class RecordedPool:
+class RecordedWorld:
     """A world of recorded replies, callable as the trainer's ``world(rows, completions)``.
 
     It holds no state: the same rows and completions always give the same columns, in any order.
