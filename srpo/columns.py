@@ -23,6 +23,8 @@ TURNS = "turns"
 """Column of the rollout: how many turns the policy had."""
 CALLS = "calls"
 """Column of a world: how many calls of the pool an episode made."""
+FORMAT_ERROR = "format_error"
+"""Column of a world: "" or what was wrong with the form of the policy's words."""
 MEMBERS = "members"
 """Column of a world: the members that an episode asked, in order, one name per call."""
 OF_ROLLOUT = (STOP, LOST, TURNS)
@@ -43,7 +45,7 @@ _METRIC_PREFIXES = (
 _METRICS = (
     "loss", "reward", "reward_std", "frac_reward_zero_std", "num_tokens", "entropy", "kl", "learning_rate",
     "grad_norm", "epoch", "step", "is_ratio", "is_clipped", "aux_loss", "cost/per_query_usd",
-    "cost/spent_usd", "correct/mean",
+    "cost/spent_usd", "correct/mean", "invalid/share",
 )  # fmt: skip
 
 

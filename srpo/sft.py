@@ -23,6 +23,7 @@ from srpo.rollout.untrusted import encode_frame
 from srpo.run.steps import check_steps_made
 from srpo.task import Ids, RunArguments
 from srpo.trainer.precision import train_in_fp32
+from srpo.trainer.progress import show_progress
 
 Mean = Literal["tokens", "rows"]
 
@@ -109,6 +110,7 @@ def sft(
             "run with ddp.yaml or zero2.yaml, and give the sharded run what that one saved"
         )
     train_in_fp32(trainer.model, args)
+    show_progress(trainer, "sft")
     trainer.train()
     check_steps_made(trainer.state.global_step, "the supervised start")
     config = trainer.model.config.get_text_config()

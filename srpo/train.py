@@ -30,6 +30,7 @@ from srpo.run.folder import claim, finish
 from srpo.run.steps import check_rows_of_a_batch
 from srpo.sft import check_unsharded, sft, sft_config
 from srpo.task import START, Evaluation, RunArguments, Share, Task
+from srpo.trainer.progress import check_report_to, phase, quiet, show_progress
 from srpo.trainer.trainer import SRPOTrainer
 from srpo.types import Stopped
 
@@ -42,8 +43,10 @@ def main(argv: Sequence[str] | None = None) -> Evaluation:
     Raises:
         ValueError: a mistake in recipe or data, in one sentence; before the output folder is touched where it can be.
     """
+    quiet()
     task_class, recipe = load_run(argv)
     arguments, how, args = recipe
+    check_report_to(args.report_to)
     state, resume = PartialState(), args.resume_from_checkpoint
     task: Task = task_class(arguments, how, args)
 
@@ -76,11 +79,13 @@ def main(argv: Sequence[str] | None = None) -> Evaluation:
 
     # The folder is this run's now.
     output = claimed.take()
+    phase("start", f"{how.task}, {args.objective}: {len(dataset):,} rows, policy {name}, into {output}")
     rows = dataset.to_list()
     prepared = task.prepare(output, rows)
     dataset = dataset if prepared is rows else Dataset.from_list(prepared)
     model = with_adapter(model, tokenizer, name, args, how.lora_r)
     if supervised and resume is None:
+        phase("sft", f"supervised start, {how.sft_epochs:g} epochs")
         model = _supervised_start(task, how, args, model, tokenizer, start)
         if state.is_main_process:
             unmark(start)
@@ -105,11 +110,13 @@ def main(argv: Sequence[str] | None = None) -> Evaluation:
     trainer.save_beside = task.save
     for callback in task.callbacks():
         trainer.add_callback(callback)
+    show_progress(trainer, "train")
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
     trainer.save_state()
     task.finish(trainer, output)
 
+    phase("evaluate", "the trained policy")
     with whole_policy(trainer, output) as policy:
         after = evaluated(lambda share: task.evaluate(policy, tokenizer, args.objective, share))
     rules = evaluated(task.baselines)
@@ -159,6 +166,7 @@ def _evaluated_once(
     """The evaluation of the policy that RL starts from; a resumed run reads what the first one wrote."""
     if resumed and is_made_from(path, values):
         return task.episodes.read(path)
+    phase("evaluate", "the policy that RL starts from")
     found = evaluated(lambda share: task.evaluate(model, tokenizer, START, share))
     if PartialState().is_main_process:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -29,7 +29,7 @@ def generate(
     pad, ends = pad_id(model, tokenizer), end_ids(model, tokenizer)
     was_training = model.training
     model.eval()
-    for start in tqdm(range(0, len(ids), batch_size), desc="routing", unit="batch", leave=False):
+    for start in tqdm(range(0, len(ids), batch_size), desc="routing", unit="batch", leave=False, disable=None):
         batch = order[start : start + batch_size]
         width = max(len(ids[i]) for i in batch)
         inputs = torch.tensor([[pad] * (width - len(ids[i])) + ids[i] for i in batch], device=model.device)

@@ -127,7 +127,7 @@ def play(
     labels = Labels(tokenizer)
     with EpisodeLoop() if loop is None else nullcontext(loop) as loop:
         _make(environment, plays, rows, seeds, loop, limits)
-        with tqdm(total=len(plays), desc="episodes", disable=not progress, leave=False) as bar:
+        with tqdm(total=len(plays), desc="episodes", disable=None if progress else True, leave=False) as bar:
             while going := [p for p in plays if p.stop is None]:
                 _policy_turns(going, seeds, generator, labels, tokenizer, limits)
                 _world_turns([p for p in going if p.stop is None], loop, tokenizer, limits, started)

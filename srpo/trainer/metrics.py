@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from srpo.columns import CALLS, MEMBERS
+from srpo.columns import CALLS, FORMAT_ERROR, MEMBERS
 from srpo.types import CORRECT, COST, ROUTE
 
 NO_ROUTE = "none"
@@ -22,6 +22,7 @@ def world_metrics(columns: Mapping[str, Sequence[Any]]) -> dict[str, float]:
     route/share/<member>  share of completions routed there; "none" = no valid action
     route/entropy         nats over the members, completions without a valid action left out
     cost/per_query_usd    mean cost; correct/mean: mean over the graded completions
+    invalid/share         share with something wrong in the form (column `format_error`)
     calls/per_query       mean number of calls of an episode (column `calls`)
     calls/share/<member>  share of all calls (column `members`: who was asked, in order); calls/entropy: in nats
     """
@@ -40,6 +41,8 @@ def world_metrics(columns: Mapping[str, Sequence[Any]]) -> dict[str, float]:
     for column, name in ((COST, "cost/per_query_usd"), (CORRECT, "correct/mean")):
         if values := [float(v) for v in columns.get(column, ()) if v is not None]:
             metrics[name] = sum(values) / len(values)
+    if errors := [bool(error) for error in columns.get(FORMAT_ERROR, ()) if error is not None]:
+        metrics["invalid/share"] = sum(errors) / len(errors)
     return metrics
 
 
