@@ -18,7 +18,7 @@ CHECKED = "checked"
 # Names that our scripts, TRL, transformers, peft, accelerate and DeepSpeed give to what they write into a folder.
 _FILES = """
 run.json run.json.draft recipe.yaml README.md quarantine*.jsonl made_from.json *.made_from.json
-evaluation.json agent_evaluation.json frontier.png agent.yaml step_router.yaml episodes.parquet tables.md
+evaluation.parquet report.html report.md frontier.png router.yaml
 profiles.parquet profiles.parquet.draft spending_*.json spending_*.draft teacher.safetensors config.json
 generation_config.json adapter_config.json *_results.json trainer_state.json training_args.bin tokenizer.json
 tokenizer_config.json tokenizer.model special_tokens_map.json added_tokens.json vocab.json vocab.txt merges.txt
@@ -34,8 +34,8 @@ optimizer.bin scheduler.pt scheduler.bin scaler.pt rng_state*.pth random_states_
 *_states.pt *.distcp .metadata events.out.tfevents.*
 """.split()
 _FOLDERS = """
-checkpoint-* tmp-checkpoint-* completions additional_completions warm_start bosft bosft_evaluation demonstrations task
-base unseen cost_weight_* runs checked global_step* pytorch_model_fsdp_* optimizer_* ref teacher
+checkpoint-* tmp-checkpoint-* completions additional_completions start demonstrations task base runs checked
+global_step* pytorch_model_fsdp_* optimizer_* ref teacher
 """.split()
 
 

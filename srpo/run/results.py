@@ -1,6 +1,6 @@
 """Where an evaluation writes: never over the results of a run, and over its own only if they were made from the same.
 
-evaluation.json   evaluation.json.made_from.json   what was evaluated, on what, how
+evaluation.parquet   evaluation.parquet.made_from.json   what was evaluated, on what, how
 """
 
 from collections.abc import Mapping

@@ -8,11 +8,10 @@ import pytest
 
 from routers.data.table import replies_of
 from routers.evaluation.answers import gold_problem
-from routers.tasks.query_routing.task import ARGUMENTS as ROUTING
-from routers.tasks.step_routing.task import ARGUMENTS as BUDGET
-from routers.tasks.think_route.task import ARGUMENTS as THINKING
-from routers.tasks.think_route.world import TaskArguments, load_questions, load_replies
+from routers.tasks.think_route.arguments import ThinkRouteArguments
+from routers.tasks.think_route.world import load_questions, load_replies
 from srpo.quarantine import BadRows
+from srpo.task import RunArguments
 
 MEMBER = "  - {name: %s, descriptor: d, price_in: 1, price_out: 2}\n"
 PRICES = f"members:\n{MEMBER % 'a'}{MEMBER % 'b'}"
@@ -28,15 +27,6 @@ def table(folder: Path, count: int = 100, **changes: Any) -> str:
     return str(folder / "table.jsonl")
 
 
-def test_every_training_command_has_the_key() -> None:
-    for arguments in (ROUTING, THINKING, BUDGET):
-        assert "max_bad_share" in {name for kind in arguments for name in kind.__dataclass_fields__}
-        with pytest.raises(ValueError, match="max_bad_share"):
-            next(kind for kind in arguments if "max_bad_share" in kind.__dataclass_fields__)(
-                max_bad_share=1.5, **({"table": "quickstart"} if arguments is THINKING else {})
-            )
-
-
 def test_a_table_of_ones_own(tmp_path: Path) -> None:
     path = table(tmp_path, r8={"correct": None}, r21={"correct": 7})
     rules: dict[str, Any] = {"drop_incomplete": False, "folder": tmp_path / "out"}
@@ -49,14 +39,15 @@ def test_a_table_of_ones_own(tmp_path: Path) -> None:
 
 def test_questions_that_the_metric_cannot_grade_are_bad_rows(tmp_path: Path) -> None:
     golds = {f"r{i}": {"gold": gold} for i, gold in ((0, "Paris"), (1, "Paris"), (6, ""), (7, ""))}
-    task = TaskArguments(table=table(tmp_path, **golds), metric="numeric", max_bad_share=0.1)
-    train, heldout = load_questions(task, load_replies(task, tmp_path), tmp_path)
+    task = ThinkRouteArguments(table=table(tmp_path, **golds), metric="numeric")
+    run = RunArguments("think_route", max_bad_share=0.1)
+    train, heldout = load_questions(task, run, load_replies(task, run, tmp_path), tmp_path)
     assert {row["query_id"] for row in (*train, *heldout)} == {str(i) for i in range(100)} - {"0", "3"}
     found = [p.read_text() for p in sorted(tmp_path.glob("quarantine_*.jsonl"))]
     assert "none of its accepted answers" in "".join(found) and "no accepted answer (gold)" in "".join(found)
-    task = TaskArguments(table=task.table, metric="numeric", max_bad_share=0.0)
+    strict = RunArguments("think_route", max_bad_share=0.0)
     with pytest.raises(BadRows, match="questions are bad"):
-        load_questions(task, load_replies(task, tmp_path), tmp_path)
+        load_questions(task, strict, load_replies(task, strict, tmp_path), tmp_path)
     assert gold_problem(["x", "7 apples"], "numeric") == gold_problem(["x"], "em") == ""
 
 
@@ -64,12 +55,12 @@ def test_question_files_of_a_recipe(tmp_path: Path) -> None:
     rows = [{"question": f"q{i}", "answer": "x", "gold": "" if i == 5 else "x"} for i in range(50)]
     (tmp_path / "train.csv").write_text("question;gold\n" + "".join(f"{r['question']};{r['gold']}\n" for r in rows))
     (tmp_path / "test.json").write_text(json.dumps([{"query": "q7?", "gold": ["x"]}]))
-    task = TaskArguments(
+    task = ThinkRouteArguments(
         train_data=[str(tmp_path / "train.csv")],
         test_data=[str(tmp_path / "test.json")],
         pool="endpoint",
         catalogue="unused.yaml",
     )
-    train, heldout = load_questions(task, None, tmp_path)
+    train, heldout = load_questions(task, RunArguments("think_route"), None, tmp_path)
     assert len(train) == 48 and [row["query"] for row in heldout] == ["q7?"]  # one is bad, one is tested on
     assert json.loads((tmp_path / "quarantine_train_0.jsonl").read_text())["row"] == 6

@@ -11,21 +11,18 @@ import pytest
 from test_bad_rows_in_recipes import table
 from test_run_folder import checkpoint, files, write
 
-from routers.tasks.query_routing import evaluate
-from routers.tasks.query_routing import task as train
-from routers.tasks.step_routing import task as train_bopo
-from routers.tasks.step_routing import world as budget_task
-from routers.tasks.think_route import task as train_think_route
-from srpo.recipe import Recipe, load_recipe
+from srpo import evaluate, train
+from srpo.recipe import Recipe, load_run
 from srpo.run.derived import StaleArtefact, mark
+from srpo.run.files import FolderTaken
 from srpo.run.folder import claim, finish
 
+QUARTER = {"sft_learning_rate": 0.25}
 ROOT = Path(__file__).resolve().parents[2]
-MAINS = {"srpo": train.main, "bopo": train_bopo.main, "think_route": train_think_route.main}
 SMALL = {
-    "srpo": {"train_limit": 40, "eval_limit": 4, "warm_start_limit": 16, "warm_start_epochs": 1},
-    "bopo": {"train_count": 8, "heldout_count": 2},
-    "think_route": {"train_limit": 40, "eval_limit": 4, "warm_start_passes": 0},
+    "srpo": {"train_limit": 40, "heldout_limit": 4, "sft_limit": 16, "sft_epochs": 1},
+    "bopo": {"train_limit": 8, "heldout_limit": 2},
+    "think_route": {"train_limit": 40, "heldout_limit": 4, "sft_epochs": 0},
 }
 
 
@@ -45,9 +42,9 @@ def finished(tmp_path: Path) -> Path:
     made.given, made.path = {"output_dir": str(folder), "learning_rate": 0.5}, None
     claim(made, folder).take()
     checkpoint(folder, 20)
-    for name in ("model.safetensors", "warm_start/model.safetensors", "base/model.safetensors", "quarantine.jsonl"):
+    for name in ("model.safetensors", "start/model.safetensors", "base/model.safetensors", "quarantine.jsonl"):
         write(folder / name)
-    for name in ("bosft/model.safetensors", "task/profiles_train.parquet", "evaluation.json", "episodes.parquet"):
+    for name in ("task/profiles_train.parquet", "evaluation.parquet", "report.html"):
         write(folder / name)
     finish(folder)
     return folder
@@ -72,7 +69,7 @@ def bad_table(folder: Path) -> str:
         ("bopo", {"heldout_tasks": "no/games.jsonl"}, "no/games.jsonl"),
         ("bopo", {"train_tasks": "no/games.jsonl"}, "no/games.jsonl"),
         ("bopo", {"cost_norm": "budget"}, "set budget_unit: usd"),
-        ("bopo", {"train_count": 1, "train_caps": 0.5}, "usable rows|cannot pay"),
+        ("bopo", {"train_limit": 1, "train_caps": 0.5}, "usable rows|cannot pay"),
     ],
 )
 def test_a_mistake_does_not_take_the_earlier_run_away(
@@ -81,7 +78,7 @@ def test_a_mistake_does_not_take_the_earlier_run_away(
     before = {file: (finished / file).read_bytes() for file in files(finished)}
     changes = {key: value(tmp_path) if callable(value) else value for key, value in changes.items()}
     with pytest.raises((ValueError, OSError), match=match):
-        MAINS[name](words(name, finished, overwrite="true", **changes))
+        train.main(words(name, finished, overwrite="true", **changes))
     after = {file: (finished / file).read_bytes() for file in files(finished) if not file.startswith("checked/")}
     assert after == before
 
@@ -92,16 +89,16 @@ def test_a_model_that_cannot_be_read_does_not_either(finished: Path, tmp_path: P
     before = files(finished)
     for name in ("srpo", "bopo"):
         with pytest.raises(FileNotFoundError, match="broken cannot be loaded"):
-            MAINS[name](words(name, finished, overwrite="true", model_name_or_path=broken))
+            train.main(words(name, finished, overwrite="true", model_name_or_path=broken))
         assert files(finished) == before
 
 
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
-        ("srpo", {"warm_start_learning_rate": 0.5}),
-        ("bopo", {"bosft_learning_rate": 0.5}),
-        ("think_route", {"warm_start_passes": 1, "warm_start_learning_rate": 0.5}),
+        ("srpo", {"sft_learning_rate": 0.5}),
+        ("bopo", {"sft_learning_rate": 0.5}),
+        ("think_route", {"sft_epochs": 1, "sft_learning_rate": 0.5}),
     ],
 )
 def test_a_resumed_run_with_another_start_is_refused_in_one_sentence(
@@ -109,25 +106,14 @@ def test_a_resumed_run_with_another_start_is_refused_in_one_sentence(
 ) -> None:
     resume = finished / "checkpoint-20"
     with pytest.raises(StaleArtefact, match=r"is missing or not whole \(no made_from.json\)"):
-        MAINS[name](words(name, finished, resume_from_checkpoint=resume, **changes))
-    start = finished / ("bosft" if name == "bopo" else "warm_start")
-    key = next(key for key in changes if key.endswith("rate"))
-    mark(start, _start_of(name, words(name, finished, resume_from_checkpoint=resume, **{**changes, key: 0.25}), start))
+        train.main(words(name, finished, resume_from_checkpoint=resume, **changes))
+    task_class, recipe = load_run(words(name, finished, resume_from_checkpoint=resume, **{**changes, **QUARTER}))
+    began_from, _ = train._made_from(task_class(*recipe), *recipe[1:])
+    mark(finished / "start", began_from)
     before = files(finished)
-    with pytest.raises(StaleArtefact, match=rf"was made with {key}=0\.25, now it is 0\.5: set it back to go on"):
-        MAINS[name](words(name, finished, resume_from_checkpoint=resume, **changes))
+    with pytest.raises(StaleArtefact, match=r"made with sft_learning_rate=0\.25, now it is 0\.5: set it back to go on"):
+        train.main(words(name, finished, resume_from_checkpoint=resume, **changes))
     assert files(finished) == before
-
-
-def _start_of(name: str, given: list[str], start: Path) -> dict[str, Any]:
-    """What the start of this recipe is made from."""
-    if name != "bopo":
-        script = train if name == "srpo" else train_think_route
-        found: dict[str, Any] = script._made_from(load_recipe(script.ARGUMENTS, given))[0]
-        return found
-    task, bopo, _, args = load_recipe(train_bopo.ARGUMENTS, given)
-    told = budget_task.step_settings(task, args, (bopo.policy_price_in, bopo.policy_price_out))
-    return train_bopo.bosft_made_from(task, bopo, args, told, start)
 
 
 def test_what_was_found_comes_into_the_folder_with_the_run(finished: Path) -> None:
@@ -186,13 +172,13 @@ def test_two_processes_end_with_one_line(finished: Path) -> None:
     assert "holds a finished run with another learning_rate: resume_from_checkpoint: " in lines[0]
 
 
-def test_an_evaluation_writes_over_nothing_else(finished: Path, tmp_path: Path, capsys: Any) -> None:
-    run = ["--model", "./nobody", "--table", table(tmp_path, 10)]
+def test_an_evaluation_writes_over_nothing_else(finished: Path, tmp_path: Path) -> None:
+    config = str(ROOT / "recipes/quickstart/srpo.yaml")
     for folder, match in (
         (finished, "holds a training run"),
         (tmp_path / "old", "nothing says what it was made from"),
     ):
-        write(folder / "evaluation.json", "{}")
-        with pytest.raises(SystemExit):
-            evaluate.main([*run, "--output", str(folder)])
-        assert match in capsys.readouterr().err and (folder / "evaluation.json").read_text() == "{}"
+        write(folder / "evaluation.parquet", "{}")
+        with pytest.raises(FolderTaken, match=match):
+            evaluate.main(["tiny", "--config", config, "--table", table(tmp_path, 10), "--output_dir", str(folder)])
+        assert (folder / "evaluation.parquet").read_text() == "{}"

@@ -9,7 +9,10 @@ import yaml
 from routers.data.catalogue import load_catalogue
 from routers.data.questions import SETS
 from routers.language.grammar import name_error
-from routers.tasks.think_route.world import TaskArguments
+from routers.tasks.think_route.arguments import ThinkRouteArguments
+from routers.tasks.think_route.task import ThinkRoute
+from srpo import SRPOConfig
+from srpo.task import RunArguments
 
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = ("Qwen2.5-3B-Instruct", "Llama-3.2-3B-Instruct")
@@ -36,7 +39,7 @@ def test_the_paper_s_settings(model: str, objective: str) -> None:
     r = recipe(model, objective)
     assert r["model_name_or_path"].endswith(model) and r["objective"] == objective
     assert (r["train_data"], r["test_data"]) == (["nq", "hotpotqa"], list(SETS))
-    assert (r["train_limit"], r["eval_limit"], r["question_seed"]) == (7000, 500, 42)
+    assert (r["train_limit"], r["heldout_limit"], r["question_seed"]) == (7000, 500, 42)
     assert (r["max_turns"], r["max_turn_tokens"], r["max_observation_tokens"]) == (4 + 1, 1024, 600)
     gpus, width = 8, r["num_generations"]
     assert r["per_device_train_batch_size"] * gpus * r["steps_per_generation"] == 64 * width
@@ -83,12 +86,23 @@ def test_the_two_models_differ_in_nothing_but_the_model() -> None:
         ({"table": "quickstart", "pool": "live"}, "pool='live' is not one of recorded, endpoint"),
         ({"table": "quickstart", "reward": "x"}, "reward='x' is not one of additive"),
         ({"table": "quickstart", "replies": "x"}, "replies='x' is not one of full"),
-        (
-            {"train_data": ["nq"], "test_data": ["nq"], "pool": "endpoint", "catalogue": "x", "warm_start_passes": 1},
-            "the warm start is made from the replies of a table",
-        ),
     ],
 )
 def test_arguments_that_contradict_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        TaskArguments(**options)
+        ThinkRouteArguments(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "epochs", "message"),
+    [
+        ({"train_data": ["nq"], "test_data": ["nq"], "pool": "endpoint", "catalogue": "x"}, 1, "replies of a table"),
+        ({"table": "quickstart"}, 1.5, "give a whole number"),
+    ],
+)
+def test_supervised_starts_that_cannot_be_made_are_refused(
+    options: dict[str, Any], epochs: float, message: str, tmp_path: Path
+) -> None:
+    config = SRPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False)
+    with pytest.raises(ValueError, match=message):
+        ThinkRoute(ThinkRouteArguments(**options), RunArguments("think_route", sft_epochs=epochs), config)

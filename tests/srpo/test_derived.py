@@ -7,13 +7,11 @@ from typing import Any
 import pytest
 from test_bad_rows_in_recipes import table
 
-from routers.tasks.query_routing import task as train
 from routers.tasks.step_routing import task as train_bopo
 from routers.tasks.step_routing import world as budget_task
-from routers.tasks.think_route import task as train_think_route
-from srpo import SRPOConfig
+from srpo import SRPOConfig, train
 from srpo.policy_name import check_policy_name
-from srpo.recipe import load_recipe
+from srpo.recipe import load_recipe, load_run
 from srpo.run.derived import StaleArtefact, check_made_from, digest, is_made_from, made_from, mark, source, unmark
 
 
@@ -28,11 +26,10 @@ def test_a_policy_is_its_files_and_nothing_beside_them(tmp_path: Path) -> None:
     write(folder / "config.json", "{}")
     first = digest(folder)
     for name in (
-        "evaluation.json",
         "made_from.json",
         "run.json",
         "README.md",
-        "episodes.parquet",
+        "evaluation.parquet",
         "trainer_state.json",
     ):
         write(folder / name)
@@ -59,19 +56,19 @@ def test_a_large_file_counts_by_parts_and_size(tmp_path: Path) -> None:
 
 
 def test_an_artefact_is_of_its_values_and_whole(tmp_path: Path) -> None:
-    folder, values = write(tmp_path / "warm_start" / "model.safetensors").parent, made_from(seed=0, rate=1e-3)
-    with pytest.raises(StaleArtefact, match=r"the warm start: .* is missing or not whole"):
-        check_made_from(folder, values, "the warm start")
+    folder, values = write(tmp_path / "start" / "model.safetensors").parent, made_from(seed=0, rate=1e-3)
+    with pytest.raises(StaleArtefact, match=r"the start: .* is missing or not whole"):
+        check_made_from(folder, values, "the start")
     mark(folder, values)
     assert is_made_from(folder, values) and not is_made_from(folder, made_from(seed=0))
     with pytest.raises(StaleArtefact, match=r"was made with rate=0\.001, now it is 0\.5 \(and seed\): set it back"):
-        check_made_from(folder, made_from(seed=1, rate=0.5), "the warm start")
+        check_made_from(folder, made_from(seed=1, rate=0.5), "the start")
     unmark(folder)
     assert not is_made_from(folder, values), "interrupted while it is made again"
-    scores = write(folder / "evaluation.json")
+    scores = write(folder / "evaluation.parquet")
     mark(scores, values)
     assert is_made_from(scores, values) and not is_made_from(folder, values), "a file has a mark of its own"
-    write(folder / "evaluation.json.made_from.json", "half a fi")
+    write(folder / "evaluation.parquet.made_from.json", "half a fi")
     assert not is_made_from(scores, values)
 
 
@@ -79,25 +76,26 @@ def recipe(arguments: Any, **given: Any) -> Any:
     return load_recipe(arguments, [word for key, value in given.items() for word in (f"--{key}", str(value))])
 
 
-@pytest.mark.parametrize("script", [train, train_think_route])
-def test_a_warm_start_is_of_its_model_table_and_settings(script: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("task", ["query_routing", "think_route"])
+def test_a_start_is_of_its_model_table_and_settings(task: str, tmp_path: Path) -> None:
     model = write(tmp_path / "model" / "model.safetensors").parent
-    given = {"output_dir": tmp_path / "out", "table": table(tmp_path, 10), "model_name_or_path": model}
+    given = {"task": task, "output_dir": tmp_path / "out", "table": table(tmp_path, 10), "model_name_or_path": model}
     given |= {"use_cpu": "true", "bf16": "false"}
 
     def values(**changes: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        found: tuple[dict[str, Any], dict[str, Any]] = script._made_from(recipe(script.ARGUMENTS, **given, **changes))
-        return found
+        words = [word for key, value in {**given, **changes}.items() for word in (f"--{key}", str(value))]
+        task_class, recipe = load_run(words)
+        return train._made_from(task_class(*recipe), *recipe[1:])
 
-    warmed, scored = values()
-    assert values(learning_rate=0.5, max_steps=7, beta=0.1) == (warmed, scored), "what comes after it does not count"
+    began, scored = values()
+    assert values(learning_rate=0.5, max_steps=7, beta=0.1) == (began, scored), "what comes after it does not count"
     for change in (
-        {"warm_start_learning_rate": 0.5}, {"warm_start_batch_size": 3}, {"warm_start_limit": 9}, {"seed": 3},
+        {"sft_learning_rate": 0.5}, {"sft_batch_size": 3}, {"sft_limit": 9}, {"seed": 3},
         {"lora_r": 2}, {"catalogue": tmp_path / "catalogue.yaml"},
     ):  # fmt: skip
-        assert values(**change)[0] != warmed, change
-    for change in ({"eval_limit": 3}, {"format_weight": 0.1}, {"max_completion_length": 9}):
-        assert values(**change)[0] == warmed and values(**change)[1] != scored, change
+        assert values(**change)[0] != began, change
+    for change in ({"heldout_limit": 3}, {"format_weight": 0.1}, {"max_completion_length": 9}):
+        assert values(**change)[0] == began and values(**change)[1] != scored, change
     for path in (Path(given["table"]), model / "model.safetensors"):
         before = values()[0]
         path.write_text(path.read_text() + " ")

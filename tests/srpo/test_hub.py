@@ -106,7 +106,7 @@ def test_what_of_a_checkpoint_goes_up(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_a_policy_is_not_pushed(tmp_path: Path) -> None:
-    for name in ("config.json", "teacher.safetensors", "warm_start/model.safetensors"):
+    for name in ("config.json", "teacher.safetensors", "start/model.safetensors"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("x")
     with pytest.raises(ValueError, match="holds no weights of a policy"):

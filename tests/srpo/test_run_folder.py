@@ -104,10 +104,10 @@ def test_files_that_no_run_wrote_are_never_written_over(tmp_path: Path) -> None:
 def test_overwrite_keeps_what_the_recipe_reads(tmp_path: Path) -> None:
     folder = tmp_path / "out"
     run(folder)
-    write(folder / "warm_start" / "config.json")
+    write(folder / "start" / "config.json")
     before = files(folder)
     for key, value in {
-        "model_name_or_path": str(folder / "warm_start"),
+        "model_name_or_path": str(folder / "start"),
         "profiles": str(folder / "task" / "profiles_train.parquet"),
         "train_data": ["nq", str(folder / "model.safetensors")],
         "task_dir": str(folder),

@@ -14,14 +14,14 @@ from typing import Any
 from hub_server import HubServer
 
 MUCH_ELSE = (
-    *("warm_start/model.safetensors", "warm_start/config.json", "base/model.safetensors", "bosft/episodes.parquet"),
+    *("start/model.safetensors", "start/config.json", "base/model.safetensors", "start/evaluation.parquet"),
     *(
         "task/rules.parquet",
         "runs/events.out.tfevents.1",
         "completions/completions_1.parquet",
-        "unseen/evaluation.json",
+        "report.html",
     ),
-    *("environment_0.json", "reference.safetensors", "teacher.safetensors", "spending_0.json", "episodes.parquet"),
+    *("environment_0.json", "reference.safetensors", "teacher.safetensors", "spending_0.json", "evaluation.parquet"),
     *("recipe.yaml", "run.json", "quarantine.jsonl", "trainer_state.json", "optimizer.pt", "anything.new"),
 )
 """What a run may leave in its folder beside the policy."""
