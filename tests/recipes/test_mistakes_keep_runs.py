@@ -111,7 +111,7 @@ def test_a_resumed_run_with_another_start_is_refused_in_one_sentence(
     began_from, _ = train._made_from(task_class(*recipe), *recipe[1:])
     mark(finished / "start", began_from)
     before = files(finished)
-    with pytest.raises(StaleArtefact, match=r"made with sft_learning_rate=0\.25, now it is 0\.5: set it back to go on"):
+    with pytest.raises(StaleArtefact, match=r"with sft_learning_rate=0\.25, now it is 0\.5: set it back to go on"):
         train.main(words(name, finished, resume_from_checkpoint=resume, **changes))
     assert files(finished) == before
 
