@@ -38,6 +38,8 @@ class Request:
     """At least 1."""
     choices: tuple[int, ...] | None = None
     """Allowed ids: the turn is then one of them. None: any text."""
+    allowed: Callable[[Sequence[int]], Sequence[int] | None] | None = None
+    """The turn's ids so far -> those that may follow; None there: any. See `srpo.rollout.constrained`."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,8 @@ class Sample:
     """Nats, of each token under the distribution that it was drawn from (greedy: the untempered one)."""
     ended: bool
     """By an end token, a stop string or a choice; False: it was cut at `max_tokens`."""
+    scores: tuple[float, ...] = ()
+    """Of a request with choices: nats of each of them, in their order; they sum to probability 1."""
 
 
 class Generator(Protocol):
@@ -68,10 +72,15 @@ class _Row:
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     ended: bool = False
+    scores: tuple[float, ...] = ()
 
     @property
     def over(self) -> bool:
         return self.ended or len(self.ids) >= self.request.max_tokens
+
+    def allowed(self) -> Sequence[int] | None:
+        request = self.request
+        return request.choices if request.allowed is None else request.allowed(self.ids)
 
 
 @dataclass(frozen=True)
@@ -166,7 +175,7 @@ class TransformersGenerator:
             cache, logits = self._forward(column, mask, positions, cache, [(rows[i].request.row,) for i in live])
             for i in live:
                 lengths[i] += not rows[i].over
-        return [Sample(tuple(row.ids), tuple(row.logprobs), row.ended) for row in rows]
+        return [Sample(tuple(row.ids), tuple(row.logprobs), row.ended, row.scores) for row in rows]
 
     def finish(self) -> None:
         self._kept.clear()
@@ -227,11 +236,15 @@ class TransformersGenerator:
     def _extend(self, rows: list[_Row], logits: Tensor) -> None:
         going = [b for b, row in enumerate(rows) if not row.over]
         penalised = self.sampling.repetition_penalty != 1.0
+        for b in going:
+            if (choices := rows[b].request.choices) is not None:
+                scores = logits[b, list(choices)].float() / (self.sampling.temperature or 1.0)
+                rows[b].scores = tuple(torch.log_softmax(scores, dim=-1).tolist())
         ids, logprobs = draw(
             logits[going],
             self.sampling,
             [rows[b].draws.random() for b in going],
-            [rows[b].request.choices for b in going],
+            [rows[b].allowed() for b in going],
             [(*rows[b].request.ids, *rows[b].ids) for b in going] if penalised else None,
         )
         for b, token, logprob in zip(going, ids, logprobs, strict=True):

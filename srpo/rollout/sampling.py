@@ -51,7 +51,7 @@ def draw(
     logits: Tensor,
     sampling: Sampling,
     uniforms: Sequence[float],
-    choices: Sequence[tuple[int, ...] | None],
+    choices: Sequence[Sequence[int] | None],
     contexts: Sequence[Sequence[int]] | None = None,
 ) -> tuple[list[int], list[float]]:
     """One token per row, and its log-probability (nats) under the distribution that it was drawn from.

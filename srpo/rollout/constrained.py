@@ -1,0 +1,201 @@
+"""Text that is free but for what stands in a tag: there, one of a few alternatives, and nothing else, can be written.
+
+    names = OneOf(tokenizer, "<route>", ["small", "large"], ["</route>"])
+    names.after(ids)     # ids that may follow these; None: any
+    names(ids)           # the same for each position of a finished completion: the mask of its log-probs
+
+A pure function of the completion's ids, in two parts. Outside the tag the *text* decides, since its end may be written
+by any token (`>`, or one that goes on with other text, which is forbidden unless an alternative begins so). Inside,
+an alternative has one spelling: the ids by which the tokenizer itself writes it there. So alternatives that begin alike
+share their first ids, the probability of one is a product of a few renormalised steps, and those of all sum to 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Union
+
+from srpo.rollout.generator import Request, Sample
+from srpo.rollout.sampling import text_of
+
+Node = dict[int, Union["Node", str]]
+"""Ids that may follow, each with what follows it; at the end the alternative."""
+_MEMORY = 4096
+
+
+@dataclass(frozen=True)
+class _State:
+    tail: str = ""
+    """Outside the tag: the end of the text, where it may be the beginning of the opening."""
+    node: Node | None = None
+    """Inside; None: outside."""
+
+
+class OneOf:
+    """Which ids may follow, so that a tag holds one of `alternatives`.
+
+    Args:
+        tokenizer: of the policy.
+        opening: text that begins the tag.
+        alternatives: what may stand after it, all different.
+        closings: texts of which one must follow an alternative; then the text is free again.
+
+    Raises:
+        ValueError: nothing to choose from; one alternative with its closing begins another; or the tokenizer cannot
+            write one.
+    """
+
+    def __init__(
+        self, tokenizer: Any, opening: str, alternatives: Sequence[str], closings: Sequence[str] = ("",)
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._opening = opening
+        self._wholes = {alternative + closing: alternative for alternative in alternatives for closing in closings}
+        ordered = sorted(self._wholes)
+        if not ordered or not opening or "" in ordered or len(ordered) < len(alternatives) * len(closings):
+            raise ValueError(f"{list(alternatives)} after {opening!r}: give different texts that are not empty")
+        for one, other in zip(ordered, ordered[1:], strict=False):
+            if other.startswith(one):
+                raise ValueError(f"{one!r} begins {other!r}: nothing tells where the first one ends")
+        anchor = tokenizer("a", add_special_tokens=False)["input_ids"]
+        self._anchor, self._anchored = anchor, len(text_of(tokenizer, anchor))
+        self._pieces: dict[int, str] = {}
+        self._tries: dict[str, Node] = {}
+        self._states: dict[tuple[int, ...], _State] = {}
+        self._free: dict[str, tuple[int, ...] | None] = {}
+        # Tokens that can end the opening and go on; a name of a token shows a printable character as it is.
+        self._enders = [i for token, i in tokenizer.get_vocab().items() if opening[-1] in token]
+        self._trie("")
+
+    def __call__(self, ids: Sequence[int]) -> list[Sequence[int] | None]:
+        """For each position, the ids that were allowed there; None: any."""
+        found, state = [], _State()
+        for i in ids:
+            found.append(self._allowed(state))
+            state = self._step(state, i)
+        return found
+
+    def after(self, ids: Sequence[int]) -> Sequence[int] | None:
+        """The ids that may follow; None: any."""
+        return self._allowed(self._state(tuple(ids)))
+
+    def inside(self, ids: Sequence[int]) -> tuple[int, Node] | None:
+        """(length, tree) of the first prefix of `ids` after which an alternative begins; None: there is none."""
+        state = _State()
+        for n, i in enumerate(ids, start=1):
+            state = self._step(state, i)
+            if state.node is not None:
+                return n, state.node
+        return None
+
+    def _state(self, ids: tuple[int, ...]) -> _State:
+        if not ids:
+            return _State()
+        before = self._states.get(ids[:-1])
+        if before is None:  # not written id by id
+            before = _State()
+            for i in ids[:-1]:
+                before = self._step(before, i)
+        if len(self._states) >= _MEMORY:
+            self._states.clear()
+        self._states[ids] = state = self._step(before, ids[-1])
+        return state
+
+    def _step(self, state: _State, i: int) -> _State:
+        if state.node is not None and i in state.node:
+            below = state.node[i]
+            return _State() if isinstance(below, str) else _State(node=below)
+        text = ("" if state.node is not None else state.tail) + self._piece(i)
+        at = text.find(self._opening)
+        if at >= 0 and (node := self._trie(text[at + len(self._opening) :])):
+            return _State(node=node)
+        text = text[-len(self._opening) + 1 :] if len(self._opening) > 1 else ""
+        return _State(next((text[n:] for n in range(len(text)) if self._opening.startswith(text[n:])), ""))
+
+    def _allowed(self, state: _State) -> Sequence[int] | None:
+        if state.node is not None:
+            return tuple(state.node)
+        if state.tail not in self._free:
+            bad = {i for i in self._enders if not self._may_end(state.tail + self._piece(i))}
+            every = range(len(self._tokenizer))
+            self._free[state.tail] = tuple(i for i in every if i not in bad) if bad else None
+        return self._free[state.tail]
+
+    def _may_end(self, text: str) -> bool:
+        at = text.find(self._opening)
+        return at < 0 or bool(self._trie(text[at + len(self._opening) :]))
+
+    def _trie(self, begun: str) -> Node:
+        """What may follow where the token that ended the opening has written `begun` of an alternative; {}: nothing."""
+        if begun not in self._tries:
+            root: Node = {}
+            for whole, alternative in self._wholes.items():
+                if whole.startswith(begun) and whole != begun:
+                    *path, last = self._spelling(whole, len(begun))
+                    node = root
+                    for i in path:
+                        node = node.setdefault(i, {})  # type: ignore[assignment]
+                    node[last] = alternative
+            self._tries[begun] = root
+        return self._tries[begun]
+
+    def _spelling(self, whole: str, begun: int) -> list[int]:
+        """Ids that write `whole[begun:]`, cut out of the tokenizer's own spelling where that has a seam there."""
+        rest = whole[begun:]
+        for before in (self._opening + whole[:begun], "a"):
+            ids, n = self._tokenizer(before + rest, add_special_tokens=False)["input_ids"], 0
+            while ids and n < len(ids) and len(text_of(self._tokenizer, ids[:n])) < len(before):
+                n += 1
+            if "".join(map(self._piece, ids[n:])) == rest:
+                return list(ids[n:])
+        raise ValueError(f"the tokenizer cannot write {rest!r} after {self._opening!r}")
+
+    def _piece(self, i: int) -> str:
+        """What a token adds to a text: by itself, many tokenizers drop its leading space."""
+        if i not in self._pieces:
+            self._pieces[i] = text_of(self._tokenizer, [*self._anchor, i])[self._anchored :]
+        return self._pieces[i]
+
+
+def choice_probabilities(
+    ask: Callable[[Sequence[Request]], list[Sample]], tree: Node, context: Sequence[int], row: int
+) -> dict[str, float]:
+    """Probability of each alternative, when the policy chooses under the mask after `context`; they sum to 1.
+
+    Args:
+        ask: a generator's `generate`: told the choices of a fork, it says the log-probability of each.
+        tree: of `OneOf.inside`.
+        context: ids of the prompt and of the turn up to there.
+        row: whose cache is continued.
+    """
+    forks = dict(_forks(tree))
+    requests = [Request(row, (*context, *path), "", 1, tuple(node)) for path, node in forks.items()]
+    samples = ask(requests) if requests else []
+    steps = {path: dict(zip(node, sample.scores, strict=True)) for (path, node), sample in zip(forks.items(), samples)}
+    return _products(tree, steps)
+
+
+def _forks(node: Node, path: tuple[int, ...] = ()) -> Iterator[tuple[tuple[int, ...], Node]]:
+    if len(node) > 1:
+        yield path, node
+    for i, below in node.items():
+        if not isinstance(below, str):
+            yield from _forks(below, (*path, i))
+
+
+def _products(tree: Node, steps: Mapping[tuple[int, ...], Mapping[int, float]]) -> dict[str, float]:
+    found: dict[str, float] = {}
+
+    def walk(node: Node, path: tuple[int, ...], logp: float) -> None:
+        for i, below in node.items():
+            now = logp + (steps[path][i] if path in steps else 0.0)
+            if isinstance(below, str):
+                found[below] = found.get(below, 0.0) + math.exp(now)
+            else:
+                walk(below, (*path, i), now)
+
+    walk(tree, (), 0.0)
+    total = sum(found.values())  # 1, but for rounding
+    return {alternative: p / total for alternative, p in found.items()}
