@@ -4,10 +4,12 @@
     names.after(ids)     # ids that may follow these; None: any
     names(ids)           # the same for each position of a finished completion: the mask of its log-probs
 
-A pure function of the completion's ids, in two parts. Outside the tag the *text* decides, since its end may be written
-by any token (`>`, or one that goes on with other text, which is forbidden unless an alternative begins so). Inside,
-an alternative has one spelling: the ids by which the tokenizer itself writes it there. So alternatives that begin alike
-share their first ids, the probability of one is a product of a few renormalised steps, and those of all sum to 1.
+A pure function of the completion's ids, in two parts. Outside the tag the *text* decides, since the opening may be
+written in many ways. Where its last token could go on with other text (`>` with a line break), the opening must be
+ended properly: so whoever has written `<route` goes on with `>`, and positions are either free or have a few choices.
+Inside, an alternative has one spelling: the ids by which the tokenizer itself writes it there. So alternatives that
+begin alike share their first ids, the probability of one is a product of a few renormalised steps, and those of all
+sum to 1.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Union
 
 from srpo.rollout.generator import Request, Sample
@@ -56,7 +59,7 @@ class OneOf:
         ordered = sorted(self._wholes)
         if not ordered or not opening or "" in ordered or len(ordered) < len(alternatives) * len(closings):
             raise ValueError(f"{list(alternatives)} after {opening!r}: give different texts that are not empty")
-        for one, other in zip(ordered, ordered[1:], strict=False):
+        for one, other in pairwise(ordered):
             if other.startswith(one):
                 raise ValueError(f"{one!r} begins {other!r}: nothing tells where the first one ends")
         anchor = tokenizer("a", add_special_tokens=False)["input_ids"]
@@ -65,8 +68,10 @@ class OneOf:
         self._tries: dict[str, Node] = {}
         self._states: dict[tuple[int, ...], _State] = {}
         self._free: dict[str, tuple[int, ...] | None] = {}
-        # Tokens that can end the opening and go on; a name of a token shows a printable character as it is.
-        self._enders = [i for token, i in tokenizer.get_vocab().items() if opening[-1] in token]
+        # A token's name shows printable characters as they are.
+        self._vocabulary = [(token, i) for token, i in sorted(tokenizer.get_vocab().items()) if {*token} & {*opening}]
+        if odd := [token for token, _ in self._vocabulary if opening in token and not token.endswith(opening)]:
+            raise ValueError(f"the tokenizer has a token {odd[0]!r}, which goes on after {opening!r}")
         self._trie("")
 
     def __call__(self, ids: Sequence[int]) -> list[Sequence[int] | None]:
@@ -89,6 +94,10 @@ class OneOf:
             if state.node is not None:
                 return n, state.node
         return None
+
+    def spelling(self, tree: Node, alternative: str) -> list[int]:
+        """The shortest way through a tree to an alternative."""
+        return list(min((path for path, found in _leaves(tree) if found == alternative), key=len))
 
     def _state(self, ids: tuple[int, ...]) -> _State:
         if not ids:
@@ -118,17 +127,25 @@ class OneOf:
         if state.node is not None:
             return tuple(state.node)
         if state.tail not in self._free:
-            bad = {i for i in self._enders if not self._may_end(state.tail + self._piece(i))}
-            every = range(len(self._tokenizer))
-            self._free[state.tail] = tuple(i for i in every if i not in bad) if bad else None
+            self._free[state.tail] = self._endings(state.tail)
         return self._free[state.tail]
 
-    def _may_end(self, text: str) -> bool:
-        at = text.find(self._opening)
-        return at < 0 or bool(self._trie(text[at + len(self._opening) :]))
+    def _endings(self, tail: str) -> tuple[int, ...] | None:
+        """After the text `tail`, the ids that go on with the opening; None: none could end it badly, so any may."""
+        rest = self._opening[len(tail) :]
+        if all(self._ends_well(self._piece(i), rest) for token, i in self._vocabulary if rest[-1] in token):
+            return None
+        few = [(self._piece(i), i) for token, i in self._vocabulary if rest[0] in token]
+        return tuple(i for piece, i in few if (piece and rest.startswith(piece)) or self._goes_on(piece, rest))
+
+    def _ends_well(self, piece: str, rest: str) -> bool:
+        return not piece.startswith(rest) or piece == rest or self._goes_on(piece, rest)
+
+    def _goes_on(self, piece: str, rest: str) -> bool:
+        return piece.startswith(rest) and bool(self._trie(piece[len(rest) :]))
 
     def _trie(self, begun: str) -> Node:
-        """What may follow where the token that ended the opening has written `begun` of an alternative; {}: nothing."""
+        """What may follow where the token that ended the opening wrote `begun` of an alternative too; {}: nothing."""
         if begun not in self._tries:
             root: Node = {}
             for whole, alternative in self._wholes.items():
@@ -171,10 +188,11 @@ def choice_probabilities(
         row: whose cache is continued.
     """
     forks = dict(_forks(tree))
-    requests = [Request(row, (*context, *path), "", 1, tuple(node)) for path, node in forks.items()]
-    samples = ask(requests) if requests else []
-    steps = {path: dict(zip(node, sample.scores, strict=True)) for (path, node), sample in zip(forks.items(), samples)}
-    return _products(tree, steps)
+    samples = ask([Request(row, (*context, *path), "", 1, tuple(node)) for path, node in forks.items()])
+    scores = {
+        path: dict(zip(forks[path], sample.scores, strict=True)) for path, sample in zip(forks, samples, strict=True)
+    }
+    return _products(tree, scores)
 
 
 def _forks(node: Node, path: tuple[int, ...] = ()) -> Iterator[tuple[tuple[int, ...], Node]]:
@@ -185,17 +203,15 @@ def _forks(node: Node, path: tuple[int, ...] = ()) -> Iterator[tuple[tuple[int, 
             yield from _forks(below, (*path, i))
 
 
+def _leaves(node: Node, path: tuple[int, ...] = ()) -> Iterator[tuple[tuple[int, ...], str]]:
+    for i, below in node.items():
+        yield from [((*path, i), below)] if isinstance(below, str) else _leaves(below, (*path, i))
+
+
 def _products(tree: Node, steps: Mapping[tuple[int, ...], Mapping[int, float]]) -> dict[str, float]:
     found: dict[str, float] = {}
-
-    def walk(node: Node, path: tuple[int, ...], logp: float) -> None:
-        for i, below in node.items():
-            now = logp + (steps[path][i] if path in steps else 0.0)
-            if isinstance(below, str):
-                found[below] = found.get(below, 0.0) + math.exp(now)
-            else:
-                walk(below, (*path, i), now)
-
-    walk(tree, (), 0.0)
+    for path, alternative in _leaves(tree):
+        logp = sum(steps[path[:n]][i] for n, i in enumerate(path) if path[:n] in steps)
+        found[alternative] = found.get(alternative, 0.0) + math.exp(logp)
     total = sum(found.values())  # 1, but for rounding
     return {alternative: p / total for alternative, p in found.items()}
