@@ -91,8 +91,8 @@ def _cached(name: str, file: str) -> Path | None:
     return None if found is None else Path(found)
 
 
-def load_checkpoint(name: str, settings: str) -> tuple[Any, Any, Path]:
-    """(model, tokenizer, folder that may hold `settings`) of a folder or Hub id, full weights or LoRA adapter.
+def load_checkpoint(name: str) -> tuple[Any, Any]:
+    """Model and tokenizer of a folder or Hub id, full weights or LoRA adapter.
 
     The model is in evaluation mode, and on the GPU if there is one.
 
@@ -109,6 +109,5 @@ def load_checkpoint(name: str, settings: str) -> tuple[Any, Any, Path]:
             model = AutoPeftModelForCausalLM.from_pretrained(name)
         else:
             model = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
-        tokenizer, found = AutoTokenizer.from_pretrained(name), _cached(name, settings)
-    model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    return model, tokenizer, found.parent if found else Path(name)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer

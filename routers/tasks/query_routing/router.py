@@ -133,11 +133,9 @@ class QueryRouter(Router):
         self._batches.close()
 
     def _mask(self, pool: Sequence[Member]) -> OneOf:
-        names, grammar = tuple(member.name for member in pool), self.settings.grammar
+        names = tuple(member.name for member in pool)
         if names not in self._masks:
-            self._masks[names] = OneOf(
-                self._tokenizer, grammar.open(grammar.route), names, (grammar.close(grammar.route),)
-            )
+            self._masks[names] = self.settings.mask(self._tokenizer, pool)
         return self._masks[names]
 
     def _decided(self, queries: Sequence[str], pool: Sequence[Member], weight: float | None) -> list[Decision]:
@@ -167,7 +165,7 @@ class QueryRouter(Router):
     def _decision(
         self, row: int, prompt: Sequence[int], turn: list[int], mask: OneOf, pool: Sequence[Member]
     ) -> Decision:
-        grammar, members = self.settings.grammar, {member.name: member for member in pool}
+        members = {member.name: member for member in pool}
         begun, scores, chosen = mask.inside(turn), dict.fromkeys(members, 0.0), None
         if begun is not None:
             length, tree = begun
@@ -175,7 +173,7 @@ class QueryRouter(Router):
             chosen = max(members, key=lambda name: scores[name])  # of equals the one that is shown first
             turn = [*turn[:length], *mask.spelling(tree, chosen)]
         text = opened_by(self._tokenizer, prompt) + text_of(self._tokenizer, turn)
-        chosen = parse(text, members, grammar).member
+        chosen = parse(text, members, self.settings.grammar).member
         return Decision(
             members=() if chosen is None else (chosen,),
             scores=scores,

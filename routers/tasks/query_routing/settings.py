@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from routers.data.billing import cost, token_usd
 from routers.data.catalogue import Member
@@ -17,6 +17,9 @@ from routers.language.grammar import DEFAULT, Grammar
 from routers.language.prompts import Clean, Messages, drawn_cost_weight, policy_prompt
 from routers.router import plain_settings, write_router
 from srpo.ranges import Ranges, at_least, between, check_numbers
+
+if TYPE_CHECKING:
+    from srpo.rollout.constrained import OneOf
 
 KIND = "query_routing"
 COST_WEIGHT = "cost_weight"
@@ -85,6 +88,18 @@ class QuerySettings:
         """The policy's prompt; `members`: None for the pool of the training; `clean` breaks its control tokens."""
         chosen = self.members if members is None else members
         return policy_prompt(query, chosen, self.grammar, cost_weight=cost_weight, clean=clean)
+
+    def mask(self, tokenizer: Any, members: Sequence[Member] | None = None) -> OneOf:
+        """Which ids may follow in a turn, so that its route names a member; for sampling, scoring and `allowed_tokens`.
+
+        Raises:
+            ValueError: the tokenizer cannot write a name.
+        """
+        from srpo.rollout.constrained import OneOf  # imports torch
+
+        names = [member.name for member in (self.members if members is None else members)]
+        tag = self.grammar.route
+        return OneOf(tokenizer, self.grammar.open(tag), names, [self.grammar.close(tag)])
 
     def prompt_weight(self, cost_weight: float | None) -> float | None:
         """The price sensitivity that a prompt states: the one asked for, else the first of the training.

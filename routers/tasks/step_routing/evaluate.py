@@ -28,7 +28,7 @@ from routers.tasks.step_routing.environment import TASK
 from routers.tasks.step_routing.executors import make_pool
 from routers.tasks.step_routing.player import NOTHING, RAISE, STEP_SECONDS, PhaseStopped
 from routers.tasks.step_routing.rules_played import episode_row, families, play_rules
-from routers.tasks.step_routing.settings import STEP_ROUTER, StepSettings
+from routers.tasks.step_routing.settings import StepSettings
 from routers.tasks.step_routing.spending import Money
 from routers.tasks.step_routing.world import (
     BudgetTask,
@@ -239,7 +239,7 @@ def evaluate_checkpoint(argv: Sequence[str]) -> str:
     )
     options, overrides = parser.parse_known_args(argv)
     task = recorded_task(options.model, options.config, overrides)
-    model, tokenizer, folder = load_checkpoint(options.model, STEP_ROUTER)
+    (model, tokenizer), folder = load_checkpoint(options.model), options.model
     settings = StepSettings.load(folder)
     output = options.output or Path("outputs/evaluation", Path(options.model).name)
     decoding = {"temperature": options.temperature or [settings.temperature], "seeds": options.seeds}

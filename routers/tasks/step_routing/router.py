@@ -23,7 +23,7 @@ from routers.environments.protocol import AgentEnvironment, Executor, Session, V
 from routers.environments.react import ReActExecutor
 from routers.tasks.step_routing.budget import BudgetGate
 from routers.tasks.step_routing.session import StepSession
-from routers.tasks.step_routing.settings import STEP_ROUTER, StepSettings
+from routers.tasks.step_routing.settings import StepSettings
 from routers.tasks.step_routing.step_parts import PlayedEpisode
 from srpo.rollout.generator import TransformersGenerator
 from srpo.rollout.loop import Labels
@@ -102,8 +102,8 @@ class StepRouter:
             ValueError: there are no settings, or they cannot be used.
             OSError: no such checkpoint.
         """
-        model, tokenizer, folder = load_checkpoint(str(name), STEP_ROUTER)
-        return cls(model, tokenizer, StepSettings.load(folder) if settings is None else settings, **options)
+        model, tokenizer = load_checkpoint(str(name))
+        return cls(model, tokenizer, StepSettings.load(name) if settings is None else settings, **options)
 
     def session(
         self,

@@ -22,7 +22,7 @@ from routers.data.catalogue import load_catalogue
 from routers.pool import Pool, live_pool
 from routers.tasks.think_route.agent_parts import AgentAnswer, Listening, OnTurn
 from routers.tasks.think_route.environment import ThinkRoute
-from routers.tasks.think_route.settings import AGENT, AgentSettings
+from routers.tasks.think_route.settings import AgentSettings
 from srpo.rollout.generator import Request, Sample, TransformersGenerator
 from srpo.rollout.loop import Limits, play
 from srpo.rollout.sampling import Sampling
@@ -109,9 +109,9 @@ class RouterAgent:
             ValueError: the catalogue or the settings cannot be used.
             OSError: no such checkpoint.
         """
-        model, tokenizer, folder = load_checkpoint(str(name), AGENT)
+        model, tokenizer = load_checkpoint(str(name))
         asked = pool if isinstance(pool, Pool) else live_pool(load_catalogue(pool))
-        return cls(model, tokenizer, asked, AgentSettings.load(folder), **options)
+        return cls(model, tokenizer, asked, AgentSettings.load(name), **options)
 
     def answer(
         self,
