@@ -90,7 +90,7 @@ class QuerySettings:
         return policy_prompt(query, chosen, self.grammar, cost_weight=cost_weight, clean=clean)
 
     def mask(self, tokenizer: Any, members: Sequence[Member] | None = None) -> OneOf:
-        """Which ids may follow in a turn, so that its route names a member; for sampling, scoring and `allowed_tokens`.
+        """Which ids may follow in a turn, so that its route names a member: for sampling, and for scoring samples.
 
         Raises:
             ValueError: the tokenizer cannot write a name.
