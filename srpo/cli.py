@@ -25,7 +25,7 @@ COMMANDS = {
     "route": ("routers.serving.route", "send one query or a file of them through a trained router"),
     "serve": ("routers.serving.commands", "a trained router as an OpenAI-compatible server"),
     "play": ("routers.tasks.step_routing.play", "watch a step router act in an environment"),
-    "push": ("srpo.push", "a finished OUTPUT folder to the Hugging Face Hub: policy, router.yaml, card"),
+    "push": ("srpo.hub.push", "a finished OUTPUT folder to the Hugging Face Hub: policy, router.yaml, card"),
     "record": ("routers.pool.record", "ask every member of your pool every query once, into a table"),
     "plan": ("srpo.plan", "what a recipe would do: steps, rows, processes, checkpoints, bounds of cost"),
     "recipes": ("srpo.shipped", "list the shipped recipes, copy one, print all keys"),
@@ -34,7 +34,7 @@ _LAUNCHED = ("train", "evaluate")
 """Commands that several processes can run together."""
 _OURS = ("srpo", "routers", "rewards")
 _EXTRAS = {"fastapi": "serve", "openai": "serve", "starlette": "serve", "uvicorn": "serve"}
-_OTHERS_WAIT = 5.0
+_OTHERS_WAIT = 30.0
 """Seconds that another process than the first gives it to say the same mistake, and the launcher to end all."""
 
 
@@ -59,19 +59,27 @@ def _dispatch(words: list[str]) -> Any:
 
         close = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.0)
         raise ValueError(f"srpo {name} is no command; the nearest is srpo {close[0]}; srpo --help lists all")
-    if name in _LAUNCHED:
-        from srpo.launch import launched
+    if name in _LAUNCHED:  # before their modules import torch
+        from srpo.help import EVALUATE, print_train_help
 
-        code = launched(name, rest)
-        if code is not None:
-            return code
-    if name == "train":  # its module imports torch
-        from srpo.help import print_train_help
-
-        if print_train_help(rest):
+        if name == "train" and print_train_help(rest):
             return 0
+        if name == "evaluate" and {"-h", "--help"} & {*rest}:
+            print(EVALUATE)
+            return 0
+    module, processes = COMMANDS[name][0], (None, None)
+    if name in _LAUNCHED:
+        from srpo.launch import launch, launch_options
+
+        processes = launch_options(rest)
+    if name == "train":
+        from srpo.recipe import glance
+
+        glance(rest)
+    if processes != (None, None):
+        return launch(module, *processes, rest)
     sys.argv = [f"srpo {name}", *rest]  # what argparse calls the program
-    return import_module(COMMANDS[name][0]).main(rest)
+    return import_module(module).main(rest)
 
 
 def _overview() -> str:

@@ -27,6 +27,18 @@ Every key stands in the recipe (key: value) or on the command line (--key value)
 """
 
 
+EVALUATE = """\
+usage: srpo evaluate MODEL --output_dir FOLDER [--config RECIPE] [--key value ...]
+       srpo evaluate MODEL --output_dir FOLDER --processes 8       several processes, through accelerate
+
+Plays the held-out items with a trained policy and the baselines again, and writes evaluation.parquet and the report.
+MODEL is the OUTPUT folder of a run, a checkpoint or start/ in it, or a Hub id. The recipe is the one that lies there
+or above, unless --config names another; every key of it can be set (srpo train --help).
+
+example: srpo evaluate outputs/quickstart/srpo --output_dir outputs/again --heldout_limit 100
+"""
+
+
 @dataclass(frozen=True)
 class Key:
     """A key of a recipe."""

@@ -7,34 +7,39 @@ processes said; here its result is theirs: one line and code 2 after a mistake o
 from __future__ import annotations
 
 import logging
+import os
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
-from srpo.shipped import RECIPES, find_recipe
+from srpo.shipped import RECIPES
 
 
-def launched(command: str, words: list[str]) -> int | None:
-    """Run `srpo.COMMAND` in the processes that `--processes` and `--accelerate` ask for, and return the exit code.
-
-    Both options are taken out of `words`. None: neither is there, and the caller goes on alone.
-    """
+def launch_options(words: list[str]) -> tuple[Path | None, int | None]:
+    """`--accelerate` (a file, or the name of a shipped one) and `--processes`, taken out of a command line."""
     config, count = _taken("--accelerate", words), _taken("--processes", words)
-    if config is None and count is None:
-        return None
     if count is not None and (not count.isdecimal() or int(count) < 1):
         raise ValueError(f"--processes {count}: must be a whole number, at least 1")
-    options: list[str] = []
+    path = None
     if config is not None:
         shipped = RECIPES / "accelerate" / f"{config}.yaml"
-        path = shipped if shipped.is_file() else find_recipe(config)
+        path = shipped if shipped.is_file() else Path(config)
         if not path.is_file():
             known = ", ".join(sorted(one.stem for one in (RECIPES / "accelerate").glob("*.yaml")))
             raise ValueError(f"--accelerate {config}: neither a file nor one of {known}")
-        options = ["--config_file", str(path)]
-    if count is not None:
-        options += ["--num_processes", count]
-    return _launch([*options, *_defaults(config, count), "--module", f"srpo.{command}", *words])
+    return path, None if count is None else int(count)
+
+
+def launch(module: str, config: Path | None, count: int | None, words: Sequence[str]) -> int:
+    """Run a module in several processes; returns the exit code that it would have had alone."""
+    program = ["--module", module, *words]
+    if config is None:
+        return _ended(*_without_config(count or 1, program))
+    from accelerate.commands.launch import launch_command, launch_command_parser
+
+    several = ["--num_processes", str(count)] if count else []
+    return _ended(launch_command, launch_command_parser(), ["--config_file", str(config), *several, *program])
 
 
 def _taken(option: str, words: list[str]) -> str | None:
@@ -48,23 +53,29 @@ def _taken(option: str, words: list[str]) -> str | None:
     return None
 
 
-def _defaults(config: str | None, count: str | None) -> list[str]:
-    """What the launcher would warn that it assumes."""
-    if config is not None:
-        return []
+def _without_config(count: int, program: list[str]) -> tuple[Callable[[Any], Any], Any, list[str]]:
+    """One process per GPU; or processes on the CPU, of which accelerate's own launcher silently starts one."""
     import torch
 
-    several = [] if count == "1" else ["--multi_gpu"] if torch.cuda.is_available() else ["--multi_cpu"]
-    return [*several, "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    if torch.cuda.is_available():
+        from accelerate.commands.launch import launch_command, launch_command_parser
+
+        several = ["--multi_gpu"] if count > 1 else []
+        rest = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+        return launch_command, launch_command_parser(), ["--num_processes", str(count), *several, *rest, *program]
+    from torch.distributed.run import get_args_parser, run
+
+    program += ["--use_cpu", "true"]  # without it the processes would not talk to each other
+    return run, get_args_parser(), ["--standalone", "--nproc_per_node", str(count), *program]
 
 
-def _launch(words: Sequence[str]) -> int:
-    from accelerate.commands.launch import launch_command, launch_command_parser
+def _ended(launch: Callable[[Any], Any], parser: Any, words: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # it repeats the children's codes
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # it repeats the children's codes
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as the launcher would, with a warning
     try:
-        launch_command(launch_command_parser().parse_args(list(words)))
+        launch(parser.parse_args(words))
     except ChildFailedError as failed:
         return _code([failure.exitcode for failure in failed.failures.values()])
     except subprocess.CalledProcessError as failed:
@@ -72,6 +83,6 @@ def _launch(words: Sequence[str]) -> int:
     return 0
 
 
-def _code(codes: Sequence[Any]) -> int:
-    """2 where a process was told of a user's mistake; those that the launcher then ended have the code of a signal."""
+def _code(codes: Sequence[int]) -> int:
+    """2 where a process told of a user's mistake; those that the launcher then ended have the code of a signal."""
     return 2 if 2 in codes else next((code for code in codes if code > 0), 1)

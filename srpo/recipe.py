@@ -19,7 +19,7 @@ import yaml
 
 from srpo.ranges import OutOfRange
 from srpo.redact import holds_secret, redacted
-from srpo.settings import check_choices
+from srpo.settings import Settings, check_choices
 from srpo.shipped import find_recipe, shipped_path
 from srpo.strict_yaml import YamlError, read_yaml_lines
 
@@ -87,18 +87,28 @@ def load_run(argv: Sequence[str] | None = None) -> "tuple[type[Task], Recipe]":
         SystemExit: help was asked for, and printed.
     """
     from srpo.help import print_train_help
-    from srpo.task import RunArguments, find_task, task_names
+    from srpo.task import RunArguments
 
     words = list(sys.argv[1:] if argv is None else argv)
     if print_train_help(words):
         raise SystemExit(0)
+    task = glance(words)
+    from srpo.config import SRPOConfig  # imports TRL
+
+    return task, load_recipe((task.Arguments, RunArguments, SRPOConfig), words)
+
+
+def glance(words: Sequence[str]) -> "type[Task]":
+    """The task that a command line of `srpo train` names. Raises as `load_run`, but sees no mistake in TRL's keys,
+    which are slow to import."""
+    from srpo.task import RunArguments, find_task, task_names
+
     name = task_of(words)
     if name is None:
         raise RecipeError(f"no task is named: begin the recipe with `task:` and one of {', '.join(task_names())}")
     task = find_task(name)
-    from srpo.config import SRPOConfig  # imports TRL
-
-    return task, load_recipe((task.Arguments, RunArguments, SRPOConfig), words)
+    load_recipe((task.Arguments, RunArguments, Settings), words, partial=True, unknown_options=True)
+    return task
 
 
 def task_of(words: Sequence[str]) -> str | None:
@@ -113,14 +123,21 @@ def task_of(words: Sequence[str]) -> str | None:
     return str(given["task"].value) if "task" in given else None
 
 
-def load_recipe(dataclass_types: Any, argv: Sequence[str] | None = None, *, partial: bool = False) -> Recipe:
+def load_recipe(
+    dataclass_types: Any,
+    argv: Sequence[str] | None = None,
+    *,
+    partial: bool = False,
+    unknown_options: bool = False,
+) -> Recipe:
     """Reads `--config recipe.yaml` (or `recipe.yaml`) and `--key value` overrides into dataclasses.
 
     Args:
         dataclass_types: one dataclass, or several; no two may share a field name.
         argv: command line without the program's name; None: `sys.argv[1:]`.
         partial: pass over keys of the file that belong to other dataclasses. For the recorded recipe of a run, which
-            was checked then.
+            was checked then. Old keys are errors all the same.
+        unknown_options: pass over those of the command line too.
 
     Raises:
         RecipeError: unknown key (with the nearest valid one), old key (with the new one), key written twice, wrong
@@ -134,16 +151,15 @@ def load_recipe(dataclass_types: Any, argv: Sequence[str] | None = None, *, part
         if twice := own.keys() & fields.keys():
             raise TypeError(f"{cls.__name__} has a field that another part of the recipe has: {', '.join(twice)}")
         fields |= own
-        hints |= get_type_hints(cls)
+        hints |= {name: hint for name, hint in get_type_hints(cls).items() if name in own}
 
     path, rest = _split_config(sys.argv[1:] if argv is None else argv)
     given = {} if path is None else _read_file(path)
-    if partial:
-        given = {key: item for key, item in given.items() if key in fields}
     for key, item in given.items():
-        if key not in fields:
+        if key in OLD_KEYS or (key not in fields and not partial):
             raise RecipeError(f"{item.where}: {_unknown('key', key, fields)}")
-    given |= _read_command_line(rest, hints, fields)
+    given = {key: item for key, item in given.items() if key in fields}
+    given |= _read_command_line(rest, hints, unknown_options)
 
     values = {}
     for key, item in given.items():
@@ -226,8 +242,12 @@ def _read_file(path: Path) -> dict[str, _Given]:
     return {str(key): _Given(shipped_path(value), f"{path}:{lines.get(key, 1)}") for key, value in content.items()}
 
 
-def _read_command_line(argv: Sequence[str], hints: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, _Given]:
-    """`--key value`, `--key=value`, `--list a b c`, `--flag` and `--no_flag`; dashes are underscores."""
+def _read_command_line(argv: Sequence[str], hints: Mapping[str, Any], unknown: bool) -> dict[str, _Given]:
+    """`--key value`, `--key=value`, `--list a b c`, `--flag` and `--no_flag`; dashes are underscores.
+
+    Args:
+        unknown: pass over an option that belongs to none of the `hints`.
+    """
     given: dict[str, _Given] = {}
     words = list(argv)
     while words:
@@ -236,14 +256,16 @@ def _read_command_line(argv: Sequence[str], hints: Mapping[str, Any], fields: Ma
             raise RecipeError(f"command line: {option!r} belongs to no option")
         key = option[2:].replace("-", "_")
         where = f"command line, --{key}"
-        if key not in fields and hints.get(key.removeprefix("no_")) is bool and not equals:
+        if key not in hints and hints.get(key.removeprefix("no_")) is bool and not equals:
             given[key.removeprefix("no_")] = _Given(False, where)
             continue
-        if key not in fields:
-            raise RecipeError(f"command line: {_unknown('option', '--' + key, fields)}")
+        if key in OLD_KEYS or (key not in hints and not unknown):
+            raise RecipeError(f"command line: {_unknown('option', '--' + key, hints)}")
         mine = [value] if equals else []
         while not equals and words and not words[0].startswith("--"):
             mine.append(words.pop(0))
+        if key not in hints:
+            continue
         if not mine and _fit(True, hints[key])[0]:
             given[key] = _Given(True, where)
         elif not mine:

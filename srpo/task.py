@@ -154,6 +154,9 @@ class Task(Protocol):
     def corpus(self) -> Corpus:
         """For a policy made from nothing."""
 
+    def plan(self) -> tuple[int, list[str]]:
+        """After `load`, for `srpo plan`: how many training rows, and phrases on calls and their bounds."""
+
     def rows(self, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
         """The training rows: `prompt`, and what world, rewards and evaluation need. The run checks them."""
 

@@ -115,6 +115,9 @@ class QueryRouting:
         )
         return [encode_turn(turn, tokenizer, ends, args.chat_template_kwargs) for turn in turns]
 
+    def plan(self) -> tuple[int, list[str]]:
+        return len(self.queries), [f"{len(self.table.members)} members by recorded replies: no calls"]
+
     def save(self, folder: Path) -> None:
         self.settings.save(folder, {name: str(value) for name, value in self.made_from()[0].items()})
 

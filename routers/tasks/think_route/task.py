@@ -81,6 +81,12 @@ class ThinkRoute:
         whole = [*tags, *sorted({price(member) for member in members if member.priced})]
         return Corpus(texts, whole, vocab_size=2200, digits=3)
 
+    def plan(self) -> tuple[int, list[str]]:
+        held_out = len(self.heldout)
+        kind = "recorded: no calls" if self.arguments.pool == "recorded" else "live"
+        calls = f"at most {self.config.max_turns} calls an episode"
+        return len(self.train), [f"{len(self.names)} members, {kind}", calls, f"{held_out} held-out questions"]
+
     def rows(self, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
         from routers.tasks.think_route.world import prompt_of
         from srpo.rollout.untrusted import without_control_tokens
