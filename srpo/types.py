@@ -71,6 +71,8 @@ class Trajectory:
     turns: tuple[Turn, ...]
     stop: Stop
     columns: Mapping[str, Any] = field(default_factory=dict)
+    said: "tuple[tuple[str, Observation], ...]" = ()
+    """Per turn that the world answered: what was decided, in words, and the answer."""
 
 
 @dataclass(frozen=True)

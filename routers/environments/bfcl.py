@@ -71,7 +71,7 @@ def load_bfcl(category: str = "base") -> list[BfclTask]:
     ]
 
 
-class BfclSuite:
+class BfclBenchmark:
     """The multi-turn conversations; a `Suite`. Without privileged information no scripted executor can do them.
 
     Parts: `CATEGORY`, `CATEGORY:train` (111 of 200) and `CATEGORY:heldout` (89). BFCL is a test set and has no split:

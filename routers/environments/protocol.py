@@ -1,17 +1,14 @@
-"""Agent environments: one small protocol, what an executor sees of an episode, and the loop that plays one.
+"""Agent environments: one small protocol, and what an executor sees of an episode.
 
 An environment object plays one episode: `reset` once, `step` until done. Executors choose the actions; they keep no
 state of their own, everything they know is in the `View`, which holds the steps that other executors took too.
 """
 
-import asyncio
-import threading
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
-from typing import Protocol, TypeVar, cast
+from typing import Protocol, TypeVar
 
+from srpo.rollout.worker_loop import in_thread
 from srpo.types import Reply
 
 T = TypeVar("T")
@@ -165,76 +162,6 @@ class Session:
         if not self._between:
             raise GameError(f"{self.environment.seed}: a step failed or was left behind; the episode cannot go on")
         self._between = False
-        result = await _in_thread(job) if self.environment.waits else job()
+        result = await in_thread(job) if self.environment.waits else job()
         self._between = True
         return result
-
-
-async def _in_thread(job: Callable[[], T]) -> T:
-    """What `job` returns or raises. Cancelled, it leaves the thread behind: one that never ends holds up nobody.
-
-    Not `asyncio.to_thread`: its few threads would be used up by those that hang, and are waited for at the end.
-    """
-    loop = asyncio.get_running_loop()
-    done: asyncio.Future[T] = loop.create_future()
-
-    def settle(result: T | None, error: BaseException | None) -> None:
-        if done.done():  # cancelled
-            return
-        if error is None:
-            done.set_result(cast(T, result))
-        else:
-            done.set_exception(error)
-
-    def run() -> None:
-        result: T | None = None
-        error: BaseException | None = None
-        try:
-            result = job()
-        except StopIteration as raised:  # cannot pass through a future, nor through a coroutine
-            error = RuntimeError(repr(raised))
-        except BaseException as raised:
-            error = raised
-        with suppress(RuntimeError):  # the loop was closed: nobody waits any more
-            loop.call_soon_threadsafe(settle, result, error)
-
-    threading.Thread(target=run, name="environment-step", daemon=True).start()
-    return await done
-
-
-@dataclass(frozen=True)
-class Played:
-    """An episode that was played to its end."""
-
-    won: bool
-    score: float
-    steps: tuple[Step, ...]
-    calls: tuple[int, ...]
-    """Index of the executor of each step."""
-    costs: tuple[float, ...]
-    """USD of each step."""
-
-    @property
-    def cost(self) -> float:
-        return sum(self.costs)
-
-
-async def play(
-    environment: AgentEnvironment,
-    executors: Sequence[Executor],
-    choose: Callable[[View], int],
-    seed: str,
-    deadline: float = 60.0,
-) -> Played:
-    """Play one episode. `choose` picks the executor of every step; `deadline`: seconds for each of its calls."""
-    session = Session(environment, seed)
-    session.start()
-    calls: list[int] = []
-    costs: list[float] = []
-    while not environment.done:
-        view = session.view
-        calls.append(choose(view))
-        act = await executors[calls[-1]].act(view, deadline)
-        costs.append(act.cost)
-        await session.advance(partial(session.take, act.action))
-    return Played(environment.won, environment.score, session.view.steps, tuple(calls), tuple(costs))

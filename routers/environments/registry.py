@@ -1,6 +1,6 @@
 """The tasks of a benchmark behind one small protocol: which there are, and a fresh episode of each.
 
-`suite("alfworld")` needs nothing but this library; the others are optional packages, imported when they are asked for.
+`benchmark("alfworld")` needs nothing but this library; the others are optional packages, imported when they are asked for.
 """
 
 import atexit
@@ -11,7 +11,7 @@ from typing import Protocol
 from routers.environments.protocol import AgentEnvironment, GameError
 
 
-class Suite(Protocol):
+class Benchmark(Protocol):
     """The tasks of one benchmark. Made without arguments, once per process."""
 
     def tasks(self, which: str, count: int = 0) -> dict[str, str]:
@@ -40,30 +40,30 @@ class Suite(Protocol):
         """Give back processes and connections."""
 
 
-SUITES = {
-    "alfworld": ("routers.environments.alfworld.environment:AlfWorldSuite", ""),
-    "appworld": ("routers.environments.appworld.environment:AppWorldSuite", "appworld"),
-    "bfcl": ("routers.environments.bfcl:BfclSuite", "bfcl-eval"),
-    "scienceworld": ("routers.environments.scienceworld.environment:ScienceWorldSuite", "scienceworld"),
-    "textworld": ("routers.environments.textworld:TextWorldSuite", "textworld"),
+BENCHMARKS = {
+    "alfworld": ("routers.environments.alfworld.environment:AlfWorldBenchmark", ""),
+    "appworld": ("routers.environments.appworld.environment:AppWorldBenchmark", "appworld"),
+    "bfcl": ("routers.environments.bfcl:BfclBenchmark", "bfcl-eval"),
+    "scienceworld": ("routers.environments.scienceworld.environment:ScienceWorldBenchmark", "scienceworld"),
+    "textworld": ("routers.environments.textworld:TextWorldBenchmark", "textworld"),
 }
 """Name -> its class, and the optional package that it needs."""
 
 
 @functools.cache
-def suite(name: str) -> Suite:
-    """The one suite of this process with this name; closed at exit.
+def benchmark(name: str) -> Benchmark:
+    """The one benchmark of this process with this name; closed at exit.
 
     Raises:
-        GameError: no such suite.
+        GameError: no such benchmark.
         ImportError: its package is not installed.
     """
-    if name not in SUITES:
-        raise GameError(f"there is no environment {name!r}; there are {', '.join(SUITES)}")
-    place, package = SUITES[name]
+    if name not in BENCHMARKS:
+        raise GameError(f"there is no environment {name!r}; there are {', '.join(BENCHMARKS)}")
+    place, package = BENCHMARKS[name]
     module, kind = place.split(":")
     try:
-        made: Suite = getattr(importlib.import_module(module), kind)()
+        made: Benchmark = getattr(importlib.import_module(module), kind)()
     except ImportError as error:
         raise ImportError(
             f"the environment {name!r} needs the package {package} ({error}); README.md, Agent environments, says how "

@@ -16,7 +16,7 @@ from typing import Any
 from routers.environments.protocol import GameError
 
 
-class TextWorldSuite:
+class TextWorldBenchmark:
     """Games that were made before; a `Suite`. Part: a folder of .z8 files, each with tw-make's .json beside it."""
 
     def __init__(self) -> None:

@@ -1,29 +1,35 @@
-"""Policy and episodes take turns until one of `srpo.types.STOPS`. Token in = token out.
+"""The one loop that plays episodes: who decides and the world take turns until one of `srpo.types.STOPS`.
 
-    all episodes made -> [ policy: one turn for every row that is going on, in one batch
-                        -> world: all their steps at the same time                      ] ... -> columns
+    all episodes made -> [ decider: one turn for every row that is going on, in one batch
+                        -> world: all their steps at the same time                       ] ... -> columns
 
-A turn of the policy stays the ids that were sampled: nothing is decoded and encoded again. The world's text is encoded
-once, without control tokens (`srpo.rollout.untrusted`), cut, and framed. An episode that raises or does not answer in
-time is *lost*: its trajectory ends with stop "lost" and the cause in its columns, and nobody else notices.
+Who decides is a policy (a `Generator`: token in = token out) or a `Rule`. A turn of the policy stays the ids that were
+sampled: nothing is decoded and encoded again. The world's text is encoded once, without control tokens
+(`srpo.rollout.untrusted`), cut, and framed. An episode that raises or does not answer in time is *lost*: its
+trajectory ends with stop "lost" and the cause in its columns, and the others go on.
 """
 
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from tqdm.auto import tqdm
 
 from srpo.columns import OF_ROLLOUT, TURNS, check_word
 from srpo.ranges import Ranges, above, at_least, check_numbers
-from srpo.rollout.generator import Generator, Request
-from srpo.rollout.sampling import text_of
 from srpo.rollout.thinking import opened_by
 from srpo.rollout.untrusted import encode_frame, encode_untrusted
 from srpo.rollout.worker_loop import EpisodeLoop, Failure
 from srpo.types import LOST, STOP, Columns, Environment, Episode, Observation, Row, Stop, Trajectory, Turn
+
+if TYPE_CHECKING:  # torch, which processes that play by rules do not need
+    from srpo.rollout.generator import Generator
+
+Rule = Callable[[int, Episode], str]
+"""Decides in a policy's place: (row, its episode) -> the text of its next turn. Called within the episode's own step,
+so that a rule that raises or hangs loses that episode. It must answer among `choices()` where there are some."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,8 @@ class _Play:
     episode: Episode | None = None
     choices: tuple[str, ...] | None = None
     turns: list[Turn] = field(default_factory=list)
+    said: list[tuple[str, Observation]] = field(default_factory=list)
+    """What was decided in each turn, and what the world answered."""
     text: str = ""
     """What the policy wrote in its last turn."""
     opened: str = ""
@@ -97,7 +105,7 @@ def play(
     rows: Sequence[Row],
     prompt_ids: Sequence[Sequence[int]],
     seeds: Sequence[str],
-    generator: Generator,
+    decider: "Generator | Rule",
     tokenizer: Any,
     limits: Limits,
     loop: EpisodeLoop | None = None,
@@ -108,8 +116,10 @@ def play(
 
     Args:
         rows: dataset rows, handed to `environment.episode`.
-        prompt_ids: per row the ids of its prompt, at least one.
+        prompt_ids: per row the ids of its prompt, at least one; none where a rule decides.
         seeds: per row a text that names it: (run, step, row, sample). Turn t draws from `seed:t`.
+        decider: the policy, or a rule, whose trajectories have texts (`said`) but no turns.
+        tokenizer: of the policy; None where a rule decides.
         loop: where the episodes live; None: a loop of this call's own. Clients of an environment belong to a loop.
         progress: show a bar over episodes.
         out_of_money: asked after the steps of each round; True ends every episode with stop "budget", so that only
@@ -123,20 +133,23 @@ def play(
         ValueError: a label of `choices()` that is not one token, two labels of the same token.
     """
     started = time.monotonic()
-    plays = [_Play(i, tuple(ids), opened=opened_by(tokenizer, ids)) for i, ids in enumerate(prompt_ids)]
+    rule = None if hasattr(decider, "generate") else decider
+    plays = [_Play(i, tuple(ids), opened="" if rule else opened_by(tokenizer, ids)) for i, ids in enumerate(prompt_ids)]
     labels = Labels(tokenizer)
     with EpisodeLoop() if loop is None else nullcontext(loop) as loop:
         _make(environment, plays, rows, seeds, loop, limits)
         with tqdm(total=len(plays), desc="episodes", disable=None if progress else True, leave=False) as bar:
             while going := [p for p in plays if p.stop is None]:
-                _policy_turns(going, seeds, generator, labels, tokenizer, limits)
-                _world_turns([p for p in going if p.stop is None], loop, tokenizer, limits, started)
+                if rule is None:
+                    _policy_turns(going, seeds, decider, labels, tokenizer, limits)  # type: ignore[arg-type]
+                _world_turns([p for p in going if p.stop is None], rule, loop, tokenizer, limits, started)
                 if out_of_money():
                     for p in going:
                         p.stop = p.stop or "budget"
                 bar.update(sum(p.stop is not None for p in plays) - bar.n)
-        generator.finish()
-        return _trajectories(plays, loop, limits)
+        if rule is None:
+            decider.finish()  # type: ignore[union-attr]
+        return _trajectories(plays, rule, loop, limits)
 
 
 def _make(
@@ -162,8 +175,11 @@ def _make(
 
 
 def _policy_turns(
-    plays: list[_Play], seeds: Sequence[str], generator: Generator, labels: "Labels", tokenizer: Any, limits: Limits
+    plays: list[_Play], seeds: Sequence[str], generator: "Generator", labels: "Labels", tokenizer: Any, limits: Limits
 ) -> None:
+    from srpo.rollout.generator import Request
+    from srpo.rollout.sampling import text_of
+
     requests = []
     for play in plays:
         room = limits.tokens - play.used
@@ -187,9 +203,13 @@ def _policy_turns(
             play.stop = "tokens"  # in the middle of a sentence: there is nothing to answer
 
 
-def _world_turns(plays: list[_Play], loop: EpisodeLoop, tokenizer: Any, limits: Limits, started: float) -> None:
+def _world_turns(
+    plays: list[_Play], rule: Rule | None, loop: EpisodeLoop, tokenizer: Any, limits: Limits, started: float
+) -> None:
     def job(play: _Play) -> Any:
         async def step() -> Any:
+            if rule is not None:
+                play.text = rule(play.row, play.episode)  # type: ignore[arg-type]
             observation = await play.episode.step(play.text)  # type: ignore[union-attr]
             if not isinstance(observation, Observation):
                 raise TypeError(f"step returned a {type(observation).__name__}, not an Observation")
@@ -202,16 +222,17 @@ def _world_turns(plays: list[_Play], loop: EpisodeLoop, tokenizer: Any, limits: 
             play.lose(answer.cause)
             continue
         observation, choices = answer
+        play.said.append((play.text, observation))
         play.choices = _labels(choices)
         late = limits.episode_seconds is not None and time.monotonic() - started > limits.episode_seconds
         if observation.end is not None:
             play.stop = observation.end
             play.cause = "the episode says so" if observation.end == "lost" else None
-        elif play.policy_turns >= limits.turns:
+        elif len(play.said) >= limits.turns:
             play.stop = "turns"
         elif late:
             play.stop = "deadline"
-        else:
+        elif rule is None:
             ids = observation_ids(observation, tokenizer, limits.observation_tokens)
             if play.used + len(ids) >= limits.tokens:
                 play.stop = "tokens"
@@ -231,7 +252,7 @@ def observation_ids(observation: Observation, tokenizer: Any, limit: int) -> tup
     return (*encode_frame(tokenizer, observation.before), *body, *encode_frame(tokenizer, observation.after))
 
 
-def _trajectories(plays: list[_Play], loop: EpisodeLoop, limits: Limits) -> list[Trajectory]:
+def _trajectories(plays: list[_Play], rule: Rule | None, loop: EpisodeLoop, limits: Limits) -> list[Trajectory]:
     def job(play: _Play) -> Any:
         async def columns() -> Any:
             return dict(play.episode.columns(play.stop))  # type: ignore[union-attr, arg-type]
@@ -259,8 +280,9 @@ def _trajectories(plays: list[_Play], loop: EpisodeLoop, limits: Limits) -> list
                 **{name: columns[play.row].get(name) for name in names},
                 STOP: play.stop,
                 LOST: play.cause,
-                TURNS: play.policy_turns,
+                TURNS: len(play.said) if rule else play.policy_turns,
             },
+            said=tuple(play.said),
         )
         for play in plays
     ]

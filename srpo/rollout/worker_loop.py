@@ -2,28 +2,29 @@
 
 What may go wrong, and what it costs:
 
-    an exception        that episode is lost, with the exception as its cause
-    waiting too long    that episode is lost: its task is cancelled, and left alone if it will not end
-    blocking            that episode is lost, whether it computes for ever or hangs in a C call
+    an exception         that episode is lost, with the exception as its cause
+    waiting too long     that episode is lost: its task is cancelled, and left alone if it will not end
+    computing for ever   that episode is lost: an exception interrupts it
 
-The last is why coroutines do not run in the loop's thread: each stretch between two `await`s runs in a second thread
-while the loop's thread waits for it, so that nothing ever runs at the same time. A stretch that does not come back is
-left behind with its thread (an exception ends it as soon as it runs Python code), and a new thread goes on. The others
-stood still meanwhile: time in which the loop could not run is not counted against them.
+While one computes the others stand still, so time in which the loop could not run is not counted against them. A call
+that blocks in C cannot be interrupted: what waits for a process or a socket without `await` belongs into `in_thread`,
+which leaves it behind when it is late. Where it does not, the batch ends with an error that says so.
 """
 
 import asyncio
-import contextvars
 import ctypes
-import queue
 import threading
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
+T = TypeVar("T")
 _TICK = 0.05
 _GRACE = 0.5
+_PATIENCE = 3
+"""After so many interrupts without an answer a step blocks for good."""
 
 Job = Callable[[], Awaitable[Any]]
 
@@ -35,13 +36,18 @@ class Failure:
     cause: str
 
 
+class _Blocked(BaseException):
+    """Raised in the middle of a step that computes for too long; no `except Exception` holds it up."""
+
+
 class EpisodeLoop:
     """Runs batches of jobs at the same time; close it when no more are to come, or use it as a context."""
 
     def __init__(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
-        self._stretches: _Stretches | None = None
+        self._interrupted = 0.0
+        self._lock = threading.Lock()
 
     def __enter__(self) -> "EpisodeLoop":
         return self
@@ -50,176 +56,140 @@ class EpisodeLoop:
         self.close()
 
     def start(self) -> None:
-        """Start its threads now: before several threads call `run`. Else its first call does."""
+        """Start its thread now: before several threads call `run`. Else its first call does."""
         self._started()
 
-    def run(self, jobs: Sequence[Job], seconds: float, blocking: float | None = None) -> list[Any]:
-        """Results of all jobs; a `Failure` for each that raised, took more than `seconds`, or blocked for too long.
-
-        Args:
-            blocking: seconds between two `await`s of a job; None: `seconds`. The last value given holds for all jobs.
+    def run(self, jobs: Sequence[Job], seconds: float) -> list[Any]:
+        """Results of all jobs; a `Failure` for each that raised, took more than `seconds`, or computed for so long.
 
         After `start` several threads may call it at the same time: their jobs share the loop.
+
+        Raises:
+            RuntimeError: a job blocks the loop in a call that cannot be interrupted.
         """
         if not jobs:
             return []
-        loop = self._started()
-        self._stretches.seconds = seconds if blocking is None else blocking  # type: ignore[union-attr]
-        future = asyncio.run_coroutine_threadsafe(_all(jobs, seconds), loop)
+        beat = [time.monotonic(), 0.0]  # when the loop last ran, and how often it was interrupted since
+        future = asyncio.run_coroutine_threadsafe(_all(jobs, seconds, beat), self._started())
         try:
-            return future.result()
+            while True:
+                try:
+                    return future.result(_TICK)
+                except TimeoutError:
+                    if time.monotonic() - beat[0] > seconds:
+                        self._interrupt(seconds, beat)
+        except _Blocked:  # it met our own code; the step that blocked is among these
+            return [Failure(_blocked(seconds))] * len(jobs)
         except BaseException:  # Ctrl-C and the like
             future.cancel()
             raise
 
+    def _interrupt(self, seconds: float, beat: list[float]) -> None:
+        with self._lock:  # several threads may have noticed it
+            if time.monotonic() - self._interrupted <= seconds:
+                return
+            self._interrupted = time.monotonic()
+            beat[1] += 1
+            ident = ctypes.c_ulong((self._thread and self._thread.ident) or 0)
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ident, ctypes.py_object(_Blocked))
+        if beat[1] > _PATIENCE:
+            raise RuntimeError(
+                f"a step {_blocked(time.monotonic() - beat[0])}, in a call that cannot be interrupted: let it wait in "
+                "a thread (srpo.rollout.worker_loop.in_thread; `waits` of an agent environment)"
+            )
+
     def close(self) -> None:
-        """Cancel what is left and end the threads."""
-        loop, thread, stretches = self._loop, self._thread, self._stretches
-        self._loop = self._thread = self._stretches = None
-        if loop is None or thread is None or stretches is None:
+        """Cancel what is left and end the thread; one that is blocked for good is left behind."""
+        loop, thread = self._loop, self._thread
+        self._loop = self._thread = None
+        if loop is None or thread is None:
             return
         cancelled = asyncio.run_coroutine_threadsafe(_cancel_all(), loop)
         cancelled.add_done_callback(lambda _: loop.call_soon_threadsafe(loop.stop))
-        thread.join()
-        stretches.close()
-        loop.close()
+        thread.join(10.0)
+        if not thread.is_alive():
+            loop.close()
 
     def _started(self) -> asyncio.AbstractEventLoop:
         if self._loop is None:
             self._loop = loop = asyncio.new_event_loop()
-            self._stretches = stretches = _Stretches(loop)
-            loop.set_task_factory(lambda _, c, **kwargs: asyncio.Task(_Guarded(c, stretches), loop=loop, **kwargs))
-            self._thread = threading.Thread(target=loop.run_forever, name="srpo-episodes", daemon=True)
+            self._thread = threading.Thread(target=_serve, args=(loop,), name="srpo-episodes", daemon=True)
             self._thread.start()
         return self._loop
 
 
-class _Left(BaseException):
-    """Raised in a thread that was left behind; no `except Exception` holds it up."""
+async def in_thread(job: Callable[[], T]) -> T:
+    """What `job` returns or raises. Cancelled, it leaves the thread behind: one that never ends holds up nobody."""
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[T] = loop.create_future()
 
+    def settle(result: Any, error: BaseException | None) -> None:
+        if done.done():  # it was left behind
+            return
+        if error is None:
+            done.set_result(result)
+        else:
+            done.set_exception(error)
 
-class _Stretches:
-    """The thread in which coroutines run, one stretch at a time, while the loop's thread waits."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop):
-        self.seconds = 60.0
-        self._loop = loop
-        self._start()
-
-    def run(self, stretch: Callable[[], Any]) -> Any:
-        """What `stretch()` returns or raises; TimeoutError if it blocks, and it is left behind."""
-        self._inbox.put((stretch, asyncio.current_task()))
+    def run() -> None:
+        result, error = None, None
         try:
-            result, error = self._outbox.get(timeout=self.seconds)
-        except queue.Empty:
-            self._leave()
-            raise TimeoutError(f"blocked the event loop for more than {self.seconds:g} s") from None
-        if error is not None:
-            raise error
-        return result
+            result = job()
+        except StopIteration as raised:  # cannot pass through a future, nor through a coroutine
+            error = RuntimeError(repr(raised))
+        except BaseException as raised:
+            error = raised
+        with suppress(RuntimeError):  # the loop was closed: nobody waits any more
+            loop.call_soon_threadsafe(settle, result, error)
 
-    def close(self) -> None:
-        self._inbox.put(None)
-        self._thread.join()
-
-    def _start(self) -> None:
-        self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        arguments = (self._loop, self._inbox, self._outbox)
-        self._thread = threading.Thread(target=_serve, args=arguments, name="srpo-episodes-steps", daemon=True)
-        self._thread.start()
-
-    def _leave(self) -> None:
-        self._inbox.put(None)  # ends the thread if its stretch ever comes back
-        ident = ctypes.c_ulong(self._thread.ident or 0)
-        ctypes.pythonapi.PyThreadState_SetAsyncExc(ident, ctypes.py_object(_Left))
-        self._start()
+    threading.Thread(target=run, name="environment-step", daemon=True).start()
+    return await done
 
 
-def _serve(loop: Any, inbox: "queue.SimpleQueue[Any]", outbox: "queue.SimpleQueue[Any]") -> None:
-    asyncio._set_running_loop(loop)  # for the code that asks; only one of the two threads runs at a time
-    try:
-        while (item := inbox.get()) is not None:
-            stretch, task = item
-            outbox.put(_outcome(stretch, loop, task))
-    except _Left:
-        pass
-
-
-def _outcome(stretch: Callable[[], Any], loop: Any, task: Any) -> tuple[Any, BaseException | None]:
-    own = asyncio.current_task() is not task  # from Python 3.14 on the current task is a thread's, not the loop's
-    try:
-        if own:
-            asyncio._enter_task(loop, task)
+def _serve(loop: asyncio.AbstractEventLoop) -> None:
+    while True:
         try:
-            return stretch(), None
-        finally:
-            if own:
-                asyncio._leave_task(loop, task)
-    except _Left:
-        raise
-    except (SystemExit, KeyboardInterrupt) as error:  # would end the loop's thread, and with it everybody's episode
-        return None, RuntimeError(f"{type(error).__name__}: {error}")
-    except BaseException as error:
-        return None, error
+            return loop.run_forever()
+        except BaseException:  # a job's SystemExit, which its task holds as well, or an interrupt between two jobs
+            continue
 
 
-class _Guarded(Coroutine[Any, Any, Any]):
-    """A coroutine whose every stretch runs through `_Stretches`."""
-
-    def __init__(self, inner: Any, stretches: _Stretches):
-        self._inner = inner
-        self._stretches = stretches
-        self._context: contextvars.Context | None = None
-
-    def send(self, value: Any) -> Any:
-        return self._run(lambda: self._inner.send(value))
-
-    def throw(self, *error: Any) -> Any:
-        return self._run(lambda: self._inner.throw(*error))
-
-    def close(self) -> None:
-        self._inner.close()
-
-    def __await__(self) -> Generator[Any, Any, Any]:
-        raise TypeError("a task's coroutine is driven by its task")
-
-    def _run(self, stretch: Callable[[], Any]) -> Any:
-        # A context cannot be entered in two threads at once, and the task has entered its own: take one copy for good.
-        self._context = self._context or contextvars.copy_context()
-        context = self._context
-        return self._stretches.run(lambda: context.run(stretch))
-
-
-async def _all(jobs: Sequence[Job], seconds: float) -> list[Any]:
+async def _all(jobs: Sequence[Job], seconds: float, beat: list[float]) -> list[Any]:
     tasks = [asyncio.ensure_future(job()) for job in jobs]
     late: set[Any] = set(tasks)
     try:
-        late = await _wait(tasks, seconds)
+        late = await _wait(tasks, seconds, beat)
     finally:
         for task in late:
             task.cancel()
-        stubborn = await _wait(late, _GRACE)
+        stubborn = await _wait(late, _GRACE, beat)
         for task in late - stubborn:
             task.cancelled() or task.exception()  # seen: nothing is to be said about it later
-    return [Failure(f"no answer within {seconds:g} s") if task in late else _result(task) for task in tasks]
+    return [Failure(f"no answer within {seconds:g} s") if t in late else _result(t, seconds) for t in tasks]
 
 
-async def _wait(tasks: Iterable[Any], seconds: float) -> set[Any]:
+async def _wait(tasks: Iterable[Any], seconds: float, beat: list[float]) -> set[Any]:
     """Wait for tasks; the ones that are not done. Time in which the loop was blocked does not count."""
     pending = set(tasks)
     while pending and seconds > 0:
         before = time.monotonic()
+        beat[:] = before, 0.0
         _, pending = await asyncio.wait(pending, timeout=min(_TICK, seconds))
         seconds -= min(time.monotonic() - before, 2 * _TICK)
     return pending
 
 
-def _result(task: "asyncio.Task[Any]") -> Any:
+def _result(task: "asyncio.Task[Any]", seconds: float) -> Any:
     if task.cancelled():
         return Failure("CancelledError")
     error = task.exception()
+    if isinstance(error, _Blocked):
+        return Failure(_blocked(seconds))
     return task.result() if error is None else Failure(f"{type(error).__name__}: {error}")
+
+
+def _blocked(seconds: float) -> str:
+    return f"blocked the event loop for more than {seconds:g} s"
 
 
 async def _cancel_all() -> None:

@@ -10,7 +10,7 @@ import step_helpers as steps
 from test_budget_episode import LARGE, SMALL, Corridor, describe
 
 from routers.environments.protocol import GameError
-from routers.tasks.step_routing.environment import BudgetEnvironment, drive_episode
+from routers.tasks.step_routing.environment import StepRoutingEnvironment, drive_episode
 from routers.tasks.step_routing.router import StepRouter
 from routers.tasks.step_routing.rules import random_mix
 from srpo.rollout.worker_loop import EpisodeLoop, Failure
@@ -41,9 +41,9 @@ class Quick(Slow):
     waits = False
 
 
-def played(worlds: list[Slow], seconds: float = 60.0) -> tuple[list[Any], BudgetEnvironment, list[Any]]:
+def played(worlds: list[Slow], seconds: float = 60.0) -> tuple[list[Any], StepRoutingEnvironment, list[Any]]:
     """All at once, on the loop of rollouts; the results, and what was played."""
-    environment = BudgetEnvironment(lambda row: worlds[row["n"]], [SMALL, LARGE], describe, labels=["<s>", "<l>"])
+    environment = StepRoutingEnvironment(lambda row: worlds[row["n"]], [SMALL, LARGE], describe, labels=["<s>", "<l>"])
     episodes = [environment.episode({"n": n}, f"seed {n}") for n in range(len(worlds))]
     rule = random_mix(0.5)
     with EpisodeLoop() as loop:
@@ -96,7 +96,7 @@ def test_a_step_that_hangs_costs_its_episode_and_no_other_step_follows_it() -> N
 
 @pytest.mark.parametrize("kind", [Slow, Quick])
 def test_what_a_step_raises_is_told_and_ends_the_episode(kind: type[Slow]) -> None:
-    environment = BudgetEnvironment(lambda row: kind(4, 0.0, fault="step"), [SMALL, LARGE], describe)
+    environment = StepRoutingEnvironment(lambda row: kind(4, 0.0, fault="step"), [SMALL, LARGE], describe)
     broken = environment.episode({}, "s")
     with pytest.raises(OSError, match="the floor is gone"):
         asyncio.run(broken.step("small"))
@@ -110,7 +110,7 @@ def test_no_exception_is_swallowed() -> None:
             return next(iter(()))
 
     with pytest.raises(RuntimeError, match="StopIteration"):
-        asyncio.run(BudgetEnvironment(lambda row: Odd(4), [SMALL, LARGE], describe).episode({}, "s").step("small"))
+        asyncio.run(StepRoutingEnvironment(lambda row: Odd(4), [SMALL, LARGE], describe).episode({}, "s").step("small"))
 
 
 class SlowWorld(steps.Corridor):

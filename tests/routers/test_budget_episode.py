@@ -8,7 +8,7 @@ import pytest
 
 from routers.environments.protocol import Act
 from routers.tasks.step_routing.budget import Budget
-from routers.tasks.step_routing.environment import BudgetEnvironment, Situation, drive
+from routers.tasks.step_routing.environment import StepRoutingEnvironment, Situation, drive
 from routers.tasks.step_routing.rules import always_large, always_small, cascade, first_large, random_mix
 from srpo.types import CORRECT, COST, FEEDBACK, Observation, Reply
 
@@ -59,7 +59,7 @@ def describe(situation: Situation) -> Observation:
 
 
 def world(budget: Budget | None = None, small: Walker = SMALL, large: Walker = LARGE, **corridor: Any) -> Any:
-    return BudgetEnvironment(
+    return StepRoutingEnvironment(
         lambda row: Corridor(row["length"], **corridor), [small, large], describe, budget, ["<s>", "<l>"]
     )
 
@@ -143,7 +143,7 @@ def test_a_fault_of_the_world_costs_one_episode_and_not_the_run() -> None:
         return Hanging(4) if row["fault"] == "hang" else Corridor(4, fault=row["fault"])
 
     tokenizer = core.tokenizer()
-    environment = BudgetEnvironment(make, [SMALL, LARGE], describe, Budget(1), ["a", "b"])
+    environment = StepRoutingEnvironment(make, [SMALL, LARGE], describe, Budget(1), ["a", "b"])
     rows = [{"fault": fault} for fault in ("", "step", "hang", "reset", "")]
     prompts = [tokenizer("say red", add_special_tokens=False)["input_ids"]] * 5
     generator = TransformersGenerator(core.model().eval(), tokenizer, Sampling(), eos_ids=[tokenizer.eos_token_id])
@@ -221,7 +221,7 @@ def test_a_call_beyond_its_bound_is_a_violation() -> None:
 
 
 def test_every_executor_but_the_cheapest_counts_as_expensive() -> None:
-    environment = BudgetEnvironment(
+    environment = StepRoutingEnvironment(
         lambda row: Corridor(5), [SMALL, Walker("medium", 0.05, "two"), LARGE], describe, Budget(2)
     )
     order = iter(["medium", "large", "small"])
@@ -233,7 +233,7 @@ def test_every_executor_but_the_cheapest_counts_as_expensive() -> None:
 
 
 def test_partial_scores_are_neither_lost_nor_solved() -> None:
-    environment = BudgetEnvironment(lambda row: Graded(9), [SMALL, LARGE], describe)
+    environment = StepRoutingEnvironment(lambda row: Graded(9), [SMALL, LARGE], describe)
     driven = drive(environment, {"task": "t"}, "x", always_small)
     assert driven.columns[CORRECT] == 0.75 and environment.outcomes() == {"t": (1, 0)}
     # The world ended it after three of ten steps: no limit was reached.
@@ -242,9 +242,9 @@ def test_partial_scores_are_neither_lost_nor_solved() -> None:
 
 def test_executors_and_labels_must_differ() -> None:
     with pytest.raises(ValueError, match="all different"):
-        BudgetEnvironment(lambda row: Corridor(1), [SMALL, LARGE], describe, labels=["x", "x"])
+        StepRoutingEnvironment(lambda row: Corridor(1), [SMALL, LARGE], describe, labels=["x", "x"])
     with pytest.raises(ValueError, match="two or more"):
-        BudgetEnvironment(lambda row: Corridor(1), [SMALL], describe)
+        StepRoutingEnvironment(lambda row: Corridor(1), [SMALL], describe)
 
 
 def test_retries_of_a_live_executor_stay_within_what_was_reserved() -> None:
@@ -263,7 +263,7 @@ def test_retries_of_a_live_executor_stay_within_what_was_reserved() -> None:
         backend = Scripted("Action: look", faults=faults)
         pool = Pool({"m": Member("m", "x", 1e4, 1e4)}, {"m": backend}, retry=Retry(attempts=3, base=0.0))
         executors = [Explorer(0.001), ReActExecutor(pool, "m")]  # 15 tokens at 1e4 per million: 0.15 a call
-        environment = BudgetEnvironment(
+        environment = StepRoutingEnvironment(
             lambda row: AlfWorld(generated("generated/train/0")), executors, describe, Budget(0.16, "usd")
         )
         driven = drive(environment, {}, "s", first_large(1))

@@ -10,7 +10,7 @@ from routers.environments.alfworld.memory import Memory
 from routers.environments.protocol import Step, View
 from routers.environments.scripted import Explorer, Planner
 from routers.tasks.step_routing.budget import Budget, BudgetGate
-from routers.tasks.step_routing.environment import TASK, BudgetEnvironment, Situation, drive
+from routers.tasks.step_routing.environment import TASK, StepRoutingEnvironment, Situation, drive
 from routers.tasks.step_routing.prompts import (
     OBSERVATIONS,
     compact,
@@ -50,8 +50,8 @@ def test_phases_by_hand(memory: Memory, expected: str) -> None:
     assert phase(memory) == expected
 
 
-def environment(budget: Budget | None = None, describe=compact) -> BudgetEnvironment:
-    return BudgetEnvironment(
+def environment(budget: Budget | None = None, describe=compact) -> StepRoutingEnvironment:
+    return StepRoutingEnvironment(
         lambda row: AlfWorld(generated(row[TASK]), limit=20), [Explorer(), Planner()], describe, budget
     )
 

@@ -14,13 +14,13 @@ import pytest
 from appworld_cases import ADD, DONE, LOG_IN, Models, make_world, next_code
 
 from routers.data.catalogue import Member
-from routers.environments.appworld.environment import HOW, AppWorldSuite
+from routers.environments.appworld.environment import HOW, AppWorldBenchmark
 from routers.environments.protocol import play
 from routers.environments.react import ReActExecutor
 from routers.pool import Pool, Retry, live_pool
 from routers.pool.scripted import Scripted
 from routers.tasks.step_routing.budget import Budget
-from routers.tasks.step_routing.environment import TASK, BudgetEnvironment, drive
+from routers.tasks.step_routing.environment import TASK, StepRoutingEnvironment, drive
 from routers.tasks.step_routing.profiles import DifficultyRule, read_profiles
 from routers.tasks.step_routing.prompts import OBSERVATIONS
 from srpo.types import CORRECT
@@ -30,12 +30,12 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
-def suite(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AppWorldSuite]:
+def benchmark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AppWorldBenchmark]:
     folder = tmp_path_factory.mktemp("world")
     make_world(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("APPWORLD_ROOT", str(folder))
-        made = AppWorldSuite()
+        made = AppWorldBenchmark()
         yield made
         made.close()
 
@@ -52,7 +52,7 @@ def suite(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AppWorldSuite]:
         ("abc1234_2", [LOG_IN, ADD, "apis.supervisor.complete_task(answer=1)"], False),  # nothing else may change
     ],
 )
-def test_the_goal_decides(suite: AppWorldSuite, task: str, actions: list[str], won: bool) -> None:
+def test_the_goal_decides(suite: AppWorldBenchmark, task: str, actions: list[str], won: bool) -> None:
     episode = suite.make(task, 40)
     first = episode.reset()
     assert "Thursday, 2023-05-18 12:00" in first and first.endswith(f"Your task is to: {episode.task}")
@@ -64,14 +64,14 @@ def test_the_goal_decides(suite: AppWorldSuite, task: str, actions: list[str], w
     assert episode.won is won and episode.score == float(won)
 
 
-def test_what_was_reached_at_the_limit_counts(suite: AppWorldSuite) -> None:
+def test_what_was_reached_at_the_limit_counts(suite: AppWorldBenchmark) -> None:
     episode = suite.make("abc1234_1", 2)  # AppWorld evaluates what is there when the agent stops, for whatever reason
     episode.reset()
     assert episode.step(LOG_IN) == ("Shopping\n", False)
     assert episode.step(ADD) == ('{"message": "Note updated."}\n', True) and episode.won
 
 
-def test_broken_code_costs_a_step_and_says_why(suite: AppWorldSuite) -> None:
+def test_broken_code_costs_a_step_and_says_why(suite: AppWorldBenchmark) -> None:
     episode = suite.make("abc1234_1", 40)
     episode.reset()
     for code, words in {
@@ -95,14 +95,14 @@ def test_broken_code_costs_a_step_and_says_why(suite: AppWorldSuite) -> None:
     assert episode.steps == 14 and episode.step("print(1)") == ("1\n", False)
 
 
-def test_appworld_stops_code_that_does_not_end(suite: AppWorldSuite) -> None:
+def test_appworld_stops_code_that_does_not_end(suite: AppWorldBenchmark) -> None:
     episode = suite.make("abc1234_1", 40)
     episode.reset()
     assert "timed out after 30 seconds" in episode.step("x = 1\nwhile True:\n    pass")[0]
     assert episode.step("print(x)") == ("1\n", False)
 
 
-def test_a_model_behind_an_endpoint_completes_a_task(suite: AppWorldSuite) -> None:
+def test_a_model_behind_an_endpoint_completes_a_task(suite: AppWorldBenchmark) -> None:
     with Models() as server:
         member = Member("large", "x", 2.0, 8.0, base_url=server.url)
         pool = live_pool({"large": member}, agent_prompt="{query}", retry=Retry(attempts=1))
@@ -113,7 +113,7 @@ def test_a_model_behind_an_endpoint_completes_a_task(suite: AppWorldSuite) -> No
     assert HOW in prompt and f"Action:\n```\n{LOG_IN}\n```\nObservation:\nShopping\n" in prompt
 
 
-def test_one_command_trains_a_router(suite: AppWorldSuite, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_command_trains_a_router(suite: AppWorldBenchmark, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Profile, BoSFT, BoPO and evaluation, with both executors behind an endpoint."""
     from routers.tasks.step_routing import task as train_bopo
 
@@ -137,11 +137,11 @@ def test_one_command_trains_a_router(suite: AppWorldSuite, tmp_path: Path, capsy
     assert said.count("'rollout/stop/lost': '0'") == 2 and said.count("'budget/violations': '0'") == 2
 
 
-def test_a_budgeted_episode_with_two_members(suite: AppWorldSuite) -> None:
+def test_a_budgeted_episode_with_two_members(suite: AppWorldBenchmark) -> None:
     members = {name: Member(name, "x", price, price) for name, price in (("small", 1.0), ("large", 5.0))}
     pool = Pool(members, {name: Scripted(functools.partial(next_code, name)) for name in members})
     executors = [ReActExecutor(pool, name) for name in members]
-    environment = BudgetEnvironment(
+    environment = StepRoutingEnvironment(
         lambda row: suite.make(row[TASK], 40),
         executors,
         OBSERVATIONS["progress"].describe,

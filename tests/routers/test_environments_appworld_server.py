@@ -15,12 +15,12 @@ from appworld_cases import make_world
 from appworld_stub import install, make_data
 
 from routers.environments.appworld import environment as appworld
-from routers.environments.appworld.environment import AppWorldSuite
+from routers.environments.appworld.environment import AppWorldBenchmark
 from routers.environments.protocol import GameError
 
 
 @pytest.fixture(scope="module", params=["stand-in", pytest.param("appworld", marks=pytest.mark.slow)])
-def suite(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[AppWorldSuite]:
+def benchmark(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[AppWorldBenchmark]:
     folder = tmp_path_factory.mktemp("world")
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "stand-in":
@@ -30,12 +30,12 @@ def suite(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
             make_world(folder)
         patch.setenv("APPWORLD_ROOT", str(folder))
         patch.setenv("OPENAI_API_KEY", "sk-very-secret")
-        made = AppWorldSuite()
+        made = AppWorldBenchmark()
         yield made
         made.close()
 
 
-def processes(suite: AppWorldSuite) -> list[int]:
+def processes(suite: AppWorldBenchmark) -> list[int]:
     """Of the suite's server, itself included."""
     session = suite._server._process.pid
     found = []
@@ -49,14 +49,14 @@ def processes(suite: AppWorldSuite) -> list[int]:
     return found
 
 
-def wait_for(suite: AppWorldSuite, count: int) -> None:
+def wait_for(suite: AppWorldBenchmark, count: int) -> None:
     end = time.monotonic() + 20
     while len(processes(suite)) != count:
         assert time.monotonic() < end, f"{len(processes(suite))} processes, not {count}"
         time.sleep(0.05)
 
 
-def test_many_episodes_of_one_task_are_open_at_once_and_apart(suite: AppWorldSuite) -> None:
+def test_many_episodes_of_one_task_are_open_at_once_and_apart(suite: AppWorldBenchmark) -> None:
     episodes = [suite.make("abc1234_1", 3) for _ in range(8)]
     for episode in episodes:
         episode.reset()
@@ -73,7 +73,7 @@ def test_many_episodes_of_one_task_are_open_at_once_and_apart(suite: AppWorldSui
     wait_for(suite, 1)
 
 
-def test_an_episode_that_is_only_asked_for_its_first_words_costs_no_world(suite: AppWorldSuite) -> None:
+def test_an_episode_that_is_only_asked_for_its_first_words_costs_no_world(suite: AppWorldBenchmark) -> None:
     kept = suite.make("abc1234_1", 3)
     kept.reset()
     kept.step("x = 1")
@@ -85,7 +85,7 @@ def test_an_episode_that_is_only_asked_for_its_first_words_costs_no_world(suite:
     assert time.monotonic() - started < 15  # AppWorld's 100 worlds would take a minute
 
 
-def test_a_process_that_dies_costs_its_episode_only(suite: AppWorldSuite) -> None:
+def test_a_process_that_dies_costs_its_episode_only(suite: AppWorldBenchmark) -> None:
     dying, other = suite.make("abc1234_1", 3), suite.make("abc1234_1", 3)
     for episode in (dying, other):
         episode.reset()
@@ -96,7 +96,7 @@ def test_a_process_that_dies_costs_its_episode_only(suite: AppWorldSuite) -> Non
     assert not dying.won and dying.score == 0.0
 
 
-def test_a_process_that_hangs_is_killed(suite: AppWorldSuite, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_hangs_is_killed(suite: AppWorldBenchmark, monkeypatch: pytest.MonkeyPatch) -> None:
     hanging, other = suite.make("abc1234_1", 3), suite.make("abc1234_1", 3)
     for episode in (hanging, other):
         episode.reset()
@@ -112,7 +112,7 @@ def test_a_process_that_hangs_is_killed(suite: AppWorldSuite, monkeypatch: pytes
     assert other.step("print(x)") == ("1\n", False)
 
 
-def test_a_world_that_cannot_be_started_costs_its_episode_only(suite: AppWorldSuite) -> None:
+def test_a_world_that_cannot_be_started_costs_its_episode_only(suite: AppWorldBenchmark) -> None:
     open_one, broken = suite.make("abc1234_1", 3), suite.make("abc1234_1", 3)
     open_one.reset()
     parent = Path(open_one.step("import os\nprint(os.getcwd())")[0].strip()).parent
@@ -126,7 +126,7 @@ def test_a_world_that_cannot_be_started_costs_its_episode_only(suite: AppWorldSu
     assert open_one.step("print(1)") == ("1\n", False)
 
 
-def test_a_dead_server_is_started_again(suite: AppWorldSuite) -> None:
+def test_a_dead_server_is_started_again(suite: AppWorldBenchmark) -> None:
     old = suite.make("abc1234_1", 3)
     old.reset()
     assert old.step("x = 1") == ("Execution successful.", False)
@@ -138,7 +138,7 @@ def test_a_dead_server_is_started_again(suite: AppWorldSuite) -> None:
     assert new.step("print(2)") == ("2\n", False)
 
 
-def test_code_sees_nothing_of_our_environment(suite: AppWorldSuite) -> None:
+def test_code_sees_nothing_of_our_environment(suite: AppWorldBenchmark) -> None:
     episode = suite.make("abc1234_1", 9)
     episode.reset()
     said, _ = episode.step("import os\nprint(sorted(os.environ), dict(os.environ))")
@@ -153,7 +153,7 @@ def test_code_sees_nothing_of_our_environment(suite: AppWorldSuite) -> None:
     assert not Path(folder).exists()
 
 
-def test_code_that_tampers_with_the_tests_changes_nothing(suite: AppWorldSuite) -> None:
+def test_code_that_tampers_with_the_tests_changes_nothing(suite: AppWorldBenchmark) -> None:
     episode = suite.make("abc1234_1", 3)
     episode.reset()
     said, _ = episode.step(
@@ -168,8 +168,8 @@ def test_code_that_tampers_with_the_tests_changes_nothing(suite: AppWorldSuite) 
     assert not episode.won and episode.score == 0.0
 
 
-def test_the_end_of_the_suite_ends_everything(suite: AppWorldSuite, monkeypatch: pytest.MonkeyPatch) -> None:
-    own = AppWorldSuite()
+def test_the_end_of_the_suite_ends_everything(suite: AppWorldBenchmark, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = AppWorldBenchmark()
     episode = own.make("abc1234_1", 3)
     episode.reset()
     folder = Path(episode.step("import os\nprint(os.getcwd())")[0].strip())
@@ -181,7 +181,7 @@ def test_the_end_of_the_suite_ends_everything(suite: AppWorldSuite, monkeypatch:
         episode.step("print(1)")
 
 
-def test_tasks_and_their_types(suite: AppWorldSuite) -> None:
+def test_tasks_and_their_types(suite: AppWorldBenchmark) -> None:
     assert suite.tasks("train") == {"abc1234_1": "difficulty 1", "abc1234_2": "difficulty 2"}
     assert suite.tasks("train", 1) == {"abc1234_1": "difficulty 1"}
     assert suite.tasks("dev") == {"abc1234_2": "difficulty 2"}  # without its tag
@@ -194,7 +194,7 @@ def test_tasks_and_their_types(suite: AppWorldSuite) -> None:
         suite.make("abc1234_1", 0)
 
 
-def test_an_episode_is_played_once_and_in_order(suite: AppWorldSuite) -> None:
+def test_an_episode_is_played_once_and_in_order(suite: AppWorldBenchmark) -> None:
     episode = suite.make("abc1234_2", 1)
     with pytest.raises(GameError, match=r"step\(\) before reset"):
         episode.step("print(1)")
@@ -211,7 +211,7 @@ def test_a_server_that_cannot_import_says_its_last_words(tmp_path: Path, monkeyp
     monkeypatch.setenv("APPWORLD_PYTHON", str(install(tmp_path)))
     monkeypatch.setenv("APPWORLD_ROOT", str(tmp_path))
     (tmp_path / "site/appworld/apps/supervisor/apis.py").write_text("import a_module_that_is_missing\n")
-    broken = AppWorldSuite()
+    broken = AppWorldBenchmark()
     episode = broken.make("abc1234_1", 3)
     episode.reset()
     with pytest.raises(RuntimeError, match="No module named 'a_module_that_is_missing'"):
@@ -222,7 +222,7 @@ def test_a_server_that_cannot_import_says_its_last_words(tmp_path: Path, monkeyp
 def test_what_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def error() -> str:
         with pytest.raises(ImportError) as caught:
-            AppWorldSuite()
+            AppWorldBenchmark()
         assert "pip install appworld; appworld-env/bin/appworld install; " in str(caught.value)
         assert "appworld download data --root FOLDER; then set APPWORLD_PYTHON" in str(caught.value)
         return str(caught.value)

@@ -11,10 +11,10 @@ from routers.data.catalogue import Member
 from routers.environments.bfcl import CATEGORIES, INSTRUCTION, SPLITS, Bfcl, load_bfcl
 from routers.environments.protocol import GameError, Session
 from routers.environments.react import ReActExecutor
-from routers.environments.registry import suite
+from routers.environments.registry import benchmark
 from routers.environments.tool_calls import call_tool, read_calls
 from routers.pool import Retry, live_pool
-from routers.tasks.step_routing.environment import BudgetEnvironment, drive
+from routers.tasks.step_routing.environment import StepRoutingEnvironment, drive
 from routers.tasks.step_routing.prompts import OBSERVATIONS
 from routers.tasks.step_routing.rules import always_large, always_small
 from srpo.types import CORRECT
@@ -188,7 +188,7 @@ def test_a_model_behind_an_endpoint_solves_a_conversation() -> None:
 
 def test_the_split_is_ours_and_the_same_in_all_categories() -> None:
     pytest.importorskip("bfcl_eval", reason=INSTALL)
-    made = suite("bfcl")
+    made = benchmark("bfcl")
     numbers = {}
     for category in CATEGORIES:
         parts = {split: made.tasks(f"{category}:{split}") for split in SPLITS}
@@ -206,7 +206,7 @@ def test_the_split_is_ours_and_the_same_in_all_categories() -> None:
 def test_two_models_behind_an_endpoint_play_a_part_of_the_suite() -> None:
     """The large one knows the right calls, the small one says it is done; a routing rule picks them step by step."""
     pytest.importorskip("bfcl_eval", reason=INSTALL)
-    made = suite("bfcl")
+    made = benchmark("bfcl")
     names = list(made.tasks("base:heldout", 3))
 
     def reply(request: dict[str, Any]) -> str:
@@ -221,7 +221,7 @@ def test_two_models_behind_an_endpoint_play_a_part_of_the_suite() -> None:
             name: Member(name, "x", usd, usd, base_url=server.url) for name, usd in (("small", 1), ("large", 9))
         }
         pool = live_pool(members, agent_prompt="{query}")
-        environment = BudgetEnvironment(
+        environment = StepRoutingEnvironment(
             lambda row: made.make(row["task"], 40), [ReActExecutor(pool, name) for name in members],
             OBSERVATIONS["verbose"].describe, ledger=pool.ledger,
         )  # fmt: skip

@@ -15,7 +15,7 @@ from itertools import islice
 import pytest
 
 from routers.environments.protocol import GameError, Session
-from routers.environments.scienceworld.environment import ScienceWorld, ScienceWorldSuite
+from routers.environments.scienceworld.environment import ScienceWorld, ScienceWorldBenchmark
 from routers.environments.scienceworld.novice import novice
 
 pytestmark = pytest.mark.slow
@@ -31,17 +31,17 @@ def installed() -> None:
 
 
 @pytest.fixture(scope="module")
-def suite(installed: None) -> Iterator[ScienceWorldSuite]:
-    made = ScienceWorldSuite()
+def benchmark(installed: None) -> Iterator[ScienceWorldBenchmark]:
+    made = ScienceWorldBenchmark()
     yield made
     made.close()
 
 
-def processes(suite: ScienceWorldSuite) -> list[int]:
+def processes(suite: ScienceWorldBenchmark) -> list[int]:
     return [server.process.pid for server in suite._simulators._servers]
 
 
-def simulators(suite: ScienceWorldSuite) -> tuple[int, int]:
+def simulators(suite: ScienceWorldBenchmark) -> tuple[int, int]:
     """(made, busy)."""
     made = [s for server in suite._simulators._servers for s in server.simulators]
     return len(made), sum(s.busy for s in made)
@@ -50,7 +50,7 @@ def simulators(suite: ScienceWorldSuite) -> tuple[int, int]:
 # --- parts
 
 
-def test_parts_are_the_packages_splits_and_types_take_turns(suite: ScienceWorldSuite) -> None:
+def test_parts_are_the_packages_splits_and_types_take_turns(suite: ScienceWorldBenchmark) -> None:
     parts = {part: suite.tasks(part) for part in ("train", "dev", "test")}
     assert {part: len(tasks) for part, tasks in parts.items()} == {"train": 3592, "dev": 1796, "test": 1819}
     assert len({*parts["train"], *parts["dev"], *parts["test"]}) == 3592 + 1796 + 1819
@@ -61,7 +61,7 @@ def test_parts_are_the_packages_splits_and_types_take_turns(suite: ScienceWorldS
     assert all(task.startswith(f"{kind}/") for task, kind in some.items())
 
 
-def test_what_does_not_exist_is_named(suite: ScienceWorldSuite) -> None:
+def test_what_does_not_exist_is_named(suite: ScienceWorldBenchmark) -> None:
     with pytest.raises(GameError, match="no part 'training'; there are train, dev, test"):
         suite.tasks("training")
     with pytest.raises(GameError, match="no task 'juggle'; it has boil"):
@@ -76,7 +76,7 @@ def test_what_does_not_exist_is_named(suite: ScienceWorldSuite) -> None:
 # --- one episode
 
 
-def test_nonsense_the_limit_and_order(suite: ScienceWorldSuite) -> None:
+def test_nonsense_the_limit_and_order(suite: ScienceWorldBenchmark) -> None:
     episode = suite.make("find-living-thing/0", 2)
     with pytest.raises(GameError, match="before reset"):
         episode.step("look around")
@@ -96,14 +96,14 @@ def test_nonsense_the_limit_and_order(suite: ScienceWorldSuite) -> None:
     assert len(commands) > 50 and tuple(episode.admissible) == ()
 
 
-def test_a_failed_task_ends_with_no_score(suite: ScienceWorldSuite) -> None:
+def test_a_failed_task_ends_with_no_score(suite: ScienceWorldBenchmark) -> None:
     episode = suite.make("find-living-thing/0", 40)
     episode.reset()
     wrong = next(command for command in episode.admissible if command.startswith("focus on ") and "air" in command)
     assert episode.step(wrong)[1] and episode.score == 0.0 and not episode.won
 
 
-def test_a_language_model_is_told_the_forms_of_commands_and_what_is_here(suite: ScienceWorldSuite) -> None:
+def test_a_language_model_is_told_the_forms_of_commands_and_what_is_here(suite: ScienceWorldBenchmark) -> None:
     episode = suite.make("boil/0", 40)
     episode.reset()
     assert "pour OBJ in OBJ" in episode.how and "reset task" not in episode.how
@@ -123,7 +123,7 @@ def played(episode: ScienceWorld, look: bool = False) -> Iterator[tuple[str, flo
         yield episode.step(action)[0], episode.score
 
 
-def test_interleaved_episodes_are_each_as_if_alone(suite: ScienceWorldSuite) -> None:
+def test_interleaved_episodes_are_each_as_if_alone(suite: ScienceWorldBenchmark) -> None:
     names = [f"{task}/{n}" for n in (0, 1) for task in ("melt", "grow-plant", "find-animal")] + ["melt/0"]
     alone = [list(played(suite.make(name, 40))) for name in names]
     together = [played(suite.make(name, 40), look=n % 2 == 0) for n, name in enumerate(names)]
@@ -134,7 +134,7 @@ def test_interleaved_episodes_are_each_as_if_alone(suite: ScienceWorldSuite) -> 
     assert len(bees) > 2, "nothing random happened: the test would not notice shared dice"
 
 
-def test_episodes_are_those_of_the_official_package(suite: ScienceWorldSuite, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_episodes_are_those_of_the_official_package(suite: ScienceWorldBenchmark, monkeypatch: pytest.MonkeyPatch) -> None:
     """The package's simulator in its own process; its Python class also asks for commands, which draws numbers."""
     monkeypatch.setenv("JAVA_TOOL_OPTIONS", "-XX:+UnlockExperimentalVMOptions -XX:hashCode=2")
     official = importlib.import_module("scienceworld").ScienceWorldEnv("")
@@ -153,7 +153,7 @@ def test_episodes_are_those_of_the_official_package(suite: ScienceWorldSuite, mo
 
 
 def test_simulators_are_given_back_and_used_again(installed: None) -> None:
-    suite = ScienceWorldSuite()
+    suite = ScienceWorldBenchmark()
     for limit in (1, 3):
         episode = suite.make("melt/0", limit)
         episode.reset()
@@ -182,7 +182,7 @@ def alive(process: int) -> bool:
 
 
 def test_a_killed_process_costs_its_episodes_and_no_more(installed: None) -> None:
-    suite = ScienceWorldSuite()
+    suite = ScienceWorldBenchmark()
     episodes = [suite.make("melt/0", 40) for _ in range(2)]
     for episode in episodes:
         episode.reset()
@@ -197,7 +197,7 @@ def test_a_killed_process_costs_its_episodes_and_no_more(installed: None) -> Non
 
 
 def test_a_call_that_hangs_ends_its_process(installed: None) -> None:
-    suite = ScienceWorldSuite(seconds=20)
+    suite = ScienceWorldBenchmark(seconds=20)
     episode = suite.make("melt/0", 40)
     episode.reset()
     [process] = processes(suite)
@@ -214,9 +214,9 @@ def test_a_call_that_hangs_ends_its_process(installed: None) -> None:
 def test_no_process_stays_behind(how: str) -> None:
     last = "" if how == "ends" else "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
     code = f"""
-from routers.environments.registry import suite
-from routers.environments.scienceworld.environment import ScienceWorldSuite
-made = suite("scienceworld")
+from routers.environments.registry import benchmark
+from routers.environments.scienceworld.environment import ScienceWorldBenchmark
+made = benchmark("scienceworld")
 made.make("melt/0", 40).reset()
 print(*(server.process.pid for server in made._simulators._servers), flush=True)
 {last}
@@ -238,7 +238,7 @@ print(*(server.process.pid for server in made._simulators._servers), flush=True)
     ["change-the-state-of-matter-of/0", "chemistry-mix/0", "find-plant/2", "grow-plant/0", "lifespan-shortest-lived/1",
      "measure-melting-point-known-substance/0", "power-component/0", "test-conductivity/1", "use-thermometer/0"],
 )  # fmt: skip
-def test_the_planner_fulfils_tasks(suite: ScienceWorldSuite, task: str) -> None:
+def test_the_planner_fulfils_tasks(suite: ScienceWorldBenchmark, task: str) -> None:
     episode = suite.make(task, 40)
     episode.reset()
     scores = []
@@ -249,7 +249,7 @@ def test_the_planner_fulfils_tasks(suite: ScienceWorldSuite, task: str) -> None:
 
 
 @pytest.mark.parametrize("task", ["find-plant/2", "power-component/0", "use-thermometer/0", "test-conductivity/3"])
-def test_the_planner_goes_on_after_others(suite: ScienceWorldSuite, task: str) -> None:
+def test_the_planner_goes_on_after_others(suite: ScienceWorldBenchmark, task: str) -> None:
     """It was here before, somebody else did this and that, and it starts again from there."""
     session = Session(suite.make(task, 40), "s")
     session.start()
@@ -271,7 +271,7 @@ class Sealed:
         raise AssertionError(f"read hidden state: {name}")
 
 
-def test_the_novice_is_honest_and_weaker(suite: ScienceWorldSuite) -> None:
+def test_the_novice_is_honest_and_weaker(suite: ScienceWorldBenchmark) -> None:
     scores = []
     for task in islice(suite.tasks("train"), 0, 30, 3):
         session = Session(suite.make(task, 40), "s")

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from routers.environments.protocol import GameError
-from routers.environments.registry import suite
+from routers.environments.registry import benchmark
 from routers.environments.scripted import Planner, RandomActor
 from routers.environments.textworld import TextWorld
-from routers.tasks.step_routing.environment import BudgetEnvironment, drive
+from routers.tasks.step_routing.environment import StepRoutingEnvironment, drive
 from routers.tasks.step_routing.prompts import OBSERVATIONS
 from routers.tasks.step_routing.rules import always_large, always_small
 from srpo.types import CORRECT, COST
@@ -36,7 +36,7 @@ def game(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_a_suite_of_a_folder(game: Path, tmp_path: Path) -> None:
     """Through the suite: many open at once, scripted executors of three strengths, and files that are missing."""
-    made = suite("textworld")
+    made = benchmark("textworld")
     copies = [shutil.copytree(game.parent, tmp_path / name) for name in ("heldout", "other/train")]
     assert made.tasks(str(game.parent)) == {"train/game": "textworld"} == made.tasks(str(game.parent), 1)
     assert list(made.tasks(str(copies[0]))) == ["heldout/game"]
@@ -46,7 +46,7 @@ def test_a_suite_of_a_folder(game: Path, tmp_path: Path) -> None:
         made.tasks(str(tmp_path))
     with pytest.raises(GameError, match="no folder with it was listed"):
         made.make("train/other", 5)
-    environment = BudgetEnvironment(
+    environment = StepRoutingEnvironment(
         lambda row: made.make(row["task"], 12), [RandomActor(0.001), Planner(1.0)], OBSERVATIONS["progress"].describe
     )
     many = [environment.episode({"task": "train/game"}, f"s{n}") for n in range(40)]

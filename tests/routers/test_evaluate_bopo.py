@@ -13,7 +13,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[2]
 
 from routers import StepRouter
-from routers.environments.registry import suite
+from routers.environments.registry import benchmark
 from routers.tasks.step_routing import evaluate as evaluate_bopo
 from routers.tasks.step_routing import play as play_bopo
 from srpo.recipe import RecipeError
@@ -58,7 +58,7 @@ def test_a_checkpoint_is_evaluated_sampled_and_greedy_beside_all_baselines(
             rows = frame[frame["method"] == name]
             assert len(rows) == 2 * 2 * 4 and set(rows["cap"]) == {math.inf, 2.0}  # seeds x caps x tasks
             for row in rows.itertuples():
-                world = suite("alfworld").make(row.task, 12)
+                world = benchmark("alfworld").make(row.task, 12)
                 cap = None if math.isinf(row.cap) else row.cap
                 seed = f"evaluation/{row.repetition}/{row.task}"
                 played = router.play(world, steps.executors(), cap, seed=seed)

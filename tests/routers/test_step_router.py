@@ -13,7 +13,7 @@ import step_helpers as steps
 from step_helpers import GAMES, Corridor, Walker
 
 from routers import StepRouter
-from routers.environments.registry import suite
+from routers.environments.registry import benchmark
 from routers.tasks.step_routing.settings import StepSettings
 from srpo.types import CORRECT, COST
 
@@ -39,7 +39,7 @@ def threads() -> Iterator[None]:
 
 
 def game(name: str, limit: int = 12) -> Any:
-    return suite("alfworld").make(name, limit)
+    return benchmark("alfworld").make(name, limit)
 
 
 @pytest.mark.parametrize("observation", ["compact", "progress", "verbose"])

@@ -15,7 +15,7 @@ from step_helpers import GAMES
 from routers import StepRouter
 from routers.data.catalogue import Member
 from routers.environments.react import ReActExecutor
-from routers.environments.registry import suite
+from routers.environments.registry import benchmark
 from routers.environments.scripted import SCRIPTED
 from routers.pool import Retry, live_pool
 
@@ -42,7 +42,7 @@ def test_a_live_executor_stays_within_dollars_whatever_its_server_does(policy: A
         with StepRouter(*policy, how, call_seconds=5.0) as router:
             caps = [0.004, 0.02, 0.05, 0.2] * 6
             waiting = [
-                router.submit(suite("alfworld").make(GAMES[i % 6], 12), [small, large], cap, seed=f"{i}")
+                router.submit(benchmark("alfworld").make(GAMES[i % 6], 12), [small, large], cap, seed=f"{i}")
                 for i, cap in enumerate(caps)
             ]
             played = [future.result() for future in waiting]
@@ -83,10 +83,10 @@ import huggingface_hub.constants
 huggingface_hub.constants.HF_HUB_OFFLINE = True
 import step_helpers as steps
 from routers import StepRouter
-from routers.environments.registry import suite
+from routers.environments.registry import benchmark
 with StepRouter.from_pretrained("me/steps") as router:
     name = steps.GAMES[0]
-    played = router.play(suite("alfworld").make(name, 12), steps.executors(), 1, seed=name)
+    played = router.play(benchmark("alfworld").make(name, 12), steps.executors(), 1, seed=name)
     print(json.dumps([list(played.ids), router.settings.observation]))
 """
 
@@ -106,5 +106,5 @@ def test_a_pushed_checkpoint_is_used_by_its_hub_id(policy: Any, tmp_path: Path) 
     assert run.returncode == 0, run.stderr
     ids, observation = json.loads(run.stdout.splitlines()[-1])
     with StepRouter(*policy, how) as router:
-        played = router.play(suite("alfworld").make(name, 12), steps.executors(), 1, seed=name)
+        played = router.play(benchmark("alfworld").make(name, 12), steps.executors(), 1, seed=name)
     assert (tuple(ids), observation) == (played.ids, "progress")

@@ -12,7 +12,7 @@ from step_helpers import GAMES, Corridor
 
 from routers import StepRouter
 from routers.environments.protocol import Session
-from routers.environments.registry import suite
+from routers.environments.registry import benchmark
 from routers.tasks.step_routing.settings import StepSettings
 from srpo.rollout.generator import Sample
 from srpo.scratch_lm import train_tokenizer
@@ -42,7 +42,7 @@ def test_an_agent_of_its_own_shows_the_policy_what_training_did(
     acting = {executor.name: executor for executor in steps.executors()}
     with StepRouter(*policy, how) as router:
         for name, trajectory in zip(GAMES, rolled, strict=True):
-            world = Session(suite("alfworld").make(name, how.step_limit), name)
+            world = Session(benchmark("alfworld").make(name, how.step_limit), name)
             observation, names = world.start(), []
             kind = world.environment.task_type
             with router.session(world.environment.task, cap, seed=name, task_type=kind) as session:
@@ -213,7 +213,7 @@ def test_compact_words_need_texts_of_alfworld(policy: Any) -> None:
         session = router.session("walk")
         with pytest.raises(ValueError, match="`compact` words, and the first observation is not a text of ALFWorld"):
             session.choose(Corridor().reset())
-        assert session.choose(suite("alfworld").make(GAMES[0], 12).reset()) is not None  # nothing was broken
+        assert session.choose(benchmark("alfworld").make(GAMES[0], 12).reset()) is not None  # nothing was broken
 
 
 @pytest.mark.parametrize(

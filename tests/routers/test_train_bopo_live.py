@@ -16,7 +16,7 @@ from openai_server import Fault, OpenAIServer
 
 ROOT = Path(__file__).resolve().parents[2]
 
-from routers.environments.alfworld.environment import AlfWorldSuite
+from routers.environments.alfworld.environment import AlfWorldBenchmark
 from routers.environments.protocol import AgentEnvironment
 from routers.pool.endpoint import TEMPLATE_TOKENS
 from routers.tasks.step_routing import evaluate as evaluate_bopo
@@ -35,7 +35,7 @@ class StandIn:
     """Answers as a model would, in the ReAct form: the large one by the way to the goal, the small one by chance."""
 
     def __init__(self) -> None:
-        self.suite = AlfWorldSuite()
+        self.suite = AlfWorldBenchmark()
         self.names = [*self.suite.tasks("generated/train", 4), *self.suite.tasks("generated/test", 2)]
 
     def __call__(self, request: dict[str, Any]) -> str:

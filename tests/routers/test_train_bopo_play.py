@@ -21,7 +21,7 @@ from routers.environments.react import ReActExecutor
 from routers.pool import Ledger, Pool, Retry
 from routers.pool.scripted import Fault, Scripted
 from routers.tasks.step_routing import world as budget_task
-from routers.tasks.step_routing.environment import TASK, BudgetEnvironment, Driven
+from routers.tasks.step_routing.environment import TASK, StepRoutingEnvironment, Driven
 from routers.tasks.step_routing.jobs import Job, play_jobs
 from routers.tasks.step_routing.player import PhaseStopped, Player
 from routers.tasks.step_routing.profiles import profile_tasks
@@ -65,8 +65,8 @@ def make(row: Any) -> Corridor:
     return Corridor(length, fault=fault)
 
 
-def environment(small: Any = SMALL, large: Any = LARGE, **more: Any) -> BudgetEnvironment:
-    return BudgetEnvironment(make, [small, large], describe, **more)
+def environment(small: Any = SMALL, large: Any = LARGE, **more: Any) -> StepRoutingEnvironment:
+    return StepRoutingEnvironment(make, [small, large], describe, **more)
 
 
 def jobs(*faults: str, length: int = 5) -> list[Job]:
@@ -152,7 +152,7 @@ def pool_of(backend: Scripted, ledger: Ledger | None = None) -> Pool:
     return Pool({"m": Member("m", "x", 1e4, 1e4)}, {"m": backend}, ledger=ledger, retry=Retry(attempts=1))
 
 
-def live(pool: Pool) -> BudgetEnvironment:
+def live(pool: Pool) -> StepRoutingEnvironment:
     return environment(large=ReActExecutor(pool, "m"), ledger=pool.ledger)
 
 
@@ -202,7 +202,7 @@ def test_interrupting_a_phase_ends_its_threads(tmp_path: Path) -> None:
     assert time.monotonic() - started < 2 and threading.active_count() <= before
 
 
-class BrokenSuite:
+class BrokenBenchmark:
     """One task that begins at its second attempt, and one that never does."""
 
     def __init__(self) -> None:
@@ -220,8 +220,8 @@ class BrokenSuite:
 
 
 def test_a_task_that_does_not_begin_has_no_row(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    monkeypatch.setitem(suites.SUITES, "broken", ("test_train_bopo_play:BrokenSuite", ""))
-    suites.suite.cache_clear()
+    monkeypatch.setitem(suites.BENCHMARKS, "broken", ("test_train_bopo_play:BrokenBenchmark", ""))
+    suites.benchmark.cache_clear()
     task = budget_task.BudgetTask(environment="broken", observation="progress", executors=["random", "explorer"])
     rows = budget_task.make_rows(task, budget_task.train_tasks(task), [float("inf"), 2.0])
     assert [row["query_id"] for row in rows] == ["good@inf", "shy@inf", "good@2", "shy@2"]
@@ -230,4 +230,4 @@ def test_a_task_that_does_not_begin_has_no_row(monkeypatch: pytest.MonkeyPatch, 
     with pytest.raises(ValueError, match="cannot pay for one call"):
         task.executor_usd = [1.0, 2.0]
         budget_task.make_rows(task, ["good"], [0.5])
-    suites.suite.cache_clear()
+    suites.benchmark.cache_clear()

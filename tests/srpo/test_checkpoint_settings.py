@@ -10,7 +10,7 @@ from agent_helpers import SETTINGS, scripted_pool
 from core_helpers import config
 from datasets import Dataset
 
-from routers.tasks.step_routing.environment import BudgetEnvironment
+from routers.tasks.step_routing.environment import StepRoutingEnvironment
 from routers.tasks.step_routing.router import StepRouter
 from routers.tasks.think_route.agent import RouterAgent
 from srpo.trainer.trainer import SRPOTrainer
@@ -26,7 +26,7 @@ def read_agent(folder: Path) -> RouterAgent:
 def test_a_checkpoint_can_be_used_as_it_lies_there(settings: Any, read: Callable[[Path], Any], tmp_path: Path) -> None:
     executors = [steps.Walker("explorer", 0.0001, "one"), steps.Walker("planner", 0.0024, "two")]
     model, tokenizer = steps.policy()
-    world = BudgetEnvironment(lambda row: steps.Corridor(3), executors, STEPS.style.describe, labels=STEPS.labels)
+    world = StepRoutingEnvironment(lambda row: steps.Corridor(3), executors, STEPS.style.describe, labels=STEPS.labels)
     saving = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2, "max_completion_length": 200}
     trainer = SRPOTrainer(
         model,

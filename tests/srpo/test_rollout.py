@@ -14,7 +14,7 @@ from srpo.rollout.batch import flatten
 from srpo.rollout.generator import Sample
 from srpo.rollout.loop import Limits, as_columns, observation_ids, play
 from srpo.rollout.untrusted import encode_untrusted
-from srpo.rollout.worker_loop import EpisodeLoop
+from srpo.rollout.worker_loop import EpisodeLoop, in_thread
 from srpo.types import STOPS, Observation
 
 EOS = tokenizer().eos_token_id
@@ -204,8 +204,6 @@ def timed(script, n=6, step_seconds=1.0, **options):
 
 
 def hang(kind):
-    if kind == "sleep":
-        time.sleep(4)
     while kind == "busy":
         pass
     end = time.monotonic() + 60
@@ -232,6 +230,8 @@ class Hanging(ScriptedEnvironment):
                         while True:
                             with contextlib.suppress(asyncio.CancelledError):
                                 await asyncio.sleep(60)
+                    if self.kind == "thread":
+                        await in_thread(lambda: time.sleep(4))
                     hang(self.kind)
                 return await step(text)
 
@@ -239,7 +239,7 @@ class Hanging(ScriptedEnvironment):
         return made
 
 
-@pytest.mark.parametrize("kind", ["async", "never", "busy", "stubborn", "sleep"])
+@pytest.mark.parametrize("kind", ["async", "never", "busy", "stubborn", "thread"])
 def test_a_hanging_step_costs_one_episode_and_its_deadline(kind):
     """Waiting for ever, ignoring its cancellation, computing for ever, and blocking inside C."""
     environment = Hanging(lambda row, t, _: DONE if t == 2 else Observation("a"), kind)
@@ -248,10 +248,20 @@ def test_a_hanging_step_costs_one_episode_and_its_deadline(kind):
     trajectories = rollout(environment, 6, ScriptedPolicy(length=3), limits)
     seconds = time.monotonic() - start
     assert [t.stop for t in trajectories] == ["done", "done", "lost", "done", "done", "done"]
-    assert ("no answer within" if kind in ("async", "never") else "blocked") in trajectories[2].columns["lost"]
+    assert ("no answer within" if kind in ("async", "never", "thread") else "blocked") in trajectories[2].columns["lost"]
     assert seconds <= 1.0 + 2.0
-    # A thread inside C ends when the call returns.
-    wait_until(lambda: not leftovers(), 5.0 if kind == "sleep" else 1.0)
+    wait_until(lambda: not leftovers(), 1.0)
+
+
+def test_a_call_that_cannot_be_interrupted_ends_the_batch_and_says_what_to_do(monkeypatch):
+    monkeypatch.setattr("srpo.rollout.worker_loop._PATIENCE", 1)
+
+    async def blocked():
+        time.sleep(1.5)
+
+    with EpisodeLoop() as loop, pytest.raises(RuntimeError, match="cannot be interrupted: let it wait in a thread"):
+        loop.run([blocked], 0.3)
+    assert not leftovers()
 
 
 def test_a_busy_step_does_not_cost_its_neighbours_their_time():
@@ -305,6 +315,26 @@ def test_an_interrupted_rollout_leaves_no_thread_and_no_task():
     assert not leftovers()
 
 
+def test_a_rule_decides_in_the_policys_place():
+    """Texts instead of tokens, through the same stops; one that raises or hangs costs its own episode."""
+
+    def rule(row, episode):
+        if row == 2:
+            raise ValueError("no idea")
+        if row == 3:
+            hang("busy")
+        return f"{row}/{len(episode.texts)}"
+
+    script = lambda row, t, text: Observation(end="done") if text == "1/2" else Observation(f"after {text}")  # noqa: E731
+    limits = Limits(turns=4, tokens=1, observation_tokens=0, step_seconds=0.5)
+    rows = [{"i": i} for i in range(4)]
+    found = play(ScriptedEnvironment(script), rows, [()] * 4, ["s"] * 4, rule, None, limits)
+    assert [t.stop for t in found] == ["turns", "done", "lost", "lost"]
+    assert [text for text, _ in found[1].said] == ["1/0", "1/1", "1/2"] and found[1].said[1][1].body == "after 1/1"
+    assert found[0].columns["turns"] == 4 and found[0].columns["said"] == "0/0|0/1|0/2|0/3" and not found[0].turns
+    assert "no idea" in found[2].columns["lost"] and "blocked" in found[3].columns["lost"]
+
+
 def test_a_shared_loop_stays_until_it_is_closed():
     loops = []
 
@@ -315,5 +345,5 @@ def test_a_shared_loop_stays_until_it_is_closed():
     with EpisodeLoop() as loop:
         rollout(ScriptedEnvironment(script), 2, loop=loop)
         rollout(ScriptedEnvironment(script), 2, loop=loop)
-        assert len(leftovers()) == 2
+        assert len(leftovers()) == 1
     assert len(set(loops)) == 1 and not leftovers() and loops[0].is_closed()

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from routers.environments.protocol import View
-from routers.environments.registry import suite
+from routers.environments.registry import benchmark
 from routers.environments.scripted import SCRIPTED
 from routers.tasks.step_routing.budget import Budget
-from routers.tasks.step_routing.environment import CAP, TASK, BudgetEnvironment
+from routers.tasks.step_routing.environment import CAP, TASK, StepRoutingEnvironment
 from routers.tasks.step_routing.prompts import OBSERVATIONS
 from routers.tasks.step_routing.settings import StepSettings
 from srpo.rollout.generator import TransformersGenerator
@@ -17,7 +17,7 @@ from srpo.rollout.special_tokens import end_ids
 from srpo.types import Trajectory
 
 LABELS = ("<small>", "<large>")
-GAMES = list(suite("alfworld").tasks("generated/test", 6))
+GAMES = list(benchmark("alfworld").tasks("generated/test", 6))
 
 
 def settings(
@@ -38,7 +38,7 @@ def policy() -> tuple[Any, Any]:
     from srpo.scratch_lm import tiny_causal_lm, train_tokenizer
 
     words = dict.fromkeys(word for style in OBSERVATIONS.values() for word in style.words)
-    texts = [suite("alfworld").make(game, 12).reset() for game in GAMES]
+    texts = [benchmark("alfworld").make(game, 12).reset() for game in GAMES]
     tokenizer = train_tokenizer([*texts, "You do not act yourself. acted [steps left 3]"], 700, [*LABELS, *words])
     return tiny_causal_lm(tokenizer, hidden=48, layers=2, heads=2, intermediate=64, seed=1).eval(), tokenizer
 
@@ -51,8 +51,8 @@ def rollout(
     model: Any, tokenizer: Any, how: StepSettings, games: Sequence[str], cap: float | None, temperature: float = 1.0
 ) -> list[Trajectory]:
     """The same episodes as training plays them; the seed of an episode is its game."""
-    environment = BudgetEnvironment(
-        lambda row: suite("alfworld").make(row[TASK], how.step_limit),
+    environment = StepRoutingEnvironment(
+        lambda row: benchmark("alfworld").make(row[TASK], how.step_limit),
         executors(),
         how.style.describe,
         Budget(None, how.unit, how.tail_calls, how.on_empty),  # type: ignore[arg-type]

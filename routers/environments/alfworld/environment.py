@@ -14,7 +14,7 @@ from routers.environments.protocol import NOTHING_HAPPENS, GameError
 GENERATED = "generated/"
 
 
-class AlfWorldSuite:
+class AlfWorldBenchmark:
     """ALFWorld's games, generated or its own; a `Suite`.
 
     Parts: `generated/SPLIT` with a count, or the path of a packed file or folder (see `games.load_games`).

@@ -43,7 +43,7 @@ Decide by yourself, nobody answers questions. When the task is done, call apis.s
 answer=... if the task asks for something; if it cannot be done, call it with status="fail"."""
 
 
-class AppWorldSuite:
+class AppWorldBenchmark:
     """AppWorld's tasks by data set (`train`, `dev`, `test_normal`, `test_challenge`); a `Suite`.
 
     Types are the difficulties in AppWorld's tables, 1 to 3. They come with the solutions: episodes do not tell them.

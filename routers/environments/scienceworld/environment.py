@@ -22,7 +22,7 @@ HOW = (
 )
 
 
-class ScienceWorldSuite:
+class ScienceWorldBenchmark:
     """The package's own splits of its 30 tasks, 7207 variations; a `Suite`.
 
     Parts are `train`, `dev` and `test`, or some types of one: `train:boil,melt`. Types take turns, so that few tasks

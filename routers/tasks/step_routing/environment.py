@@ -4,24 +4,27 @@
       -> the environment's observation, described for the policy ] ... until won, the step limit, or the budget's end
 
 The policy's turn is one token. The mask of affordable executors is stored with it by the rollout (`srpo.types.Turn`).
+An episode of which no call was answered says nothing about its executors: it is lost.
 """
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from routers.environments.protocol import AgentEnvironment, Executor, Session, View
 from routers.pool.ledger import Ledger, OverBudget
+from routers.pool.protocol import CIRCUIT_OPEN
 from routers.tasks.step_routing.budget import Budget, BudgetGate
-from srpo.types import CORRECT, COST, FEEDBACK, Observation, Row, Stop
+from srpo.types import CORRECT, COST, FEEDBACK, LOST, Observation, Row, Stop
 
 CAP = "cap"
 """Dataset column: the row's own cap, in the budget's unit; None: no limit."""
 TASK = "task"
 """Dataset column: id of the task; the same for all rows and rollouts of a task."""
+UNANSWERED = "no call was answered"
+_BROKEN = "raised, or was cut off"
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,10 @@ class Situation:
     gate: BudgetGate
     calls: tuple[str, ...]
     """Names of the executors of all steps so far."""
+    bounds: Mapping[str, float] = field(default_factory=dict)
+    """USD that the next call of each executor costs at most."""
+    affordable: tuple[str, ...] = ()
+    """Names of the executors that can be chosen now."""
 
 
 Describe = Callable[[Situation], Observation]
@@ -41,11 +48,31 @@ Choose = Callable[[Situation, Sequence[str]], str]
 """A routing rule: the situation and the affordable executors' names -> one of these names."""
 
 
+@dataclass(frozen=True)
+class RoutedStep:
+    """One step: who acted, out of whom, and what became of it."""
+
+    executor: str
+    allowed: tuple[str, ...]
+    """Who was affordable."""
+    bounds: Mapping[str, float]
+    """USD that each executor's call would have cost at most."""
+    left: float
+    """Of the budget, in its unit, before the step; infinite without a cap."""
+    probability: float
+    """Of the choice, renormalised over `allowed`; NaN where a rule decided."""
+    usd: float = 0.0
+    action: str = ""
+    observation: str = ""
+    error: str | None = None
+    """Why the call failed."""
+
+
 class OutOfMoney(RuntimeError):
     """The run's money does not pay for the next call; it was not made."""
 
 
-class BudgetEnvironment:
+class StepRoutingEnvironment:
     """Makes the episodes; an `Environment` of `srpo.types`.
 
     Args:
@@ -76,7 +103,9 @@ class BudgetEnvironment:
         self.labels = dict(zip(names, names if labels is None else labels, strict=True))
         if len(names) < 2 or len(set(names)) < len(names) or len(set(self.labels.values())) < len(names):
             raise ValueError(f"executors {names} with labels {list(self.labels.values())}: two or more, all different")
+        self.names = {label: name for name, label in self.labels.items()}
         self.executors = {executor.name: executor for executor in executors}
+        self.cheapest = names[0]
         self.make = make
         self.describe = describe
         self.budget = Budget(None) if budget is None else budget
@@ -86,7 +115,7 @@ class BudgetEnvironment:
         self._episodes: list[dict[str, float]] = []
         self._outcomes: dict[str, tuple[int, int]] = {}
 
-    def episode(self, row: Row, seed: str) -> BudgetEpisode:
+    def episode(self, row: Row, seed: str) -> StepRoutingEpisode:
         """A fresh episode; the same row and seed give the same world and the same dice of scripted executors.
 
         Raises:
@@ -94,7 +123,7 @@ class BudgetEnvironment:
         """
         session = Session(self.make(row), seed)
         session.start()
-        return BudgetEpisode(self, session, self._gate(row.get(CAP, self.budget.cap)), row.get(TASK))
+        return StepRoutingEpisode(self, session, self._gate(row.get(CAP, self.budget.cap)), row.get(TASK))
 
     def starts(self, row: Row, caps: Sequence[float | None]) -> list[Situation]:
         """The situation before the first decision at each of these caps; the world is made once.
@@ -104,22 +133,22 @@ class BudgetEnvironment:
         """
         session = Session(self.make(row), "start")
         session.start()
-        return [BudgetEpisode(self, session, self._gate(cap)).situation for cap in caps]
+        return [StepRoutingEpisode(self, session, self._gate(cap)).situation for cap in caps]
 
     def _gate(self, cap: float | None) -> BudgetGate:
         return BudgetGate(replace(self.budget, cap=cap))
 
-    def ended(self, episode: BudgetEpisode, cost: float, solved: bool | None) -> None:
+    def ended(self, episode: StepRoutingEpisode, cost: float, solved: bool | None) -> None:
         """Book an episode; it calls this once. A lost one is solved: None, which says nothing of its task."""
         self._spent += cost
         if solved is not None and episode.task is not None:
             played, won = self._outcomes.get(episode.task, (0, 0))
             self._outcomes[episode.task] = played + 1, won + solved
-        large = len(episode.calls) - episode.calls.count(next(iter(self.executors)))
+        steps, large = len(episode.calls), episode.large_calls
         numbers = {
             "budget/large_calls": float(large),
-            "budget/large_share": large / max(len(episode.calls), 1),
-            "budget/steps": float(len(episode.calls)),
+            "budget/large_share": large / max(steps, 1),
+            "budget/steps": float(steps),
             "budget/violations": float(episode.gate.violated),
         }
         if episode.gate.used is not None:
@@ -156,42 +185,43 @@ class BudgetEnvironment:
             self.ledger.account.charge(max(0.0, spent - self.ledger.spent_usd))
 
 
-class BudgetEpisode:
+class StepRoutingEpisode:
     """One episode, from a session that was started; an `Episode` of `srpo.types`."""
 
-    def __init__(self, parent: BudgetEnvironment, session: Session, gate: BudgetGate, task: str | None = None) -> None:
+    def __init__(
+        self, parent: StepRoutingEnvironment, session: Session, gate: BudgetGate, task: str | None = None
+    ) -> None:
         environment = session.environment
         self.task = task
+        self.steps: list[RoutedStep] = []
+        self.gate = gate
         self._parent = parent
         self._environment = environment
         self._session = session
-        self._calls: list[str] = []
-        self._cost = 0.0
-        self.errors: list[str] = []
-        """Of failed calls, as the pool words them."""
-        self.gate = gate
-        gate.check_start(self._bounds(), environment.limit)
-        if not self.affordable():
+        self.situation = self._look()
+        gate.check_start(self.situation.bounds, environment.limit)
+        if not self.situation.affordable:
             raise ValueError(
                 f"{environment.seed}: a budget of {gate.budget.cap:g} {gate.budget.unit} cannot pay for one call of "
-                f"{next(iter(parent.executors))}, at most {min(self._bounds().values()):g}; raise the cap"
+                f"{parent.cheapest}, at most {min(self.situation.bounds.values()):g}; raise the cap"
             )
 
     @property
     def calls(self) -> tuple[str, ...]:
         """Names of the executors of all steps so far."""
-        return tuple(self._calls)
+        return tuple(step.executor for step in self.steps)
 
     @property
-    def situation(self) -> Situation:
-        return Situation(self._session.view, self._steps_left, self.gate, self.calls)
+    def large_calls(self) -> int:
+        return len(self.steps) - self.calls.count(self._parent.cheapest)
 
-    def affordable(self) -> list[str]:
-        """Names of the executors that can be chosen now."""
-        return self.gate.allowed(self._bounds(), self._steps_left)
+    @property
+    def broken(self) -> bool:
+        """Whether the last executor raised or was cut off."""
+        return bool(self.steps) and self.steps[-1].error == _BROKEN
 
     def choices(self) -> list[str]:
-        return [self._parent.labels[name] for name in self.affordable()]
+        return [self._parent.labels[name] for name in self.situation.affordable]
 
     async def step(self, text: str) -> Observation:
         """Let the executor with this label act. A failed call costs a step and its money, and the episode goes on.
@@ -199,98 +229,66 @@ class BudgetEpisode:
         Raises:
             OutOfMoney: the run cannot pay; a call that was not made says nothing about the executor.
         """
-        name = next(name for name, label in self._parent.labels.items() if label == text)
-        executor, view, bounds = self._parent.executors[name], self._session.view, self._bounds()
+        name, now = self._parent.names[text], self.situation
+        executor, left = self._parent.executors[name], self.gate.remaining
+        step = RoutedStep(name, now.affordable, now.bounds, left, float("nan"), now.bounds[name], error=_BROKEN)
         try:
             act = await self.gate.call(
-                name, bounds, lambda: executor.act(view, self._parent.deadline), lambda act: act.cost
+                name, now.bounds, lambda: executor.act(now.view, self._parent.deadline), lambda act: act.cost
             )
         except OverBudget:  # an account that is shared: another episode was faster
             return Observation(end="budget")
         except BaseException:  # the episode is lost, its money is not: the call may be billed
-            self._cost += bounds[name]
+            self.steps.append(step)
             raise
-        self._calls.append(name)
-        self._cost += act.cost
-        if act.reply.error is not None:
-            self.errors.append(act.reply.error)
-            if self._parent.out_of_money():
-                raise OutOfMoney(act.reply.error)
+        self.steps.append(replace(step, usd=act.cost, action=act.action, error=act.reply.error))
+        if act.reply.error is not None and self._parent.out_of_money():
+            raise OutOfMoney(act.reply.error)
         return await self._session.advance(lambda: self._after(act.action))
 
     def _after(self, action: str) -> Observation:
         """What the policy is told of this action; reads all of the world that is looked at before the next one."""
-        _, done = self._session.take(action)
+        observation, done = self._session.take(action)
+        self.steps[-1] = replace(self.steps[-1], observation=observation)
         if done:
-            late = not self._environment.won and self._steps_left <= 0
+            late = not self._environment.won and self._environment.steps >= self._environment.limit
             return Observation(end="turns" if late else "done")
-        if not self.affordable():
+        self.situation = self._look()
+        if not self.situation.affordable:
             return Observation(end="budget")
         return self._parent.describe(self.situation)
 
+    def _look(self) -> Situation:
+        view = self._session.view
+        left = self._environment.limit - self._environment.steps
+        bounds = {name: executor.bound(view) for name, executor in self._parent.executors.items()}
+        return Situation(view, left, self.gate, self.calls, bounds, tuple(self.gate.allowed(bounds, left)))
+
     def columns(self, stop: Stop) -> Mapping[str, Any]:
         """Success, cost in USD, calls; `feedback` says in words what was not reached."""
-        success = None if stop == "lost" else float(self._environment.score)
-        self._parent.ended(self, self._cost, None if success is None else success >= 1)
-        cheapest = next(iter(self._parent.executors))
+        unanswered = None if stop == "lost" else self._unanswered()
+        success = None if stop == "lost" or unanswered else float(self._environment.score)
+        cost = sum(step.usd for step in self.steps)
+        self._parent.ended(self, cost, None if success is None else success >= 1)
         return {
             CORRECT: success,
-            COST: self._cost,
+            COST: cost,
             FEEDBACK: "" if self._environment.won else self._missed(stop),
-            "calls": len(self._calls),
-            "members": list(self._calls),
-            "large_calls": len(self._calls) - self._calls.count(cheapest),
+            LOST: unanswered,
+            "calls": len(self.steps),
+            "members": list(self.calls),
+            "large_calls": self.large_calls,
             "budget_used": self.gate.used,
             "budget_violated": self.gate.violated,
         }
 
+    def _unanswered(self) -> str | None:
+        """Why the episode says nothing about its executors, if so."""
+        errors = [step.error for step in self.steps if step.error is not None]
+        if away := [error for error in errors if error.startswith(CIRCUIT_OPEN)]:
+            return f"{UNANSWERED} for a while: {away[0]}"
+        return f"{UNANSWERED}: {errors[-1]}" if errors and len(errors) == len(self.steps) else None
+
     def _missed(self, stop: Stop) -> str:
         why = {"budget": "the budget was spent", "turns": f"all {self._environment.limit} steps were used"}
         return f"The task was not finished: {why.get(stop, 'the episode ended')}."
-
-    @property
-    def _steps_left(self) -> int:
-        return self._environment.limit - self._environment.steps
-
-    def _bounds(self) -> dict[str, float]:
-        view = self._session.view
-        return {name: executor.bound(view) for name, executor in self._parent.executors.items()}
-
-
-@dataclass(frozen=True)
-class Driven:
-    """An episode that a routing rule played instead of a policy."""
-
-    first: Observation
-    """What the policy would have been told before its first decision."""
-    decisions: tuple[tuple[str, Observation], ...]
-    """(name of the executor, what the policy would have been told after its step); the last observation ends it."""
-    columns: Mapping[str, Any]
-    stop: Stop
-
-
-def drive(environment: BudgetEnvironment, row: Row, seed: str, choose: Choose) -> Driven:
-    """Play one episode by a rule. Exceptions of the environment or an executor pass through."""
-
-    async def play() -> Driven:
-        return await drive_episode(environment, environment.episode(row, seed), choose)
-
-    return asyncio.run(play())
-
-
-async def drive_episode(
-    environment: BudgetEnvironment, episode: BudgetEpisode, choose: Choose, seconds: float | None = None
-) -> Driven:
-    """Play a fresh episode of the environment by a rule. Exceptions of its world or an executor pass through.
-
-    Raises:
-        TimeoutError: a step took more than `seconds`.
-    """
-    first = environment.describe(episode.situation)
-    decisions: list[tuple[str, Observation]] = []
-    while not decisions or decisions[-1][1].end is None:
-        name = choose(episode.situation, episode.affordable())
-        async with asyncio.timeout(seconds):
-            decisions.append((name, await episode.step(environment.labels[name])))
-    stop = decisions[-1][1].end or "done"
-    return Driven(first, tuple(decisions), episode.columns(stop), stop)

@@ -12,7 +12,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 
-from routers.environments.registry import suite
+from routers.environments.registry import benchmark
 from routers.tasks.step_routing.evaluate import recorded_task
 from routers.tasks.step_routing.executors import make_executors
 from routers.tasks.step_routing.router import StepRouter
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options, overrides = parser.parse_known_args(argv)
     task = recorded_task(options.model, options.config, overrides)
     names = list(load_tasks(task.environment, options.part or task.heldout_tasks[0], options.count))
-    worlds = [suite(task.environment).make(name, task.step_limit) for name in names]
+    worlds = [benchmark(task.environment).make(name, task.step_limit) for name in names]
     executors = make_executors(task)
     with StepRouter.from_pretrained(options.model, temperature=options.temperature) as router:
         waiting = [

@@ -1,29 +1,30 @@
-"""Plays episodes by rules: many at once, in this process or in others, each at its own risk.
+"""Episodes that rules play, as jobs with names: many at once, in this process or in others, each at its own risk.
 
 What may go wrong, and what it costs:
 
     the world or an executor raises, or a step takes too long     that episode is lost, and played again with the same
     no call of an episode was answered, or a circuit was open     seed; lost again, it counts as failed, at its cost
     episodes of STREAK different tasks in a row are lost          the phase stops; what is finished is kept
-    the run's money does not pay for a call                       the same; that episode is nobody's failure
+    the run's money does not pay for a call                       the same; that episode does not count as failed
 
 A call that fails within an episode is none of these: it is a wasted step that costs what was billed.
 """
 
 from __future__ import annotations
 
-import math
+import json
 import multiprocessing
 import threading
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from routers.pool.protocol import CIRCUIT_OPEN
-from routers.tasks.step_routing.environment import TASK, BudgetEnvironment, BudgetEpisode, Driven, drive_episode
-from routers.tasks.step_routing.jobs import Job
+from routers.tasks.step_routing.environment import TASK, UNANSWERED, Choose, StepRoutingEnvironment
+from srpo.rollout.loop import Limits, play
 from srpo.rollout.worker_loop import EpisodeLoop, Failure
-from srpo.types import CORRECT, COST, LOST, Observation, Stopped
+from srpo.types import CORRECT, COST, LOST, Observation, Row, Stop, Trajectory
 
 STREAK = 8
 STEP_SECONDS = 120.0
@@ -32,25 +33,109 @@ PAUSE = 30.0
 _TOGETHER = 16
 NOTHING = {COST: 0.0, "calls": 0, "members": [], "large_calls": 0, "budget_used": None, "budget_violated": False}
 """Columns of an episode that could not even be made."""
-
-
 RAISE = (
     "The next call might cost more than what is left. Raise it, and start the same command again: it goes on from here"
 )
 
 
-class PhaseStopped(Stopped):
+class PhaseStopped(RuntimeError):
     """A phase cannot go on. What it has finished is kept: the same command goes on from there."""
 
 
+@dataclass(frozen=True)
+class Job:
+    """One episode to play."""
+
+    key: str
+    """Names it among the jobs of a file."""
+    row: Row
+    seed: str
+    choose: Choose
+
+
+@dataclass(frozen=True)
+class Driven:
+    """An episode that a routing rule played instead of a policy."""
+
+    decisions: tuple[tuple[str, Observation], ...]
+    """(name of the executor, what the policy would have been told after its step); the last observation ends it. None
+    of a lost episode."""
+    columns: Mapping[str, Any]
+    stop: Stop
+
+
+PlayAll = Callable[[Sequence[Job]], Iterable[tuple[Job, Driven]]]
+"""Plays jobs and yields each as it ends, in any order. The same job gives the same episode, where executors do."""
+
+
+def play_jobs(jobs: Sequence[Job], path: Path, play: PlayAll, keep: Callable[[Driven], Any]) -> list[Any]:
+    """What `keep` (JSON-able) makes of every job's episode, in the order of the jobs.
+
+    A finished job is a line of `path`, at once; a later call goes on from there, whatever ended the one before.
+
+    Raises:
+        ValueError: two jobs have the same key.
+    """
+    if len({job.key for job in jobs}) < len(jobs):
+        raise ValueError("two jobs have the same key")
+    done = _finished(path)
+    if todo := [job for job in jobs if job.key not in done]:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as lines:
+            for job, driven in play(todo):
+                done[job.key] = keep(driven)
+                lines.write(json.dumps([job.key, done[job.key]]) + "\n")
+                lines.flush()
+    return [done[job.key] for job in jobs]
+
+
+def _finished(path: Path) -> dict[str, Any]:
+    """Lines by key; a last line that was cut off in the middle counts as not finished, and is removed."""
+    if not path.exists():
+        return {}
+    text = path.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        path.write_text(whole, encoding="utf-8")
+    return dict(json.loads(line) for line in whole.splitlines())
+
+
+def drive(
+    environment: StepRoutingEnvironment,
+    jobs: Sequence[Job],
+    loop: EpisodeLoop | None = None,
+    seconds: float = STEP_SECONDS,
+) -> list[Driven]:
+    """Every job's episode, in their order; a step that takes more than `seconds` loses its episode."""
+
+    def rule(number: int, episode: Any) -> str:
+        now = episode.situation
+        return environment.labels[jobs[number].choose(now, now.affordable)]
+
+    limits = Limits(turns=10**6, tokens=1, observation_tokens=0, step_seconds=seconds)
+    rows, seeds, nothing = [job.row for job in jobs], [job.seed for job in jobs], [()] * len(jobs)
+    found = play(environment, rows, nothing, seeds, rule, None, limits, loop)
+    return [
+        Driven((), failed(t), "lost")
+        if t.stop == "lost"
+        else Driven(tuple((environment.names[label], told) for label, told in t.said), t.columns, t.stop)
+        for t in found
+    ]
+
+
+def failed(lost: Trajectory) -> dict[str, Any]:
+    """Columns of a lost episode that counts as failed, at its cost."""
+    return {**NOTHING, **{key: value for key, value in lost.columns.items() if value is not None}, CORRECT: 0.0}
+
+
 class Player:
-    """Plays jobs (`routers.tasks.step_routing.jobs.PlayAll`).
+    """Plays jobs (`PlayAll`).
 
     Args:
         make: the environment. Called once per process; it must be picklable where there are several.
         processes: for executors that compute.
         threads: for executors that wait: so many episodes at once, in one event loop; 0: they do not wait.
-        seconds: of one step, and that a world may block everybody.
+        seconds: of one step.
         pause: seconds before a lost episode is played again.
 
     Raises:
@@ -59,7 +144,7 @@ class Player:
 
     def __init__(
         self,
-        make: Callable[[], BudgetEnvironment],
+        make: Callable[[], StepRoutingEnvironment],
         *,
         processes: int = 1,
         threads: int = 0,
@@ -70,7 +155,7 @@ class Player:
         self._processes, self._threads, self._seconds, self._pause = processes, threads, seconds, pause
 
     def __call__(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, Driven]]:
-        # Computed episodes are shorter than the way through two threads, so that several make the way together.
+        # Computed episodes take their turns together; those that wait go on as soon as their own answer is there.
         size = 1 if self._threads else _TOGETHER
         chunks = [jobs[i : i + size] for i in range(0, len(jobs), size)]
         play = self._elsewhere if self._processes > 1 and len(chunks) > 1 else self._here
@@ -101,7 +186,7 @@ class Player:
 
 
 def _stop_streaks(played: Iterator[tuple[Job, Driven]]) -> Iterator[tuple[Job, Driven]]:
-    """Hold lost episodes back until another one has worked: in a streak they are nobody's failure."""
+    """Hold lost episodes back until another one has worked: in a streak it is not the executors that failed."""
     held: list[tuple[Job, Driven]] = []
     worked = False
     for job, driven in played:
@@ -114,7 +199,7 @@ def _stop_streaks(played: Iterator[tuple[Job, Driven]]) -> Iterator[tuple[Job, D
         held.append((job, driven))
         if len({job.row[TASK] for job, _ in held}) >= STREAK:
             break
-    unanswered = [driven for _, driven in held if driven.columns[LOST].startswith(_UNANSWERED)]
+    unanswered = [driven for _, driven in held if driven.columns[LOST].startswith(UNANSWERED)]
     if held and (len({job.row[TASK] for job, _ in held}) >= STREAK or (not worked and len(unanswered) == len(held))):
         raise PhaseStopped(
             f"{len(held)} episodes in a row were lost, twice each; the last: {held[-1][1].columns[LOST]}. They are "
@@ -129,16 +214,13 @@ def _told(lost: Sequence[tuple[Job, Driven]]) -> Iterator[tuple[Job, Driven]]:
         yield job, driven
 
 
-_UNANSWERED = "no call was answered"
-
-
 def twice(jobs: Sequence[Callable[[], Awaitable[Any]]]) -> list[Any]:
     """Results of short jobs that may raise or hang, at their second attempt where the first failed; a `Failure` for
     each that failed again."""
     with EpisodeLoop() as loop:
-        found = loop.run(jobs, math.inf, blocking=STEP_SECONDS)
+        found = loop.run(jobs, STEP_SECONDS)
         failed = [i for i, result in enumerate(found) if isinstance(result, Failure)]
-        again = loop.run([jobs[i] for i in failed], math.inf, blocking=STEP_SECONDS)
+        again = loop.run([jobs[i] for i in failed], STEP_SECONDS)
     for i, result in zip(failed, again, strict=True):
         found[i] = result
     return found
@@ -147,7 +229,7 @@ def twice(jobs: Sequence[Callable[[], Awaitable[Any]]]) -> list[Any]:
 class _Table:
     """One environment and the event loop on which its episodes are played."""
 
-    def __init__(self, environment: BudgetEnvironment, seconds: float, pause: float) -> None:
+    def __init__(self, environment: StepRoutingEnvironment, seconds: float, pause: float) -> None:
         self.environment = environment
         self._seconds, self._pause = seconds, pause
         self._loop = EpisodeLoop()
@@ -165,65 +247,23 @@ class _Table:
         """Each job's episode, lost ones at their second attempt; without those that money or closing cut off."""
         if self._over():
             return []
-        played = self._attempt(jobs)
-        lost = [job for job in jobs if played[job.key].stop == "lost"]
+        played = dict(zip(jobs, drive(self.environment, jobs, self._loop, self._seconds), strict=True))
+        lost = [job for job in jobs if played[job].stop == "lost"]
         if lost and not self._over():
             self._closed.wait(self._pause)
-            played |= self._attempt(lost)
-        return [(job, played[job.key]) for job in jobs if played[job.key].stop != "lost" or not self._over()]
+            if not self._over():
+                played |= zip(lost, drive(self.environment, lost, self._loop, self._seconds), strict=True)
+        return [(job, played[job]) for job in jobs if played[job].stop != "lost" or not self._over()]
 
     def _over(self) -> bool:
         return self._closed.is_set() or self.environment.out_of_money()
-
-    def _attempt(self, jobs: Sequence[Job]) -> dict[str, Driven]:
-        begun: dict[str, BudgetEpisode] = {}
-
-        def playing(job: Job) -> Any:
-            async def play() -> Driven:
-                begun[job.key] = episode = self.environment.episode(job.row, job.seed)
-                driven = await drive_episode(self.environment, episode, job.choose, self._seconds)
-                cause = _unanswered(episode)
-                return driven if cause is None else _lost(cause, driven.columns)
-
-            return play
-
-        def counting(key: str) -> Any:
-            async def columns() -> Any:
-                return begun[key].columns("lost") if key in begun else {}
-
-            return columns
-
-        ends = dict(zip((job.key for job in jobs), self._run([playing(job) for job in jobs]), strict=True))
-        failed = {key: end.cause for key, end in ends.items() if isinstance(end, Failure)}
-        for (key, cause), columns in zip(failed.items(), self._run([counting(key) for key in failed]), strict=True):
-            ends[key] = _lost(cause, {} if isinstance(columns, Failure) else columns)
-        return ends
-
-    def _run(self, jobs: Sequence[Any]) -> list[Any]:
-        if self._closed.is_set():
-            return [Failure("the phase has ended")] * len(jobs)
-        return self._loop.run(jobs, math.inf, blocking=self._seconds)
-
-
-def _unanswered(episode: BudgetEpisode) -> str | None:
-    """Why an episode says nothing about its executors, if so."""
-    open_circuit = [error for error in episode.errors if error.startswith(CIRCUIT_OPEN)]
-    if open_circuit:
-        return f"{_UNANSWERED} for a while: {open_circuit[0]}"
-    if episode.errors and len(episode.errors) == len(episode.calls):
-        return f"{_UNANSWERED}: {episode.errors[-1]}"
-    return None
-
-
-def _lost(cause: str, columns: Any) -> Driven:
-    return Driven(Observation(), (), {**NOTHING, **columns, CORRECT: 0.0, LOST: cause}, "lost")
 
 
 _table: _Table
 """Of a process that was started to play."""
 
 
-def _start(make: Callable[[], BudgetEnvironment], seconds: float, pause: float) -> None:
+def _start(make: Callable[[], StepRoutingEnvironment], seconds: float, pause: float) -> None:
     global _table
     _table = _Table(make(), seconds, pause).__enter__()
 

@@ -17,10 +17,10 @@ from transformers import TrainerCallback
 
 from routers.environments.protocol import Executor, Session, Step, View
 from routers.environments.react import ReActExecutor
-from routers.environments.registry import suite
+from routers.environments.registry import benchmark
 from routers.evaluation.report import aligned
 from routers.pool import Ledger, Pool, Spending
-from routers.tasks.step_routing.environment import BudgetEnvironment
+from routers.tasks.step_routing.environment import StepRoutingEnvironment
 from routers.tasks.step_routing.executors import make_executors
 from routers.tasks.step_routing.player import PhaseStopped
 from routers.tasks.step_routing.rules_played import rules_played
@@ -106,7 +106,7 @@ class Money:
 class StopWithoutMoney(TrainerCallback):
     """Ends the training, with a checkpoint, once a process could not pay for a call."""
 
-    def __init__(self, environment: BudgetEnvironment) -> None:
+    def __init__(self, environment: StepRoutingEnvironment) -> None:
         self._environment = environment
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -212,6 +212,6 @@ def call_usd(executor: Executor, view: View, limit: int) -> tuple[float, float]:
 
 
 def _first_view(task: BudgetTask, name: str) -> View:
-    session = Session(suite(task.environment).make(name, task.step_limit), "estimate")
+    session = Session(benchmark(task.environment).make(name, task.step_limit), "estimate")
     session.start()
     return session.view

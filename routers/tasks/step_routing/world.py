@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from routers.environments.registry import suite
+from routers.environments.registry import benchmark
 from routers.environments.scripted import EXPLORER_USD, PLANNER_USD, SCRIPTED
 from routers.tasks.step_routing.budget import Budget
-from routers.tasks.step_routing.environment import CAP, TASK, BudgetEnvironment
+from routers.tasks.step_routing.environment import CAP, TASK, StepRoutingEnvironment
 from routers.tasks.step_routing.executors import make_executors, make_pool
 from routers.tasks.step_routing.player import PAUSE, Player, twice
 from routers.tasks.step_routing.profiles import BoundaryProfile, DifficultyRule, profile_tasks
@@ -194,7 +194,7 @@ def heldout_sets(task: BudgetTask) -> dict[str, str]:
     return sets
 
 
-def make_environment(task: BudgetTask, *parts: tuple[str, int]) -> BudgetEnvironment:
+def make_environment(task: BudgetTask, *parts: tuple[str, int]) -> StepRoutingEnvironment:
     """The environment of rows whose `task` the suite knows.
 
     Args:
@@ -202,8 +202,8 @@ def make_environment(task: BudgetTask, *parts: tuple[str, int]) -> BudgetEnviron
     """
     for which, count in parts:
         load_tasks(task.environment, which, count)
-    tasks, pool = suite(task.environment), make_pool(task)
-    return BudgetEnvironment(
+    tasks, pool = benchmark(task.environment), make_pool(task)
+    return StepRoutingEnvironment(
         lambda row: tasks.make(row[TASK], task.step_limit),
         make_executors(task),
         OBSERVATIONS[task.observation].describe,
@@ -290,7 +290,7 @@ def corpus(task: BudgetTask, rows: Sequence[Row]) -> "Corpus":
 @functools.cache
 def load_tasks(environment: str, which: str, count: int) -> Mapping[str, str]:
     """Tasks of a part, id -> type; loaded once per process."""
-    return suite(environment).tasks(which, count)
+    return benchmark(environment).tasks(which, count)
 
 
 def profiles(task: BudgetTask, name: str, which: str, count: int, folder: Path) -> dict[str, BoundaryProfile]:
