@@ -24,7 +24,7 @@ from typing import Any
 from routers.tasks.step_routing.environment import TASK, UNANSWERED, Choose, StepRoutingEnvironment
 from srpo.rollout.loop import Limits, play
 from srpo.rollout.worker_loop import EpisodeLoop, Failure
-from srpo.types import CORRECT, COST, LOST, Observation, Row, Stop, Trajectory
+from srpo.types import CORRECT, COST, LOST, Observation, Row, Stop, Stopped, Trajectory
 
 STREAK = 8
 STEP_SECONDS = 120.0
@@ -38,7 +38,7 @@ RAISE = (
 )
 
 
-class PhaseStopped(RuntimeError):
+class PhaseStopped(Stopped):
     """A phase cannot go on. What it has finished is kept: the same command goes on from there."""
 
 

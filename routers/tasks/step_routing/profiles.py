@@ -24,13 +24,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from routers.data.files import read_rows
-from routers.tasks.step_routing.environment import TASK, Choose, Driven
-from routers.tasks.step_routing.jobs import Job, PlayAll, play_jobs
+from routers.tasks.step_routing.arguments import DifficultyRule
+from routers.tasks.step_routing.environment import TASK, Choose
+from routers.tasks.step_routing.player import Driven, Job, PlayAll, play_jobs
 from routers.tasks.step_routing.rules import always_large, always_small
-from srpo.ranges import Ranges, between, check_numbers
 from srpo.types import CORRECT, COST
 
 Class = Literal["easy", "hard", "intractable"]
@@ -71,9 +71,18 @@ class BoundaryProfile:
         """With further episodes of the policy on this task added."""
         return replace(self, policy_runs=self.policy_runs + runs, policy_successes=self.policy_successes + successes)
 
+    def difficulty(self, rule: DifficultyRule) -> Class:
+        if self.p_small >= rule.tau_easy:
+            return "easy"
+        if self.p_large >= rule.tau_large:
+            return "hard"
+        if rule.small_only_is_easy and max(self.scores_small) >= 1:
+            return "easy"
+        return "hard" if self.policy_successes else "intractable"
+
     def columns(self, rule: DifficultyRule) -> dict[str, Any]:
         """Dataset columns: what the boundary reward reads, and the class."""
-        difficulty = rule(self)
+        difficulty = self.difficulty(rule)
         return {
             "p_small": self.p_small,
             "p_large": self.p_large,
@@ -82,37 +91,6 @@ class BoundaryProfile:
             "hard": difficulty == "hard",
             "difficulty": difficulty,
         }
-
-
-@dataclass(frozen=True)
-class DifficultyRule:
-    """Thresholds on the success rates (mean scores).
-
-    Raises:
-        ValueError: a threshold outside (0, 1].
-    """
-
-    RANGES: ClassVar[Ranges] = {
-        "tau_easy": between(0, 1, open_low=True),
-        "tau_large": between(0, 1, open_low=True),
-    }
-
-    tau_easy: float = 0.6
-    tau_large: float = 0.2
-    small_only_is_easy: bool = True
-    """Guard: p_L < tau_L, but always-small solved it in one of its runs: Easy instead of Intractable."""
-
-    def __post_init__(self) -> None:
-        check_numbers(self)
-
-    def __call__(self, profile: BoundaryProfile) -> Class:
-        if profile.p_small >= self.tau_easy:
-            return "easy"
-        if profile.p_large >= self.tau_large:
-            return "hard"
-        if self.small_only_is_easy and max(profile.scores_small) >= 1:
-            return "easy"
-        return "hard" if profile.policy_successes else "intractable"
 
 
 def profile_jobs(tasks: Iterable[str], runs: int) -> list[Job]:

@@ -5,25 +5,22 @@ One owner for training, evaluation and use: whoever has the checkpoint tells it 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
-import yaml
-
 from routers.data.billing import token_usd
 from routers.environments.protocol import AgentEnvironment
+from routers.router import plain_settings, read_router, write_router
+from routers.tasks.step_routing.arguments import Observations, OnEmpty, Unit
 from routers.tasks.step_routing.budget import Budget
 from routers.tasks.step_routing.environment import Situation
 from routers.tasks.step_routing.prompts import OBSERVATIONS, Style
 from srpo.ranges import Ranges, at_least, check_numbers
-from srpo.redact import redacted
 from srpo.rollout.untrusted import without_control_tokens
-from srpo.strict_yaml import YamlError, read_yaml
 
-STEP_ROUTER = "step_router.yaml"
+KIND = "step_routing"
 
 
 @dataclass(frozen=True)
@@ -59,12 +56,12 @@ class StepSettings:
     """Names, the cheapest first; every further one counts as expensive."""
     labels: tuple[str, ...]
     """The policy's words for them, one token each."""
-    observation: str = "verbose"
+    observation: Observations = "verbose"
     """What the policy is told: a name of `routers.tasks.step_routing.prompts.OBSERVATIONS`."""
-    unit: str = "large_calls"
+    unit: Unit = "large_calls"
     """Of the caps that the policy saw: usd, or large_calls."""
     tail_calls: int = 0
-    on_empty: str = "stop"
+    on_empty: OnEmpty = "stop"
     """Both as in `routers.tasks.step_routing.budget.Budget`."""
     step_limit: int = 20
     observation_tokens: int = 600
@@ -85,9 +82,9 @@ class StepSettings:
         check_numbers(self)
         self.budget(None)
 
-    def budget(self, cap: float | None, unit: str | None = None) -> Budget:
+    def budget(self, cap: float | None, unit: Unit | None = None) -> Budget:
         """The limit of one episode; `unit` None: the trained one."""
-        return Budget(cap, unit or self.unit, self.tail_calls, self.on_empty)  # type: ignore[arg-type]
+        return Budget(cap, unit or self.unit, self.tail_calls, self.on_empty)
 
     @property
     def style(self) -> Style:
@@ -124,36 +121,18 @@ class StepSettings:
         """USD of tokens that the policy read, each of a context once (it is cached), and wrote."""
         return float(token_usd(read, written, *self.policy_price))
 
-    def save(self, folder: str | Path) -> None:
-        """Write `step_router.yaml` into a checkpoint's folder."""
-        document = {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in dataclasses.asdict(self).items()
-        }
-        document["chat_template_kwargs"] = redacted(self.chat_template_kwargs)
-        text = yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
-        Path(folder, STEP_ROUTER).write_text(text, encoding="utf-8")
+    def save(self, folder: str | Path, made_from: Mapping[str, Any] | None = None) -> None:
+        """Write `router.yaml` into a checkpoint's folder."""
+        write_router(folder, KIND, plain_settings(self), made_from)
 
     @classmethod
     def load(cls, folder: str | Path) -> StepSettings:
-        """Read `step_router.yaml` of a folder.
+        """Read `router.yaml` of a folder or Hub repository.
 
         Raises:
             ValueError: names the file and what cannot be read.
         """
-        path = Path(folder, STEP_ROUTER)
-        if not path.is_file():
-            raise ValueError(
-                f"there is no {path}, which scripts/train_bopo.py writes: say how the policy was trained with "
-                "StepRouter.from_pretrained(..., settings=StepSettings(...))"
-            )
-        try:
-            document = read_yaml(path)
-            for name in ("executors", "labels", "policy_price"):
-                if name in document:
-                    document[name] = tuple(document[name])
-            return cls(**document)
-        except YamlError:
-            raise  # names the file already
-        except (TypeError, KeyError, ValueError) as error:
-            raise ValueError(f"{path}: cannot be read: {error}") from error
+        file = read_router(folder)
+        if file.kind != KIND:
+            raise ValueError(f"{file.path} is of a router of kind {file.kind}, not {KIND}")
+        return file.settings_of(cls)

@@ -8,7 +8,7 @@
            "class": as many episodes of each class
            "p_large": as many of every P(large), always-small and always-large included
 
-Every episode weighs the same whatever its length: its steps weigh 1/T each (`srpo.sft.imitate`).
+Every episode weighs the same whatever its length: its steps weigh 1/T each (`srpo.sft.sft`, mean over rows).
 
 Source: the labels of each class, the sweep and "cheapest success" as described by Budget-Aware Agentic Routing (arXiv
 2602.21227) and notes on it. INFERRED (A.5 of our specification): which run of an Intractable task, always-large as a
@@ -22,41 +22,17 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any
 
-from routers.tasks.step_routing.environment import TASK, Choose, Driven
-from routers.tasks.step_routing.jobs import Job, PlayAll, play_jobs
+from routers.tasks.step_routing.arguments import Synthesis
+from routers.tasks.step_routing.environment import TASK, Choose
+from routers.tasks.step_routing.player import Driven, Job, PlayAll, play_jobs
 from routers.tasks.step_routing.profiles import Class
 from routers.tasks.step_routing.rules import always_large, always_small, random_mix
-from srpo.ranges import Ranges, at_least, between, check_numbers
-from srpo.types import CORRECT, COST, Row
-
-
-@dataclass(frozen=True)
-class Synthesis:
-    """How demonstrations are made.
-
-    Raises:
-        ValueError: numbers out of range, an unknown word.
-    """
-
-    RANGES: ClassVar[Ranges] = {
-        "sweep": at_least(1),
-        "keep": at_least(1),
-        "max_intractable_share": between(0, 1, open_high=True),
-    }
-
-    sweep: int = 10
-    """N: rollouts of the sweep on every Hard task."""
-    keep: int = 1
-    """Cheapest successes that are kept of every Hard task."""
-    strata: Literal["class", "p_large", "none"] = "class"
-    max_intractable_share: float = 0.2
-
-    def __post_init__(self) -> None:
-        check_numbers(self)
-        if self.strata not in ("class", "p_large", "none"):
-            raise ValueError(f"strata={self.strata!r} is not one of class, p_large, none")
+from routers.tasks.step_routing.settings import StepSettings
+from srpo.rollout.loop import observation_ids
+from srpo.task import Ids
+from srpo.types import CORRECT, COST, Observation, Row
 
 
 @dataclass(frozen=True)
@@ -168,6 +144,19 @@ def read_dataset(folder: Path) -> list[Demonstration]:
     import pyarrow.parquet
 
     return [Demonstration(**row) for row in pyarrow.parquet.read_table(folder / "train.parquet").to_pylist()]
+
+
+def encode(demonstration: Demonstration, settings: StepSettings, tokenizer: Any) -> Ids:
+    """A demonstration as the rollout would have made it, with labels on the decisions only."""
+    ids = settings.prompt_ids(demonstration.prompt, tokenizer)
+    labels = [-100] * len(ids)
+    for step in demonstration.decisions:
+        decision = tokenizer(settings.names[step["executor"]], add_special_tokens=False)["input_ids"]
+        observation = Observation(step["body"], step["before"], step["after"])
+        said = observation_ids(observation, tokenizer, settings.observation_tokens)
+        ids += [*decision, *said]
+        labels += [*decision, *[-100] * len(said)]
+    return {"input_ids": ids, "labels": labels}
 
 
 _CARD = """---

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import math
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accelerate import PartialState
 from accelerate.utils import gather_object
@@ -17,15 +18,15 @@ from transformers import TrainerCallback
 
 from routers.environments.protocol import Executor, Session, Step, View
 from routers.environments.react import ReActExecutor
-from routers.environments.registry import benchmark
-from routers.evaluation.report import aligned
 from routers.pool import Ledger, Pool, Spending
 from routers.tasks.step_routing.environment import StepRoutingEnvironment
-from routers.tasks.step_routing.executors import make_executors
 from routers.tasks.step_routing.player import PhaseStopped
-from routers.tasks.step_routing.rules_played import rules_played
-from routers.tasks.step_routing.world import BudgetTask, heldout_sets, load_tasks, train_tasks
-from srpo import SRPOConfig
+from routers.tasks.step_routing.rules import rules_of
+from routers.tasks.step_routing.world import StepWorld
+from srpo.task import START
+
+if TYPE_CHECKING:
+    from srpo.config import SRPOConfig
 
 _SAVED_EVERY = 5.0
 _SAMPLED_TASKS = 3
@@ -54,22 +55,34 @@ class Money:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Report what is spent inside, also where it ends with an exception."""
-        ledger = self._ledger
-        if ledger is None:
-            yield
-            return
-        before, ended = ledger.members(), threading.Event()
-        saver = threading.Thread(target=self._save_until, args=(ended,), daemon=True)
-        saver.start()
+        end = self.begin(name)
         try:
             yield
         finally:
+            end()
+
+    def begin(self, name: str) -> Callable[[], None]:
+        """A phase that has no block of its own; ends with what this returns, at the latest with the process."""
+        ledger = self._ledger
+        if ledger is None:
+            return lambda: None
+        before, ended = ledger.members(), threading.Event()
+        saver = threading.Thread(target=self._save_until, args=(ended,), daemon=True)
+        saver.start()
+
+        def end() -> None:
+            if ended.is_set():
+                return
+            atexit.unregister(end)
             ended.set()
             saver.join()
             used, state = spent_between(before, ledger.members()), PartialState()
             if used or state.is_main_process:
                 who = f"process {state.process_index}: " if state.num_processes > 1 else ""
                 print(who + report(name, used, ledger.spent_usd + self._others, self._cap), flush=True)
+
+        atexit.register(end)
+        return end
 
     def share(self) -> None:
         """Give every process the same part of what is left; all of them call this."""
@@ -103,15 +116,23 @@ class Money:
                 return
 
 
-class StopWithoutMoney(TrainerCallback):
-    """Ends the training, with a checkpoint, once a process could not pay for a call."""
+class TrainingMoney(TrainerCallback):
+    """The phase of training: every process spends its part, and once one of them could not pay for a call the training
+    ends, with a checkpoint."""
 
-    def __init__(self, environment: StepRoutingEnvironment) -> None:
-        self._environment = environment
+    def __init__(self, money: Money, environment: StepRoutingEnvironment) -> None:
+        self._money, self._environment = money, environment
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._money.share()
+        self._end = self._money.begin("training")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if any(gather_object([self._environment.out_of_money()])):
             control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._end()
 
 
 def spent_between(before: Mapping[str, Spending], after: Mapping[str, Spending]) -> dict[str, Spending]:
@@ -146,41 +167,42 @@ class Phase:
     any: int
 
 
-def phases(task: BudgetTask, args: SRPOConfig, runs_per_row: int, processes: int) -> list[Phase]:
-    """The phases of scripts/train_bopo.py, as if nothing had been played before.
+def phases(world: StepWorld, args: SRPOConfig, runs_per_row: int, processes: int) -> list[Phase]:
+    """The phases of a run, as if nothing had been played before.
 
     Args:
         runs_per_row: episodes for the demonstrations of a Hard row; the other classes need fewer.
         processes: of the training.
     """
-    trained = len(train_tasks(task))
-    parts = heldout_sets(task).values()
-    heldout = sum(len(load_tasks(task.environment, which, task.heldout_count)) for which in parts)
+    task, trained = world.arguments, len(world.train_tasks())
+    heldout = sum(len(types) for types in world.heldout().values())
     rows, steps = trained * len(task.train_caps), task.step_limit
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes / args.num_iterations
     rollouts = args.max_steps * batch if args.max_steps > 0 else args.num_train_epochs * rows * args.num_generations
-    profiled, evaluated = task.profile_runs * steps, len(task.eval_caps) * heldout * steps
+    profiled, evaluated = task.profile_runs * steps, len(task.heldout_caps) * heldout * steps
+    rules, repetitions = rules_of(task)
     return [
         Phase("profiling", trained * profiled, trained * profiled, 0),
-        Phase("demonstrations", 0, 0, rows * runs_per_row * steps),
         Phase("profiling of held-out tasks", heldout * profiled, heldout * profiled, 0),
-        Phase("evaluation of BoSFT", 0, 0, evaluated),
+        Phase("demonstrations", 0, 0, rows * runs_per_row * steps),
+        Phase(f"evaluation of {START}", 0, 0, evaluated),
         Phase("training", 0, 0, math.ceil(rollouts) * steps),
-        Phase("evaluation of the policy", 0, 0, evaluated),
-        Phase("rules", 0, 0, len(rules_played(task)) * heldout * steps),
+        Phase(f"evaluation of {args.objective}", 0, 0, evaluated),
+        Phase("rules", 0, 0, len(rules) * repetitions * heldout * steps),
     ]
 
 
-def estimate(task: BudgetTask, found: Sequence[Phase], cap: float | None) -> str:
+def estimate(world: StepWorld, found: Sequence[Phase], cap: float | None) -> str:
     """A table of calls and USD at most, before anything is paid.
 
     Two sums: as if every prompt were as short as the first of an episode, and as if every step added an observation as
     long as the first. Both are upper bounds of such prompts: a byte counts as a token, and every reply is the longest.
     """
-    executors = make_executors(task)
-    tasks = list(train_tasks(task))[:_SAMPLED_TASKS]
-    views = [_first_view(task, name) for name in tasks]
-    bounds = {e.name: [call_usd(e, view, task.step_limit) for view in views] for e in (executors[0], executors[-1])}
+    from routers.evaluation.report import aligned
+
+    executors = world.executors()
+    views = [_first_view(world, name) for name in list(world.train_tasks())[:_SAMPLED_TASKS]]
+    bounds = {e.name: [call_usd(e, view, world.arguments.step_limit) for view in views] for e in (executors[0], executors[-1])}
     most = {name: [max(values) for values in zip(*found, strict=True)] for name, found in bounds.items()}
     small, large = most[executors[0].name], most[executors[-1].name]
     names = executors[0].name, executors[-1].name
@@ -211,7 +233,7 @@ def call_usd(executor: Executor, view: View, limit: int) -> tuple[float, float]:
     return bounds[0], sum(bounds) / limit
 
 
-def _first_view(task: BudgetTask, name: str) -> View:
-    session = Session(benchmark(task.environment).make(name, task.step_limit), "estimate")
+def _first_view(world: StepWorld, name: str) -> View:
+    session = Session(world.make(name), "estimate")
     session.start()
     return session.view
