@@ -1,6 +1,6 @@
 """The tasks of a benchmark behind one small protocol: which there are, and a fresh episode of each.
 
-`benchmark("alfworld")` needs nothing but this library; the others are optional packages, imported when they are asked for.
+`benchmark("alfworld")` needs nothing but this library; the others are optional packages, imported on demand.
 """
 
 import atexit

@@ -134,7 +134,8 @@ def play(
     """
     started = time.monotonic()
     rule = None if hasattr(decider, "generate") else decider
-    plays = [_Play(i, tuple(ids), opened="" if rule else opened_by(tokenizer, ids)) for i, ids in enumerate(prompt_ids)]
+    opened = ["" if rule else opened_by(tokenizer, ids) for ids in prompt_ids]
+    plays = [_Play(i, tuple(ids), opened=tag) for i, (ids, tag) in enumerate(zip(prompt_ids, opened, strict=True))]
     labels = Labels(tokenizer)
     with EpisodeLoop() if loop is None else nullcontext(loop) as loop:
         _make(environment, plays, rows, seeds, loop, limits)

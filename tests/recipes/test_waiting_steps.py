@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import step_helpers as steps
-from test_budget_episode import LARGE, SMALL, Corridor, describe
+from test_step_routing_episode import LARGE, SMALL, Corridor, describe
 
 from routers.environments.protocol import GameError
-from routers.tasks.step_routing.environment import StepRoutingEnvironment, drive_episode
+from routers.tasks.step_routing.environment import StepRoutingEnvironment
+from routers.tasks.step_routing.player import Job, drive
 from routers.tasks.step_routing.router import StepRouter
 from routers.tasks.step_routing.rules import random_mix
-from srpo.rollout.worker_loop import EpisodeLoop, Failure
+from srpo.rollout.worker_loop import EpisodeLoop
 
 MANY = 16
 SLEEP = 0.2
@@ -44,11 +45,15 @@ class Quick(Slow):
 def played(worlds: list[Slow], seconds: float = 60.0) -> tuple[list[Any], StepRoutingEnvironment, list[Any]]:
     """All at once, on the loop of rollouts; the results, and what was played."""
     environment = StepRoutingEnvironment(lambda row: worlds[row["n"]], [SMALL, LARGE], describe, labels=["<s>", "<l>"])
-    episodes = [environment.episode({"n": n}, f"seed {n}") for n in range(len(worlds))]
-    rule = random_mix(0.5)
-    with EpisodeLoop() as loop:
-        jobs = [lambda e=e: drive_episode(environment, e, rule) for e in episodes]  # type: ignore[misc]
-        return loop.run(jobs, seconds), environment, episodes
+    episodes, make = list[Any](), environment.episode
+
+    def kept(row: Any, seed: str) -> Any:
+        episodes.append(make(row, seed))
+        return episodes[-1]
+
+    environment.episode = kept  # type: ignore[method-assign, assignment]
+    jobs = [Job(f"{n}", {"n": n}, f"seed {n}", random_mix(0.5)) for n in range(len(worlds))]
+    return drive(environment, jobs, seconds=seconds), environment, episodes
 
 
 def test_sixteen_wait_as_long_as_one_and_play_the_same() -> None:
@@ -68,7 +73,7 @@ def test_sixteen_wait_as_long_as_one_and_play_the_same() -> None:
 def test_a_step_that_computes_stays_in_its_thread() -> None:
     world = Quick(2, 0.0)
     played([world])
-    assert world.threads == {"srpo-episodes-steps"}
+    assert world.threads == {"srpo-episodes"}
 
 
 def test_a_step_that_hangs_costs_its_episode_and_no_other_step_follows_it() -> None:
@@ -77,8 +82,8 @@ def test_a_step_that_hangs_costs_its_episode_and_no_other_step_follows_it() -> N
     started = time.monotonic()
     ends, _, episodes = played(worlds, seconds=2.0)
     assert time.monotonic() - started < 8
-    assert [n for n, end in enumerate(ends) if isinstance(end, Failure)] == [3]
-    assert ends[3] == Failure("no answer within 2 s")
+    assert [n for n, end in enumerate(ends) if end.stop == "lost"] == [3]
+    assert ends[3].columns["lost"] == "no answer within 2 s"
     plain, _, _ = played([Quick(4, 0.0) for n in range(8)])
     assert [end for n, end in enumerate(ends) if n != 3] == [end for n, end in enumerate(plain) if n != 3]
 

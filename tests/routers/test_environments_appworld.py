@@ -9,19 +9,20 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-import pandas as pd
 import pytest
 from appworld_cases import ADD, DONE, LOG_IN, Models, make_world, next_code
+from step_helpers import drive
 
 from routers.data.catalogue import Member
 from routers.environments.appworld.environment import HOW, AppWorldBenchmark
-from routers.environments.protocol import play
+from routers.environments.protocol import Session
 from routers.environments.react import ReActExecutor
 from routers.pool import Pool, Retry, live_pool
 from routers.pool.scripted import Scripted
+from routers.tasks.step_routing.arguments import DifficultyRule
 from routers.tasks.step_routing.budget import Budget
-from routers.tasks.step_routing.environment import TASK, StepRoutingEnvironment, drive
-from routers.tasks.step_routing.profiles import DifficultyRule, read_profiles
+from routers.tasks.step_routing.environment import TASK, StepRoutingEnvironment
+from routers.tasks.step_routing.profiles import read_profiles
 from routers.tasks.step_routing.prompts import OBSERVATIONS
 from srpo.types import CORRECT
 
@@ -52,8 +53,8 @@ def benchmark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AppWorldBenc
         ("abc1234_2", [LOG_IN, ADD, "apis.supervisor.complete_task(answer=1)"], False),  # nothing else may change
     ],
 )
-def test_the_goal_decides(suite: AppWorldBenchmark, task: str, actions: list[str], won: bool) -> None:
-    episode = suite.make(task, 40)
+def test_the_goal_decides(benchmark: AppWorldBenchmark, task: str, actions: list[str], won: bool) -> None:
+    episode = benchmark.make(task, 40)
     first = episode.reset()
     assert "Thursday, 2023-05-18 12:00" in first and first.endswith(f"Your task is to: {episode.task}")
     for action in actions:
@@ -64,15 +65,15 @@ def test_the_goal_decides(suite: AppWorldBenchmark, task: str, actions: list[str
     assert episode.won is won and episode.score == float(won)
 
 
-def test_what_was_reached_at_the_limit_counts(suite: AppWorldBenchmark) -> None:
-    episode = suite.make("abc1234_1", 2)  # AppWorld evaluates what is there when the agent stops, for whatever reason
+def test_what_was_reached_at_the_limit_counts(benchmark: AppWorldBenchmark) -> None:
+    episode = benchmark.make("abc1234_1", 2)  # AppWorld evaluates what is there when the agent stops, for whatever reason
     episode.reset()
     assert episode.step(LOG_IN) == ("Shopping\n", False)
     assert episode.step(ADD) == ('{"message": "Note updated."}\n', True) and episode.won
 
 
-def test_broken_code_costs_a_step_and_says_why(suite: AppWorldBenchmark) -> None:
-    episode = suite.make("abc1234_1", 40)
+def test_broken_code_costs_a_step_and_says_why(benchmark: AppWorldBenchmark) -> None:
+    episode = benchmark.make("abc1234_1", 40)
     episode.reset()
     for code, words in {
         "print(": "'(' was never closed",
@@ -95,27 +96,32 @@ def test_broken_code_costs_a_step_and_says_why(suite: AppWorldBenchmark) -> None
     assert episode.steps == 14 and episode.step("print(1)") == ("1\n", False)
 
 
-def test_appworld_stops_code_that_does_not_end(suite: AppWorldBenchmark) -> None:
-    episode = suite.make("abc1234_1", 40)
+def test_appworld_stops_code_that_does_not_end(benchmark: AppWorldBenchmark) -> None:
+    episode = benchmark.make("abc1234_1", 40)
     episode.reset()
     assert "timed out after 30 seconds" in episode.step("x = 1\nwhile True:\n    pass")[0]
     assert episode.step("print(x)") == ("1\n", False)
 
 
-def test_a_model_behind_an_endpoint_completes_a_task(suite: AppWorldBenchmark) -> None:
+def test_a_model_behind_an_endpoint_completes_a_task(benchmark: AppWorldBenchmark) -> None:
     with Models() as server:
         member = Member("large", "x", 2.0, 8.0, base_url=server.url)
         pool = live_pool({"large": member}, agent_prompt="{query}", retry=Retry(attempts=1))
-        played = asyncio.run(play(suite.make("abc1234_1", 40), [ReActExecutor(pool, "large")], lambda view: 0, "s"))
-    assert played.won and [step.action for step in played.steps] == [LOG_IN, ADD, DONE]
-    assert played.cost == pytest.approx(sum(2 * p + 8 * c for p, c in server.usage) / 1e6)
+        session, executor, usd = Session(benchmark.make("abc1234_1", 40), "s"), ReActExecutor(pool, "large"), 0.0
+        session.start()
+        while not session.environment.done:
+            act = asyncio.run(executor.act(session.view, 60.0))
+            usd += act.cost
+            session.take(act.action)
+    assert session.environment.won and [step.action for step in session.view.steps] == [LOG_IN, ADD, DONE]
+    assert usd == pytest.approx(sum(2 * p + 8 * c for p, c in server.usage) / 1e6)
     prompt = server.requests[-1]["messages"][-1]["content"]
     assert HOW in prompt and f"Action:\n```\n{LOG_IN}\n```\nObservation:\nShopping\n" in prompt
 
 
-def test_one_command_trains_a_router(suite: AppWorldBenchmark, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_command_trains_a_router(benchmark: AppWorldBenchmark, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Profile, BoSFT, BoPO and evaluation, with both executors behind an endpoint."""
-    from routers.tasks.step_routing import task as train_bopo
+    from srpo.train import main
 
     with Models() as server:
         entry = {"descriptor": "x", "base_url": server.url, "max_tokens": 256}
@@ -124,25 +130,25 @@ def test_one_command_trains_a_router(suite: AppWorldBenchmark, tmp_path: Path, c
         (tmp_path / "catalogue.yaml").write_text(json.dumps({"members": members}))
         words = f"""--config {ROOT}/recipes/quickstart/bopo.yaml --output_dir {tmp_path}/out
             --catalogue {tmp_path}/catalogue.yaml --executors small large --observation progress
-            --environment appworld --train_tasks train --train_count 0 --heldout_tasks dev --heldout_count 0
-            --step_limit 5 --max_turns 5 --train_caps inf --eval_caps inf 2 --profile_runs 2 --concurrency 8
-            --bosft_sweep 3 --bosft_epochs 1 --max_steps 2 --per_device_train_batch_size 16
+            --environment appworld --train_tasks train --train_limit 99 --heldout_tasks dev --heldout_limit 99
+            --step_limit 5 --max_turns 5 --train_caps inf --heldout_caps inf 2 --profile_runs 2 --concurrency 8
+            --sft_sweep 3 --sft_epochs 1 --max_steps 2 --per_device_train_batch_size 16
             --gradient_accumulation_steps 1 --logging_steps 1"""
-        text = train_bopo.main(words.split())
-    assert text is not None and "| policy " in text and "difficulty 2" in text
-    classes = {p.task: DifficultyRule()(p) for p in read_profiles(tmp_path / "out" / "profiles.parquet")}
+        played = main(words.split())
+    assert "bopo" in played.routers and "difficulty 2" in set(played.frame["family"])
+    classes = {p.task: p.difficulty(DifficultyRule()) for p in read_profiles(tmp_path / "out" / "profiles.parquet")}
     assert classes == {"abc1234_1": "hard", "abc1234_2": "easy"}
-    assert pd.read_parquet(tmp_path / "out" / "episodes.parquet")["violated"].sum() == 0
+    assert played.frame["violated"].sum() == 0
     said = capsys.readouterr().out
     assert said.count("'rollout/stop/lost': '0'") == 2 and said.count("'budget/violations': '0'") == 2
 
 
-def test_a_budgeted_episode_with_two_members(suite: AppWorldBenchmark) -> None:
+def test_a_budgeted_episode_with_two_members(benchmark: AppWorldBenchmark) -> None:
     members = {name: Member(name, "x", price, price) for name, price in (("small", 1.0), ("large", 5.0))}
     pool = Pool(members, {name: Scripted(functools.partial(next_code, name)) for name in members})
     executors = [ReActExecutor(pool, name) for name in members]
     environment = StepRoutingEnvironment(
-        lambda row: suite.make(row[TASK], 40),
+        lambda row: benchmark.make(row[TASK], 40),
         executors,
         OBSERVATIONS["progress"].describe,
         Budget(2, "large_calls"),

@@ -35,9 +35,9 @@ def benchmark(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
         made.close()
 
 
-def processes(suite: AppWorldBenchmark) -> list[int]:
-    """Of the suite's server, itself included."""
-    session = suite._server._process.pid
+def processes(benchmark: AppWorldBenchmark) -> list[int]:
+    """Of the benchmark's server, itself included."""
+    session = benchmark._server._process.pid
     found = []
     for path in Path("/proc").glob("[0-9]*"):
         try:
@@ -49,15 +49,15 @@ def processes(suite: AppWorldBenchmark) -> list[int]:
     return found
 
 
-def wait_for(suite: AppWorldBenchmark, count: int) -> None:
+def wait_for(benchmark: AppWorldBenchmark, count: int) -> None:
     end = time.monotonic() + 20
-    while len(processes(suite)) != count:
-        assert time.monotonic() < end, f"{len(processes(suite))} processes, not {count}"
+    while len(processes(benchmark)) != count:
+        assert time.monotonic() < end, f"{len(processes(benchmark))} processes, not {count}"
         time.sleep(0.05)
 
 
-def test_many_episodes_of_one_task_are_open_at_once_and_apart(suite: AppWorldBenchmark) -> None:
-    episodes = [suite.make("abc1234_1", 3) for _ in range(8)]
+def test_many_episodes_of_one_task_are_open_at_once_and_apart(benchmark: AppWorldBenchmark) -> None:
+    episodes = [benchmark.make("abc1234_1", 3) for _ in range(8)]
     for episode in episodes:
         episode.reset()
     for number, episode in enumerate(episodes):
@@ -68,25 +68,25 @@ def test_many_episodes_of_one_task_are_open_at_once_and_apart(suite: AppWorldBen
         assert episode.step("apis.supervisor.complete_task()")[1] and episode.done
     del episode
     episodes[6:] = []  # nobody holds them any more
-    wait_for(suite, 1 + 2)
+    wait_for(benchmark, 1 + 2)
     episodes.clear()
-    wait_for(suite, 1)
+    wait_for(benchmark, 1)
 
 
-def test_an_episode_that_is_only_asked_for_its_first_words_costs_no_world(suite: AppWorldBenchmark) -> None:
-    kept = suite.make("abc1234_1", 3)
+def test_an_episode_that_is_only_asked_for_its_first_words_costs_no_world(benchmark: AppWorldBenchmark) -> None:
+    kept = benchmark.make("abc1234_1", 3)
     kept.reset()
     kept.step("x = 1")
     started = time.monotonic()
     for _ in range(100):
-        assert suite.make("abc1234_1", 3).reset().endswith(kept.task)
+        assert benchmark.make("abc1234_1", 3).reset().endswith(kept.task)
     assert kept.step("print(x)") == ("1\n", False)
-    wait_for(suite, 2)
+    wait_for(benchmark, 2)
     assert time.monotonic() - started < 15  # AppWorld's 100 worlds would take a minute
 
 
-def test_a_process_that_dies_costs_its_episode_only(suite: AppWorldBenchmark) -> None:
-    dying, other = suite.make("abc1234_1", 3), suite.make("abc1234_1", 3)
+def test_a_process_that_dies_costs_its_episode_only(benchmark: AppWorldBenchmark) -> None:
+    dying, other = benchmark.make("abc1234_1", 3), benchmark.make("abc1234_1", 3)
     for episode in (dying, other):
         episode.reset()
         episode.step("x = 1")
@@ -96,24 +96,24 @@ def test_a_process_that_dies_costs_its_episode_only(suite: AppWorldBenchmark) ->
     assert not dying.won and dying.score == 0.0
 
 
-def test_a_process_that_hangs_is_killed(suite: AppWorldBenchmark, monkeypatch: pytest.MonkeyPatch) -> None:
-    hanging, other = suite.make("abc1234_1", 3), suite.make("abc1234_1", 3)
+def test_a_process_that_hangs_is_killed(benchmark: AppWorldBenchmark, monkeypatch: pytest.MonkeyPatch) -> None:
+    hanging, other = benchmark.make("abc1234_1", 3), benchmark.make("abc1234_1", 3)
     for episode in (hanging, other):
         episode.reset()
         episode.step("x = 1")
-    before = len(processes(suite))
+    before = len(processes(benchmark))
     monkeypatch.setattr(appworld, "ANSWER_SECONDS", 1.0)
     started = time.monotonic()
     with pytest.raises(TimeoutError, match="no answer within 1 s"):
         hanging.step("9 ** 9 ** 9 ** 9")  # no signal gets through to this
     assert time.monotonic() - started < 5
-    wait_for(suite, before - 1)
+    wait_for(benchmark, before - 1)
     monkeypatch.undo()
     assert other.step("print(x)") == ("1\n", False)
 
 
-def test_a_world_that_cannot_be_started_costs_its_episode_only(suite: AppWorldBenchmark) -> None:
-    open_one, broken = suite.make("abc1234_1", 3), suite.make("abc1234_1", 3)
+def test_a_world_that_cannot_be_started_costs_its_episode_only(benchmark: AppWorldBenchmark) -> None:
+    open_one, broken = benchmark.make("abc1234_1", 3), benchmark.make("abc1234_1", 3)
     open_one.reset()
     parent = Path(open_one.step("import os\nprint(os.getcwd())")[0].strip()).parent
     away = parent.rename(parent.with_name(parent.name + "-away"))  # no folder can be made: as on a full disk
@@ -126,20 +126,20 @@ def test_a_world_that_cannot_be_started_costs_its_episode_only(suite: AppWorldBe
     assert open_one.step("print(1)") == ("1\n", False)
 
 
-def test_a_dead_server_is_started_again(suite: AppWorldBenchmark) -> None:
-    old = suite.make("abc1234_1", 3)
+def test_a_dead_server_is_started_again(benchmark: AppWorldBenchmark) -> None:
+    old = benchmark.make("abc1234_1", 3)
     old.reset()
     assert old.step("x = 1") == ("Execution successful.", False)
-    os.kill(suite._server._process.pid, signal.SIGKILL)
-    suite._server._process.wait()
+    os.kill(benchmark._server._process.pid, signal.SIGKILL)
+    benchmark._server._process.wait()
     assert old.step("print(x)") == ("1\n", False)  # its process lives on
-    new = suite.make("abc1234_1", 3)
+    new = benchmark.make("abc1234_1", 3)
     new.reset()
     assert new.step("print(2)") == ("2\n", False)
 
 
-def test_code_sees_nothing_of_our_environment(suite: AppWorldBenchmark) -> None:
-    episode = suite.make("abc1234_1", 9)
+def test_code_sees_nothing_of_our_environment(benchmark: AppWorldBenchmark) -> None:
+    episode = benchmark.make("abc1234_1", 9)
     episode.reset()
     said, _ = episode.step("import os\nprint(sorted(os.environ), dict(os.environ))")
     assert "APPWORLD_ROOT" in said and "KEY" not in said and "secret" not in said
@@ -149,12 +149,12 @@ def test_code_sees_nothing_of_our_environment(suite: AppWorldBenchmark) -> None:
     assert Path(folder, "data").is_dir() and Path(folder).parent.name.startswith("appworld-")
     assert "appworld" not in sys.modules and "freezegun" not in sys.modules
     del episode
-    wait_for(suite, 1)
+    wait_for(benchmark, 1)
     assert not Path(folder).exists()
 
 
-def test_code_that_tampers_with_the_tests_changes_nothing(suite: AppWorldBenchmark) -> None:
-    episode = suite.make("abc1234_1", 3)
+def test_code_that_tampers_with_the_tests_changes_nothing(benchmark: AppWorldBenchmark) -> None:
+    episode = benchmark.make("abc1234_1", 3)
     episode.reset()
     said, _ = episode.step(
         "import appworld\nclass Passed:\n    success = True\n"
@@ -168,7 +168,7 @@ def test_code_that_tampers_with_the_tests_changes_nothing(suite: AppWorldBenchma
     assert not episode.won and episode.score == 0.0
 
 
-def test_the_end_of_the_suite_ends_everything(suite: AppWorldBenchmark, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_end_of_the_suite_ends_everything(benchmark: AppWorldBenchmark, monkeypatch: pytest.MonkeyPatch) -> None:
     own = AppWorldBenchmark()
     episode = own.make("abc1234_1", 3)
     episode.reset()
@@ -181,21 +181,21 @@ def test_the_end_of_the_suite_ends_everything(suite: AppWorldBenchmark, monkeypa
         episode.step("print(1)")
 
 
-def test_tasks_and_their_types(suite: AppWorldBenchmark) -> None:
-    assert suite.tasks("train") == {"abc1234_1": "difficulty 1", "abc1234_2": "difficulty 2"}
-    assert suite.tasks("train", 1) == {"abc1234_1": "difficulty 1"}
-    assert suite.tasks("dev") == {"abc1234_2": "difficulty 2"}  # without its tag
-    assert suite.make("abc1234_2", 40).task_type == "appworld"  # the difficulty comes with the solutions
+def test_tasks_and_their_types(benchmark: AppWorldBenchmark) -> None:
+    assert benchmark.tasks("train") == {"abc1234_1": "difficulty 1", "abc1234_2": "difficulty 2"}
+    assert benchmark.tasks("train", 1) == {"abc1234_1": "difficulty 1"}
+    assert benchmark.tasks("dev") == {"abc1234_2": "difficulty 2"}  # without its tag
+    assert benchmark.make("abc1234_2", 40).task_type == "appworld"  # the difficulty comes with the solutions
     with pytest.raises(GameError, match="no data set 'test_normal'; there are dev, train"):
-        suite.tasks("test_normal")
+        benchmark.tasks("test_normal")
     with pytest.raises(GameError, match="no task 'abc1234_3'"):
-        suite.make("abc1234_3", 40)
+        benchmark.make("abc1234_3", 40)
     with pytest.raises(GameError, match="step limit is 0"):
-        suite.make("abc1234_1", 0)
+        benchmark.make("abc1234_1", 0)
 
 
-def test_an_episode_is_played_once_and_in_order(suite: AppWorldBenchmark) -> None:
-    episode = suite.make("abc1234_2", 1)
+def test_an_episode_is_played_once_and_in_order(benchmark: AppWorldBenchmark) -> None:
+    episode = benchmark.make("abc1234_2", 1)
     with pytest.raises(GameError, match=r"step\(\) before reset"):
         episode.step("print(1)")
     assert episode.reset().startswith("You act for Ada Berg (email ada@example.com, phone 555")

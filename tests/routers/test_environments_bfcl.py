@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from openai_server import Fault, OpenAIServer
+from step_helpers import drive
 
 from routers.data.catalogue import Member
 from routers.environments.bfcl import CATEGORIES, INSTRUCTION, SPLITS, Bfcl, load_bfcl
@@ -14,7 +15,7 @@ from routers.environments.react import ReActExecutor
 from routers.environments.registry import benchmark
 from routers.environments.tool_calls import call_tool, read_calls
 from routers.pool import Retry, live_pool
-from routers.tasks.step_routing.environment import StepRoutingEnvironment, drive
+from routers.tasks.step_routing.environment import StepRoutingEnvironment
 from routers.tasks.step_routing.prompts import OBSERVATIONS
 from routers.tasks.step_routing.rules import always_large, always_small
 from srpo.types import CORRECT

@@ -37,47 +37,47 @@ def benchmark(installed: None) -> Iterator[ScienceWorldBenchmark]:
     made.close()
 
 
-def processes(suite: ScienceWorldBenchmark) -> list[int]:
-    return [server.process.pid for server in suite._simulators._servers]
+def processes(benchmark: ScienceWorldBenchmark) -> list[int]:
+    return [server.process.pid for server in benchmark._simulators._servers]
 
 
-def simulators(suite: ScienceWorldBenchmark) -> tuple[int, int]:
+def simulators(benchmark: ScienceWorldBenchmark) -> tuple[int, int]:
     """(made, busy)."""
-    made = [s for server in suite._simulators._servers for s in server.simulators]
+    made = [s for server in benchmark._simulators._servers for s in server.simulators]
     return len(made), sum(s.busy for s in made)
 
 
 # --- parts
 
 
-def test_parts_are_the_packages_splits_and_types_take_turns(suite: ScienceWorldBenchmark) -> None:
-    parts = {part: suite.tasks(part) for part in ("train", "dev", "test")}
+def test_parts_are_the_packages_splits_and_types_take_turns(benchmark: ScienceWorldBenchmark) -> None:
+    parts = {part: benchmark.tasks(part) for part in ("train", "dev", "test")}
     assert {part: len(tasks) for part, tasks in parts.items()} == {"train": 3592, "dev": 1796, "test": 1819}
     assert len({*parts["train"], *parts["dev"], *parts["test"]}) == 3592 + 1796 + 1819
-    first = suite.tasks("train", 30)
+    first = benchmark.tasks("train", 30)
     assert len(set(first.values())) == 30 and list(first) == list(parts["train"])[:30]
-    some = suite.tasks("test:melt,find-plant", 5)
+    some = benchmark.tasks("test:melt,find-plant", 5)
     assert list(some.values()) == ["melt", "find-plant", "melt", "find-plant", "melt"]
     assert all(task.startswith(f"{kind}/") for task, kind in some.items())
 
 
-def test_what_does_not_exist_is_named(suite: ScienceWorldBenchmark) -> None:
+def test_what_does_not_exist_is_named(benchmark: ScienceWorldBenchmark) -> None:
     with pytest.raises(GameError, match="no part 'training'; there are train, dev, test"):
-        suite.tasks("training")
+        benchmark.tasks("training")
     with pytest.raises(GameError, match="no task 'juggle'; it has boil"):
-        suite.tasks("train:melt,juggle")
+        benchmark.tasks("train:melt,juggle")
     for task in ("melt/100000", "juggle/0", "melt", "melt/x"):
         with pytest.raises(GameError, match=f"no task '{task}'"):
-            suite.make(task, 40)
+            benchmark.make(task, 40)
     with pytest.raises(GameError, match="melt/0: the step limit is 0"):
-        suite.make("melt/0", 0)
+        benchmark.make("melt/0", 0)
 
 
 # --- one episode
 
 
-def test_nonsense_the_limit_and_order(suite: ScienceWorldBenchmark) -> None:
-    episode = suite.make("find-living-thing/0", 2)
+def test_nonsense_the_limit_and_order(benchmark: ScienceWorldBenchmark) -> None:
+    episode = benchmark.make("find-living-thing/0", 2)
     with pytest.raises(GameError, match="before reset"):
         episode.step("look around")
     first = episode.reset()
@@ -96,15 +96,15 @@ def test_nonsense_the_limit_and_order(suite: ScienceWorldBenchmark) -> None:
     assert len(commands) > 50 and tuple(episode.admissible) == ()
 
 
-def test_a_failed_task_ends_with_no_score(suite: ScienceWorldBenchmark) -> None:
-    episode = suite.make("find-living-thing/0", 40)
+def test_a_failed_task_ends_with_no_score(benchmark: ScienceWorldBenchmark) -> None:
+    episode = benchmark.make("find-living-thing/0", 40)
     episode.reset()
     wrong = next(command for command in episode.admissible if command.startswith("focus on ") and "air" in command)
     assert episode.step(wrong)[1] and episode.score == 0.0 and not episode.won
 
 
-def test_a_language_model_is_told_the_forms_of_commands_and_what_is_here(suite: ScienceWorldBenchmark) -> None:
-    episode = suite.make("boil/0", 40)
+def test_a_language_model_is_told_the_forms_of_commands_and_what_is_here(benchmark: ScienceWorldBenchmark) -> None:
+    episode = benchmark.make("boil/0", 40)
     episode.reset()
     assert "pour OBJ in OBJ" in episode.how and "reset task" not in episode.how
     assert "thermometer" not in episode.how
@@ -123,10 +123,10 @@ def played(episode: ScienceWorld, look: bool = False) -> Iterator[tuple[str, flo
         yield episode.step(action)[0], episode.score
 
 
-def test_interleaved_episodes_are_each_as_if_alone(suite: ScienceWorldBenchmark) -> None:
+def test_interleaved_episodes_are_each_as_if_alone(benchmark: ScienceWorldBenchmark) -> None:
     names = [f"{task}/{n}" for n in (0, 1) for task in ("melt", "grow-plant", "find-animal")] + ["melt/0"]
-    alone = [list(played(suite.make(name, 40))) for name in names]
-    together = [played(suite.make(name, 40), look=n % 2 == 0) for n, name in enumerate(names)]
+    alone = [list(played(benchmark.make(name, 40))) for name in names]
+    together = [played(benchmark.make(name, 40), look=n % 2 == 0) for n, name in enumerate(names)]
     assert list(zip(*together, strict=True)) == list(zip(*alone, strict=True))
     assert alone[0] == alone[-1]
     assert len({tuple(episode) for episode in alone}) == len(names) - 1
@@ -134,7 +134,7 @@ def test_interleaved_episodes_are_each_as_if_alone(suite: ScienceWorldBenchmark)
     assert len(bees) > 2, "nothing random happened: the test would not notice shared dice"
 
 
-def test_episodes_are_those_of_the_official_package(suite: ScienceWorldBenchmark, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_episodes_are_those_of_the_official_package(benchmark: ScienceWorldBenchmark, monkeypatch: pytest.MonkeyPatch) -> None:
     """The package's simulator in its own process; its Python class also asks for commands, which draws numbers."""
     monkeypatch.setenv("JAVA_TOOL_OPTIONS", "-XX:+UnlockExperimentalVMOptions -XX:hashCode=2")
     official = importlib.import_module("scienceworld").ScienceWorldEnv("")
@@ -143,7 +143,7 @@ def test_episodes_are_those_of_the_official_package(suite: ScienceWorldBenchmark
             task, _, variation = name.partition("/")
             official.load(task, int(variation), "easy")
             first = official.server.step("look around")
-            mine = list(played(suite.make(name, 40)))
+            mine = list(played(benchmark.make(name, 40)))
             assert mine[0][0].endswith(first)
             for action, (observation, score) in zip(BEES, mine[1:], strict=True):
                 assert official.server.step(action) == observation
@@ -153,20 +153,20 @@ def test_episodes_are_those_of_the_official_package(suite: ScienceWorldBenchmark
 
 
 def test_simulators_are_given_back_and_used_again(installed: None) -> None:
-    suite = ScienceWorldBenchmark()
+    benchmark = ScienceWorldBenchmark()
     for limit in (1, 3):
-        episode = suite.make("melt/0", limit)
+        episode = benchmark.make("melt/0", limit)
         episode.reset()
         episode.step("look around")
-        assert simulators(suite) == (1, int(limit == 3))  # the first is done; the second is still open
-    other = suite.make("melt/1", 3)
+        assert simulators(benchmark) == (1, int(limit == 3))  # the first is done; the second is still open
+    other = benchmark.make("melt/1", 3)
     other.reset()
-    assert simulators(suite) == (2, 2)
+    assert simulators(benchmark) == (2, 2)
     del other, episode
     gc.collect()
-    assert simulators(suite) == (2, 0)
-    [process] = processes(suite)
-    suite.close()
+    assert simulators(benchmark) == (2, 0)
+    [process] = processes(benchmark)
+    benchmark.close()
     assert not alive(process)
 
 
@@ -182,32 +182,32 @@ def alive(process: int) -> bool:
 
 
 def test_a_killed_process_costs_its_episodes_and_no_more(installed: None) -> None:
-    suite = ScienceWorldBenchmark()
-    episodes = [suite.make("melt/0", 40) for _ in range(2)]
+    benchmark = ScienceWorldBenchmark()
+    episodes = [benchmark.make("melt/0", 40) for _ in range(2)]
     for episode in episodes:
         episode.reset()
-    [process] = processes(suite)
+    [process] = processes(benchmark)
     os.kill(process, signal.SIGKILL)
     for episode in episodes:
         with pytest.raises(GameError, match=r"melt/0: .*Java process"):
             episode.step("look around")
-    fresh = suite.make("melt/0", 40)
-    assert "melt" in fresh.reset() and processes(suite) != [process]
-    suite.close()
+    fresh = benchmark.make("melt/0", 40)
+    assert "melt" in fresh.reset() and processes(benchmark) != [process]
+    benchmark.close()
 
 
 def test_a_call_that_hangs_ends_its_process(installed: None) -> None:
-    suite = ScienceWorldBenchmark(seconds=20)
-    episode = suite.make("melt/0", 40)
+    benchmark = ScienceWorldBenchmark(seconds=20)
+    episode = benchmark.make("melt/0", 40)
     episode.reset()
-    [process] = processes(suite)
+    [process] = processes(benchmark)
     os.kill(process, signal.SIGSTOP)
     start = time.monotonic()
     with pytest.raises(GameError, match="melt/0: the Java process has died, or took more than 20 s"):
         episode.step("look around")
     assert time.monotonic() - start < 40 and not alive(process)
-    assert suite.make("melt/0", 40).reset()
-    suite.close()
+    assert benchmark.make("melt/0", 40).reset()
+    benchmark.close()
 
 
 @pytest.mark.parametrize("how", ["ends", "is killed"])
@@ -238,8 +238,8 @@ print(*(server.process.pid for server in made._simulators._servers), flush=True)
     ["change-the-state-of-matter-of/0", "chemistry-mix/0", "find-plant/2", "grow-plant/0", "lifespan-shortest-lived/1",
      "measure-melting-point-known-substance/0", "power-component/0", "test-conductivity/1", "use-thermometer/0"],
 )  # fmt: skip
-def test_the_planner_fulfils_tasks(suite: ScienceWorldBenchmark, task: str) -> None:
-    episode = suite.make(task, 40)
+def test_the_planner_fulfils_tasks(benchmark: ScienceWorldBenchmark, task: str) -> None:
+    episode = benchmark.make(task, 40)
     episode.reset()
     scores = []
     while not episode.done:
@@ -249,9 +249,9 @@ def test_the_planner_fulfils_tasks(suite: ScienceWorldBenchmark, task: str) -> N
 
 
 @pytest.mark.parametrize("task", ["find-plant/2", "power-component/0", "use-thermometer/0", "test-conductivity/3"])
-def test_the_planner_goes_on_after_others(suite: ScienceWorldBenchmark, task: str) -> None:
+def test_the_planner_goes_on_after_others(benchmark: ScienceWorldBenchmark, task: str) -> None:
     """It was here before, somebody else did this and that, and it starts again from there."""
-    session = Session(suite.make(task, 40), "s")
+    session = Session(benchmark.make(task, 40), "s")
     session.start()
     episode = session.environment
     for action in ("teleport to kitchen", "pick up thermometer", "pick up cup", "open fridge", "wait"):
@@ -271,10 +271,10 @@ class Sealed:
         raise AssertionError(f"read hidden state: {name}")
 
 
-def test_the_novice_is_honest_and_weaker(suite: ScienceWorldBenchmark) -> None:
+def test_the_novice_is_honest_and_weaker(benchmark: ScienceWorldBenchmark) -> None:
     scores = []
-    for task in islice(suite.tasks("train"), 0, 30, 3):
-        session = Session(suite.make(task, 40), "s")
+    for task in islice(benchmark.tasks("train"), 0, 30, 3):
+        session = Session(benchmark.make(task, 40), "s")
         session.start()
         while not session.environment.done:
             view = dataclasses.replace(session.view, environment=Sealed(), admissible=())

@@ -4,12 +4,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+from step_helpers import drive
 
 from routers.environments.protocol import GameError
 from routers.environments.registry import benchmark
 from routers.environments.scripted import Planner, RandomActor
 from routers.environments.textworld import TextWorld
-from routers.tasks.step_routing.environment import StepRoutingEnvironment, drive
+from routers.tasks.step_routing.environment import StepRoutingEnvironment
 from routers.tasks.step_routing.prompts import OBSERVATIONS
 from routers.tasks.step_routing.rules import always_large, always_small
 from srpo.types import CORRECT, COST
@@ -35,7 +36,7 @@ def game(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_a_suite_of_a_folder(game: Path, tmp_path: Path) -> None:
-    """Through the suite: many open at once, scripted executors of three strengths, and files that are missing."""
+    """Through the benchmark: many open at once, scripted executors of three strengths, and files that are missing."""
     made = benchmark("textworld")
     copies = [shutil.copytree(game.parent, tmp_path / name) for name in ("heldout", "other/train")]
     assert made.tasks(str(game.parent)) == {"train/game": "textworld"} == made.tasks(str(game.parent), 1)
@@ -53,7 +54,7 @@ def test_a_suite_of_a_folder(game: Path, tmp_path: Path) -> None:
     assert len({episode.situation.view.first for episode in many}) == 1
     drives = {rule: drive(environment, {"task": "heldout/game"}, "s", rule) for rule in (always_small, always_large)}
     assert drives[always_large].columns[CORRECT] == 1.0 and drives[always_large].columns[COST] == 4.0
-    assert len(drives[always_small].decisions) > 4 and drives[always_large].first.before == "<new><t0><s0><b*>"
+    assert len(drives[always_small].decisions) > 4
     (copies[0] / "game.json").unlink()
     with pytest.raises(GameError, match=r"the \.json that tw-make writes beside it is missing"):
         made.make("heldout/game", 5)

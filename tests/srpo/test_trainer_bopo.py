@@ -8,7 +8,7 @@ import core_helpers as core
 import pytest
 import torch
 from datasets import Dataset
-from test_budget_episode import world
+from test_step_routing_episode import world
 
 from rewards.boundary import BoundaryReward, make_boundary_reward
 from routers.tasks.step_routing.budget import Budget

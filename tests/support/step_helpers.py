@@ -7,9 +7,13 @@ from routers.environments.protocol import View
 from routers.environments.registry import benchmark
 from routers.environments.scripted import SCRIPTED
 from routers.tasks.step_routing.budget import Budget
+from routers.tasks.step_routing.arguments import StepRoutingArguments
 from routers.tasks.step_routing.environment import CAP, TASK, StepRoutingEnvironment
+from routers.tasks.step_routing.player import Driven, Job
+from routers.tasks.step_routing.player import drive as drive_all
 from routers.tasks.step_routing.prompts import OBSERVATIONS
 from routers.tasks.step_routing.settings import StepSettings
+from routers.tasks.step_routing.world import StepWorld
 from srpo.rollout.generator import TransformersGenerator
 from srpo.rollout.loop import Limits, play
 from srpo.rollout.sampling import Sampling
@@ -31,6 +35,18 @@ def settings(
         "policy_price": (1.0, 2.0),
     }
     return StepSettings(executors, observation=observation, **{**given, **changes})
+
+
+def world(train_limit: int | None = None, heldout_limit: int | None = None, **fields: Any) -> StepWorld:
+    """What a recipe with these lines names."""
+    return StepWorld(StepRoutingArguments(**fields), train_limit, heldout_limit)
+
+
+def drive(environment: StepRoutingEnvironment, row: Any, seed: str, choose: Any) -> Driven:
+    """One episode by a rule; it must not be lost."""
+    [driven] = drive_all(environment, [Job("", row, seed, choose)])
+    assert driven.stop != "lost", driven.columns["lost"]
+    return driven
 
 
 def policy() -> tuple[Any, Any]:

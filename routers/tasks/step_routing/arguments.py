@@ -134,7 +134,9 @@ class StepRoutingArguments:
             "benchmark) or verbose (the texts)."
         },
     )
-    budget_unit: Unit = field(default="large_calls", metadata={"help": "What caps count: dollars, or expensive calls."})
+    budget_unit: Unit = field(
+        default="large_calls", metadata={"help": "What caps count: dollars, or expensive calls."}
+    )
     train_caps: list[float] = field(
         default_factory=lambda: [math.inf], metadata={"help": "Every training task is played at each; inf: no cap."}
     )
@@ -182,10 +184,10 @@ class StepRoutingArguments:
                 f"executors: {self.live[0]!r} is not one of the scripted {', '.join(SCRIPTED)}, and there is no "
                 "catalogue"
             )
-        if self.cost_norm == "budget" and (
-            self.budget_unit != "usd" or not all(map(math.isfinite, self.train_caps))
-        ):
-            raise ValueError("cost_norm: budget divides by the budget in USD: set budget_unit: usd and finite train_caps")
+        if self.cost_norm == "budget" and (self.budget_unit != "usd" or not all(map(math.isfinite, self.train_caps))):
+            raise ValueError(
+                "cost_norm: budget divides by the budget in USD: set budget_unit: usd and finite train_caps"
+            )
         self.budget()
         self.reward()
         self.synthesis()

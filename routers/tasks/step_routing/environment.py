@@ -115,15 +115,16 @@ class StepRoutingEnvironment:
         self._episodes: list[dict[str, float]] = []
         self._outcomes: dict[str, tuple[int, int]] = {}
 
-    def episode(self, row: Row, seed: str) -> StepRoutingEpisode:
+    def episode(self, row: Row, seed: str, refuse: bool = True) -> StepRoutingEpisode:
         """A fresh episode; the same row and seed give the same world and the same dice of scripted executors.
 
         Raises:
-            ValueError: a budget that cannot pay for one call, or not for what `force_small` promises.
+            ValueError: a budget that cannot pay for one call (where it is to be refused: a row that nobody could train
+                on), or not for what `force_small` promises.
         """
         session = Session(self.make(row), seed)
         session.start()
-        return StepRoutingEpisode(self, session, self._gate(row.get(CAP, self.budget.cap)), row.get(TASK))
+        return StepRoutingEpisode(self, session, self._gate(row.get(CAP, self.budget.cap)), row.get(TASK), refuse)
 
     def starts(self, row: Row, caps: Sequence[float | None]) -> list[Situation]:
         """The situation before the first decision at each of these caps; the world is made once.
@@ -189,7 +190,12 @@ class StepRoutingEpisode:
     """One episode, from a session that was started; an `Episode` of `srpo.types`."""
 
     def __init__(
-        self, parent: StepRoutingEnvironment, session: Session, gate: BudgetGate, task: str | None = None
+        self,
+        parent: StepRoutingEnvironment,
+        session: Session,
+        gate: BudgetGate,
+        task: str | None = None,
+        refuse: bool = True,
     ) -> None:
         environment = session.environment
         self.task = task
@@ -200,7 +206,7 @@ class StepRoutingEpisode:
         self._session = session
         self.situation = self._look()
         gate.check_start(self.situation.bounds, environment.limit)
-        if not self.situation.affordable:
+        if refuse and not self.situation.affordable:
             raise ValueError(
                 f"{environment.seed}: a budget of {gate.budget.cap:g} {gate.budget.unit} cannot pay for one call of "
                 f"{parent.cheapest}, at most {min(self.situation.bounds.values()):g}; raise the cap"

@@ -247,13 +247,17 @@ class _Table:
         """Each job's episode, lost ones at their second attempt; without those that money or closing cut off."""
         if self._over():
             return []
-        played = dict(zip(jobs, drive(self.environment, jobs, self._loop, self._seconds), strict=True))
-        lost = [job for job in jobs if played[job].stop == "lost"]
+        played = self._attempt(jobs)
+        lost = [job for job in jobs if played[job.key].stop == "lost"]
         if lost and not self._over():
             self._closed.wait(self._pause)
             if not self._over():
-                played |= zip(lost, drive(self.environment, lost, self._loop, self._seconds), strict=True)
-        return [(job, played[job]) for job in jobs if played[job].stop != "lost" or not self._over()]
+                played |= self._attempt(lost)
+        return [(job, played[job.key]) for job in jobs if played[job.key].stop != "lost" or not self._over()]
+
+    def _attempt(self, jobs: Sequence[Job]) -> dict[str, Driven]:
+        found = drive(self.environment, jobs, self._loop, self._seconds)
+        return {job.key: driven for job, driven in zip(jobs, found, strict=True)}
 
     def _over(self) -> bool:
         return self._closed.is_set() or self.environment.out_of_money()

@@ -5,40 +5,68 @@
         played = router.play(environment, executors, cap=2)        # an `AgentEnvironment`, played to its end
         session = router.session(task, cap=2)                      # or your agent's own loop: session.py
 
-Both are one mechanism: `play` is a loop around a session. Episodes of several threads and tasks share the model, their
-decisions meet in one batch.
+Both tell the policy an episode as its rollouts did, token for token; `play` is that loop itself. Episodes of several
+threads and tasks share the model, their decisions meet in one batch.
 """
 
 from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Awaitable, Callable, Sequence
+import math
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from routers.environments.protocol import AgentEnvironment, Executor, Session, View
+from routers.environments.protocol import AgentEnvironment, Executor
 from routers.environments.react import ReActExecutor
+from routers.router import Router, RouterFile
+from routers.tasks.step_routing.arguments import Unit
 from routers.tasks.step_routing.budget import BudgetGate
+from routers.tasks.step_routing.environment import RoutedStep, StepRoutingEnvironment, StepRoutingEpisode
 from routers.tasks.step_routing.session import StepSession
-from routers.tasks.step_routing.settings import StepSettings
-from routers.tasks.step_routing.step_parts import PlayedEpisode
-from srpo.rollout.generator import TransformersGenerator
-from srpo.rollout.loop import Labels
+from routers.tasks.step_routing.settings import KIND, StepSettings
+from srpo.rollout.generator import Request, Sample, TransformersGenerator
+from srpo.rollout.loop import Labels, Limits, play
 from srpo.rollout.sampling import Sampling
 from srpo.rollout.shared import Batches, load_checkpoint
 from srpo.rollout.special_tokens import end_ids
 from srpo.rollout.untrusted import LockedTokenizer, without_control_tokens
 from srpo.rollout.worker_loop import EpisodeLoop, Failure
-from srpo.types import Stop
+from srpo.types import LOST, Row, Stop, Trajectory
 
 GRACE_SECONDS = 15.0
 """An executor that does not keep its own deadline is left behind after so much more."""
 
 
-class StepRouter:
+@dataclass(frozen=True)
+class PlayedEpisode:
+    """What became of one episode."""
+
+    score: float
+    """Of the environment, in [0, 1]."""
+    won: bool
+    stop: Stop
+    """done: won, or over for good. turns: the step limit. budget: nothing was affordable. lost: see `error`."""
+    error: str | None
+    """Why the environment or an executor raised, or did not come back in time; the money of the open call counts."""
+    steps: tuple[RoutedStep, ...]
+    executor_usd: float
+    policy_usd: float
+    """The policy's own tokens at `StepSettings.policy_price`; not a part of the cap."""
+    violated: bool
+    """Whether a call cost more than its bound; without that the cap cannot be passed."""
+    ids: tuple[int, ...]
+    """What the policy read and wrote."""
+
+    @property
+    def cost_usd(self) -> float:
+        return self.executor_usd + self.policy_usd
+
+
+class StepRouter(Router):
     """Decides for many episodes at once who acts next. Safe in many threads and tasks; close it at the end.
 
     Args:
@@ -54,6 +82,9 @@ class StepRouter:
     Raises:
         ValueError: a label is not one token of this tokenizer.
     """
+
+    kind = KIND
+    name = "step router"
 
     def __init__(
         self,
@@ -94,7 +125,7 @@ class StepRouter:
         """A router from a checkpoint: a folder or Hub id, full weights or LoRA adapter, on the GPU if there is one.
 
         Args:
-            name: with `step_router.yaml` in it, which scripts/train_bopo.py writes.
+            name: with `router.yaml` in it, which `srpo train` writes.
             settings: in place of that file.
             options: of the constructor.
 
@@ -102,15 +133,25 @@ class StepRouter:
             ValueError: there are no settings, or they cannot be used.
             OSError: no such checkpoint.
         """
-        model, tokenizer = load_checkpoint(str(name))
-        return cls(model, tokenizer, StepSettings.load(name) if settings is None else settings, **options)
+        given = StepSettings.load(name) if settings is None else settings
+        model, tokenizer, _ = load_checkpoint(str(name), "config.json")
+        return cls(model, tokenizer, given, **options)
+
+    @classmethod
+    def load(
+        cls, name: str, file: RouterFile, members: Any = None, catalogue: Any = None, **options: Any
+    ) -> StepRouter:
+        """For `routers.load_router`; the executors are part of what the policy learned, and cannot be changed."""
+        if members is not None or catalogue is not None:
+            raise ValueError(f"{file.path}: a step router keeps the executors that it was trained with")
+        return cls.from_pretrained(name, file.settings_of(StepSettings), **options)
 
     def session(
         self,
         task: str = "",
         cap: float | None = None,
         *,
-        unit: str | None = None,
+        unit: Unit | None = None,
         seed: str | None = None,
         step_limit: int | None = None,
         task_type: str = "",
@@ -156,7 +197,7 @@ class StepRouter:
         executors: Sequence[Executor],
         cap: float | None = None,
         *,
-        unit: str | None = None,
+        unit: Unit | None = None,
         seed: str | None = None,
     ) -> PlayedEpisode:
         """Play a fresh environment to its end, in a thread of the router's own; blocks until then.
@@ -178,7 +219,7 @@ class StepRouter:
         executors: Sequence[Executor],
         cap: float | None = None,
         *,
-        unit: str | None = None,
+        unit: Unit | None = None,
         seed: str | None = None,
     ) -> Future[PlayedEpisode]:
         """`play`, as a future."""
@@ -195,7 +236,7 @@ class StepRouter:
         environment: AgentEnvironment,
         executors: Sequence[Executor],
         cap: float | None,
-        unit: str | None,
+        unit: Unit | None,
         seed: str | None,
     ) -> PlayedEpisode:
         named = {executor.name: executor for executor in executors}
@@ -203,32 +244,54 @@ class StepRouter:
             raise ValueError(
                 f"executors are {', '.join(named)}; the policy was trained with {', '.join(self.settings.executors)}"
             )
+        if self._closed:
+            raise RuntimeError("the router was closed")
         self._pools.update({id(e.pool): e.pool for e in executors if isinstance(e, ReActExecutor)})
-        with self.session(cap=cap, unit=unit, seed=seed, step_limit=environment.limit) as session:
-            world = Session(environment, session.seed)
-            error, heard = None, list[str]()
-            try:
-                now = self._run(_advance(world, named, None, heard))
-                while now is not None and (name := session.choose_in(*now)) is not None:
-                    act = self._run(_acting(named[name], now[0], self._call_seconds))
-                    session.paid(act.cost, act.action, act.reply.error)
-                    now = self._run(_advance(world, named, act.action, heard))
-                score, won, late = self._run(_result(environment))
-                stop: Stop = "budget" if now is not None else "turns" if late else "done"
-            except _Lost as lost:
-                stop, error, score, won = "lost", str(lost), 0.0, False
-                session.close(error)
-        steps = [replace(step, observation=text) for step, text in zip(session.steps, heard, strict=False)]
+        how, number = self.settings, next(self._numbers)
+        seed = f"episode {number}" if seed is None else seed
+        ordered = [named[name] for name in how.executors]
+        worlds = StepRoutingEnvironment(
+            lambda row: environment, ordered, how.style.describe, how.budget(cap, unit), how.labels, self._call_seconds
+        )
+        limits = Limits(environment.limit, 2**31, how.observation_tokens, self._call_seconds + GRACE_SECONDS)
+
+        async def begin() -> StepRoutingEpisode:
+            return worlds.episode({}, seed, refuse=False)
+
+        [episode] = self._loop.run([begin], limits.step_seconds)
+        if isinstance(episode, Failure):
+            if (why := episode.cause).startswith("ValueError: "):
+                raise ValueError(why.removeprefix("ValueError: "))
+            return PlayedEpisode(0.0, False, "lost", why, (), 0.0, 0.0, False, ())
+        if not episode.situation.affordable:
+            return PlayedEpisode(environment.score, environment.won, "budget", None, (), 0.0, 0.0, False, ())
+        prompt = how.start_ids(episode.situation, self._tokenizer, self._clean)
+        turns = _Turns(self._batches, number)
+        [played] = play(_Begun(episode), [{}], [prompt], [seed], turns, self._tokenizer, limits, self._loop)
+        return self._told(episode, environment, played)
+
+    def _told(self, episode: StepRoutingEpisode, environment: AgentEnvironment, played: Trajectory) -> PlayedEpisode:
+        lost = played.stop == "lost"
+        decisions = [turn for turn in played.turns if turn.owner == "policy"]
+        steps = [
+            replace(step, probability=math.exp(turn.logprobs[0]))  # type: ignore[index]
+            for step, turn in zip(episode.steps, decisions, strict=False)
+        ]
+        error = played.columns[LOST] if lost else None
+        if episode.broken:
+            steps[-1] = replace(steps[-1], error=error)
+        ids = (*played.prompt_ids, *(i for turn in played.turns for i in turn.ids))
+        read = len(ids) - len(decisions)
         return PlayedEpisode(
-            score=score,
-            won=won,
-            stop=stop,
+            score=0.0 if lost else environment.score,
+            won=not lost and environment.won,
+            stop=played.stop,
             error=error,
-            steps=(*steps, *session.steps[len(steps) :]),
-            executor_usd=session.executor_usd,
-            policy_usd=session.policy_usd,
-            violated=session.violated,
-            ids=session.ids,
+            steps=tuple(steps),
+            executor_usd=sum(step.usd for step in steps),
+            policy_usd=self.settings.policy_usd(read, len(decisions)),
+            violated=episode.gate.violated,
+            ids=ids,
         )
 
     def close(self) -> None:
@@ -241,56 +304,24 @@ class StepRouter:
         self._loop.close()
         self._batches.close()
 
-    def __enter__(self) -> StepRouter:
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+class _Turns:
+    """A `Generator` for one episode: its turns meet those of others in the router's batches."""
 
-    def _run(self, job: Callable[[], Awaitable[Any]]) -> Any:
-        """A job of an episode, on the one loop of all: who blocks it is left behind (`srpo.rollout.worker_loop`)."""
-        [result] = self._loop.run([job], self._call_seconds + GRACE_SECONDS)
-        if isinstance(result, Failure):
-            raise _Lost(result.cause)
-        return result
+    def __init__(self, batches: Batches, number: int) -> None:
+        self._batches, self._number = batches, number
 
+    def generate(self, requests: Sequence[Request]) -> list[Sample]:
+        return self._batches.ask([replace(request, row=self._number) for request in requests])
 
-class _Lost(Exception):
-    """The world of an episode failed."""
+    def finish(self) -> None: ...
 
 
-_Now = tuple[View, dict[str, float], int]
-"""What a decision is based on: view, bounds in USD, steps left."""
+class _Begun:
+    """An `Environment` of the one episode that has begun already, because its prompt is made of it."""
 
+    def __init__(self, episode: StepRoutingEpisode) -> None:
+        self._episode = episode
 
-def _advance(
-    world: Session, executors: dict[str, Executor], action: str | None, heard: list[str]
-) -> Callable[[], Awaitable[_Now | None]]:
-    def advance() -> _Now | None:
-        if action is None:
-            world.start()
-        else:
-            heard.append(world.take(action)[0])
-        environment = world.environment
-        if environment.done:
-            return None
-        view = world.view
-        bounds = {name: executor.bound(view) for name, executor in executors.items()}
-        return view, bounds, environment.limit - environment.steps
-
-    return lambda: world.advance(advance)
-
-
-def _acting(executor: Executor, view: View, seconds: float) -> Callable[[], Awaitable[Any]]:
-    async def acting() -> Any:
-        return await executor.act(view, seconds)
-
-    return acting
-
-
-def _result(environment: AgentEnvironment) -> Callable[[], Awaitable[Any]]:
-    async def result() -> Any:
-        late = not environment.won and environment.steps >= environment.limit
-        return environment.score, environment.won, late
-
-    return result
+    def episode(self, row: Row, seed: str) -> StepRoutingEpisode:
+        return self._episode

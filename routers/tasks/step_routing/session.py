@@ -27,9 +27,8 @@ from routers.environments.alfworld.memory import remember
 from routers.environments.protocol import AgentEnvironment, Step, View
 from routers.pool.ledger import Reservation
 from routers.tasks.step_routing.budget import BudgetGate
-from routers.tasks.step_routing.environment import Situation
+from routers.tasks.step_routing.environment import RoutedStep, Situation
 from routers.tasks.step_routing.settings import StepSettings, Told
-from routers.tasks.step_routing.step_parts import RoutedStep
 from srpo.rollout.generator import Request, Sample
 from srpo.rollout.loop import Labels, observation_ids
 
@@ -112,7 +111,8 @@ class StepSession:
             RuntimeError: the last call was not settled, or the router was closed.
         """
         with self._deciding():
-            return self._chosen(self._heard(observation, score), bounds, steps_left)
+            asked = self._asked(self._heard(observation, score), bounds, steps_left)
+            return None if asked is None else self._decided(asked, self._submit(asked.request).result())
 
     async def achoose(
         self,
@@ -128,11 +128,6 @@ class StepSession:
             if asked is None:
                 return None
             return self._decided(asked, await asyncio.wrap_future(self._submit(asked.request)))
-
-    def choose_in(self, view: View, bounds: Mapping[str, float], steps_left: int) -> str | None:
-        """`choose` where the episode is played in an `AgentEnvironment`."""
-        with self._deciding():
-            return self._chosen(view, bounds, steps_left)
 
     def paid(self, usd: float, action: str = "", error: str | None = None) -> None:
         """The call is over.
@@ -239,14 +234,13 @@ class StepSession:
             self.stop = "budget" if left > 0 else "turns"
             return None
         situation = Situation(view, left, self.gate, tuple(step.executor for step in self._steps))
-        ids = (*self._ids, *(self._observed(situation) if self._steps else self._prompt(situation)))
+        if self._steps:
+            ids = (*self._ids, *self._observed(situation))
+        else:
+            ids = tuple(self.settings.start_ids(situation, self._tokenizer, self._clean))
         choices = self._labels.ids(tuple(self.settings.names[name] for name in allowed))
         step = RoutedStep(allowed[0], allowed, bounds, self.gate.remaining, 0.0)
         return _Asked(Request(self._number, ids, f"{self.seed}:{len(self._steps)}", 1, choices), choices, step)
-
-    def _chosen(self, view: View, bounds: Mapping[str, float] | None, steps_left: int | None) -> str | None:
-        asked = self._asked(view, bounds, steps_left)
-        return None if asked is None else self._decided(asked, self._submit(asked.request).result())
 
     def _decided(self, asked: _Asked, sample: Sample) -> str:
         name = asked.step.allowed[asked.choices.index(sample.ids[0])]
@@ -254,16 +248,6 @@ class StepSession:
         self._ids = (*asked.request.ids, *sample.ids)
         self._steps.append(replace(asked.step, executor=name, probability=math.exp(sample.logprobs[0])))
         return name
-
-    def _prompt(self, start: Situation) -> list[int]:
-        ids: list[int] = self._tokenizer.apply_chat_template(
-            self.settings.messages(start, self._clean),
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=False,
-            **self.settings.chat_template_kwargs,
-        )
-        return ids
 
     def _observed(self, situation: Situation) -> tuple[int, ...]:
         observation = self.settings.style.describe(situation)

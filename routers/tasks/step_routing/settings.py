@@ -102,6 +102,10 @@ class StepSettings:
         view = replace(view, first=clean(view.first), environment=cast(AgentEnvironment, told))
         return [{"role": "user", "content": self.style.prompt(replace(start, view=view), self.names)}]
 
+    def start_ids(self, start: Situation, tokenizer: Any, clean: Callable[[str], str]) -> list[int]:
+        """Tokens of the prompt, from the situation before the first decision."""
+        return self._templated(self.messages(start, clean), tokenizer)
+
     def cleaned(self, messages: Sequence[Mapping[str, str]], tokenizer: Any) -> list[dict[str, str]]:
         """A finished prompt, with the control tokens broken that texts of others spell out; our own words stay."""
         clean = without_control_tokens(tokenizer, keep={*self.labels, *self.style.words})
@@ -109,11 +113,12 @@ class StepSettings:
 
     def prompt_ids(self, messages: Sequence[Mapping[str, str]], tokenizer: Any) -> list[int]:
         """Tokens of a finished prompt, cleaned."""
+        return self._templated(self.cleaned(messages, tokenizer), tokenizer)
+
+    def _templated(self, messages: Sequence[Mapping[str, str]], tokenizer: Any) -> list[int]:
+        kwargs = self.chat_template_kwargs
         ids: list[int] = tokenizer.apply_chat_template(
-            self.cleaned(messages, tokenizer),
-            add_generation_prompt=True,
-            return_dict=False,
-            **self.chat_template_kwargs,
+            messages, add_generation_prompt=True, tokenize=True, return_dict=False, **kwargs
         )
         return ids
 

@@ -202,7 +202,10 @@ def estimate(world: StepWorld, found: Sequence[Phase], cap: float | None) -> str
 
     executors = world.executors()
     views = [_first_view(world, name) for name in list(world.train_tasks())[:_SAMPLED_TASKS]]
-    bounds = {e.name: [call_usd(e, view, world.arguments.step_limit) for view in views] for e in (executors[0], executors[-1])}
+    bounds = {
+        e.name: [call_usd(e, view, world.arguments.step_limit) for view in views]
+        for e in (executors[0], executors[-1])
+    }
     most = {name: [max(values) for values in zip(*found, strict=True)] for name, found in bounds.items()}
     small, large = most[executors[0].name], most[executors[-1].name]
     names = executors[0].name, executors[-1].name

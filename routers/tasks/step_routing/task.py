@@ -2,8 +2,8 @@
 
 OUTPUT holds besides what every run writes: `task/` (profiles and rules, which runs may share: `task_dir`),
 `demonstrations/`, `profiles.parquet` (with what the policy solved, for a next run), and with live executors
-`spending_N.json`, the books of process N that `max_cost_usd` holds for. What was played is kept: a run that was stopped
-goes on with the same command, in training from its checkpoints (`--resume_from_checkpoint`).
+`spending_N.json`, the books of process N that `max_cost_usd` holds for. What was played is kept: a run that was
+stopped goes on with the same command, in training from its checkpoints (`--resume_from_checkpoint`).
 
 "BoPO-style": the paper (arXiv 2602.21227) has no public code or formula; see srpo/objectives/advantages.py.
 """
@@ -100,7 +100,9 @@ class StepRouting:
             "told": asdict(self.settings),
             **{f"demonstrations: {key}": value for key, value in asdict(task.synthesis()).items()},
         }
-        heldout = "heldout_tasks heldout_caps heldout_temperature cost_weight hard_bonus cost_norm gate_cost_on_success"
+        heldout = (
+            "heldout_tasks heldout_caps heldout_temperature cost_weight hard_bonus cost_norm gate_cost_on_success"
+        )
         evaluated = {name: getattr(task, name) for name in heldout.split()}
         return start, {**evaluated, "heldout_content": [source(which) for which in task.heldout_tasks]}
 
@@ -218,8 +220,8 @@ class StepRouting:
             observed = observe(self._profiled.values(), outcomes)
             write_profiles(observed, output / "profiles.parquet", self.tasks.profile_settings())
         self._money.check(
-            f"The policy of step {trainer.state.global_step} is saved: --resume_from_checkpoint with its checkpoint in "
-            f"{output} goes on, srpo evaluate {output} evaluates it."
+            f"The policy of step {trainer.state.global_step} is saved: --resume_from_checkpoint with its checkpoint "
+            f"in {output} goes on, srpo evaluate {output} evaluates it."
         )
 
     def evaluate(

@@ -107,10 +107,8 @@ class StepWorld:
             return Player(make, threads=self.arguments.concurrency, pause=PAUSE)
         return Player(make, processes=self.arguments.profile_workers)
 
-    def rows(
-        self, names: Iterable[str], caps: Sequence[float], bad: Quarantine | None = None
-    ) -> list[dict[str, Any]]:
-        """A row per cap and task: prompt (chat messages), task, cap, query_id. Tasks that twice do not begin have none.
+    def rows(self, names: Iterable[str], caps: Sequence[float], bad: Quarantine | None = None) -> list[dict[str, Any]]:
+        """A row per cap and task: prompt (chat messages), task, cap, query_id; none where a task twice does not begin.
 
         Args:
             bad: takes the tasks that do not begin; None: they are printed.
@@ -186,7 +184,7 @@ class StepWorld:
             FileNotFoundError: there is no such file.
         """
         if not path.is_file():
-            raise FileNotFoundError(f"profiles: there is no {path}; a run of srpo train writes OUTPUT/profiles.parquet")
+            raise FileNotFoundError(f"profiles: there is no {path}; srpo train writes OUTPUT/profiles.parquet")
         _refuse_changes(read_settings(path), self.profile_settings(), f"profiles: {path}", "another file, or none")
         found = {profile.task: profile for profile in read_profiles(path)}
         names = list(self.train_tasks())

@@ -5,11 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from routers.tasks.step_routing.environment import Driven
-from routers.tasks.step_routing.jobs import Job, play_jobs
+from routers.tasks.step_routing.arguments import DifficultyRule
+from routers.tasks.step_routing.player import Driven, Job, play_jobs
 from routers.tasks.step_routing.profiles import (
     BoundaryProfile,
-    DifficultyRule,
     observe,
     profile_tasks,
     read_profiles,
@@ -17,7 +16,7 @@ from routers.tasks.step_routing.profiles import (
     write_profiles,
 )
 from routers.tasks.step_routing.rules import always_large, always_small
-from srpo.types import CORRECT, COST, Observation
+from srpo.types import CORRECT, COST
 
 
 def made(small: int, large: int, runs: int = 5, **more: int) -> BoundaryProfile:
@@ -36,15 +35,15 @@ def made(small: int, large: int, runs: int = 5, **more: int) -> BoundaryProfile:
     ],
 )
 def test_classes_by_hand(small: int, large: int, expected: str) -> None:
-    assert DifficultyRule()(made(small, large)) == expected
+    assert made(small, large).difficulty(DifficultyRule()) == expected
 
 
 def test_thresholds_and_guards() -> None:
-    assert DifficultyRule(tau_easy=0.2)(made(1, 5)) == "easy"
-    assert DifficultyRule(tau_large=0.8)(made(0, 3)) == "intractable"
-    assert DifficultyRule(small_only_is_easy=False)(made(2, 0)) == "intractable"
-    assert DifficultyRule()(made(0, 0, policy_runs=8, policy_successes=1)) == "hard"
-    assert DifficultyRule()(made(0, 0, policy_runs=8)) == "intractable"
+    assert made(1, 5).difficulty(DifficultyRule(tau_easy=0.2)) == "easy"
+    assert made(0, 3).difficulty(DifficultyRule(tau_large=0.8)) == "intractable"
+    assert made(2, 0).difficulty(DifficultyRule(small_only_is_easy=False)) == "intractable"
+    assert made(0, 0, policy_runs=8, policy_successes=1).difficulty(DifficultyRule()) == "hard"
+    assert made(0, 0, policy_runs=8).difficulty(DifficultyRule()) == "intractable"
     with pytest.raises(ValueError, match="tau_easy"):
         DifficultyRule(tau_easy=0.0)
 
@@ -79,15 +78,15 @@ def test_partial_scores_by_hand(
     small: tuple[float, ...], large: tuple[float, ...], solved: int, expected: str
 ) -> None:
     """Mean scores against the thresholds; the guards ask for a whole success."""
-    assert DifficultyRule()(scored(small, large, solved)) == expected
+    assert scored(small, large, solved).difficulty(DifficultyRule()) == expected
 
 
 def test_the_policy_relabels_what_the_boundaries_could_not_solve() -> None:
     unseen = BoundaryProfile("u", "walk", (0.0,), (1.0,), (0.0,), (1.0,))
     ranks = [{"t": (3, 0), "elsewhere": (5, 5)}, {"t": (2, 1)}]
     [seen, other] = observe([made(0, 0), unseen], ranks)
-    assert (seen.policy_runs, seen.policy_successes) == (5, 1) and DifficultyRule()(seen) == "hard"
-    assert other == unseen and DifficultyRule()(other) == "intractable"
+    assert (seen.policy_runs, seen.policy_successes) == (5, 1) and seen.difficulty(DifficultyRule()) == "hard"
+    assert other == unseen and other.difficulty(DifficultyRule()) == "intractable"
     [again, _] = observe([seen, other], [{"t": (4, 2)}])  # a later run goes on counting
     assert (again.policy_runs, again.policy_successes) == (9, 3)
 
@@ -124,7 +123,7 @@ class Play:
             assert large == (boundary == "large") and job.row == {"task": task}
             score = float((number + int(k)) % 3 == 0 or large)
             columns = {CORRECT: score, COST: 0.01 * number + int(k) + 5 * large}
-            yield job, Driven(Observation(), (), columns, "done")
+            yield job, Driven((), columns, "done")
 
 
 TASKS = {f"t{i}": "even" if i % 2 == 0 else "odd" for i in range(12)}

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_budget_episode import world
+from step_helpers import drive
+from test_step_routing_episode import world
 
-from routers.tasks.step_routing.environment import Driven, drive
-from routers.tasks.step_routing.jobs import Job, PlayAll
+from routers.tasks.step_routing.arguments import Synthesis
+from routers.tasks.step_routing.player import Driven, Job, PlayAll
 from routers.tasks.step_routing.sft_rows import (
     Demonstration,
-    Synthesis,
     balance,
     demonstrations,
     read_dataset,
@@ -78,7 +78,7 @@ def test_a_part_of_the_score_is_no_success(tmp_path: Path) -> None:
             small = driven.columns["large_calls"] == 0
             yield (
                 job,
-                Driven(driven.first, driven.decisions, {**driven.columns, CORRECT: 0.75 if small else 1.0}, "done"),
+                Driven(driven.decisions, {**driven.columns, CORRECT: 0.75 if small else 1.0}, "done"),
             )
 
     assert made(tmp_path, row(5, "easy"), Synthesis(), graded) == []
@@ -89,7 +89,7 @@ def test_a_part_of_the_score_is_no_success(tmp_path: Path) -> None:
 def test_a_lost_episode_is_nobodys_demonstration(tmp_path: Path) -> None:
     def lose_the_first(jobs: Sequence[Job]) -> Iterator[tuple[Job, Driven]]:
         for job, driven in one_by_one(jobs):
-            nothing = Driven(driven.first, (), {CORRECT: 0.0, COST: 0.0}, "lost")
+            nothing = Driven((), {CORRECT: 0.0, COST: 0.0}, "lost")
             yield job, nothing if job.seed == "s0" else driven
 
     [kept] = made(tmp_path, row(99, "intractable"), Synthesis(), lose_the_first)

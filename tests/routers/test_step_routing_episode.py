@@ -5,10 +5,11 @@ import json
 from typing import Any
 
 import pytest
+from step_helpers import drive
 
 from routers.environments.protocol import Act
 from routers.tasks.step_routing.budget import Budget
-from routers.tasks.step_routing.environment import StepRoutingEnvironment, Situation, drive
+from routers.tasks.step_routing.environment import Situation, StepRoutingEnvironment
 from routers.tasks.step_routing.rules import always_large, always_small, cascade, first_large, random_mix
 from srpo.types import CORRECT, COST, FEEDBACK, Observation, Reply
 
@@ -69,7 +70,7 @@ def test_an_episode_by_hand() -> None:
     driven = drive(environment, {"length": 5}, "x", first_large(2))
     # two, two, one: 0.1 + 0.1 + 0.01
     assert [name for name, _ in driven.decisions] == ["large", "large", "small"] and driven.stop == "done"
-    assert driven.first.before == "<0>" and [o.before for _, o in driven.decisions] == ["<1>", "<2>", ""]
+    assert environment.starts({"length": 5}, [None])[0].view.steps == () and [o.before for _, o in driven.decisions] == ["<1>", "<2>", ""]
     assert driven.columns[COST] == pytest.approx(0.21) and driven.columns[CORRECT] == 1.0
     assert driven.columns["large_calls"] == 2 and driven.columns["calls"] == 3 and driven.columns[FEEDBACK] == ""
     assert environment.spent_usd() == pytest.approx(0.21)
@@ -135,6 +136,8 @@ def test_a_fault_of_the_world_costs_one_episode_and_not_the_run() -> None:
     from srpo.types import LOST, STOP
 
     class Hanging(Corridor):
+        waits = True
+
         def step(self, action: str) -> tuple[str, bool]:
             time.sleep(3)
             return super().step(action)
@@ -201,7 +204,7 @@ def test_steps_left_are_those_of_the_episode() -> None:
     environment = world()
     environment.describe = lambda situation: Observation(before=f"<{situation.steps_left}>")
     driven = drive(environment, {"length": 3}, "x", always_small)
-    assert [driven.first.before, *(o.before for _, o in driven.decisions)] == ["<10>", "<9>", "<8>", ""]
+    assert [o.before for _, o in driven.decisions] == ["<9>", "<8>", ""]
     # In the last step no tail is kept back: .01 is left for nine small steps and .1 for a large one.
     tail = world(Budget(0.19, "usd", tail_calls=1), limit=10)
     last = drive(tail, {"length": 99}, "x", lambda situation, names: names[-1 if situation.steps_left == 1 else 0])

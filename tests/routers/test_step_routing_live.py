@@ -35,8 +35,8 @@ class StandIn:
     """Answers as a model would, in the ReAct form: the large one by the way to the goal, the small one by chance."""
 
     def __init__(self) -> None:
-        self.suite = AlfWorldBenchmark()
-        self.names = [*self.suite.tasks("generated/train", 4), *self.suite.tasks("generated/test", 2)]
+        self.benchmark = AlfWorldBenchmark()
+        self.names = [*self.benchmark.tasks("generated/train", 4), *self.benchmark.tasks("generated/test", 2)]
 
     def __call__(self, request: dict[str, Any]) -> str:
         prompt = request["messages"][-1]["content"]
@@ -52,7 +52,7 @@ class StandIn:
 
     def game(self, prompt: str) -> AgentEnvironment:
         for name in self.names:
-            game = self.suite.make(name, 99)
+            game = self.benchmark.make(name, 99)
             if game.reset() in prompt:
                 return game
         raise AssertionError("no game begins like this")

@@ -2,6 +2,7 @@
 
 
 import pytest
+from step_helpers import drive
 
 from routers.environments.alfworld.environment import AlfWorld
 from routers.environments.alfworld.facts import Goal
@@ -10,7 +11,7 @@ from routers.environments.alfworld.memory import Memory
 from routers.environments.protocol import Step, View
 from routers.environments.scripted import Explorer, Planner
 from routers.tasks.step_routing.budget import Budget, BudgetGate
-from routers.tasks.step_routing.environment import TASK, StepRoutingEnvironment, Situation, drive
+from routers.tasks.step_routing.environment import TASK, Situation, StepRoutingEnvironment
 from routers.tasks.step_routing.prompts import (
     OBSERVATIONS,
     compact,
@@ -61,7 +62,7 @@ def test_words_stay_in_the_vocabulary_and_count_down() -> None:
     for number in range(12):
         row = {TASK: f"generated/test/{number}"}
         driven = drive(environment(Budget(3)), row, "s", random_mix(0.3))
-        told = [driven.first, *(o for _, o in driven.decisions if o.end is None)]
+        told = [compact(environment(Budget(3)).starts(row, [3])[0]), *(o for _, o in driven.decisions if o.end is None)]
         spent = 0
         for step, observation in enumerate(told):
             found = [f"<{word}" for word in observation.before.split("<")[1:]]

@@ -9,21 +9,20 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-from test_budget_episode import LARGE, SMALL, Corridor, Walker, describe
+import step_helpers as steps
+from test_step_routing_episode import LARGE, SMALL, Corridor, Walker, describe
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 from routers.data.catalogue import Member
-from routers.environments import registry as suites
+from routers.environments import registry
 from routers.environments.protocol import Act
 from routers.environments.react import ReActExecutor
 from routers.pool import Ledger, Pool, Retry
 from routers.pool.scripted import Fault, Scripted
-from routers.tasks.step_routing import world as budget_task
-from routers.tasks.step_routing.environment import TASK, StepRoutingEnvironment, Driven
-from routers.tasks.step_routing.jobs import Job, play_jobs
-from routers.tasks.step_routing.player import PhaseStopped, Player
+from routers.tasks.step_routing.environment import TASK, StepRoutingEnvironment
+from routers.tasks.step_routing.player import Driven, Job, PhaseStopped, Player, play_jobs
 from routers.tasks.step_routing.profiles import profile_tasks
 from routers.tasks.step_routing.rules import always_large, always_small, random_mix
 from srpo.types import CORRECT, COST, LOST
@@ -43,8 +42,9 @@ class Waiting(Walker):
 
 
 class Trapped(Corridor):
-    """Its second step hangs, in a call that nobody can interrupt; made several times, it is free of that."""
+    """Its second step hangs, in a call that cannot be interrupted; made several times, it is free of that."""
 
+    waits = True
     made: ClassVar[list[str]] = []
 
     def __init__(self, length: int, heals: bool) -> None:
@@ -93,10 +93,9 @@ def test_many_at_once_are_what_they_are_one_by_one(tmp_path: Path) -> None:
 
 
 def test_profiles_of_processes_threads_and_one_by_one_are_the_same_file(tmp_path: Path) -> None:
-    task = budget_task.BudgetTask(train_count=6)
-    parts = (task.train_tasks, task.train_count)
-    types = budget_task.train_tasks(task)
-    make_it = functools.partial(budget_task.make_environment, task, parts)
+    world = steps.world(train_limit=6)
+    parts, types = (world.arguments.train_tasks, 6), world.train_tasks()
+    make_it = functools.partial(world.environment, parts)
     players = [Player(make_it), Player(make_it, threads=4), Player(make_it, processes=2)]
     paths = [tmp_path / f"{n}.parquet" for n in range(3)]
     found = [profile_tasks(types, player, path, runs=3) for player, path in zip(players, paths, strict=True)]
@@ -117,7 +116,7 @@ def test_worlds_that_raise_or_hang_cost_their_episodes(threads: int, capsys: Any
         "4/1": ("done", 1.0), "5/1": ("done", 1.0),
     }  # fmt: skip
     causes = [found[f"{n}/1"].columns[LOST] for n in (1, 2, 3)]
-    assert "the floor is gone" in causes[0] and "blocked" in causes[1] and "no such corridor" in causes[2]
+    assert "the floor is gone" in causes[0] and "no answer" in causes[1] and "no such corridor" in causes[2]
     # the call was made and is paid; a corridor that was never entered cost nothing
     assert [found[f"{n}/1"].columns[COST] for n in (1, 2, 3)] == pytest.approx([0.1, 0.2, 0.0])
     assert found["2/1"].decisions == () and capsys.readouterr().out.count("lost twice, counts as failed") == 3
@@ -220,14 +219,14 @@ class BrokenBenchmark:
 
 
 def test_a_task_that_does_not_begin_has_no_row(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    monkeypatch.setitem(suites.BENCHMARKS, "broken", ("test_train_bopo_play:BrokenBenchmark", ""))
-    suites.benchmark.cache_clear()
-    task = budget_task.BudgetTask(environment="broken", observation="progress", executors=["random", "explorer"])
-    rows = budget_task.make_rows(task, budget_task.train_tasks(task), [float("inf"), 2.0])
+    monkeypatch.setitem(registry.BENCHMARKS, "broken", ("test_step_routing_player:BrokenBenchmark", ""))
+    registry.benchmark.cache_clear()
+    lines = {"environment": "broken", "observation": "progress", "executors": ["random", "explorer"]}
+    world = steps.world(**lines)
+    rows = world.rows(world.train_tasks(), [float("inf"), 2.0])
     assert [row["query_id"] for row in rows] == ["good@inf", "shy@inf", "good@2", "shy@2"]
     assert "left out, it does not begin: bad: OSError: no such corridor" in capsys.readouterr().out
-    task.budget_unit, task.tail_calls, task.on_empty = "usd", 0, "stop"
+    dear = steps.world(**lines, budget_unit="usd", executor_usd=[1.0, 2.0])
     with pytest.raises(ValueError, match="cannot pay for one call"):
-        task.executor_usd = [1.0, 2.0]
-        budget_task.make_rows(task, ["good"], [0.5])
-    suites.benchmark.cache_clear()
+        dear.rows(["good"], [0.5])
+    registry.benchmark.cache_clear()
