@@ -47,7 +47,7 @@ def main(argv: Sequence[str]) -> Evaluation:
     set_seed(args.seed)
     model, tokenizer = load_policy(name, args, 0, task.corpus)
     model = model.to(args.device)
-    task.prepare(output, task.rows(tokenizer))
+    task.prepare(output, [])  # no training follows
     label = Path(name).name or name
     found = [evaluated(lambda share: task.evaluate(model, tokenizer, label, share)), evaluated(task.baselines)]
     evaluation: Evaluation = type(found[0]).merged([part for part in found if part is not None])

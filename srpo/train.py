@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> Evaluation:
             tokenizer.save_pretrained(start)
             task.save(start)
             mark(start, began_from)
-    before = _evaluated_once(task, model, tokenizer, start / EVALUATION, scored, resume is not None)
+    before = _evaluated_once(task, model, tokenizer, start / EVALUATION, {**scored, START: source(start)})
 
     functions, args.reward_weights = task.rewards()
     trainer = SRPOTrainer(
@@ -160,11 +160,10 @@ def evaluated(play: Callable[[Share], Any]) -> Any:
     return None if parts[0] is None else type(parts[0]).merged(parts)
 
 
-def _evaluated_once(
-    task: Task, model: Any, tokenizer: Any, path: Path, values: dict[str, Any], resumed: bool
-) -> Any:
-    """The evaluation of the policy that RL starts from; a resumed run reads what the first one wrote."""
-    if resumed and is_made_from(path, values):
+def _evaluated_once(task: Task, model: Any, tokenizer: Any, path: Path, values: dict[str, Any]) -> Any:
+    """The evaluation of the policy that RL starts from; a run that goes on reads what was paid for before."""
+    PartialState().wait_for_everyone()
+    if all(together(lambda: is_made_from(path, values))):
         return task.episodes.read(path)
     phase("evaluate", "the policy that RL starts from")
     found = evaluated(lambda share: task.evaluate(model, tokenizer, START, share))

@@ -115,7 +115,9 @@ def test_no_exception_is_swallowed() -> None:
             return next(iter(()))
 
     with pytest.raises(RuntimeError, match="StopIteration"):
-        asyncio.run(StepRoutingEnvironment(lambda row: Odd(4), [SMALL, LARGE], describe).episode({}, "s").step("small"))
+        asyncio.run(
+            StepRoutingEnvironment(lambda row: Odd(4), [SMALL, LARGE], describe).episode({}, "s").step("small")
+        )
 
 
 class SlowWorld(steps.Corridor):

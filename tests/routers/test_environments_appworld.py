@@ -66,7 +66,9 @@ def test_the_goal_decides(benchmark: AppWorldBenchmark, task: str, actions: list
 
 
 def test_what_was_reached_at_the_limit_counts(benchmark: AppWorldBenchmark) -> None:
-    episode = benchmark.make("abc1234_1", 2)  # AppWorld evaluates what is there when the agent stops, for whatever reason
+    episode = benchmark.make(
+        "abc1234_1", 2
+    )  # AppWorld evaluates what is there when the agent stops, for whatever reason
     episode.reset()
     assert episode.step(LOG_IN) == ("Shopping\n", False)
     assert episode.step(ADD) == ('{"message": "Note updated."}\n', True) and episode.won
@@ -119,7 +121,9 @@ def test_a_model_behind_an_endpoint_completes_a_task(benchmark: AppWorldBenchmar
     assert HOW in prompt and f"Action:\n```\n{LOG_IN}\n```\nObservation:\nShopping\n" in prompt
 
 
-def test_one_command_trains_a_router(benchmark: AppWorldBenchmark, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_command_trains_a_router(
+    benchmark: AppWorldBenchmark, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Profile, BoSFT, BoPO and evaluation, with both executors behind an endpoint."""
     from srpo.train import main
 

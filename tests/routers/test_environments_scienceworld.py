@@ -134,7 +134,9 @@ def test_interleaved_episodes_are_each_as_if_alone(benchmark: ScienceWorldBenchm
     assert len(bees) > 2, "nothing random happened: the test would not notice shared dice"
 
 
-def test_episodes_are_those_of_the_official_package(benchmark: ScienceWorldBenchmark, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_episodes_are_those_of_the_official_package(
+    benchmark: ScienceWorldBenchmark, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The package's simulator in its own process; its Python class also asks for commands, which draws numbers."""
     monkeypatch.setenv("JAVA_TOOL_OPTIONS", "-XX:+UnlockExperimentalVMOptions -XX:hashCode=2")
     official = importlib.import_module("scienceworld").ScienceWorldEnv("")

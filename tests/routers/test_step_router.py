@@ -173,7 +173,7 @@ def test_a_checkpoint_is_a_folder_with_its_settings(policy: Any, tmp_path: Path,
     how = steps.settings("progress", chat_template_kwargs={"enable_thinking": False})
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"no .*step_router\.yaml.*settings=StepSettings"):
+    with pytest.raises(ValueError, match=r"holds no router\.yaml"):
         StepRouter.from_pretrained(tmp_path)
     how.save(tmp_path)
     assert StepSettings.load(tmp_path) == how
@@ -182,8 +182,8 @@ def test_a_checkpoint_is_a_folder_with_its_settings(policy: Any, tmp_path: Path,
         for name in GAMES[:2]:
             a, b = (r.play(game(name), steps.executors(), 1, seed=name) for r in (router, read))
             assert a.ids == b.ids and [s.executor for s in a.steps] == [s.executor for s in b.steps]
-    (tmp_path / "step_router.yaml").write_text("executors: [a, b]\nlabels: [a, a]\n")
-    with pytest.raises(ValueError, match=r"step_router\.yaml: cannot be read: executors .*all different"):
+    (tmp_path / "router.yaml").write_text("kind: step_routing\nsettings: {executors: [a, b], labels: [a, a]}\n")
+    with pytest.raises(ValueError, match=r"router\.yaml: settings: executors .*all different"):
         StepRouter.from_pretrained(tmp_path)
 
 

@@ -70,7 +70,9 @@ def test_an_episode_by_hand() -> None:
     driven = drive(environment, {"length": 5}, "x", first_large(2))
     # two, two, one: 0.1 + 0.1 + 0.01
     assert [name for name, _ in driven.decisions] == ["large", "large", "small"] and driven.stop == "done"
-    assert environment.starts({"length": 5}, [None])[0].view.steps == () and [o.before for _, o in driven.decisions] == ["<1>", "<2>", ""]
+    assert environment.starts({"length": 5}, [None])[0].view.steps == () and [
+        o.before for _, o in driven.decisions
+    ] == ["<1>", "<2>", ""]
     assert driven.columns[COST] == pytest.approx(0.21) and driven.columns[CORRECT] == 1.0
     assert driven.columns["large_calls"] == 2 and driven.columns["calls"] == 3 and driven.columns[FEEDBACK] == ""
     assert environment.spent_usd() == pytest.approx(0.21)

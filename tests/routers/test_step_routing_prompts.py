@@ -1,6 +1,5 @@
 """What the router is told: words by hand, from texts only, every word in the vocabulary."""
 
-
 import pytest
 from step_helpers import drive
 
@@ -62,7 +61,10 @@ def test_words_stay_in_the_vocabulary_and_count_down() -> None:
     for number in range(12):
         row = {TASK: f"generated/test/{number}"}
         driven = drive(environment(Budget(3)), row, "s", random_mix(0.3))
-        told = [compact(environment(Budget(3)).starts(row, [3])[0]), *(o for _, o in driven.decisions if o.end is None)]
+        told = [
+            compact(environment(Budget(3)).starts(row, [3])[0]),
+            *(o for _, o in driven.decisions if o.end is None),
+        ]
         spent = 0
         for step, observation in enumerate(told):
             found = [f"<{word}" for word in observation.before.split("<")[1:]]

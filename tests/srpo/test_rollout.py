@@ -248,7 +248,8 @@ def test_a_hanging_step_costs_one_episode_and_its_deadline(kind):
     trajectories = rollout(environment, 6, ScriptedPolicy(length=3), limits)
     seconds = time.monotonic() - start
     assert [t.stop for t in trajectories] == ["done", "done", "lost", "done", "done", "done"]
-    assert ("no answer within" if kind in ("async", "never", "thread") else "blocked") in trajectories[2].columns["lost"]
+    why = "no answer within" if kind in ("async", "never", "thread") else "blocked"
+    assert why in trajectories[2].columns["lost"]
     assert seconds <= 1.0 + 2.0
     wait_until(lambda: not leftovers(), 1.0)
 

@@ -6,8 +6,8 @@ from typing import Any
 from routers.environments.protocol import View
 from routers.environments.registry import benchmark
 from routers.environments.scripted import SCRIPTED
-from routers.tasks.step_routing.budget import Budget
 from routers.tasks.step_routing.arguments import StepRoutingArguments
+from routers.tasks.step_routing.budget import Budget
 from routers.tasks.step_routing.environment import CAP, TASK, StepRoutingEnvironment
 from routers.tasks.step_routing.player import Driven, Job
 from routers.tasks.step_routing.player import drive as drive_all

@@ -1,45 +1,53 @@
 """Let a trained step router play some tasks, and see who acted, out of whom, and what it cost.
 
-    python scripts/play_bopo.py --model outputs/quickstart/bopo --count 2 --cap 1
-    python scripts/play_bopo.py --model user/step-router --cap 0.05 --unit usd --json --catalogue members.yaml
+    srpo play outputs/quickstart/bopo --count 2 --cap 1
+    srpo play user/step-router --cap 0.05 --unit usd --json --catalogue members.yaml
 
-Environment, tasks and executors are those of the recipe beside the checkpoint; further options are lines of it (fields
-of `BudgetTask`, scripts/budget_task.py). The scripted executors of the quickstart are SCRIPTED.
+Benchmark, tasks and executors are those of the recipe beside the checkpoint; further options are lines of it. The
+scripted executors of the quickstart are SCRIPTED.
 """
+
+from __future__ import annotations
 
 import argparse
 import dataclasses
 import json
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from routers.environments.registry import benchmark
-from routers.tasks.step_routing.evaluate import recorded_task
-from routers.tasks.step_routing.executors import make_executors
-from routers.tasks.step_routing.router import StepRouter
-from routers.tasks.step_routing.step_parts import PlayedEpisode
-from routers.tasks.step_routing.world import load_tasks
+from routers.tasks.step_routing.arguments import StepRoutingArguments
 from srpo.ranges import at_least, ranged
+from srpo.recipe import load_recipe
+
+if TYPE_CHECKING:
+    from routers.tasks.step_routing.router import PlayedEpisode
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; 0 where no budget was passed and no episode lost."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="folder or Hub id, as scripts/train_bopo.py writes them")
-    parser.add_argument("--config", help="recipe of the tasks; default: recipe.yaml beside the model")
-    parser.add_argument("--part", help="part of the environment; default: the first of the recipe's heldout_tasks")
-    parser.add_argument("--count", type=ranged(at_least(0), whole=True), default=3, help="of its tasks; 0: all")
+    parser = argparse.ArgumentParser("srpo play", None, __doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="folder or Hub id of a step router")
+    parser.add_argument("--config", help="recipe of the tasks; default: recipe.yaml beside the model or above it")
+    parser.add_argument("--part", help="part of the benchmark; default: the first of the recipe's heldout_tasks")
+    parser.add_argument("--count", type=ranged(at_least(1), whole=True), default=3, help="of its tasks")
     parser.add_argument("--cap", type=ranged(at_least(0)), help="hard limit of an episode; default: none")
-    parser.add_argument("--unit", help="of the cap: usd or large_calls; default: as trained")
+    parser.add_argument("--unit", choices=["usd", "large_calls"], help="of the cap; default: as trained")
     parser.add_argument(
         "--temperature", type=ranged(at_least(0)), help="of the policy; 0: greedy; default: as trained"
     )
     parser.add_argument("--seed", default="0", help="names the dice")
     parser.add_argument("--json", action="store_true", help="print one JSON object per episode")
-    options, overrides = parser.parse_known_args(argv)
-    task = recorded_task(options.model, options.config, overrides)
-    names = list(load_tasks(task.environment, options.part or task.heldout_tasks[0], options.count))
-    worlds = [benchmark(task.environment).make(name, task.step_limit) for name in names]
-    executors = make_executors(task)
+    options, lines = parser.parse_known_args(argv)
+    recipe = options.config or _recipe_of(options.model)
+    [task] = load_recipe(StepRoutingArguments, ["--config", str(recipe), *lines], partial=True)
+
+    from routers.tasks.step_routing.router import StepRouter
+    from routers.tasks.step_routing.world import StepWorld
+
+    made = StepWorld(task)
+    names = list(made.tasks(options.part or task.heldout_tasks[0], options.count))
+    worlds, executors = [made.make(name) for name in names], made.executors()
     with StepRouter.from_pretrained(options.model, temperature=options.temperature) as router:
         waiting = [
             router.submit(world, executors, options.cap, unit=options.unit, seed=f"{options.seed}/{name}")
@@ -51,7 +59,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     return int(any(episode.violated or episode.stop == "lost" for episode in played))
 
 
-def record(name: str, episode: PlayedEpisode) -> dict[str, object]:
+def _recipe_of(model: str) -> Path:
+    """The recipe beside a checkpoint, or of the run that it is of.
+
+    Raises:
+        ValueError: there is none.
+    """
+    from srpo.rollout.shared import find_file
+
+    above = Path(model).parent / "recipe.yaml"
+    found = find_file(model, "recipe.yaml") or (above if Path(model).is_dir() and above.is_file() else None)
+    if found is None:
+        raise ValueError(f"{model} has no recipe.yaml, which srpo train writes: name a recipe with --config")
+    return found
+
+
+def record(name: str, episode: PlayedEpisode) -> dict[str, Any]:
     """An episode as JSON; an infinite budget is null."""
     document = {"task": name, **dataclasses.asdict(episode), "cost_usd": episode.cost_usd}
     del document["ids"]

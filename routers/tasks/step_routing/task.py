@@ -59,22 +59,22 @@ class StepRouting:
         return step_settings(self.arguments, self.run, self.config)
 
     def load(self, notes: Path) -> None:
-        tasks, caps = len(self.tasks.train_tasks()), len(self.arguments.train_caps)
-        what = f"train_tasks ({tasks} tasks at {caps} train_caps)"
-        check_rows_of_a_batch(tasks * caps, self.config, what)
+        """What evaluating needs; training tasks are looked at with the rows, before anything is paid."""
+        self._notes, given = notes, self.arguments.profiles
         self.tasks.check_parts()
         self.tasks.executors()
         if self.run.start_from is not None:
             _check_told_alike(self.settings, self.run.start_from)
-        given = self.arguments.profiles
         self._given = None if given is None else self.tasks.given_profiles(Path(given))
-        self._notes = notes
 
     def _begin(self) -> list[dict[str, Any]]:
         """A row per cap and training task that begins."""
         from srpo.quarantine import Quarantine
 
         if self._begun is None:
+            tasks, caps = len(self.tasks.train_tasks()), len(self.arguments.train_caps)
+            what = f"train_tasks ({tasks} tasks at {caps} train_caps)"
+            check_rows_of_a_batch(tasks * caps, self.config, what)
             bad = Quarantine("training tasks", self._notes / "quarantine_train.jsonl", self.run.max_bad_share)
             self._begun = self.tasks.rows(self.tasks.train_tasks(), self.arguments.train_caps, bad)
         return self._begun
@@ -121,10 +121,10 @@ class StepRouting:
             runs = task.profile_runs + task.sft_sweep - 1 if demonstrated else 0
             print(estimate(world, phases(world, args, runs, state.num_processes), args.max_cost_usd), flush=True)
         with state.main_process_first():  # the others read what the first has written
-            named, types = {row["task"] for row in rows}, world.train_tasks()
+            named = {row["task"] for row in rows}
             self._profiled = self._given or {}
             if rows and self._given is None:
-                some = {name: kind for name, kind in types.items() if name in named}
+                some = {name: kind for name, kind in world.train_tasks().items() if name in named}
                 how = (task.train_tasks, some, self.run.train_limit, self._folder)
                 with self._money.phase("profiling"):
                     self._profiled = world.profiles("train", *how)
