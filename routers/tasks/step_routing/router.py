@@ -134,7 +134,7 @@ class StepRouter(Router):
             OSError: no such checkpoint.
         """
         given = StepSettings.load(name) if settings is None else settings
-        model, tokenizer, _ = load_checkpoint(str(name), "config.json")
+        model, tokenizer = load_checkpoint(str(name))
         return cls(model, tokenizer, given, **options)
 
     @classmethod
