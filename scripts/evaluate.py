@@ -1,7 +1,9 @@
-"""The command of `routers.tasks.query_routing.evaluate`."""
+"""`accelerate launch scripts/evaluate.py MODEL --output_dir FOLDER`: the same as `srpo evaluate`."""
 
-from routers.tasks.query_routing.evaluate import main
+import sys
+
 from srpo.cli import run
+from srpo.evaluate import main
 
 if __name__ == "__main__":
-    run(main)
+    run(lambda: main(sys.argv[1:]))

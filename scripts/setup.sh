@@ -118,7 +118,16 @@ elif ! with_uv; then
 fi
 
 # A lock that leaves something out would let the next machine get another version than was tested.
-if [[ $versions == locked ]]; then "$venv/bin/python" scripts/locked_versions.py constraints.txt; fi
+# A local build (2.13.0+cpu) is the pinned version; pip and setuptools come with Python's venv.
+not_locked() {
+  "$venv/bin/python" -m pip --disable-pip-version-check list --format freeze |
+    awk -F== '/==/ { name = tolower($1); gsub(/[-_.]+/, "-", name); sub(/[+].*/, "", $2); print name "==" $2 }' |
+    grep -vxFf <(sed -n 's/^\([^ #]*==[^ ;]*\).*/\1/p' constraints.txt) | grep -vE '^(pip|setuptools|srpo)=='
+}
+if [[ $versions == locked ]] && missing=$(not_locked); then
+  say "installed, but not what constraints.txt says (scripts/lock.sh renews it): ${missing//$'\n'/, }" >&2
+  exit 1
+fi
 
 echo "$(wanted) $kind" >"$stamp"
 say "done in ${SECONDS}s: $("$venv/bin/python" --version), torch $("$venv/bin/python" -c \

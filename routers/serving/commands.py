@@ -1,7 +1,7 @@
 """Serve a trained think/route agent on an OpenAI-compatible endpoint.
 
-    python scripts/serve.py --model outputs/quickstart/think_route --catalogue members.yaml
-    python scripts/serve.py --model outputs/quickstart/think_route --table quickstart     # recorded replies, to try it
+    srpo serve --model outputs/quickstart/think_route --catalogue members.yaml
+    srpo serve --model outputs/quickstart/think_route --table quickstart     # recorded replies, to try it
     curl localhost:8000/v1/chat/completions -H 'Content-Type: application/json' \
       -d '{"model": "router", "max_cost_usd": 0.001, "messages": [{"role": "user", "content": "Calculate 12 - 8"}]}'
 
@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--port", type=ranged(between(0, 65535), whole=True), default=8000)
     parser.add_argument("--api-key-env", help="environment variable that holds the key clients must send")
     args = parser.parse_args(argv)
-    import uvicorn  # of the extra `serve`, which scripts/route.py does without
+    import uvicorn  # of the extra `serve`, which srpo route does without
 
     from routers.serving.server import create_app
 

@@ -1,7 +1,7 @@
 """Ask a trained think/route agent one question, and see what it did and what it cost.
 
-    python scripts/route.py --model outputs/quickstart/think_route --table quickstart "Calculate 12 - 8"
-    python scripts/route.py --model user/router --catalogue members.yaml --max-cost-usd 0.001 "Who wrote Dune?"
+    srpo route --model outputs/quickstart/think_route --table quickstart "Calculate 12 - 8"
+    srpo route --model user/router --catalogue members.yaml --max-cost-usd 0.001 "Who wrote Dune?"
 """
 
 import argparse

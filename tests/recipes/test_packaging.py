@@ -42,7 +42,8 @@ def test_extras() -> None:
 def test_packages_are_typed_and_documented(package: str) -> None:
     assert resources.files(package).joinpath("py.typed").is_file()
     for path in (ROOT / package).rglob("*.py"):
-        assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), f"{path} has no docstring"
+        text = path.read_text(encoding="utf-8")
+        assert not text or ast.get_docstring(ast.parse(text)), f"{path} has no docstring"
 
 
 def test_data_of_the_pool_is_package_data() -> None:
@@ -147,6 +148,7 @@ def checkout(tmp_path: Path) -> Path:
     fake.write_text(
         "#!/usr/bin/env bash\n"
         'if [[ $1 == -m && $2 == venv ]]; then mkdir -p "$3/bin"; cp "$0" "$3/bin/python"; cp "$0" "$3/bin/uv"; fi\n'
+        'if [[ $1 == -m && $2 == pip && $* == *" list "* ]]; then printf "%s\\n" $INSTALLED; exit 0; fi\n'
         'if [[ $1 == -m && $2 == pip ]]; then echo "pip ${*:3}" >>calls; fi\n'
         'if [[ $(basename "$0") == uv ]]; then\n'
         '  echo "uv $* links=${UV_FIND_LINKS:-}" >>calls\n'
@@ -206,6 +208,16 @@ def test_both_ends_have_an_environment_of_their_own(checkout: Path, end: str) ->
     assert ("--upgrade" in calls) == (end == "newest")
     words = run_setup(checkout, "--latest", **settings(checkout))
     assert words.returncode == 2 and "unknown word --latest" in words.stderr
+
+
+def test_what_the_lock_does_not_name_stops_the_set_up(checkout: Path) -> None:
+    """A local build is the pinned version; names are compared as they are normalised."""
+    build = locked("torch") + "+cpu"
+    installed = f"{build} {locked('pyyaml').replace('pyyaml', 'PyYAML')} pip==99 srpo==0"
+    assert run_setup(checkout, **settings(checkout, INSTALLED=installed)).returncode == 0
+    (checkout / ".venv/.srpo-setup").unlink()
+    run = run_setup(checkout, **settings(checkout, INSTALLED=f"{installed} unheard_of==3.0 torch==1.0"))
+    assert run.returncode == 1 and "renews it): unheard-of==3.0, torch==1.0" in run.stderr
 
 
 def test_setup_falls_back_to_pip(checkout: Path) -> None:

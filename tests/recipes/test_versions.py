@@ -4,14 +4,12 @@ import re
 import subprocess
 import sys
 import tomllib
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-from locked_versions import differences
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-from vllm_cpu_needs import applicable, unmet
 
 from srpo import versions
 from srpo.versions import SEAMS, outside
@@ -46,45 +44,9 @@ def test_the_seams_are_bounded_at_the_next_minor_version() -> None:
     )
 
 
-def test_a_lock_that_misses_something_is_told() -> None:
-    lock = "# made by\na==1.0\nb_c==2.0 ; python_version >= '3.11'\nd==1 ; python_version < '3'\ntorch==2.13.0\n"
-    assert differences(lock, {"a": "1.0", "b-c": "2.0", "torch": "2.13.0+cpu", "pip": "1", "srpo": "0"}) == []
-    assert differences(lock, {"a": "1.1", "d": "1", "e": "3"}) == [
-        "a 1.1 is installed, and the lock says ==1.0",
-        "d 1 is installed, and the lock does not name it: run scripts/lock.sh",
-        "e 3 is installed, and the lock does not name it: run scripts/lock.sh",
-    ]
-
-
 def test_vllm_on_a_cpu_is_the_locked_vllm() -> None:
     locked = dict(line.split("==") for line in LOCK.splitlines() if line.startswith(("vllm==", "vllm-cpu==")))
     assert set(locked) == {"vllm", "vllm-cpu"} and len(set(locked.values())) == 1
-
-
-def test_needs_of_vllm_are_followed_through_extras_and_to_any_depth() -> None:
-    """A package that is there already was counted as all of `fastapi[standard]`; the server then missed uvloop."""
-    wanted = applicable(
-        ["fastapi[standard]>=0.133", "torch==2.13.0+cpu", "old; python_version < '3'", "grpc; extra == 'grpc'"]
-    )
-    assert [one.name for one in wanted] == ["fastapi"], "what is left out, and what is not for here"
-    versions_there = {"fastapi": "0.136", "uvicorn": "0.54", "starlette": "0.9"}
-    needs = {
-        "fastapi": ["starlette>=1.0", "uvicorn[standard]>=0.12; extra == 'standard'", "cli; extra == 'all'"],
-        "uvicorn": ["uvloop>=0.15; extra == 'standard'", "starlette", "fastapi"],
-    }
-
-    def installed(name: str) -> str:
-        if name not in versions_there:
-            raise PackageNotFoundError(name)
-        return versions_there[name]
-
-    found = unmet(wanted, installed, needs.get)
-    assert found == [
-        "fastapi needs starlette>=1.0, and 0.9 is installed",
-        "uvicorn needs uvloop>=0.15, which is not installed",
-    ]
-    versions_there |= {"starlette": "1.0", "uvloop": "0.23"}
-    assert unmet(wanted, installed, needs.get) == []
 
 
 def test_an_installed_version_is_compared_with_its_range() -> None:

@@ -42,7 +42,7 @@ def members() -> Iterator[OpenAIServer]:
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory, members: OpenAIServer) -> Iterator[Served]:
-    """(address, process) of scripts/serve.py with a policy that asks real endpoints."""
+    """(address, process) of `srpo serve` with a policy that asks real endpoints."""
     folder = tmp_path_factory.mktemp("served")
     policy = train_policy(folder)
     catalogue = folder / "members.yaml"
@@ -55,7 +55,7 @@ def served(tmp_path_factory: pytest.TempPathFactory, members: OpenAIServer) -> I
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "scripts/serve.py", "--model", str(policy), "--catalogue", str(catalogue)]
+    command = [sys.executable, "-m", "srpo", "serve", "--model", str(policy), "--catalogue", str(catalogue)]
     process = subprocess.Popen(
         [*command, "--port", str(port), "--api-key-env", "ROUTER_KEY"],
         cwd=ROOT, env={**os.environ, "ROUTER_KEY": KEY}, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
