@@ -107,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> Evaluation:
         correctness=task.correctness,
         recipe=resolved_recipe(recipe),
     )
-    trainer.save_beside = task.save
+    trainer.save_beside = lambda folder: task.save(Path(folder))
     for callback in task.callbacks():
         trainer.add_callback(callback)
     show_progress(trainer, "train")
