@@ -315,7 +315,7 @@ def load_table(
 
 
 def quickstart_table() -> ReplyTable:
-    """The recorded pool that ships with the package (see ``routers/quickstart/data/README.md``)."""
+    """The recorded pool that ships with the package (see ``routers/quickstart/README.md``)."""
     with resources.as_file(resources.files("routers.quickstart") / "data" / "quickstart_pool.parquet") as path:
         return load_table(path)
 

@@ -5,7 +5,7 @@ For words, `normalise`, `exact_match` and `f1` are SQuAD's (Rajpurkar et al. 201
 answer of which normalisation leaves nothing ("The") equals only its own spelling, and numbers are numbers. SQuAD takes
 their signs, points and slashes for punctuation, so that "-5" equals "5" and "1.5" equals "15"; here a number keeps
 them and is compared by its value (`routers.data.written_numbers`). A currency sign that one side lacks is ignored.
-The grader of the recorded quickstart pool (`routers.quickstart.queries.grade`) extracts an answer from free text; here
+The grader of the recorded quickstart pool (`routers.quickstart.grade`) extracts an answer from free text; here
 the policy has marked its answer.
 """
 

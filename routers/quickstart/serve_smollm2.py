@@ -39,6 +39,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from srpo.cli import run
-
-    run(main)
+    main()

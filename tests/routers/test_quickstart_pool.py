@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from routers.data.table import normalise_query, quickstart_table, split_of
-from routers.quickstart.queries import grade
+from routers.quickstart.grade import grade
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +20,7 @@ def test_size(table):
     assert table.members == ["fewshot", "chat", "calculator", "lookup", "python"]
     families = Counter(query["family"] for query in table.queries())
     assert len(families) >= 8 and min(families.values()) >= 100
-    with resources.as_file(resources.files("routers") / "data" / "quickstart_pool.parquet") as path:
+    with resources.as_file(resources.files("routers.quickstart") / "data" / "quickstart_pool.parquet") as path:
         assert path.stat().st_size < 2_000_000
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from routers.data.table import quickstart_table
 from routers.evaluation.answers import exact_match, f1, f1_of_one_answer, normalise, numeric
-from routers.quickstart.queries import grade
+from routers.quickstart.grade import grade
 from routers.tasks.think_route.sft_rows import result_of
 
 DIFFERENT = [

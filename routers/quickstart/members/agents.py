@@ -11,12 +11,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from routers.quickstart.facts import passages
+from routers.quickstart.grade import FAILURE
 from routers.quickstart.members import embed, examples
 from routers.quickstart.members.expression import ExpressionError, evaluate, show
 from routers.quickstart.members.functions import FUNCTIONS, UNIT_WORDS
 from routers.quickstart.members.lm import Completion, LanguageModel
-from routers.quickstart.queries.facts import passages
-from routers.quickstart.queries.grade import FAILURE
 
 CHAT_PREFIX = (
     "<|im_start|>system\nYou are a helpful assistant. Give a short, direct answer.<|im_end|>\n<|im_start|>user\n"
