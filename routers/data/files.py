@@ -11,41 +11,38 @@ import codecs
 import csv
 import gzip
 import io
+import json
 import lzma
 import re
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from routers.data.json_rows import json_lines, json_rows
-from routers.data.raw_rows import BadRow as BadRow
-from routers.data.raw_rows import Row as Row
+from typing import Any, NamedTuple
 
 FORMATS = (".parquet", ".jsonl", ".json", ".csv", ".tsv")
 _SAME = {".pq": ".parquet", ".ndjson": ".jsonl", ".tab": ".tsv"}
-_PACKED: dict[str, Callable[[bytes], bytes]] = {
-    ".gz": gzip.decompress,
-    ".xz": lzma.decompress,
-    ".bz2": bz2.decompress,
-}
-_OTHER_FILES = (
-    ".txt",
-    ".arrow",
-    ".feather",
-    ".xls",
-    ".xlsx",
-    ".zip",
-    ".zst",
-    ".yaml",
-    ".yml",
-    ".pkl",
-    ".sqlite",
-    ".db",
-)
+_PACKED: dict[str, Callable[[bytes], bytes]] = {".gz": gzip.decompress, ".xz": lzma.decompress, ".bz2": bz2.decompress}
+_OTHER_FILES = tuple(".txt .arrow .feather .xls .xlsx .zip .zst .yaml .yml .pkl .sqlite .db".split())
 _SEPARATORS = (",", ";", "\t", "|")
 _ESCAPED = re.compile("[\udc80-\udcff]")  # a byte that is no UTF-8, after decoding with surrogateescape
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row that cannot be read."""
+
+    reason: str
+    detail: str
+    content: str = ""
+
+
+class Row(NamedTuple):
+    """A row of a file and its number: the line of JSON lines, else counted from 1, without the header."""
+
+    number: int
+    value: Any
 
 
 def format_of(path: str | Path) -> str | None:
@@ -95,7 +92,7 @@ def read_rows(path: str | Path) -> list[Row]:
     if kind == ".parquet":
         return [Row(number, value) for number, value in enumerate(_parquet(path, data), start=1)]
     text, broken = _decoded(path, data)
-    reader = {".jsonl": json_lines, ".json": json_rows}.get(kind, _separated)
+    reader = {".jsonl": _json_lines, ".json": _json_rows}.get(kind, _separated)
     rows_read = reader(path, text)
     return list(rows_read) if broken is None else [_checked_bytes(row, broken) for row in rows_read]
 
@@ -170,6 +167,89 @@ def _texts(value: Any) -> str:
     if isinstance(value, Mapping):
         return "".join(map(_texts, (*value.keys(), *value.values())))
     return "".join(map(_texts, value)) if isinstance(value, (list, tuple)) else ""
+
+
+def _json_lines(path: Path, text: str) -> Iterator[Row]:
+    """One row a line; or one list of rows, which some write under this name."""
+    if text.lstrip()[:1] == "[":
+        try:
+            found = _loads(text)
+        except (ValueError, RecursionError):
+            pass  # lines that are lists, or a list that is broken: each line says what it is
+        else:
+            yield from _numbered(found)
+            return
+    for number, line in enumerate(text.split("\n"), start=1):  # not splitlines(), which also cuts at U+2028
+        if line.strip():
+            try:
+                yield Row(number, _loads(line))
+            except (ValueError, RecursionError) as error:
+                yield Row(number, BadRow("not JSON", f"is not JSON: {error}", line))
+
+
+def _json_rows(path: Path, text: str) -> Iterator[Row]:
+    """A list of rows, also as the one list in a mapping (``{"version": ..., "data": rows}``); columns; what pandas
+    writes by any ``orient``; or JSON lines under another name."""
+    try:
+        found = _loads(text)
+    except (ValueError, RecursionError) as error:
+        lines = list(_json_lines(path, text))
+        if text.lstrip()[:1] == "[" or not any(isinstance(row.value, dict) for row in lines):
+            raise ValueError(f"{path}: is not JSON: {error}") from None
+        yield from lines
+        return
+    if isinstance(found, dict):
+        found = _in_mapping(path, found)
+    yield from _numbered(found if isinstance(found, list) else [found])
+
+
+def _numbered(rows: list[Any]) -> Iterator[Row]:
+    return (Row(number, value) for number, value in enumerate(rows, start=1))
+
+
+def _in_mapping(path: Path, found: dict[str, Any]) -> Any:
+    lists = [value for value in found.values() if isinstance(value, list)]
+    rows = [value for value in lists if value and all(isinstance(row, dict) for row in value)]
+    if found.keys() == {"columns", "index", "data"} and len(lists) == 3:  # pandas' "split"
+        return [_split_row(found["columns"], row) for row in found["data"]]
+    if len(rows) == 1 and len(lists) == 1:
+        return rows[0]
+    if len(found) == 1 and lists:
+        return lists[0]
+    if found and len(lists) == len(found):
+        return _from_columns(path, found)
+    inner = [value for value in found.values() if isinstance(value, dict)]
+    if inner and len(inner) == len(found) and all(value.keys() == inner[0].keys() for value in inner):
+        if inner[0] and all(name.isdecimal() for name in inner[0]):  # pandas' "columns", its default
+            return [{column: cells[index] for column, cells in found.items()} for index in inner[0]]
+        if all(name.isdecimal() for name in found):  # pandas' "index"
+            return inner
+    return found
+
+
+def _split_row(columns: list[Any], row: Any) -> Any:
+    if isinstance(row, list) and len(row) == len(columns):
+        return {str(name): value for name, value in zip(columns, row, strict=True)}
+    return BadRow("wrong number of cells", f"is no list of {len(columns)} values, as the columns are", repr(row))
+
+
+def _from_columns(path: Path, columns: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
+    lengths = {name: len(values) for name, values in columns.items()}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"{path}: its columns differ in length: {lengths}")
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+def _loads(text: str) -> Any:
+    return json.loads(text, object_pairs_hook=_mapping)
+
+
+def _mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the field {next(n for n in names if names.count(n) > 1)!r} is written twice")
+    return found
 
 
 def _separated(path: Path, text: str) -> Iterator[Row]:

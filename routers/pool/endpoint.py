@@ -21,9 +21,8 @@ from typing import Any
 import httpx
 
 from routers.data.catalogue import Member
-from routers.pool.completion import Answer, not_json, read_completion, read_json
+from routers.pool.completion import Answer, NoAnswer, not_json, read_completion, read_error, read_json
 from routers.pool.protocol import BAD_REQUEST, CONNECTION, EMPTY, FILTERED, MALFORMED, TIMEOUT, Attempt
-from routers.pool.refusals import NoAnswer, read_error
 from routers.pool.transport import Broken, Redirected, Refused, new_client, post
 from routers.pool.usage import Bill, bill
 from srpo.types import Usage

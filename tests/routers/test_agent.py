@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import yaml
 from agent_helpers import MEMBERS, SETTINGS, scripted_pool, train_policy
+from scripted import Fault, Scripted
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from routers import RouterAgent
 from routers.data.catalogue import cost
-from routers.pool.scripted import Fault, Scripted
 from routers.tasks.think_route.settings import AgentSettings
 from srpo.types import Usage
 

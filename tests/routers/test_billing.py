@@ -6,6 +6,8 @@ import math
 
 import pytest
 from openai_server import Fault, OpenAIServer
+from scripted import Fault as Odd
+from scripted import Scripted
 
 from routers.data.billing import PriceTier, cost, highest, price, total
 from routers.data.catalogue import Member, load_catalogue, shared_fields, shared_member
@@ -14,8 +16,6 @@ from routers.data.table import ReplyTable
 from routers.language.prompts import policy_prompt
 from routers.pool import Ledger, Pool, ReplyCache, live_pool, recorded_pool
 from routers.pool.endpoint import TEMPLATE_TOKENS
-from routers.pool.scripted import Fault as Odd
-from routers.pool.scripted import Scripted
 from routers.pool.usage import UNSTATED_REASONING, bill
 from srpo.types import Reply, Usage
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from appworld_cases import ADD, DONE, LOG_IN, Models, make_world, next_code
+from scripted import Scripted
 from step_helpers import drive
 
 from routers.data.catalogue import Member
@@ -18,7 +19,6 @@ from routers.environments.appworld.environment import HOW, AppWorldBenchmark
 from routers.environments.protocol import Session
 from routers.environments.react import ReActExecutor
 from routers.pool import Pool, Retry, live_pool
-from routers.pool.scripted import Scripted
 from routers.tasks.step_routing.arguments import DifficultyRule
 from routers.tasks.step_routing.budget import Budget
 from routers.tasks.step_routing.environment import TASK, StepRoutingEnvironment

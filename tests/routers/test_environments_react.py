@@ -5,13 +5,13 @@ import asyncio
 import pytest
 from alfworld_problem import game
 from openai_server import Fault, OpenAIServer
+from scripted import Scripted
 
 from routers.data.catalogue import Member
 from routers.environments.alfworld.environment import AlfWorld
 from routers.environments.protocol import Act, Session, play
 from routers.environments.react import FREE_INSTRUCTION, INSTRUCTION, ReActExecutor, read_action
 from routers.pool import Pool, Retry, live_pool
-from routers.pool.scripted import Scripted
 
 
 def test_a_pool_member_on_a_real_server_plays_by_what_it_says() -> None:

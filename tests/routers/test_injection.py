@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from injection_corpus import CONTROL, corpus, tags
+from scripted import Fault, Scripted
 from test_untrusted import byte_level, normalising
 from think_route_cases import (
     CATALOGUE,
@@ -29,7 +30,6 @@ from routers.language.grammar import ROUTER_R1, name_error, parse_turn
 from routers.language.observations import neutralise, note_observation, reply_observation
 from routers.language.prompts import short_think_route_prompt, think_route_prompt
 from routers.pool import Pool
-from routers.pool.scripted import Fault, Scripted
 from routers.tasks.think_route.environment import ThinkRoute
 from srpo.rollout.loop import Limits, observation_ids, play
 from srpo.rollout.untrusted import without_control_tokens

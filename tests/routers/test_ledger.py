@@ -9,10 +9,10 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scripted import Fault, Scripted
 
 from routers.data.catalogue import Member
 from routers.pool import Account, Ledger, OverBudget, Pool, Retry, Spending, kind
-from routers.pool.scripted import Fault, Scripted
 from srpo.types import Usage
 
 

@@ -8,13 +8,13 @@ import time
 
 import pytest
 from openai_server import Fault, OpenAIServer
+from scripted import Fault as ScriptedFault
+from scripted import Scripted
 
 from routers.data.catalogue import Member
 from routers.pool import Pool, Retry, kind, live_pool
 from routers.pool import limits as limits_module
 from routers.pool.limits import Breaker, CircuitOpen, Spacing, TokenBucket
-from routers.pool.scripted import Fault as ScriptedFault
-from routers.pool.scripted import Scripted
 
 
 def test_the_concurrency_cap_holds_over_a_thousand_calls():

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 from openai_server import Fault, OpenAIServer
+from scripted import Fault as ScriptedFault
+from scripted import Scripted
 
 from routers.data.catalogue import Member
 from routers.pool import Ledger, Pool, ReplyCache, Retry, kind, live_pool
 from routers.pool.cache import cache_key
-from routers.pool.scripted import Fault as ScriptedFault
-from routers.pool.scripted import Scripted
 from srpo.types import Reply, Usage
 
 QUERIES = [f"question {i}: ü ✓ \ud800" for i in range(20)]

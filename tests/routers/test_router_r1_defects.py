@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from scripted import Fault, Scripted
 from think_route_cases import (
     CATALOGUE,
     LARGE_USD,
@@ -33,7 +34,6 @@ from routers.data.catalogue import load_catalogue
 from routers.language.grammar import Grammar, parse_turn
 from routers.language.prompts import think_route_prompt
 from routers.pool import Ledger, Pool, ReplyCache, Retry
-from routers.pool.scripted import Fault, Scripted
 from routers.tasks.think_route.environment import ThinkRoute, cost_scale
 from srpo.rollout.loop import Limits, play
 from srpo.types import Usage

@@ -254,13 +254,14 @@ def test_executors_and_labels_must_differ() -> None:
 
 def test_retries_of_a_live_executor_stay_within_what_was_reserved() -> None:
     """The first attempt fails and is billed: a second one would pass the reservation, so it is not made."""
+    from scripted import Fault, Scripted
+
     from routers.data.catalogue import Member
     from routers.environments.alfworld.environment import AlfWorld
     from routers.environments.alfworld.generate import generated
     from routers.environments.react import ReActExecutor
     from routers.environments.scripted import Explorer
     from routers.pool import Pool, Retry
-    from routers.pool.scripted import Fault, Scripted
     from srpo.types import Usage
 
     billed, free = (Fault(error="server error: 500", usage=usage) for usage in (Usage(10, 5), Usage()))

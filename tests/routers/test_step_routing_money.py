@@ -9,6 +9,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
+from scripted import Scripted
+
 from routers.data.catalogue import Member
 from routers.environments.alfworld.environment import AlfWorld
 from routers.environments.alfworld.generate import generated
@@ -17,7 +19,6 @@ from routers.environments.react import ReActExecutor
 from routers.environments.scripted import Explorer
 from routers.pool import Ledger, Pool, Spending, live_pool
 from routers.pool.endpoint import TEMPLATE_TOKENS
-from routers.pool.scripted import Scripted
 from routers.tasks.step_routing.player import PhaseStopped
 from routers.tasks.step_routing.spending import Money, Phase, call_usd, estimate, phases, report, spent_between
 from routers.tasks.step_routing.world import BudgetTask

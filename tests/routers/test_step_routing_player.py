@@ -15,12 +15,13 @@ from test_step_routing_episode import LARGE, SMALL, Corridor, Walker, describe
 ROOT = Path(__file__).resolve().parents[2]
 
 
+from scripted import Fault, Scripted
+
 from routers.data.catalogue import Member
 from routers.environments import registry
 from routers.environments.protocol import Act
 from routers.environments.react import ReActExecutor
 from routers.pool import Ledger, Pool, Retry
-from routers.pool.scripted import Fault, Scripted
 from routers.tasks.step_routing.environment import TASK, StepRoutingEnvironment
 from routers.tasks.step_routing.player import Driven, Job, PhaseStopped, Player, play_jobs
 from routers.tasks.step_routing.profiles import profile_tasks

@@ -5,6 +5,7 @@ import random
 from typing import Any
 
 import pytest
+from scripted import Fault, Scripted
 from think_route_cases import (
     CATALOGUE,
     LARGE_USD,
@@ -27,7 +28,6 @@ from routers.data.table import ReplyTable
 from routers.language.grammar import Grammar
 from routers.language.prompts import drawn_cost_weight, measured, short_think_route_prompt, think_route_prompt
 from routers.pool import Ledger, Pool, Retry
-from routers.pool.scripted import Fault, Scripted
 from routers.tasks.think_route.environment import ThinkRoute, cost_scale
 from srpo.types import Usage
 

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from scripted import Scripted
 
 from routers.data.catalogue import Member
 from routers.language.grammar import render_answer, render_route
 from routers.language.observations import reply_observation
 from routers.pool import Ledger, Pool
-from routers.pool.scripted import Scripted
 from routers.tasks.think_route.settings import AgentSettings
 
 MEMBERS = (Member("alpha", "first things", 1.0, 2.0), Member("beta", "second things", 3.0, 4.0))

@@ -4,9 +4,10 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from scripted import Fault, Scripted
+
 from routers.data.catalogue import Member
 from routers.pool import Ledger, Pool, ReplyCache, Retry
-from routers.pool.scripted import Fault, Scripted
 from routers.tasks.think_route.environment import ThinkRoute
 from srpo.rollout.generator import Request, Sample
 from srpo.types import Observation, Stop
