@@ -244,7 +244,7 @@ def _world_turns(
 def observation_ids(observation: Observation, tokenizer: Any, limit: int) -> tuple[int, ...]:
     """Ids of an observation: the body is cut to `limit` tokens first and framed then, so no frame is ever torn. The
     aside gets what the body leaves of the limit, and loses its head."""
-    body = encode_untrusted(tokenizer, observation.body)[:limit]
+    body = encode_untrusted(tokenizer, observation.body)[:limit] if observation.body else []
     if observation.aside:
         between = encode_frame(tokenizer, observation.between)
         room = limit - len(body) - len(between)

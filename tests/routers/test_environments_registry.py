@@ -39,7 +39,7 @@ def test_games_of_a_file_are_known_once_it_was_listed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("which", "count"), [("generated/dev", 3), ("generated/train", 0)])
 def test_a_part_that_does_not_exist_names_those_that_do(which: str, count: int) -> None:
-    with pytest.raises(GameError, match=r"generated/\{train,validation,test\} and a count"):
+    with pytest.raises(GameError, match=r"generated/\{train,validation,test\}|has no end: say how many"):
         AlfWorldBenchmark().tasks(which, count)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import step_helpers as steps
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -21,7 +22,7 @@ from routers.pool import Ledger, Pool, Spending, live_pool
 from routers.pool.endpoint import TEMPLATE_TOKENS
 from routers.tasks.step_routing.player import PhaseStopped
 from routers.tasks.step_routing.spending import Money, Phase, call_usd, estimate, phases, report, spent_between
-from routers.tasks.step_routing.world import BudgetTask
+from routers.tasks.step_routing.world import StepWorld
 from srpo import SRPOConfig
 
 CATALOGUE = """members:
@@ -30,25 +31,25 @@ CATALOGUE = """members:
 """
 
 
-def task(folder: Path, **fields: Any) -> BudgetTask:
+def task(folder: Path, **fields: Any) -> StepWorld:
     (folder / "catalogue.yaml").write_text(CATALOGUE)
-    settings = {"train_count": 3, "heldout_tasks": ["generated/test"], "heldout_count": 2, "step_limit": 10}
-    return BudgetTask(executors=["a", "b"], catalogue=str(folder / "catalogue.yaml"), **{**settings, **fields})
+    settings = {"heldout_tasks": ["generated/test"], "step_limit": 10}
+    return steps.world(3, 2, executors=["a", "b"], catalogue=str(folder / "catalogue.yaml"), **{**settings, **fields})
 
 
 def test_calls_of_every_phase_by_hand(tmp_path: Path) -> None:
     args = SRPOConfig(
         str(tmp_path), per_device_train_batch_size=4, gradient_accumulation_steps=2, max_steps=5, num_generations=4,
-        use_cpu=True, bf16=False, report_to="none",
+        use_cpu=True, bf16=False, report_to="none", objective="bopo",
     )  # fmt: skip
-    made = task(tmp_path, train_caps=[1.0, 2.0], eval_caps=[float("inf"), 2.0, 3.0], profile_runs=4)
+    made = task(tmp_path, train_caps=[1.0, 2.0], heldout_caps=[float("inf"), 2.0, 3.0], profile_runs=4)
     assert phases(made, args, 7, processes=2) == [
         Phase("profiling", 3 * 4 * 10, 3 * 4 * 10, 0),
-        Phase("demonstrations", 0, 0, 3 * 2 * 7 * 10),
         Phase("profiling of held-out tasks", 2 * 4 * 10, 2 * 4 * 10, 0),
-        Phase("evaluation of BoSFT", 0, 0, 3 * 2 * 10),
+        Phase("demonstrations", 0, 0, 3 * 2 * 7 * 10),
+        Phase("evaluation of start", 0, 0, 3 * 2 * 10),
         Phase("training", 0, 0, 5 * (4 * 2 * 2) * 10),
-        Phase("evaluation of the policy", 0, 0, 3 * 2 * 10),
+        Phase("evaluation of bopo", 0, 0, 3 * 2 * 10),
         # small, large, random 0.1 and 0.3, first-large 2 and 3, cascade 3 and 6
         Phase("rules", 0, 0, 8 * 2 * 10),
     ]

@@ -14,7 +14,7 @@ import pytest
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = {
-    "train_count": 12, "heldout_count": 3, "bosft_epochs": 1, "max_steps": 4, "logging_steps": 1,
+    "train_limit": 12, "heldout_limit": 3, "sft_epochs": 1, "max_steps": 4, "logging_steps": 1,
     "save_strategy": "steps", "save_steps": 2, "per_device_train_batch_size": 16, "use_cpu": True,
 }  # fmt: skip
 
@@ -24,7 +24,7 @@ def command(output: Path, processes: int = 1, **changes: Any) -> list[str]:
     # Not `accelerate launch --cpu`, which runs one process whatever it is told.
     several = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
-    return [sys.executable, *(several if processes > 1 else []), str(ROOT / "scripts/train_bopo.py"), *words]
+    return [sys.executable, *(several if processes > 1 else []), "-m", "srpo.train", *words]
 
 
 def run(output: Path, **changes: Any) -> str:
@@ -43,10 +43,16 @@ def completions(output: Path, step: int) -> pd.DataFrame:
     return pd.read_parquet(output / "completions" / f"completions_{step:05d}.parquet")
 
 
+def evaluation(output: Path) -> pd.DataFrame:
+    """All of it but how long it took."""
+    return pd.read_parquet(output / "evaluation.parquet").drop(columns="seconds")
+
+
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("straight")
-    assert "| policy " in run(output)
+    run(output)
+    assert {"start", "bopo", "always-large"} <= set(pd.read_parquet(output / "evaluation.parquet")["router"])
     return output
 
 
@@ -63,8 +69,9 @@ def test_killed_and_resumed_is_the_same_run_bit_for_bit(straight: Path, tmp_path
     assert not (output / "model.safetensors").exists() and not (output / "checkpoint-4").exists()
     run(output, resume_from_checkpoint=output / "checkpoint-2")
 
-    for name in ("model.safetensors", "bosft/model.safetensors", "episodes.parquet", "profiles.parquet"):
+    for name in ("model.safetensors", "start/model.safetensors", "profiles.parquet"):
         assert (output / name).read_bytes() == (straight / name).read_bytes(), name
+    pd.testing.assert_frame_equal(*(evaluation(folder) for folder in (output, straight)))
     for step in (3, 4):  # what was sampled after the kill, decision by decision
         pd.testing.assert_frame_equal(completions(output, step), completions(straight, step))
     assert steps(output)[-1]["cost/spent_usd"] == steps(straight)[-1]["cost/spent_usd"]
@@ -87,6 +94,12 @@ def test_two_processes_are_one_run(straight: Path, tmp_path: Path) -> None:
         assert logged["budget/large_calls"] == pytest.approx(table["large_calls"].mean())
         spent += table["cost"].sum()
         assert logged["cost/spent_usd"] == pytest.approx(spent)
+    # Both ranks have played their share of the held-out tasks.
+    both, alone = evaluation(output), evaluation(straight)
+    keys = ["router", "item", "cap", "seed"]
+    assert both[keys].sort_values(keys).values.tolist() == alone[keys].sort_values(keys).values.tolist()
+    rules = [frame[frame["kind"].isin(["rule", "member"])].reset_index(drop=True) for frame in (both, alone)]
+    pd.testing.assert_frame_equal(*rules)
     # Every episode of both ranks counts for the profiles.
     profiles = pd.read_parquet(output / "profiles.parquet")
     assert profiles["policy_runs"].sum() == 4 * 32 and (profiles["policy_runs"] % 8 == 0).all()

@@ -1,5 +1,7 @@
 """What the router is told: words by hand, from texts only, every word in the vocabulary."""
 
+from dataclasses import replace
+
 import pytest
 from step_helpers import drive
 
@@ -77,7 +79,8 @@ def test_words_stay_in_the_vocabulary_and_count_down() -> None:
 def test_money_is_shown_in_thirtieths() -> None:
     gate = environment(Budget(0.3, "usd")).episode({TASK: "generated/train/0"}, "s")
     gate.gate.account.charge(0.21)  # .09 of .3 left: 9 thirtieths, floored against rounding
-    assert compact(gate.situation).before.endswith(("<b8>", "<b9>"))
+    now = replace(gate.situation, left=gate.gate.remaining)
+    assert compact(now).before.endswith(("<b8>", "<b9>"))
     assert compact(environment().episode({TASK: "generated/train/0"}, "s").situation).before.endswith("<b*>")
 
 
@@ -87,7 +90,7 @@ def test_it_reads_texts_and_never_the_hidden_state() -> None:
     situation = episode.situation
     other = AlfWorld(generated("generated/train/5"), limit=20)
     view = type(situation.view)(situation.view.first, situation.view.steps, (), other, "x")
-    assert compact(Situation(view, 20, situation.gate, ())) == compact(situation)
+    assert compact(Situation(view, 20, situation.gate, (), situation.left)) == compact(situation)
 
 
 def test_prompts_and_texts_for_language_models() -> None:
@@ -115,7 +118,7 @@ def test_progress_tells_what_is_new_and_the_score_by_hand() -> None:
     words = []
     for count in range(4):
         view = View("First.", tuple(said[:count]), (), Scored(), "s")
-        words.append(progress(Situation(view, 20 - count, gate, ())).before)
+        words.append(progress(Situation(view, 20 - count, gate, (), 2)).before)
     assert words == ["<new><t0><s3><b2>", "<new><t1><s3><b2>", "<new><t2><s3><b2>", "<again><t3><s3><b2>"]
     known = set(OBSERVATIONS["progress"].words)
     assert all(f"<{word}" in known for line in words for word in line.split("<")[1:])

@@ -6,16 +6,20 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import step_helpers as steps
 
 ROOT = Path(__file__).resolve().parents[2]
 
 from rewards.boundary import BoundaryReward
 from routers.tasks.step_routing.profiles import BoundaryProfile, observe, write_profiles
-from routers.tasks.step_routing.rows import describe_rows, given_profiles, training_rows
-from routers.tasks.step_routing.world import BudgetTask, train_tasks
+from routers.tasks.step_routing.world import StepWorld, describe_rows
 
 RULE = BoundaryReward(0.3, 1.0)
 INF = float("inf")
+
+
+def training_rows(world: StepWorld, profiled: Any) -> list[dict[str, Any]]:
+    return world.completed(world.rows(world.train_tasks(), world.arguments.train_caps), profiled)
 
 
 def profile(task: str, large: tuple[float, ...] = (0.0, 0.5)) -> BoundaryProfile:
@@ -25,17 +29,17 @@ def profile(task: str, large: tuple[float, ...] = (0.0, 0.5)) -> BoundaryProfile
 
 def test_a_task_that_the_policy_solved_is_hard_in_the_next_run(tmp_path: Path) -> None:
     """Intractable -> solved once -> Hard: in the file, the class, the bonus and the references."""
-    task = BudgetTask(train_count=2, tau_large=0.5)
-    one, two = train_tasks(task)
+    world = steps.world(train_limit=2, tau_large=0.5)
+    one, two = world.train_tasks()
     first = {name: profile(name) for name in (one, two)}  # p_L .25 < .5
-    before = training_rows(task, RULE, first)
+    before = training_rows(world, first)
     assert [row["difficulty"] for row in before] == ["intractable"] * 2
     # No bonus: R_L = .25 - .3
     assert before[0]["references"] == pytest.approx([0.0, -0.05])
 
     path = tmp_path / "profiles.parquet"
-    write_profiles(observe(first.values(), [{one: (8, 1), two: (8, 0)}]), path, task.profile_settings())
-    after = training_rows(task, RULE, given_profiles(task, path))
+    write_profiles(observe(first.values(), [{one: (8, 1), two: (8, 0)}]), path, world.profile_settings())
+    after = training_rows(world, world.given_profiles(path))
     assert [row["hard"] for row in after] == [True, False]
     # R_L = .25 (1 + beta) - .3; a success there earns 2 - .3 C_norm instead of 1 - .3 C_norm
     assert after[0]["references"] == pytest.approx([0.0, 0.2])
@@ -44,33 +48,34 @@ def test_a_task_that_the_policy_solved_is_hard_in_the_next_run(tmp_path: Path) -
 
 
 def test_profiles_of_another_world_or_of_other_tasks_are_refused(tmp_path: Path) -> None:
-    task, path = BudgetTask(train_count=3), tmp_path / "profiles.parquet"
-    names = list(train_tasks(task))
-    write_profiles([profile(name) for name in names[:1]], path, task.profile_settings())
+    world, path = steps.world(train_limit=3), tmp_path / "profiles.parquet"
+    names = list(world.train_tasks())
+    write_profiles([profile(name) for name in names[:1]], path, world.profile_settings())
     with pytest.raises(ValueError, match=f"no profile of '{names[1]}', nor of 1 more of the 3 training tasks"):
-        given_profiles(task, path)
-    assert list(given_profiles(BudgetTask(train_count=1), path)) == names[:1]
+        world.given_profiles(path)
+    assert list(steps.world(train_limit=1).given_profiles(path)) == names[:1]
     with pytest.raises(ValueError, match=r"made with step_limit=20, the recipe says 30; give another file, or none"):
-        given_profiles(BudgetTask(train_count=1, step_limit=30), path)
+        steps.world(train_limit=1, step_limit=30).given_profiles(path)
     write_profiles([profile(name) for name in names], path)
     with pytest.raises(ValueError, match="was made with environment=None, the recipe says 'alfworld'"):
-        given_profiles(task, path)
+        world.given_profiles(path)
     for content, message in ((b"text", "cannot be read as parquet"), (None, "row 1 is no profile")):
         broken = tmp_path / "broken.parquet"
         if content is None:
-            settings = {b"settings": json.dumps(task.profile_settings()).encode()}
+            settings = {b"settings": json.dumps(world.profile_settings()).encode()}
             pq.write_table(pq.read_table(path).drop(["costs_small"]).replace_schema_metadata(settings), broken)
         else:
             broken.write_bytes(content)
         with pytest.raises(ValueError, match=rf"broken\.parquet: {message}"):
-            given_profiles(task, broken)
+            world.given_profiles(broken)
     with pytest.raises(FileNotFoundError, match=r"there is no .*missing\.parquet"):
-        given_profiles(task, tmp_path / "missing.parquet")
+        world.given_profiles(tmp_path / "missing.parquet")
 
 
 def rows(rule: BoundaryReward, **settings: Any) -> list[dict[str, Any]]:
-    task = BudgetTask(train_count=2, **settings)
-    return training_rows(task, rule, {name: profile(name, (0.5, 1.0)) for name in train_tasks(task)})
+    made = {"cost_weight": rule.cost_weight, "hard_bonus": rule.hard_bonus, "cost_norm": rule.cost_norm}
+    world = steps.world(train_limit=2, **made, **settings)
+    return training_rows(world, {name: profile(name, (0.5, 1.0)) for name in world.train_tasks()})
 
 
 def test_the_warning_counts_tasks_and_knows_the_form_of_the_cost() -> None:

@@ -1,23 +1,31 @@
 """The script of budget-aware routing: demonstrations become the rollout's tokens, and one command runs it all."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
+import step_helpers as steps
+from core_helpers import config
 
 ROOT = Path(__file__).resolve().parents[2]
 
-from routers.tasks.step_routing import task as train_bopo
-from routers.tasks.step_routing import world as budget_task
-from routers.tasks.step_routing.environment import Driven, drive
+from routers.evaluation.episodes import Episodes
+from routers.tasks.step_routing.player import Driven
 from routers.tasks.step_routing.router import StepRouter
 from routers.tasks.step_routing.rules import random_mix
 from routers.tasks.step_routing.settings import StepSettings
-from routers.tasks.step_routing.sft_rows import Demonstration
+from routers.tasks.step_routing.sft_rows import Demonstration, encode
+from routers.tasks.step_routing.task import StepRouting
+from routers.tasks.step_routing.world import check_folder
+from srpo import evaluate, train
 from srpo.rollout.generator import Sample
 from srpo.rollout.loop import Limits, play
 from srpo.scratch_lm import train_tokenizer
+from srpo.task import RunArguments
 
 
 class Replay:
@@ -37,16 +45,18 @@ def demonstration(row: Any, driven: Driven) -> Demonstration:
     return Demonstration(row["task"], row["prompt"], said, "hard", 0.4, 1.0, 0.0)
 
 
-def test_a_demonstration_has_the_tokens_of_the_rollout() -> None:
-    task = budget_task.BudgetTask(train_count=2)
-    rows = budget_task.make_rows(task, budget_task.train_tasks(task), [2.0])
-    corpus = budget_task.corpus(task, rows)
-    tokenizer = train_tokenizer(corpus.texts, vocab_size=600, whole=corpus.whole)
-    environment = budget_task.make_environment(task)
-    settings = StepSettings(tuple(task.executors), tuple(task.labels), task.observation, observation_tokens=100)
+def test_a_demonstration_has_the_tokens_of_the_rollout(tmp_path: Path) -> None:
+    arguments = StepRouting.Arguments(train_caps=[2.0])
+    args = config(tmp_path, max_observation_tokens=100)
+    task = StepRouting(arguments, RunArguments("step_routing", train_limit=2, heldout_limit=1), args)
+    task.load(tmp_path)
+    corpus = task.corpus()
+    tokenizer = train_tokenizer(corpus.texts, vocab_size=corpus.vocab_size, whole=corpus.whole)
+    rows, environment, settings = task.rows(tokenizer), task.environment(tokenizer), task.settings
+    assert [row["cap"] for row in rows] == [2.0] * 2 and settings.observation_tokens == 100
     for row in rows:
-        driven = drive(environment, row, "seed", random_mix(0.4))
-        got = train_bopo.tokens(demonstration(row, driven), settings, tokenizer)
+        driven = steps.drive(environment, row, "seed", random_mix(0.4))
+        got = encode(demonstration(row, driven), settings, tokenizer)
         decided = [label for label in got["labels"] if label != -100]
         prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=True)
         limits = Limits(turns=20, tokens=1000, observation_tokens=100, step_seconds=60)
@@ -59,10 +69,10 @@ def test_a_demonstration_has_the_tokens_of_the_rollout() -> None:
 def test_rows_carry_what_reward_and_advantage_read() -> None:
     from routers.tasks.step_routing.profiles import BoundaryProfile
 
-    task, bopo = budget_task.BudgetTask(train_count=1, train_caps=[float("inf"), 1]), train_bopo.BopoArguments()
-    [name] = budget_task.train_tasks(task)
+    world = steps.world(train_limit=1, train_caps=[float("inf"), 1])
+    [name] = world.train_tasks()
     profile = BoundaryProfile(name, "x", (0.0, 0.0), (0.1, 0.3), (1.0, 1.0), (1.0, 1.4))
-    rows = train_bopo.training_rows(task, bopo.reward(), {name: profile})
+    rows = world.completed(world.rows([name], world.arguments.train_caps), {name: profile})
     assert [row["cap"] for row in rows] == [None, 1]
     assert rows[0]["hard"] and rows[0]["cost_small"] == pytest.approx(0.2)
     assert rows[0]["references"] == pytest.approx([0.0, 2 - 0.3])  # R_S = 0; R_L = 1 + beta - lambda
@@ -71,36 +81,51 @@ def test_rows_carry_what_reward_and_advantage_read() -> None:
 
 def test_a_task_folder_of_other_settings_is_refused(tmp_path: Path) -> None:
     def check(**fields: Any) -> None:
-        budget_task.check_folder(budget_task.BudgetTask(**fields).profile_settings(), tmp_path / "t")
+        check_folder(steps.world(**fields).profile_settings(), tmp_path / "t")
 
     check()
-    check(train_count=7)  # other tasks, same world
+    check(train_limit=7)  # other tasks, same world
     with pytest.raises(ValueError, match="step_limit=20, the recipe says 30"):
         check(step_limit=30)
 
 
+def test_help_of_the_task_needs_no_torch() -> None:
+    code = "import sys, routers.tasks.step_routing.task; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=120).returncode == 0
+
+
 @pytest.mark.slow
-def test_one_command_runs_it_all(tmp_path: Path) -> None:
-    """Profile, BoSFT, BoPO, evaluation, table and picture, in small."""
+def test_one_command_runs_it_all(tmp_path: Path, capsys: Any) -> None:
+    """Profile, SFT, BoPO, evaluation, report, and the same policy evaluated again: in small."""
+    out = tmp_path / "out"
     arguments = {
-        "config": ROOT / "recipes/quickstart/bopo.yaml", "output_dir": tmp_path / "out", "train_count": 12,
-        "heldout_count": 6, "max_steps": 2, "logging_steps": 1, "bosft_epochs": 1, "per_device_train_batch_size": 16,
+        "config": ROOT / "recipes/quickstart/bopo.yaml", "output_dir": out, "train_limit": 12,
+        "heldout_limit": 6, "max_steps": 2, "logging_steps": 1, "sft_epochs": 1, "per_device_train_batch_size": 16,
         "save_strategy": "steps", "save_steps": 1,
     }  # fmt: skip
-    text = train_bopo.main([word for key, value in arguments.items() for word in (f"--{key}", str(value))])
-    assert text is not None and "| policy " in text and "random mixing" in text
-    out = tmp_path / "out"
-    for name in (
-        "model.safetensors",
-        "step_router.yaml",
-        "bosft/step_router.yaml",
-        "episodes.parquet",
-        "tables.md",
-        "frontier.png",
-        "profiles.parquet",
-    ):
+    played = train.main([word for key, value in arguments.items() for word in (f"--{key}", str(value))])
+    assert "training tasks:" in capsys.readouterr().out
+    kinds = played.routers
+    assert kinds["start"] == "start" and kinds["bopo"] == "policy"
+    assert kinds["always-small"] == kinds["always-large"] == "member" and kinds["random mixing 0.1"] == "rule"
+    frame = played.frame
+    assert set(frame.loc[frame["router"] == "bopo", "cap"]) == {float("inf"), 1.0, 2.0, 4.0}
+    assert not frame["violated"].any() and (frame["usd"] >= frame["policy_usd"]).all()
+    names = """model.safetensors router.yaml start/router.yaml start/evaluation.parquet evaluation.parquet report.md
+        report.html frontier.png profiles.parquet checkpoint-1/router.yaml demonstrations/train.parquet"""
+    for name in names.split():
         assert (out / name).stat().st_size > 0, name
     assert json.loads((out / "task" / "settings.json").read_text())["step_limit"] == 20
     assert "BoPO-style" in (out / "README.md").read_text()
     with StepRouter.from_pretrained(out / "checkpoint-1") as router:
         assert router.settings == StepSettings.load(out) and router.settings.observation == "compact"
+
+    # The checkpoint by itself, elsewhere: the same episodes, and nothing of the training is needed.
+    again = tmp_path / "again"
+    words = [str(out), "--output_dir", str(again), "--heldout_limit", "4", "--train_tasks", "not/on/this/machine"]
+    alone = evaluate.main(words)
+    mine = Episodes.read(again).of(router="out").frame
+    pd.testing.assert_frame_equal(alone.of(router="out").frame, mine)
+    some = frame[(frame["router"] == "bopo") & frame["item"].isin(mine["item"])]
+    columns = ["item", "cap", "score", "usd", "reward", "member", "stop"]
+    pd.testing.assert_frame_equal(mine[columns].reset_index(drop=True), some[columns].reset_index(drop=True))

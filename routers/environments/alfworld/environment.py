@@ -26,8 +26,10 @@ class AlfWorldBenchmark:
     def tasks(self, which: str, count: int = 0) -> dict[str, str]:
         if which.startswith(GENERATED):
             split = which.removeprefix(GENERATED)
-            if split not in SPLITS or count < 1:
-                raise GameError(f"{which}, {count} games: name one of generated/{{{','.join(SPLITS)}}} and a count")
+            if split not in SPLITS:
+                raise GameError(f"{which}: name one of generated/{{{','.join(SPLITS)}}}")
+            if count < 1:
+                raise GameError(f"{which} has no end: say how many (train_limit, heldout_limit)")
             games = generate_games(count, split)
         else:
             games = load_games(which, count or None)

@@ -79,11 +79,9 @@ class BudgetGate:
         after = steps_left - 1
         calls = after if self.budget.on_empty == "force_small" else min(self.budget.tail_calls, after)
         tail = calls * self._amount(cheapest, bounds)
-        return [
-            name
-            for name in bounds
-            if self.account.fits(self._amount(name, bounds) + (0.0 if name == cheapest else tail))
-        ]
+        needs = {name: self._amount(name, bounds) + (0.0 if name == cheapest else tail) for name in bounds}
+        available = self.account.available
+        return [name for name, need in needs.items() if need <= available]
 
     def check_start(self, bounds: Mapping[str, float], steps: int) -> None:
         """Refuse a `force_small` budget that cannot pay for an episode of `steps` calls of the cheapest executor.

@@ -36,6 +36,8 @@ class Situation:
     gate: BudgetGate
     calls: tuple[str, ...]
     """Names of the executors of all steps so far."""
+    left: float
+    """Of the budget, in its unit; infinite without a cap."""
     bounds: Mapping[str, float] = field(default_factory=dict)
     """USD that the next call of each executor costs at most."""
     affordable: tuple[str, ...] = ()
@@ -236,8 +238,8 @@ class StepRoutingEpisode:
             OutOfMoney: the run cannot pay; a call that was not made says nothing about the executor.
         """
         name, now = self._parent.names[text], self.situation
-        executor, left = self._parent.executors[name], self.gate.remaining
-        step = RoutedStep(name, now.affordable, now.bounds, left, float("nan"), now.bounds[name], error=_BROKEN)
+        executor = self._parent.executors[name]
+        step = RoutedStep(name, now.affordable, now.bounds, now.left, float("nan"), now.bounds[name], error=_BROKEN)
         try:
             act = await self.gate.call(
                 name, now.bounds, lambda: executor.act(now.view, self._parent.deadline), lambda act: act.cost
@@ -265,10 +267,10 @@ class StepRoutingEpisode:
         return self._parent.describe(self.situation)
 
     def _look(self) -> Situation:
-        view = self._session.view
-        left = self._environment.limit - self._environment.steps
+        steps_left, calls, view = self._environment.limit - self._environment.steps, self.calls, self._session.view
         bounds = {name: executor.bound(view) for name, executor in self._parent.executors.items()}
-        return Situation(view, left, self.gate, self.calls, bounds, tuple(self.gate.allowed(bounds, left)))
+        affordable = tuple(self.gate.allowed(bounds, steps_left))
+        return Situation(view, steps_left, self.gate, calls, self.gate.remaining, bounds, affordable)
 
     def columns(self, stop: Stop) -> Mapping[str, Any]:
         """Success, cost in USD, calls; `feedback` says in words what was not reached."""

@@ -40,7 +40,7 @@ def compact(situation: Situation) -> Observation:
 
 
 def _left(situation: Situation) -> str:
-    budget, remaining = situation.gate.budget, situation.gate.remaining
+    budget, remaining = situation.gate.budget, situation.left
     if budget.cap is None:
         return "*"
     if budget.unit == "large_calls":
@@ -81,7 +81,7 @@ def progress(situation: Situation) -> Observation:
 
 def verbose(situation: Situation) -> Observation:
     """The last action and its observation as text of others, in a frame that says who acted and what is left."""
-    left = "" if situation.gate.budget.cap is None else f", budget left {situation.gate.remaining:.4g}"
+    left = "" if situation.gate.budget.cap is None else f", budget left {situation.left:.4g}"
     head = f"\n[steps left {situation.steps_left}{left}]\n"
     if not situation.view.steps:
         return Observation(body=situation.view.first, before=head, after="\n")

@@ -233,7 +233,8 @@ class StepSession:
         if not allowed:
             self.stop = "budget" if left > 0 else "turns"
             return None
-        situation = Situation(view, left, self.gate, tuple(step.executor for step in self._steps))
+        calls = tuple(step.executor for step in self._steps)
+        situation = Situation(view, left, self.gate, calls, self.gate.remaining)
         if self._steps:
             ids = (*self._ids, *self._observed(situation))
         else:
