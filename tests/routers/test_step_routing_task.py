@@ -47,7 +47,7 @@ def demonstration(row: Any, driven: Driven) -> Demonstration:
 
 def test_a_demonstration_has_the_tokens_of_the_rollout(tmp_path: Path) -> None:
     arguments = StepRouting.Arguments(train_caps=[2.0])
-    args = config(tmp_path, max_observation_tokens=100)
+    args = config(tmp_path, max_observation_tokens=100, per_device_train_batch_size=8)
     task = StepRouting(arguments, RunArguments("step_routing", train_limit=2, heldout_limit=1), args)
     task.load(tmp_path)
     corpus = task.corpus()
