@@ -8,7 +8,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, Field, dataclass, fields
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from srpo.recipe import describe, task_of
 from srpo.settings import Settings
@@ -56,8 +56,10 @@ def keys_of(cls: Any, leave_out: frozenset[str] = frozenset()) -> Iterator[Key]:
     for one in fields(cls):
         if one.init and one.name not in leave_out:
             help_ = " ".join(str(one.metadata.get("help") or "").split()).replace("%%", "%")
-            kind = describe(hints[one.name])
-            yield Key(one.name, kind, _default(one), tuple(map(str, one.metadata.get("choices") or ())), help_)
+            hint = hints[one.name]
+            kind = describe(hint)
+            words = one.metadata.get("choices") or (get_args(hint) if get_origin(hint) is Literal else ())
+            yield Key(one.name, kind, _default(one), tuple(map(str, words)), help_)
 
 
 def _default(one: Field[Any]) -> str:

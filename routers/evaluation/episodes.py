@@ -11,15 +11,15 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import numpy as np
-import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from routers.data.table import ReplyTable
 from srpo.ranges import Ranges, above, at_least, check_numbers
+
+if TYPE_CHECKING:  # pandas and pyarrow are slow to import, and help shows the keys of every task
+    import pandas as pd
 
 EPISODES = "evaluation.parquet"
 """Name of the file in an output folder."""
@@ -147,12 +147,17 @@ class Episodes:
         header: dict[str, Any] = {}
         for part in parts:
             _join(header, part.header, "")
+        import pandas as pd
+
         return cls(pd.concat([part.frame for part in parts], ignore_index=True), header)
 
     def write(self, path: str | Path) -> None:
         """Into a parquet file, which appears whole or not at all."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
         table = pa.Table.from_pandas(self.frame, preserve_index=False)
         header = json.dumps(self.header, sort_keys=True).encode()
         draft = path.with_name(path.name + ".draft")
@@ -171,6 +176,9 @@ class Episodes:
         path = path / EPISODES if path.is_dir() else path
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file; srpo train and srpo evaluate write one at their end")
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
         try:
             table = pq.read_table(path)
         except pa.ArrowInvalid as error:
@@ -293,6 +301,8 @@ class Outcomes:
             "member": [self.members[i] if one else "" for i, one in zip(weights.argmax(1), single, strict=True)],
             **{metric: (weights * values).sum(axis=1) for metric, values in self.extra.items()},
         }
+        import pandas as pd
+
         return Episodes(pd.DataFrame(columns), header or {})
 
     def _one_hot(self, routes: Sequence[str | None]) -> np.ndarray:

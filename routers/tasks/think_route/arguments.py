@@ -5,10 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from routers.evaluation.answers import METRICS
 from srpo.ranges import SEED, Ranges, above, at_least, between, check_numbers
+from srpo.settings import about, check_choices
 
 POOLS = ("recorded", "endpoint")
 REPLIES = ("full", "result")
+FAILED = ("lost", "observe")
+PROMPTS = ("router_r1", "short")
 SCHEMES = ("additive", "router_r1", "xrouter")
 
 
@@ -47,7 +51,7 @@ class ThinkRouteArguments:
     # Pool
     pool: str = field(
         default="recorded",
-        metadata={"help": "recorded: replies of the table. endpoint: OpenAI-compatible endpoints of the catalogue."},
+        metadata=about("recorded: of the table. endpoint: OpenAI-compatible, of the catalogue.", choices=POOLS),
     )
     catalogue: str | None = field(default=None, metadata={"help": "Members, prices, endpoints (YAML)."})
     members: list[str] | None = field(default=None, metadata={"help": "Use these members only, in this order."})
@@ -57,7 +61,7 @@ class ThinkRouteArguments:
     )
     replies: str = field(
         default="full",
-        metadata={"help": "Of a table: full, or result (what follows the last ' = ' of the first line)."},
+        metadata=about("Of a table; result: what follows the last ' = ' of the first line.", choices=REPLIES),
     )
     reply_cache: str | None = field(default=None, metadata={"help": "Folder of the endpoints' reply cache."})
     agent_prompt: str | None = field(
@@ -65,17 +69,18 @@ class ThinkRouteArguments:
         metadata={"help": "What endpoints are told; holds {query} once. Default: Router-R1's, in our words."},
     )
     failed_call: str = field(
-        default="lost", metadata={"help": "lost: a failed call drops the episode. observe: the policy is told."}
+        default="lost",
+        metadata=about("lost: a failed call drops the episode. observe: the policy is told.", choices=FAILED),
     )
     call_seconds: float = field(default=45.0, metadata={"help": "Deadline of one call, retries included."})
 
     # Prompt and reward
-    prompt: str = field(default="router_r1", metadata={"help": "router_r1, or short (for the tiny policy)."})
+    prompt: str = field(default="router_r1", metadata=about("short: for the tiny policy.", choices=PROMPTS))
     forward_empty: bool = field(
         default=False, metadata={"help": "A route without a query is valid, and sends the question itself."}
     )
-    metric: str = field(default="em", metadata={"help": "What a right answer is: em, f1, numeric or choice."})
-    reward: str = field(default="additive", metadata={"help": "additive, router_r1 or xrouter (rewards/schemes.py)."})
+    metric: str = field(default="em", metadata=about("What a right answer is.", choices=METRICS))
+    reward: str = field(default="additive", metadata=about("See rewards/schemes.py.", choices=SCHEMES))
     cost_weight: float = field(
         default=0.2, metadata={"help": "Weight of cost; alpha of router_r1, lambda of xrouter."}
     )
@@ -97,9 +102,7 @@ class ThinkRouteArguments:
 
     def __post_init__(self) -> None:
         check_numbers(self)
-        for name, choices in (("pool", POOLS), ("replies", REPLIES), ("reward", SCHEMES)):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(choices)}")
+        check_choices(self)
         if (self.table is None) == (self.train_data is None):
             raise ValueError("give either table, or train_data and test_data")
         if self.train_data is not None and not self.test_data:
