@@ -17,10 +17,11 @@ A kind's class is imported when a router of it is loaded, so this module stays f
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import importlib
 import types
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -31,6 +32,7 @@ import yaml
 from routers.data.catalogue import Member, load_catalogue, shared_fields, shared_member
 from srpo.redact import redacted
 from srpo.strict_yaml import read_yaml
+from srpo.types import Stop, Trajectory
 
 ROUTER_FILE = "router.yaml"
 
@@ -71,6 +73,35 @@ class Decision:
     def member(self) -> str | None:
         """The first of `members`; None: it abstains."""
         return self.members[0] if self.members else None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What became of a question that a router had answered."""
+
+    answer: str | None
+    """None: there is none; `stop` says why."""
+    stop: Stop
+    error: str | None
+    """Why the pool failed, where `stop` is "lost"."""
+    cost_usd: float
+    """Members' tokens at catalogue prices, and the policy's own where they have a price."""
+    members: tuple[str, ...]
+    """Who was asked, in order."""
+    prompt_tokens: int
+    """That the policy read: its prompt and the observations."""
+    completion_tokens: int
+    """That the policy wrote."""
+    turns: tuple[tuple[str, str], ...]
+    """(owner, text) of every turn: "policy" or "world"."""
+    trajectory: Trajectory | None = None
+    """Of an agent that took turns."""
+    scores: Mapping[str, float] = field(default_factory=dict)
+    """Of one decision: probability of each member."""
+
+
+OnTurn = Callable[[str], None]
+"""Called with the text of every turn of the policy, as soon as it is written. An exception ends the episode."""
 
 
 class Router:
@@ -117,6 +148,10 @@ class Router:
 
     def close(self) -> None:
         """Give back threads and connections."""
+
+    async def aclose(self) -> None:
+        """`close`, for servers."""
+        await asyncio.to_thread(self.close)
 
     def __enter__(self) -> Any:
         return self
@@ -169,12 +204,14 @@ class RouterFile:
     srpo: str | None = None
     path: Path = Path(ROUTER_FILE)
 
-    def settings_of(self, cls: type[Settings]) -> Settings:
-        """The settings as a dataclass, read strictly.
+    def settings_of(self, cls: type[Settings], kind: str | None = None) -> Settings:
+        """The settings as a dataclass, read strictly; `kind`: which one it must be.
 
         Raises:
             ValueError: names file, field and what is wrong.
         """
+        if kind not in (None, self.kind):
+            raise ValueError(f"{self.path}: is of kind {self.kind}, not {kind}; load_router gives the right class")
         try:
             return settings_from(cls, self.settings)
         except (TypeError, ValueError) as error:

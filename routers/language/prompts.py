@@ -154,6 +154,21 @@ def drawn_cost_weight(query_id: str, weights: Sequence[float]) -> float:
     return weights[int.from_bytes(digest[:8], "big") % len(weights)]
 
 
+def stated_cost_weight(weights: Sequence[float], asked: float | None) -> float | None:
+    """The price sensitivity that a prompt states, of a policy trained with ``weights``: the one asked for, else the
+    first. None: its prompts state none.
+
+    Raises:
+        ValueError: the policy was trained with none, or with none as low or as high.
+    """
+    if asked is None:
+        return weights[0] if weights else None
+    if not weights or not min(weights) <= asked <= max(weights):
+        known = ", ".join(map(str, weights)) or "none (cost_weights: in a recipe trains several)"
+        raise ValueError(f"cost_weight is {asked!r}; the policy was trained with: {known}")
+    return asked
+
+
 def measured(members: Sequence[Member], table: ReplyTable) -> list[Member]:
     """The members with ``latency`` (mean seconds) and ``examples`` (mean score per family) of the table's train split.
 

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from routers.tasks.think_route.agent_parts import AgentAnswer
+from routers.router import Answer
 
 
 class ServerMetrics:
@@ -36,7 +36,7 @@ class ServerMetrics:
                 self._sums["seconds"] += time.monotonic() - started  # type: ignore[assignment]
                 self._sums["questions"] += 1
 
-    def answered(self, found: AgentAnswer) -> None:
+    def answered(self, found: Answer) -> None:
         """A question that came to an end, with or without an answer."""
         with self._lock:
             self._stops[found.stop] += 1

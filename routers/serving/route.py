@@ -1,34 +1,70 @@
-"""Ask a trained think/route agent one question, and see what it did and what it cost.
+"""Send a query through a trained router: which member answers it, how sure the router is, and what it costs.
 
-    srpo route --model outputs/quickstart/think_route --table quickstart "Calculate 12 - 8"
-    srpo route --model user/router --catalogue members.yaml --max-cost-usd 0.001 "Who wrote Dune?"
+srpo route outputs/quickstart/srpo "Calculate 12 - 8"                        # the decision
+srpo route outputs/quickstart/srpo "Calculate 12 - 8" --catalogue pool.yaml  # and the member's reply
+srpo route user/agent "Who wrote Dune?" --catalogue pool.yaml --max-cost-usd 0.001
+srpo route outputs/quickstart/srpo --file queries.txt --json                 # one query a line
 """
 
 import argparse
+import dataclasses
 import json
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
-from routers.serving.commands import agent_arguments, make_agent
+from routers.router import Answer, Decision
+from routers.serving.commands import make_router, router_arguments
+from routers.serving.forward import Forwarder
 from srpo.ranges import at_least, ranged
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; 0 where there is an answer."""
+    """Command line; 0 where every query has a member, or an answer if a pool was to give one."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    agent_arguments(parser)
-    parser.add_argument("question")
-    parser.add_argument("--max-cost-usd", type=ranged(at_least(0)), help="hard cap for this question")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    router_arguments(parser)
+    parser.add_argument("query", nargs="?")
+    parser.add_argument("--file", type=Path, help="text file with one query a line, instead of a query")
+    parser.add_argument("--max-cost-usd", type=ranged(at_least(0)), help="hard cap for a query")
+    parser.add_argument("--cost-weight", type=ranged(at_least(0)), help="price sensitivity, where it was trained")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per query")
     args = parser.parse_args(argv)
-    with make_agent(args) as agent:
-        found = agent.answer(args.question, args.max_cost_usd)
-    if args.json:
-        names = ("answer", "stop", "error", "cost_usd", "members", "prompt_tokens", "completion_tokens", "turns")
-        print(json.dumps({name: getattr(found, name) for name in names}))
-    else:
-        for owner, text in found.turns:
-            print(text if owner == "policy" else text.strip())
-        print(f"\nanswer: {found.answer}\ncost: ${found.cost_usd:.6f}, asked: {', '.join(found.members) or 'nobody'}")
-        if found.answer is None:
-            print(f"no answer: {found.error or found.stop}")
-    return 0 if found.answer is not None else 1
+    if (args.query is None) == (args.file is None):
+        raise ValueError("give a query, or --file with one query a line")
+    queries = [args.query] if args.file is None else args.file.read_text(encoding="utf-8").splitlines()
+    found = []
+    router = make_router(args)
+    try:
+        for query in filter(str.strip, queries):
+            if router.pool is None:
+                decider = router.router if isinstance(router, Forwarder) else router
+                found.append(decider.route(query, cost_weight=args.cost_weight))
+            else:
+                found.append(router.answer(query, args.max_cost_usd, cost_weight=args.cost_weight))
+            print(json.dumps(record(query, found[-1])) if args.json else told(found[-1]), flush=True)
+    finally:
+        router.close()
+    if not found:
+        raise ValueError("there is no query: all lines are empty")
+    return int(any((one.member if isinstance(one, Decision) else one.answer) is None for one in found))
+
+
+def record(query: str, found: Decision | Answer) -> dict[str, Any]:
+    """As JSON."""
+    fields = {f.name: getattr(found, f.name) for f in dataclasses.fields(found) if f.name != "trajectory"}
+    return {"query": query, **fields}
+
+
+def told(found: Decision | Answer) -> str:
+    """As text."""
+    scores = ", ".join(f"{m} {p:.3f}" for m, p in sorted(found.scores.items(), key=lambda item: -item[1]))
+    if isinstance(found, Decision):
+        call = "unknown" if found.usd is None else f"${found.usd:.6f}"
+        lines = [found.text, "", f"member: {found.member or 'none'}", f"probabilities: {scores or 'none'}"]
+        return "\n".join([*lines, f"cost: {call} expected for the call, ${found.policy_usd:.6f} for the decision"])
+    lines = [text if owner == "policy" else text.strip() for owner, text in found.turns]
+    lines += ["", f"answer: {found.answer}"] + ([f"probabilities: {scores}"] if scores else [])
+    lines.append(f"cost: ${found.cost_usd:.6f}, asked: {', '.join(found.members) or 'nobody'}")
+    if found.answer is None:
+        lines.append(f"no answer: {found.error or found.stop}")
+    return "\n".join(lines)

@@ -1,11 +1,13 @@
-"""A `RouterAgent` behind an OpenAI-compatible endpoint (FastAPI): completions, streaming, models, health, metrics.
+"""A trained router behind an OpenAI-compatible endpoint (FastAPI): completions, streaming, models, health, metrics.
 
-The question is the one user message of a request; a trained router answers questions, it does not chat. Beyond
-OpenAI's fields, a request may carry ``max_cost_usd`` (a hard cap) and, for a policy that was trained with several
-price sensitivities, ``cost_weight`` (one of them); and a reply has in ``usage``
+The question is the one user message of a request; a trained router answers questions, it does not chat. An agent
+answers by itself, a query router has the member answer that it chooses, or names it where there is no pool
+(`routers.serving.forward`). Beyond OpenAI's fields, a request may carry ``max_cost_usd`` (a hard cap) and
+``cost_weight``, for a policy that was trained with several price sensitivities; and a reply has in ``usage``
 
     cost_usd    USD of every member's tokens at catalogue prices, and of the policy's own where they have a price
     members     who was asked, in order
+    scores      of a query router: the probability of each member
 
 ``prompt_tokens`` and ``completion_tokens`` are the policy's own. A stream sends each turn of the policy as
 ``reasoning_content`` when it is written, then the answer as ``content``. How an answer is sampled is the server's
@@ -29,9 +31,9 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
+from routers.language.prompts import stated_cost_weight
+from routers.router import Answer
 from routers.serving.metrics import ServerMetrics
-from routers.tasks.think_route.agent import RouterAgent
-from routers.tasks.think_route.agent_parts import AgentAnswer
 
 MAX_BODY_BYTES = 1_000_000
 _UNSUPPORTED = ("tools", "functions", "logprobs", "audio")
@@ -60,13 +62,11 @@ class Asked:
     include_usage: bool
 
 
-def create_app(
-    agent: RouterAgent, *, name: str = "router", api_key: str | None = None, max_waiting: int = 256
-) -> FastAPI:
+def create_app(agent: Any, *, name: str = "router", api_key: str | None = None, max_waiting: int = 256) -> FastAPI:
     """The application; closes the agent when it shuts down.
 
     Args:
-        agent: who answers.
+        agent: who answers: a `RouterAgent` or a `Forwarder`.
         name: of the model, as clients say it.
         api_key: what clients must send as bearer token; None: nothing.
         max_waiting: requests in work or in the queue; more are refused with status 429.
@@ -76,7 +76,7 @@ def create_app(
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
-        await asyncio.to_thread(agent.close)
+        await agent.aclose()
 
     app = FastAPI(title="srpo router", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
 
@@ -151,9 +151,12 @@ def read_request(document: Any, name: str, cost_weights: Sequence[float] = ()) -
     cap, weight = document.get("max_cost_usd"), document.get("cost_weight")
     if cap is not None and not (_is_number(cap) and cap >= 0):
         raise RequestError(400, "'max_cost_usd' must be a number of US dollars >= 0", "max_cost_usd")
-    if weight is not None and not (_is_number(weight) and weight in cost_weights):
-        known = ", ".join(map(str, cost_weights)) or "none"
-        raise RequestError(400, f"'cost_weight' must be one that the policy was trained with: {known}", "cost_weight")
+    try:
+        if weight is not None and not _is_number(weight):
+            raise ValueError(f"'cost_weight' must be a number; trained with: {', '.join(map(str, cost_weights))}")
+        stated_cost_weight(cost_weights, weight)
+    except ValueError as error:
+        raise RequestError(400, str(error), "cost_weight") from None
     return Asked(_question(document.get("messages")), cap, weight, stream, bool(options.get("include_usage")))
 
 
@@ -194,7 +197,7 @@ def _authorise(request: Request, api_key: str | None) -> None:
         raise RequestError(401, "the API key is missing or wrong", code="invalid_api_key")
 
 
-async def _stream(agent: RouterAgent, asked: Asked, name: str, metrics: ServerMetrics) -> AsyncIterator[str]:
+async def _stream(agent: Any, asked: Asked, name: str, metrics: ServerMetrics) -> AsyncIterator[str]:
     head = {"id": _id(), "object": "chat.completion.chunk", "created": int(time.time()), "model": name}
     loop, turns, gone = asyncio.get_running_loop(), asyncio.Queue[str | None](), False
 
@@ -242,20 +245,21 @@ def _id() -> str:
     return f"chatcmpl-{uuid.uuid4().hex}"
 
 
-def _reason(found: AgentAnswer) -> str:
+def _reason(found: Answer) -> str:
     """OpenAI's word: "length" where a limit (turns, tokens, deadline, budget) came before an answer."""
     return "stop" if found.stop == "done" else "length"
 
 
-def _transcript(found: AgentAnswer) -> str:
+def _transcript(found: Answer) -> str:
     return "".join(text for owner, text in found.turns if owner == "policy")
 
 
-def _usage(found: AgentAnswer) -> dict[str, Any]:
+def _usage(found: Answer) -> dict[str, Any]:
     return {
         "prompt_tokens": found.prompt_tokens,
         "completion_tokens": found.completion_tokens,
         "total_tokens": found.prompt_tokens + found.completion_tokens,
         "cost_usd": found.cost_usd,
         "members": list(found.members),
+        **({"scores": dict(found.scores)} if found.scores else {}),
     }

@@ -25,6 +25,10 @@ share sequence n (a group's prompt is forwarded once), `positions[n, s]` the tok
 -1 where the column holds none. Rows of a model without a reusable cache are forwarded again each turn."""
 
 
+Allowed = Callable[[Sequence[int]], Sequence[int] | None]
+"""The ids of a turn so far -> those that may follow; None there: any. See `srpo.rollout.constrained`."""
+
+
 @dataclass(frozen=True)
 class Request:
     """One turn that is wanted."""
@@ -38,8 +42,8 @@ class Request:
     """At least 1."""
     choices: tuple[int, ...] | None = None
     """Allowed ids: the turn is then one of them. None: any text."""
-    allowed: Callable[[Sequence[int]], Sequence[int] | None] | None = None
-    """The turn's ids so far -> those that may follow; None there: any. See `srpo.rollout.constrained`."""
+    allowed: Allowed | None = None
+    """Of this turn, where it is free text; None: the generator's."""
 
 
 @dataclass(frozen=True)
@@ -78,10 +82,6 @@ class _Row:
     def over(self) -> bool:
         return self.ended or len(self.ids) >= self.request.max_tokens
 
-    def allowed(self) -> Sequence[int] | None:
-        request = self.request
-        return request.choices if request.allowed is None else request.allowed(self.ids)
-
 
 @dataclass(frozen=True)
 class _Kept:
@@ -113,6 +113,7 @@ class TransformersGenerator:
         model: a causal LM, unwrapped, in the mode in which it shall be sampled (evaluation: no dropout).
         tokenizer: for stop strings and the padding id.
         eos_ids: ids that end a turn.
+        allowed: which ids may follow in a turn; None: any.
         recorder: called after every forward, see `Recorder`.
         any_busy: where parameters are sharded, every process must enter every forward. A collective "is any process
             busy?", given whether this one is; None where processes are independent.
@@ -127,6 +128,7 @@ class TransformersGenerator:
         sampling: Sampling,
         *,
         eos_ids: Sequence[int],
+        allowed: Allowed | None = None,
         recorder: Recorder | None = None,
         any_busy: Callable[[bool], bool] | None = None,
         keep_tokens: int = 0,
@@ -137,6 +139,7 @@ class TransformersGenerator:
         self.stops = Stops(tokenizer, sampling.stop)
         self.forwards = 0
         self._eos = frozenset(eos_ids)
+        self._allowed = allowed
         self._recorder = recorder
         self._any_busy = any_busy
         self._keep_tokens = keep_tokens
@@ -244,7 +247,7 @@ class TransformersGenerator:
             logits[going],
             self.sampling,
             [rows[b].draws.random() for b in going],
-            [rows[b].allowed() for b in going],
+            [self._allowed_now(rows[b]) for b in going],
             [(*rows[b].request.ids, *rows[b].ids) for b in going] if penalised else None,
         )
         for b, token, logprob in zip(going, ids, logprobs, strict=True):
@@ -252,6 +255,10 @@ class TransformersGenerator:
             row.ids.append(token)
             row.logprobs.append(logprob)
             row.ended = row.request.choices is not None or token in self._eos or self.stops.ended(row.ids)
+
+    def _allowed_now(self, row: _Row) -> Sequence[int] | None:
+        allowed = row.request.allowed or self._allowed
+        return row.request.choices if allowed is None or row.request.choices is not None else allowed(row.ids)
 
     def _forward(
         self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any, rows: list[tuple[int, ...]]

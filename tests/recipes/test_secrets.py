@@ -6,8 +6,9 @@ import pytest
 import yaml
 
 from routers.data.catalogue import Member, PriceTier, load_catalogue
+from routers.router import ROUTER_FILE
 from routers.tasks.step_routing.settings import STEP_ROUTER, StepSettings
-from routers.tasks.think_route.settings import AGENT, AgentSettings
+from routers.tasks.think_route.settings import AgentSettings
 from srpo import SRPOConfig
 from srpo.hub.card import model_card
 from srpo.recipe import RecipeError, load_recipe
@@ -104,7 +105,7 @@ def test_no_field_takes_a_key_or_repeats_it(tmp_path, fields):
     assert CANARY not in str(caught.value)
 
 
-def test_agent_yaml_holds_an_allow_list(tmp_path):
+def test_router_yaml_holds_an_allow_list(tmp_path):
     member = Member(
         *("m", "facts", 1.0, 2.0, "org/m"),
         base_url="https://host/v1",
@@ -117,25 +118,17 @@ def test_agent_yaml_holds_an_allow_list(tmp_path):
     )
     settings = AgentSettings(members=(member,), chat_template_kwargs={"enable_thinking": False, "api_key": CANARY})
     settings.save(tmp_path)
-    text = (tmp_path / AGENT).read_text()
+    text = (tmp_path / ROUTER_FILE).read_text()
     assert CANARY not in text and "SOME_KEY" not in text and "host" not in text
     allowed = {"name", "descriptor", "context_length", "max_tokens", "latency", "examples", "price_in", "price_out"}
     allowed |= {"price_cached", "price_cache_write", "price_reasoning", "price_request", "price_tiers"}
-    assert yaml.safe_load(text)["members"][0].keys() == allowed
+    assert yaml.safe_load(text)["settings"]["members"][0].keys() == allowed
     loaded = AgentSettings.load(tmp_path)
     kept = Member(
         "m", "facts", 1.0, 2.0, examples={"nq": 0.5}, price_request=0.25, price_tiers=(PriceTier(9, 3.0, 4.0),)
     )
     assert loaded.members == (kept,)
     assert loaded.chat_template_kwargs == {"enable_thinking": False, "api_key": REDACTED}
-
-
-def test_files_of_before_still_load(tmp_path):
-    AgentSettings(members=(Member("m", "facts", 1.0, 2.0),)).save(tmp_path)
-    document = yaml.safe_load((tmp_path / AGENT).read_text())
-    document["members"][0] = {"name": "m", "descriptor": "facts", "price_in": 1.0, "price_out": 2.0, "system": "S"}
-    (tmp_path / AGENT).write_text(yaml.safe_dump(document))
-    assert AgentSettings.load(tmp_path).members == (Member("m", "facts", 1.0, 2.0, system="S"),)
 
 
 def test_step_router_yaml_card_and_logged_arguments_hold_no_key(tmp_path):

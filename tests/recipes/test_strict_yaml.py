@@ -7,8 +7,9 @@ import pytest
 import yaml
 
 from routers.data.catalogue import load_catalogue
+from routers.router import ROUTER_FILE
 from routers.tasks.step_routing.settings import STEP_ROUTER, StepSettings
-from routers.tasks.think_route.settings import AGENT, AgentSettings
+from routers.tasks.think_route.settings import AgentSettings
 from srpo import SRPOConfig
 from srpo.recipe import RecipeError, load_recipe
 from srpo.strict_yaml import YamlError, read_yaml, read_yaml_lines
@@ -80,8 +81,8 @@ def test_every_file_of_ours_is_read_so(tmp_path):
         load_recipe(
             SRPOConfig, ["--config", str(written(tmp_path, "chat_template_kwargs:\n  b: 1\n  b: 2\n", "r.yaml"))]
         )
-    written(tmp_path, "turns: 3\nturns: 4\n", AGENT)
-    with pytest.raises(ValueError, match=r"agent\.yaml:2: the key 'turns'"):
+    written(tmp_path, "kind: a\nkind: b\n", ROUTER_FILE)
+    with pytest.raises(ValueError, match=r"router\.yaml:2: the key 'kind'"):
         AgentSettings.load(tmp_path)
     written(tmp_path, "step_limit: 3\nstep_limit: 4\n", STEP_ROUTER)
     with pytest.raises(ValueError, match=r"step_router\.yaml:2: the key 'step_limit'"):

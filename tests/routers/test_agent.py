@@ -14,8 +14,10 @@ from agent_helpers import MEMBERS, SETTINGS, scripted_pool, train_policy
 from scripted import Fault, Scripted
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from routers import RouterAgent
+from routers import RouterAgent, load_router
 from routers.data.catalogue import cost
+from routers.pool import Pool
+from routers.router import CannotDo
 from routers.tasks.think_route.settings import AgentSettings
 from srpo.types import Usage
 
@@ -149,19 +151,20 @@ def test_a_price_sensitivity_stands_in_the_prompt_and_must_be_a_trained_one(poli
         ]
         assert prompts[0] == prompts[1] and "Price sensitivity: 0.10" in prompts[1]
         assert "Price sensitivity: 0.80" in prompts[2]
-        with pytest.raises(ValueError, match=r"0\.5.*trained with: 0\.1, 0\.8"):
-            agent.answer("Count to nine", cost_weight=0.5)
+        with pytest.raises(ValueError, match=r"0\.9.*trained with: 0\.1, 0\.8"):
+            agent.answer("Count to nine", cost_weight=0.9)
     refused = pytest.raises(ValueError, match="trained with: none")
     with RouterAgent.from_pretrained(policy, scripted_pool()) as agent, refused:
         agent.answer("Count to nine", cost_weight=0.1)
 
 
 def test_settings_survive_a_round_trip_and_bad_files_are_named(tmp_path: Path) -> None:
-    assert AgentSettings.load(tmp_path) == AgentSettings()  # Router-R1's own checkpoints have no such file
+    with pytest.raises(ValueError, match=r"holds no router\.yaml"):  # as Router-R1's own checkpoints
+        AgentSettings.load(tmp_path)
     SETTINGS.save(tmp_path)
     assert AgentSettings.load(tmp_path) == SETTINGS
-    (tmp_path / "agent.yaml").write_text("prompt: [")
-    with pytest.raises(ValueError, match=r"agent\.yaml:1: not valid YAML"):
+    (tmp_path / "router.yaml").write_text("prompt: [")
+    with pytest.raises(ValueError, match=r"router\.yaml:1: not valid YAML"):
         AgentSettings.load(tmp_path)
     with pytest.raises(ValueError, match="prompt 'long' is unknown"):
         AgentSettings(prompt="long")  # type: ignore[arg-type]
@@ -169,12 +172,10 @@ def test_settings_survive_a_round_trip_and_bad_files_are_named(tmp_path: Path) -
         AgentSettings(turns=0)
 
 
-def test_the_command_line_asks_one_question(
-    policy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_line_asks_one_question(policy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from openai_server import OpenAIServer
 
-    from routers.serving.route import main  # scripts/route.py
+    from routers.serving.route import main
 
     with OpenAIServer(reply="two words") as server:
         entries = [
@@ -184,7 +185,7 @@ def test_the_command_line_asks_one_question(
         ]  # fmt: skip
         catalogue = tmp_path / "members.yaml"
         catalogue.write_text(yaml.safe_dump({"members": entries}))
-        words = ["--model", str(policy), "--catalogue", str(catalogue), "beta beta"]
+        words = [str(policy), "beta beta", "--catalogue", str(catalogue)]
         assert main(words) == 0
         plain = capsys.readouterr().out
         assert main([*words, "--json", "--max-cost-usd", "0"]) == 0
@@ -193,3 +194,29 @@ def test_the_command_line_asks_one_question(
     assert f"cost: ${cost(MEMBERS[1], *server.usage[0]):.6f}, asked: beta" in plain
     assert (document["answer"], document["members"], document["cost_usd"]) == ("ok", [], 0.0)
     assert len(server.usage) == 1  # the capped question asked nobody
+
+
+def test_the_first_turn_is_a_decision(policy: Path) -> None:
+    with load_router(policy) as agent:  # no pool: it decides, and answers nothing
+        for question, member in (("Say beta now", "beta"), ("Count to nine", "alpha")):
+            decision = agent.route(question)
+            assert decision.member == member == max(decision.scores, key=lambda name: decision.scores[name])
+            assert set(decision.scores) == {"alpha", "beta"} and sum(decision.scores.values()) == pytest.approx(1.0)
+            assert f"<search>{member}:" in decision.text and decision.usd is None
+        with pytest.raises(CannotDo, match="nobody to ask: give load_router a catalogue"):
+            agent.answer("Count to nine")
+        with pytest.raises(CannotDo, match="drops members when it is loaded"):
+            agent.route("q", members=["alpha"])
+    with load_router(policy, members=["alpha"]) as agent:
+        assert agent.route("Say beta now").scores == {"alpha": 1.0}
+
+
+def test_an_agent_asks_only_members_and_saves_itself(policy: Path, tmp_path: Path) -> None:
+    """The policy wants beta, which is gone: the name that it can write is a member's."""
+    only = Pool({"alpha": MEMBERS[0]}, {"alpha": Scripted("one")})
+    with load_router(policy, pool=only) as agent:
+        found = agent.answer("Say beta now")
+        assert set(found.members) == {"alpha"} and "<search>alpha:" in found.turns[0][1]
+        agent.save(tmp_path)
+    with load_router(tmp_path) as again:
+        assert [m.name for m in again.members] == ["alpha"] and again.settings.turns == SETTINGS.turns

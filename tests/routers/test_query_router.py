@@ -13,6 +13,7 @@ from routers import Member, QueryRouter, load_router
 from routers.data.billing import token_usd
 from routers.data.table import ReplyTable
 from routers.language.grammar import parse
+from routers.language.prompts import stated_cost_weight
 from routers.router import CannotDo, read_router
 from routers.tasks.query_routing.router import routing
 from routers.tasks.query_routing.settings import QuerySettings
@@ -47,11 +48,10 @@ def test_the_first_weight_is_the_default_and_unknown_weights_are_refused(router:
     question = "sum of 1 and 2"
     assert router.route(question) == router.route(question, cost_weight=0.2)
     router.route(question, cost_weight=0.5)  # between the trained ones
-    with pytest.raises(ValueError, match=r"cost_weight is 0.9; the router was trained from 0.2 to 0.8"):
+    with pytest.raises(ValueError, match=r"cost_weight is 0.9; the policy was trained with: 0.2, 0.8"):
         router.route(question, cost_weight=0.9)
-    fixed = dataclasses.replace(SETTINGS, cost_weights=())
-    with pytest.raises(ValueError, match=r"trained with one fixed weight .train with cost_weights"):
-        fixed.prompt_weight(0.2)
+    with pytest.raises(ValueError, match=r"trained with: none .cost_weights: in a recipe trains several"):
+        stated_cost_weight((), 0.2)
 
 
 def test_many_queries_are_decided_as_one_by_one(router: QueryRouter) -> None:

@@ -52,7 +52,7 @@ def written(folder: Path, **changes: Any) -> Path:
 def test_what_is_written_is_read_and_addresses_stay_here(tmp_path: Path) -> None:
     path = write_router(tmp_path, "query_routing", plain_settings(FULL), {"table": "sha256:" + "ab" * 32})
     file = read_router(tmp_path)
-    found = file.settings_of(Settings)
+    found = file.settings_of(Settings, "query_routing")
     assert (file.kind, file.made_from) == ("query_routing", {"table": "sha256:" + "ab" * 32})
     assert found.members[0] == MEMBERS[0] and found.members[1].price_tiers == MEMBERS[1].price_tiers
     assert "http" not in path.read_text() and found.members[1].base_url is None
@@ -92,7 +92,7 @@ def test_a_file_that_cannot_be_read_says_what_is_wrong(tmp_path: Path, changes: 
 def test_settings_are_read_strictly(tmp_path: Path, changes: Any, words: str) -> None:
     file = read_router(written(tmp_path, settings=plain_settings(FULL) | changes))
     with pytest.raises(ValueError, match=rf"{ROUTER_FILE}: settings: .*{words}"):
-        file.settings_of(Settings)
+        file.settings_of(Settings, "query_routing")
 
 
 def test_a_field_without_default_must_be_there() -> None:

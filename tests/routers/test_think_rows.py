@@ -136,22 +136,21 @@ def test_a_server_leaves_out_the_share_of_bad_rows_that_is_said(tmp_path: Path) 
     import argparse
 
     from routers.pool import Ledger
-    from routers.serving.commands import agent_arguments, recorded
+    from routers.serving.commands import recorded, router_arguments
     from srpo.quarantine import BadRows
 
     (tmp_path / "catalogue.yaml").write_text("members:\n  - {name: m, descriptor: d, price_in: 1.0, price_out: 2.0}\n")
     head = "query_id,query,member,reply,prompt_tokens,completion_tokens,correct\n"
     lines = [f"q{i},question {i},m,<think>no</think>{i},1,1,{'x' if i == 3 else 1}\n" for i in range(10)]
     (tmp_path / "t.csv").write_text(head + "".join(lines))
-    AgentSettings(members=(Member("m", "d", 1.0, 2.0),)).save(tmp_path)
     parser = argparse.ArgumentParser()
-    agent_arguments(parser)
-    common = ["--model", str(tmp_path), "--table", str(tmp_path / "t.csv")]
+    router_arguments(parser)
+    common = [str(tmp_path), "--table", str(tmp_path / "t.csv")]
     for words, works in (([], False), (["--max-bad-share", "0.1"], True)):
         args = parser.parse_args([*common, *words])
         if works:
-            pool = recorded(args.table, args.model, Ledger(), args.max_bad_share)
+            pool = recorded(args, ["m"], Ledger())
             assert asyncio.run(pool.ask("m", "question 4", 5.0)).text == "4"
         else:
             with pytest.raises(BadRows, match="1 of 10 rows"):
-                recorded(args.table, args.model, Ledger(), args.max_bad_share)
+                recorded(args, ["m"], Ledger())

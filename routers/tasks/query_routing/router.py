@@ -19,6 +19,7 @@ from typing import Any
 
 from routers.data.catalogue import Member
 from routers.language.grammar import parse
+from routers.language.prompts import stated_cost_weight
 from routers.router import CannotDo, Decision, Router, RouterFile, members_now
 from routers.tasks.query_routing.settings import KIND, QuerySettings
 from srpo.rollout.constrained import OneOf, choice_probabilities
@@ -86,7 +87,7 @@ class QueryRouter(Router):
         **options: Any,
     ) -> QueryRouter:
         """See `routers.load_router`."""
-        settings = file.settings_of(QuerySettings)
+        settings = file.settings_of(QuerySettings, KIND)
         pool = members_now(settings.members, members, catalogue)
         model, tokenizer = load_checkpoint(name)
         return cls(model, tokenizer, settings, members=pool, made_from=file.made_from, **options)
@@ -117,7 +118,7 @@ class QueryRouter(Router):
             if not isinstance(query, str) or not query.strip():
                 raise ValueError("the query is empty")
         pool = members_now(self.members, members)
-        weight = self.settings.prompt_weight(cost_weight)
+        weight = stated_cost_weight(self.settings.cost_weights, cost_weight)
         found: list[Decision] = []
         for start in range(0, len(queries), self._max_batch):  # the caches of so many are kept at once
             found += self._decided(queries[start : start + self._max_batch], pool, weight)

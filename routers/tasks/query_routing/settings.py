@@ -101,26 +101,6 @@ class QuerySettings:
         tag = self.grammar.route
         return OneOf(tokenizer, self.grammar.open(tag), names, [self.grammar.close(tag)])
 
-    def prompt_weight(self, cost_weight: float | None) -> float | None:
-        """The price sensitivity that a prompt states: the one asked for, else the first of the training.
-
-        Raises:
-            ValueError: none was trained, or it lies outside the trained range.
-        """
-        if not self.cost_weights:
-            if cost_weight is not None:
-                raise ValueError(
-                    f"cost_weight is {cost_weight!r}, but the router was trained with one fixed weight (train with "
-                    "cost_weights: [...] for a router that takes it)"
-                )
-            return None
-        if cost_weight is None:
-            return self.cost_weights[0]
-        low, high = min(self.cost_weights), max(self.cost_weights)
-        if not low <= cost_weight <= high:
-            raise ValueError(f"cost_weight is {cost_weight!r}; the router was trained from {low} to {high}")
-        return cost_weight
-
     def expected_usd(self, member: Member) -> float | None:
         """Mean USD of a call at the member's prices now; None: nothing says.
 

@@ -5,41 +5,48 @@
         print(agent.answer("Who wrote Dune?", max_cost_usd=0.001).answer)
 
 Every question is a rollout of its own (`srpo.rollout.loop.play`), in the caller's thread; their turns meet in one
-batch on the model, so a question that waits for a slow member holds up nobody. This is the one module of `routers`
-that imports the rollout loop of `srpo`: answering is what that loop does.
+batch on the model, so a question that waits for a slow member holds up nobody. Whom a turn asks is chosen among the
+members' names: no other can be written there.
 """
 
 from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from routers.data.catalogue import load_catalogue
+from routers.data.catalogue import Member, load_catalogue
+from routers.language.grammar import parse_turn
+from routers.language.prompts import stated_cost_weight
 from routers.pool import Pool, live_pool
-from routers.tasks.think_route.agent_parts import AgentAnswer, Listening, OnTurn
+from routers.router import Answer, CannotDo, Decision, OnTurn, Router, RouterFile, members_now
 from routers.tasks.think_route.environment import ThinkRoute
-from routers.tasks.think_route.settings import AgentSettings
+from routers.tasks.think_route.settings import KIND, AgentSettings
+from srpo.rollout.constrained import choice_probabilities
 from srpo.rollout.generator import Request, Sample, TransformersGenerator
 from srpo.rollout.loop import Limits, play
-from srpo.rollout.sampling import Sampling
+from srpo.rollout.sampling import Sampling, text_of
 from srpo.rollout.shared import Batches, load_checkpoint
 from srpo.rollout.special_tokens import end_ids
+from srpo.rollout.thinking import opened_by
 from srpo.rollout.untrusted import LockedTokenizer, without_control_tokens
 from srpo.rollout.worker_loop import EpisodeLoop
-from srpo.types import COST, LOST, Trajectory
+from srpo.types import COST, LOST, Episode, Observation, Row, Stop, Trajectory
 
 
-class RouterAgent:
+class RouterAgent(Router):
     """Answers questions with a policy and a pool. Safe in many threads and tasks at once; close it at the end.
 
     Args:
         model, tokenizer: the policy, in evaluation mode.
         pool: who is asked. Its ledger holds what was spent; a policy price there makes the policy's own tokens count.
+            None: the agent can `route`, and answers nothing.
         settings: how the policy was trained to ask.
+        members: the pool, where there is none; None: that of the settings.
         temperature: of the policy; 0: greedy.
         max_batch: turns that are generated together.
         max_concurrent: questions that `aanswer` and `submit` work on at once; further ones wait.
@@ -47,33 +54,34 @@ class RouterAgent:
         episode_seconds: deadline of a question; looked at after every turn.
     """
 
+    kind = KIND
+
     def __init__(
         self,
         model: Any,
         tokenizer: Any,
-        pool: Pool,
+        pool: Pool | None,
         settings: AgentSettings,
         *,
+        members: Sequence[Member] | None = None,
         temperature: float = 0.0,
         max_batch: int = 32,
         max_concurrent: int = 64,
         call_seconds: float = 45.0,
         episode_seconds: float = 180.0,
+        name: str = "router",
+        made_from: Mapping[str, Any] | None = None,
     ) -> None:
-        tokenizer = LockedTokenizer(tokenizer)
-        sampling = Sampling(temperature=temperature, stop=settings.grammar.stops)
         self.pool = pool
         self.settings = settings
-        self._tokenizer = tokenizer
-        self._clean = without_control_tokens(tokenizer)
-        self._world = ThinkRoute(
-            pool,
-            grammar=settings.grammar,
-            forward_empty=settings.forward_empty,
-            failed_call="observe",
-            call_seconds=call_seconds,
-            count_tokens=lambda text: len(tokenizer.encode(text, add_special_tokens=False)),
-        )
+        self.name = name
+        self.members = tuple(pool.members.values() if pool else settings.members if members is None else members)
+        self._made_from = made_from
+        self._model = model
+        self._tokenizer = LockedTokenizer(tokenizer)
+        self._clean = without_control_tokens(self._tokenizer)
+        self._mask = settings.mask(self._tokenizer, [member.name for member in self.members])
+        self._world = None if pool is None else self._make_world(pool, call_seconds)
         self._limits = Limits(
             turns=settings.turns,
             tokens=settings.tokens,
@@ -83,7 +91,9 @@ class RouterAgent:
             episode_seconds=episode_seconds,
         )
         self._numbers = itertools.count()
-        generator = TransformersGenerator(model, tokenizer, sampling, eos_ids=end_ids(model, tokenizer))
+        sampling = Sampling(temperature=temperature, stop=settings.grammar.stops)
+        ends = end_ids(model, self._tokenizer)
+        generator = TransformersGenerator(model, self._tokenizer, sampling, eos_ids=ends, allowed=self._mask.after)
         self._batches = Batches(generator, max_batch)
         self._loop = EpisodeLoop()
         self._loop.start()
@@ -95,23 +105,80 @@ class RouterAgent:
         cls,
         name: str | Path,
         pool: Pool | str | Path,
+        settings: AgentSettings | None = None,
         **options: Any,
     ) -> RouterAgent:
         """An agent from a checkpoint: a folder or Hub id, full weights or LoRA adapter, on the GPU if there is one.
 
         Args:
-            name: with `agent.yaml` in it, which training writes; without, it is asked as Router-R1's checkpoints are.
+            name: with `router.yaml` in it, which training writes.
             pool: who is asked: a pool, or the path of a catalogue whose members live behind OpenAI-compatible
                 endpoints (`routers.pool.live_pool` takes a ledger and a reply cache as well).
+            settings: in place of that file; `AgentSettings()` for Router-R1's own checkpoints.
             options: of the constructor.
 
         Raises:
             ValueError: the catalogue or the settings cannot be used.
             OSError: no such checkpoint.
         """
-        model, tokenizer = load_checkpoint(str(name))
+        settings = AgentSettings.load(name) if settings is None else settings
         asked = pool if isinstance(pool, Pool) else live_pool(load_catalogue(pool))
-        return cls(model, tokenizer, asked, AgentSettings.load(name), **options)
+        return cls(*load_checkpoint(str(name)), asked, settings, **options)
+
+    @classmethod
+    def load(
+        cls,
+        name: str,
+        file: RouterFile,
+        *,
+        members: Sequence[str] | None = None,
+        catalogue: str | Path | Mapping[str, Member] | None = None,
+        pool: Pool | None = None,
+        **options: Any,
+    ) -> RouterAgent:
+        """See `routers.load_router`. With a `pool`, its members are asked; else those of the catalogue, where they
+        live behind endpoints."""
+        settings = file.settings_of(AgentSettings, KIND)
+        chosen = members_now(settings.members, members, pool.members if pool else catalogue)
+        if pool is None and all(member.base_url for member in chosen):
+            pool = live_pool({member.name: member for member in chosen})
+        return cls(*load_checkpoint(name), pool, settings, members=chosen, made_from=file.made_from, **options)
+
+    def route(
+        self,
+        query: str,
+        *,
+        context: Any = None,
+        cost_weight: float | None = None,
+        members: Sequence[str] | None = None,
+    ) -> Decision:
+        """Whom the agent's first turn asks. It abstains where it answers by itself, or its turn is broken.
+
+        Raises:
+            CannotDo: a context, or fewer members; an agent takes its turns by itself (`answer`).
+            ValueError: an empty query, or a price sensitivity that was not trained.
+        """
+        if context is not None or members is not None:
+            raise CannotDo("a think/route agent is asked a question, and drops members when it is loaded")
+        row, prompt = self._row(query, None, cost_weight)
+        limit = self.settings.turn_tokens or self.settings.tokens
+        [turn] = self._batches.ask([Request(next(self._numbers), tuple(prompt), row["query_id"], limit)])
+        scores, names = {}, [member.name for member in self.members]
+        if begun := self._mask.inside(turn.ids):
+            length, tree = begun
+            context_ids = [*prompt, *turn.ids[:length]]
+            found = choice_probabilities(self._batches.ask, tree, context_ids, next(self._numbers))
+            scores = {name: found.get(name, 0.0) + found.get(f" {name}", 0.0) for name in names}
+        text = opened_by(self._tokenizer, prompt) + text_of(self._tokenizer, turn.ids)
+        action = parse_turn(text, names, self.settings.grammar, forward_empty=self.settings.forward_empty)
+        return Decision(
+            members=(action.member,) if action.member else (),
+            scores=scores,
+            policy_usd=self.pool.ledger.policy(len(prompt), len(turn.ids), row["query_id"]) if self.pool else 0.0,
+            prompt_tokens=len(prompt),
+            completion_tokens=len(turn.ids),
+            text=text,
+        )
 
     def answer(
         self,
@@ -120,7 +187,7 @@ class RouterAgent:
         *,
         cost_weight: float | None = None,
         on_turn: OnTurn | None = None,
-    ) -> AgentAnswer:
+    ) -> Answer:
         """Answer one question; blocks until it is done.
 
         Args:
@@ -131,24 +198,30 @@ class RouterAgent:
             on_turn: see `OnTurn`.
 
         Raises:
+            CannotDo: there is no pool to ask.
             ValueError: an empty question, a cap that is not a number >= 0, or a price sensitivity that the policy was
                 not trained with.
             RuntimeError: the agent was closed.
         """
+        if self._world is None:
+            raise CannotDo("the agent has nobody to ask: give load_router a catalogue whose members have a base_url")
+        if max_cost_usd is not None and not max_cost_usd >= 0:
+            raise ValueError(f"max_cost_usd is {max_cost_usd!r}; it must be a number >= 0")
+        row, ids = self._row(question, max_cost_usd, cost_weight)
+        world: Any = self._world if on_turn is None else _Listening(self._world, on_turn)
+        number = next(self._numbers)
+        generator = _Conversation(self._batches, number)
+        found = play(world, [row], [ids], [f"{number}"], generator, self._tokenizer, self._limits, loop=self._loop)
+        return self._answer(found[0])
+
+    def _row(self, question: str, cap: float | None, cost_weight: float | None) -> tuple[dict[str, Any], list[int]]:
+        """The question as the world knows it, and the ids of its prompt."""
         if self._closed:
             raise RuntimeError("the agent was closed")
         if not isinstance(question, str) or not question.strip():
             raise ValueError("the question is empty")
-        if max_cost_usd is not None and not max_cost_usd >= 0:
-            raise ValueError(f"max_cost_usd is {max_cost_usd!r}; it must be a number >= 0")
-        weights = self.settings.cost_weights
-        if cost_weight is None and weights:
-            cost_weight = weights[0]
-        if cost_weight is not None and cost_weight not in weights:
-            known = ", ".join(map(str, weights)) or "none"
-            raise ValueError(f"cost_weight is {cost_weight!r}; the policy was trained with: {known}")
-        number = next(self._numbers)
-        prompt = self.settings.messages(question, self._world.members, cost_weight=cost_weight, clean=self._clean)
+        weight = stated_cost_weight(self.settings.cost_weights, cost_weight)
+        prompt = self.settings.messages(question, self.members, cost_weight=weight, clean=self._clean)
         ids = self._tokenizer.apply_chat_template(
             prompt,
             add_generation_prompt=True,
@@ -156,17 +229,14 @@ class RouterAgent:
             return_dict=False,
             **self.settings.chat_template_kwargs,
         )
-        row = {"query": question, "prompt": prompt, "query_id": f"question {number}", "max_cost_usd": max_cost_usd}
-        world: Any = self._world if on_turn is None else Listening(self._world, on_turn)
-        generator = _Conversation(self._batches, number)
-        found = play(world, [row], [ids], [f"{number}"], generator, self._tokenizer, self._limits, loop=self._loop)
-        return self._answer(found[0])
+        name = f"question {next(self._numbers)}"
+        return {"query": question, "prompt": prompt, "query_id": name, "max_cost_usd": cap}, ids
 
-    def submit(self, question: str, max_cost_usd: float | None = None, **options: Any) -> Future[AgentAnswer]:
-        """`answer` in a thread of the agent's own: a future of the `AgentAnswer`."""
+    def submit(self, question: str, max_cost_usd: float | None = None, **options: Any) -> Future[Answer]:
+        """`answer` in a thread of the agent's own: a future of the `Answer`."""
         return self._threads.submit(self.answer, question, max_cost_usd, **options)
 
-    async def aanswer(self, question: str, max_cost_usd: float | None = None, **options: Any) -> AgentAnswer:
+    async def aanswer(self, question: str, max_cost_usd: float | None = None, **options: Any) -> Answer:
         """`answer` for asyncio."""
         return await asyncio.wrap_future(self.submit(question, max_cost_usd, **options))
 
@@ -176,21 +246,33 @@ class RouterAgent:
             return
         self._closed = True
         self._threads.shutdown(wait=True, cancel_futures=True)
-        self._loop.run([self.pool.aclose], 10.0)
+        if self.pool is not None:
+            self._loop.run([self.pool.aclose], 10.0)
         self._loop.close()
         self._batches.close()
 
-    def __enter__(self) -> RouterAgent:
-        return self
+    def save(self, folder: str | Path) -> None:
+        """Weights, tokenizer and `router.yaml`, with the pool as it is now."""
+        self._model.save_pretrained(folder)
+        self._tokenizer.save_pretrained(folder)
+        replace(self.settings, members=self.members).save(folder, self._made_from)
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def _make_world(self, pool: Pool, call_seconds: float) -> ThinkRoute:
+        tokenizer = self._tokenizer
+        return ThinkRoute(
+            pool,
+            grammar=self.settings.grammar,
+            forward_empty=self.settings.forward_empty,
+            failed_call="observe",
+            call_seconds=call_seconds,
+            count_tokens=lambda text: len(tokenizer.encode(text, add_special_tokens=False)),
+        )
 
-    def _answer(self, trajectory: Trajectory) -> AgentAnswer:
+    def _answer(self, trajectory: Trajectory) -> Answer:
         columns = trajectory.columns
         written = sum(len(turn.ids) for turn in trajectory.turns if turn.owner == "policy")
         shown = sum(len(turn.ids) for turn in trajectory.turns if turn.owner == "world")
-        return AgentAnswer(
+        return Answer(
             answer=columns.get("answer"),
             stop=trajectory.stop,
             error=columns[LOST],
@@ -213,8 +295,34 @@ class _Conversation:
         self._number = number
 
     def generate(self, requests: Sequence[Request]) -> list[Sample]:
-        named = [Request(self._number, r.ids, r.seed, r.max_tokens, r.choices) for r in requests]
-        return self._batches.ask(named)
+        return self._batches.ask([replace(request, row=self._number) for request in requests])
 
     def finish(self) -> None:
         """The shared generator goes on."""
+
+
+class _Listening:
+    """A world that tells somebody what the policy writes."""
+
+    def __init__(self, world: ThinkRoute, on_turn: OnTurn) -> None:
+        self._world = world
+        self._on_turn = on_turn
+
+    def episode(self, row: Row, seed: str) -> Episode:
+        return _ListeningEpisode(self._world.episode(row, seed), self._on_turn)
+
+
+class _ListeningEpisode:
+    def __init__(self, episode: Episode, on_turn: OnTurn) -> None:
+        self._episode = episode
+        self._on_turn = on_turn
+
+    def choices(self) -> Sequence[str] | None:
+        return self._episode.choices()
+
+    async def step(self, text: str) -> Observation:
+        self._on_turn(text)
+        return await self._episode.step(text)
+
+    def columns(self, stop: Stop) -> Mapping[str, Any]:
+        return self._episode.columns(stop)

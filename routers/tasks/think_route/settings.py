@@ -1,27 +1,26 @@
-"""What a think/route policy was trained with besides its weights: prompt, tags, limits, pool. Saved beside it as YAML.
+"""What a think/route policy was trained with besides its weights: prompt, tags, limits, pool. Saved in `router.yaml`.
 
-One owner for training, evaluation and serving: whoever has a checkpoint asks questions exactly as it learned them.
-A checkpoint without the file (Router-R1's own, for instance) gets the defaults, which are Router-R1's.
+One owner for training, evaluation and serving: whoever has a checkpoint asks questions exactly as it learned them. The
+defaults are Router-R1's.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
-import yaml
-
-from routers.data.catalogue import Member, shared_fields, shared_member
+from routers.data.catalogue import Member
 from routers.language.grammar import ROUTER_R1, Grammar
 from routers.language.prompts import Clean, Messages, short_think_route_prompt, think_route_prompt
+from routers.router import plain_settings, read_router, write_router
 from srpo.ranges import Ranges, at_least, between, check_numbers
-from srpo.redact import redacted
-from srpo.strict_yaml import YamlError, read_yaml
 
-AGENT = "agent.yaml"
+if TYPE_CHECKING:
+    from srpo.rollout.constrained import OneOf
+
+KIND = "think_route"
 PromptStyle = Literal["router_r1", "short"]
 
 
@@ -52,7 +51,7 @@ class AgentSettings:
     """Of all turns and observations."""
     turn_tokens: int | None = 1024
     observation_tokens: int = 600
-    chat_template_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     cost_weights: tuple[float, ...] = ()
     """Price sensitivities that prompts of the training stated, one each; empty: prompts state none."""
     members: tuple[Member, ...] = ()
@@ -75,32 +74,27 @@ class AgentSettings:
         build = think_route_prompt if self.prompt == "router_r1" else short_think_route_prompt
         return build(question, members, self.grammar, cost_weight=cost_weight, clean=clean)
 
-    def save(self, folder: str | Path) -> None:
-        """Write `agent.yaml` into a checkpoint's folder; of the members, what the policy was told, and prices."""
-        document = dataclasses.asdict(self)
-        document["cost_weights"] = list(self.cost_weights)
-        document["chat_template_kwargs"] = redacted(self.chat_template_kwargs)
-        document["members"] = [shared_fields(member) for member in self.members]
-        text = yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
-        Path(folder, AGENT).write_text(text, encoding="utf-8")
+    def mask(self, tokenizer: Any, names: Sequence[str]) -> OneOf:
+        """Which ids may follow in a turn, so that its routes name members; a space may stand before the name.
+
+        Raises:
+            ValueError: the tokenizer cannot write a name.
+        """
+        from srpo.rollout.constrained import OneOf  # imports torch
+
+        tag = self.grammar.route
+        closings = [":", *([self.grammar.close(tag)] if self.forward_empty else [])]
+        return OneOf(tokenizer, self.grammar.open(tag), [*names, *(f" {name}" for name in names)], closings)
+
+    def save(self, folder: str | Path, made_from: Mapping[str, Any] | None = None) -> None:
+        """Write `router.yaml` into a checkpoint's folder; of the members, what the policy was told, and prices."""
+        write_router(folder, KIND, plain_settings(self), made_from)
 
     @classmethod
-    def load(cls, folder: str | Path) -> AgentSettings:
-        """Read `agent.yaml` of a folder; the defaults where there is none.
+    def load(cls, name: str | Path) -> AgentSettings:
+        """Read `router.yaml` of a folder or Hub id.
 
         Raises:
             ValueError: names the file and what cannot be read.
         """
-        path = Path(folder, AGENT)
-        if not path.is_file():
-            return cls()
-        try:
-            document = read_yaml(path)
-            document["grammar"] = Grammar(**document["grammar"])
-            document["cost_weights"] = tuple(document.get("cost_weights", ()))
-            document["members"] = tuple(shared_member(entry) for entry in document["members"])
-            return cls(**document)
-        except YamlError:
-            raise  # names the file already
-        except (TypeError, KeyError, ValueError) as error:
-            raise ValueError(f"{path}: cannot be read: {error}") from error
+        return read_router(name).settings_of(cls, KIND)
