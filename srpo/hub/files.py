@@ -16,7 +16,7 @@ _POLICY = (
     *("adapter_config.json", "tokenizer*.json", "tokenizer*.model", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece*.model", "chat_template*"),
     *("*processor_config.json", "*.py"),  # code of a model that is not part of transformers
-    *("README.md", "LICENSE*", "NOTICE*", "router.yaml", "agent.yaml", "step_router.yaml"),
+    *("README.md", "LICENSE*", "NOTICE*", "router.yaml"),
 )
 """Files at the top of the folder."""
 _POLICY_BELOW = ("additional_chat_templates/*.jinja",)

@@ -7,7 +7,7 @@ import yaml
 
 from routers.data.catalogue import Member, PriceTier, load_catalogue
 from routers.router import ROUTER_FILE
-from routers.tasks.step_routing.settings import STEP_ROUTER, StepSettings
+from routers.tasks.step_routing.settings import StepSettings
 from routers.tasks.think_route.settings import AgentSettings
 from srpo import SRPOConfig
 from srpo.hub.card import model_card
@@ -131,7 +131,7 @@ def test_router_yaml_holds_an_allow_list(tmp_path):
     assert loaded.chat_template_kwargs == {"enable_thinking": False, "api_key": REDACTED}
 
 
-def test_step_router_yaml_card_and_logged_arguments_hold_no_key(tmp_path):
+def test_step_router_card_and_logged_arguments_hold_no_key(tmp_path):
     kwargs = {"vendor": [{"apiKey": CANARY}], "url": f"https://user:{CANARY}@host"}
     StepSettings(("a", "b"), ("<a>", "<b>"), chat_template_kwargs=kwargs).save(tmp_path)
     card = model_card(
@@ -141,7 +141,7 @@ def test_step_router_yaml_card_and_logged_arguments_hold_no_key(tmp_path):
         command=["train.py", f"https://u:{CANARY}@h", f"http://h?token={CANARY}", f"Authorization: {CANARY}"],
     )
     logged = SRPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, model_init_kwargs=kwargs).to_dict()
-    for text in ((tmp_path / STEP_ROUTER).read_text(), card, json.dumps(logged, default=str)):
+    for text in ((tmp_path / ROUTER_FILE).read_text(), card, json.dumps(logged, default=str)):
         assert CANARY not in text and REDACTED in text
     assert logged["use_cpu"] is True and logged["learning_rate"] > 0
 

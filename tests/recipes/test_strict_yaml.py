@@ -8,7 +8,6 @@ import yaml
 
 from routers.data.catalogue import load_catalogue
 from routers.router import ROUTER_FILE
-from routers.tasks.step_routing.settings import STEP_ROUTER, StepSettings
 from routers.tasks.think_route.settings import AgentSettings
 from srpo import SRPOConfig
 from srpo.recipe import RecipeError, load_recipe
@@ -84,9 +83,6 @@ def test_every_file_of_ours_is_read_so(tmp_path):
     written(tmp_path, "kind: a\nkind: b\n", ROUTER_FILE)
     with pytest.raises(ValueError, match=r"router\.yaml:2: the key 'kind'"):
         AgentSettings.load(tmp_path)
-    written(tmp_path, "step_limit: 3\nstep_limit: 4\n", STEP_ROUTER)
-    with pytest.raises(ValueError, match=r"step_router\.yaml:2: the key 'step_limit'"):
-        StepSettings.load(tmp_path)
 
 
 def test_nothing_reads_yaml_in_another_way():

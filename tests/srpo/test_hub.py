@@ -55,7 +55,7 @@ def test_a_run_pushes_at_every_save_and_at_the_end(outcomes: dict[str, Any]) -> 
     assert run["messages"][0] == "Training in progress, step 1" and run["messages"][-1] == "End of training"
     received = {name.removeprefix("me/router:"): sha for name, sha in run["received"].items()}
     saved = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
-    policy = {"README.md", *saved, "agent.yaml", "prices.txt"}
+    policy = {"README.md", *saved, "router.yaml", "prices.txt"}
     for name in policy:
         assert received[name] == run["local"][name]
     # A run's folder holds much else (see hub_worker.MUCH_ELSE): none of it is public.

@@ -108,7 +108,7 @@ def train(server: HubServer, mode: Any, model_dir: Path, work: Path, **extra: An
     )
 
     def beside(folder: str) -> None:
-        Path(folder, "agent.yaml").write_text("turns: 4\n")
+        Path(folder, "router.yaml").write_text("turns: 4\n")
         Path(folder, "prices.txt").write_text("1 1\n")
 
     trainer.save_beside = beside
