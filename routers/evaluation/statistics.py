@@ -1,22 +1,27 @@
-"""How good is a routing policy? Accuracy, cost and reward of its routes beside every single member, random and oracle.
+"""Means, paired differences and frontiers of played episodes, with 95 % intervals.
 
-Everything here is a pure function of arrays: what each member's reply to each held-out query scored and cost, and whom
-the policy chose. Intervals are 95 % percentile bootstraps over queries; all rows of one evaluation share the same
-resamples, so differences are paired. The same arguments always give the same numbers.
+Every interval is a percentile bootstrap that draws items and, independently, seeds; all numbers of one set of items
+share the same draws, so differences are paired, and the several caps and seeds of an item are drawn with it. The same
+episodes always give the same numbers.
 """
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
-from routers.evaluation.episodes import RewardRule
+from routers.evaluation.episodes import LOST, THEN, Episodes, Kind
 
 RESAMPLES = 2000
-PER_QUERIES = 1000
-"""Costs are reported in USD per this many queries."""
+PER_ITEMS = 1000
+"""Costs are shown in USD per this many items."""
+START_OF = "{}: start"
+"""Name of a policy's start, where several policies began from different ones."""
 
 
 @dataclass(frozen=True)
@@ -29,241 +34,281 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class Outcomes:
-    """What happened on each query, arrays ``[Q]``; ``cost`` is USD per query, the policy's own tokens included."""
+class Metric:
+    """A column of the frame as tables show it: times `factor`, formatted by `spec`, with an interval or without.
 
-    correct: np.ndarray
-    cost: np.ndarray
-    reward: np.ndarray
+    `compared`: differences between routers are shown, too, in percentage points where `spec` is of a percentage.
+    """
+
+    column: str
+    header: str
+    spec: str
+    factor: float = 1.0
+    interval: bool = False
+    compared: bool = True
+
+    def show(self, value: float) -> str:
+        return format(value * self.factor, self.spec)
+
+    def show_difference(self, value: float) -> str:
+        return f"{100 * value:+.1f} pt" if "%" in self.spec else format(value * self.factor, "+" + self.spec)
+
+
+METRICS = (
+    Metric("score", "{score}", ".1%", interval=True),
+    Metric("em", "EM", ".1%"),
+    Metric("f1", "F1", ".1%"),
+    Metric("usd", "$ / 1k {items}", ".4f", PER_ITEMS),
+    Metric("reward", "reward", ".3f", interval=True),
+    Metric("valid", "valid", ".1%", compared=False),
+    Metric("calls", "calls", ".2f"),
+    Metric("large_calls", "expensive calls", ".2f", compared=False),
+)
+"""What every table and report shows of every router that has it. A new metric is a line here."""
 
 
 @dataclass(frozen=True)
-class Score:
-    """One row of the result; costs are USD per 1,000 queries.
+class Reference:
+    """Who a policy is compared with, and how it was found."""
 
-    ``kind`` is "policy", "member", "random", "baseline" or "oracle".
-    ``share`` is the fraction of all queries that went to each member (the rest had no valid action), ``entropy`` that
-    of the valid routes in nats, ``families`` the accuracy per task family.
-    """
-
-    name: str
-    kind: str
-    accuracy: Estimate
-    cost: Estimate
-    reward: Estimate
-    format_rate: float
-    entropy: float
-    share: dict[str, float]
-    families: dict[str, float]
+    label: str
+    router: str
+    how: str = ""
 
 
-@dataclass(frozen=True)
-class Difference:
-    """Policy minus the best single member (by held-out reward, the choice that favours the member), paired by query.
+class Bootstrap:
+    """Draws of `items` items, and of seeds: weights [B, items] and [B, seeds], each row summing to 1."""
 
-    ``mixing`` is the accuracy that tossing a coin between members reaches at the policy's cost.
-    """
+    def __init__(self, items: int, seed: int = 0, count: int = RESAMPLES) -> None:
+        if items < 1:
+            raise ValueError("there are no items to evaluate")
+        self.seed, self.count = seed, count
+        self.items = np.random.default_rng(seed).multinomial(items, np.full(items, 1 / items), size=count) / items
 
-    member: str
-    accuracy: Estimate
-    cost: Estimate
-    reward: Estimate
-    mixing: float
+    def seeds(self, number: int) -> np.ndarray:
+        drawn = np.random.default_rng([self.seed, number]).multinomial(
+            number, np.full(number, 1 / number), size=self.count
+        )
+        return drawn / number
+
+    def means(self, values: np.ndarray) -> np.ndarray:
+        """[B] means of values [seeds, items] in the draws."""
+        return np.asarray(((self.items @ values.T) * self.seeds(len(values))).sum(axis=1))
+
+    def estimate(self, values: np.ndarray, over: np.ndarray | None = None) -> Estimate:
+        """Mean of values [seeds, items] with its interval; `over` the mean of others on the same items."""
+        drawn, mean = self.means(values), float(values.mean())
+        if over is not None:
+            with np.errstate(divide="ignore", invalid="ignore"):
+                drawn, mean = drawn / self.means(over), float(np.float64(mean) / over.mean())
+        low, high = np.quantile(drawn, [0.025, 0.975])
+        return Estimate(mean, float(low), float(high))
 
 
-def resamples(queries: int, seed: int = 0, count: int = RESAMPLES) -> np.ndarray:
-    """How often each query is drawn in each bootstrap resample, ``[count, queries]``; rows sum to ``queries``."""
-    if queries < 1:
-        raise ValueError("there are no queries to evaluate")
-    return np.random.default_rng(seed).multinomial(queries, np.full(queries, 1 / queries), size=count)
+class Paired:
+    """The episodes of one set of items as arrays [seeds, items]. Items that the pool lost for anybody are left out.
 
-
-def estimate(values: np.ndarray, draws: np.ndarray) -> Estimate:
-    """Mean of ``values [Q]`` with the 95 % interval of its mean over ``draws [B, Q]``."""
-    low, high = np.quantile(draws @ values / len(values), [0.025, 0.975])
-    return Estimate(float(values.mean()), float(low), float(high))
-
-
-def play(
-    routes: np.ndarray, correct: np.ndarray, cost: np.ndarray, own_cost: np.ndarray, rule: RewardRule
-) -> Outcomes:
-    """Outcomes of ``routes [Q]`` (member index, -1 = no valid action) on ``correct`` and ``cost [Q, M]``.
-
-    ``own_cost [Q]`` is what the policy's own tokens cost, USD; it is paid for invalid actions too.
+    Args:
+        episodes: of one set (`sets` takes them apart).
 
     Raises:
-        ValueError: shapes differ, or a route that is no member.
+        ValueError: nothing is left.
     """
-    queries, members = correct.shape
-    if cost.shape != correct.shape or routes.shape != (queries,) or own_cost.shape != (queries,):
-        raise ValueError(f"shapes differ: {routes.shape}, {correct.shape}, {cost.shape}, {own_cost.shape}")
-    if ((routes < -1) | (routes >= members)).any():
-        raise ValueError(f"a route is outside -1..{members - 1}")
-    valid = routes >= 0
-    index = np.maximum(routes, 0)[:, None]
-    right = np.where(valid, np.take_along_axis(correct, index, 1)[:, 0], 0.0)
-    paid = np.where(valid, np.take_along_axis(cost, index, 1)[:, 0], 0.0) + own_cost
-    return Outcomes(right, paid, rule(right, paid, valid))
+
+    def __init__(self, episodes: Episodes, resamples: int = RESAMPLES) -> None:
+        self.header = episodes.header
+        whole = episodes.frame
+        lost = set(whole.loc[whole["stop"] == LOST, "item"])
+        self.lost = len(lost)
+        frame = whole[~whole["item"].isin(lost)]
+        if frame.empty:
+            raise ValueError(f"no item is left to evaluate: the pool lost {len(lost)} of {whole['item'].nunique()}")
+        self.frame = frame
+        known = frame.drop_duplicates("item").set_index("item").sort_index()
+        self.items: list[str] = known.index.tolist()
+        self.families, self.difficulty, self.queries = (known[c].tolist() for c in ("family", "difficulty", "query"))
+        self.routers: dict[str, Kind] = dict(zip(frame["router"], frame["kind"], strict=True))
+        self.curves: dict[str, str] = dict(zip(frame["router"], frame["curve"], strict=True))
+        self.draws = Bootstrap(len(self.items), count=resamples)
+        self._groups = {key: rows for key, rows in frame.groupby(["router", "cap"], sort=False)}
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def of_kind(self, *kinds: Kind) -> list[str]:
+        return [name for name, kind in self.routers.items() if kind in kinds]
+
+    @property
+    def policies(self) -> list[str]:
+        """Trained routers without a cap; settings of one policy (a curve) are not among them."""
+        return [name for name in self.of_kind("policy") if not self.curves[name] and self.played(name)]
+
+    def caps(self, router: str) -> list[float]:
+        """Finite caps that a router was played at."""
+        return sorted(cap for name, cap in self._groups if name == router and math.isfinite(cap))
+
+    def values(self, router: str, metric: str, cap: float = math.inf) -> np.ndarray:
+        """[seeds, items] of a column; NaN throughout where the router has no such metric.
+
+        Raises:
+            ValueError: it was not played on every item, or with every seed.
+        """
+        rows = self._groups.get((router, cap))
+        seeds = 0 if rows is None else rows["seed"].nunique()
+        if rows is None or len(rows) != seeds * len(self.items):
+            raise ValueError(f"{router} (cap {cap:g}) was not played on all {len(self.items)} items with every seed")
+        column = rows[metric].to_numpy(dtype=float) if metric in rows else np.full(len(rows), np.nan)
+        return column.reshape(seeds, len(self.items))
+
+    def played(self, router: str, cap: float = math.inf) -> bool:
+        return (router, cap) in self._groups
+
+    def has(self, metric: str, routers: Sequence[str] | None = None) -> bool:
+        if metric not in self.frame:
+            return False
+        rows = self.frame if routers is None else self.frame[self.frame["router"].isin(routers)]
+        return bool(rows[metric].notna().any())
+
+    def estimate(self, router: str, metric: str, cap: float = math.inf) -> Estimate:
+        return self.draws.estimate(self.values(router, metric, cap))
+
+    def mean(self, router: str, metric: str) -> float:
+        return float(self.values(router, metric).mean())
+
+    def ratio(self, router: str, other: str, metric: str) -> Estimate:
+        """Mean of a metric over that of another router, on the same draws."""
+        return self.draws.estimate(self.values(router, metric), self.values(other, metric))
+
+    def difference(self, router: str, other: str, metric: str) -> Estimate:
+        """Router minus another: paired by item, and by seed where both have as many (else by the other's mean)."""
+        a, b = self.values(router, metric), self.values(other, metric)
+        return self.draws.estimate(a - (b if len(a) == len(b) else b.mean(axis=0)))
+
+    def by(self, router: str, groups: Sequence[str], metric: str = "score") -> dict[str, float]:
+        """Mean per group of items."""
+        values, names = self.values(router, metric), np.asarray(groups)
+        return {name: float(values[:, names == name].mean()) for name in sorted(set(groups))}
+
+    def asked(self, router: str) -> dict[str, float]:
+        """Share of a router's calls (without a cap) that went to each member, in falling order; {}: not known."""
+        counts: Counter[str] = Counter()
+        for members in self._groups[router, math.inf]["member"]:
+            counts.update(members.split(THEN) if members else [])
+        return {member: n / counts.total() for member, n in counts.most_common()}
+
+    def shares(self, router: str, column: str) -> dict[str, float]:
+        """Share of a router's episodes (without a cap) with each value of a column, in falling order."""
+        found = self._groups[router, math.inf][column].value_counts(normalize=True)
+        return {str(value): float(part) for value, part in found.items()}
+
+    def entropy(self, router: str) -> float | None:
+        """Of `asked`, in nats."""
+        shares = np.array(list(self.asked(router).values()))
+        return float(-(shares * np.log(shares)).sum()) + 0.0 if len(shares) else None
+
+    def beyond_mixing(self, router: str, points: Sequence[str]) -> Estimate:
+        """Score minus what drawing one of `points` per item reaches at the same mean cost (their hull); paired."""
+        score = np.stack([self.values(name, "score").mean(axis=0) for name in points])
+        usd = np.stack([self.values(name, "usd").mean(axis=0) for name in points])
+        own, paid = self.values(router, "score"), self.values(router, "usd")
+        drawn = zip(
+            self.draws.means(own), self.draws.means(paid), self.draws.items @ score.T, self.draws.items @ usd.T,
+            strict=True,
+        )  # fmt: skip
+        gains = [one - mixing_score(costs, scores, at) for one, at, scores, costs in drawn]
+        low, high = np.quantile(gains, [0.025, 0.975])
+        value = own.mean() - mixing_score(usd.mean(axis=1), score.mean(axis=1), paid.mean())
+        return Estimate(float(value), float(low), float(high))
+
+    @cached_property
+    def frontiers(self) -> dict[str, list[str]]:
+        """What is to be had by drawing lots: between members, or between the settings of each rule (and members)."""
+        members, found = self.of_kind("member"), dict[str, list[str]]()
+        for name in self.of_kind("rule"):
+            if curve := self.curves[name]:
+                found.setdefault(curve, list(members)).append(name)
+        return found or ({"mixing members": members} if members else {})
+
+    def auc(self, routers: Sequence[str]) -> float | None:
+        """`normalised_auc` of these routers at all their caps, with the first and the last member as its ends."""
+        members = self.of_kind("member")
+        if len(members) < 2:
+            return None
+        ends = (members[0], members[-1])
+        played = [key for key in self._groups if key[0] in {*ends, *routers}]
+        points = [tuple(float(self.values(name, m, cap).mean()) for m in ("usd", "score")) for name, cap in played]
+        return normalised_auc(points, *(self.mean(name, "usd") for name in ends))
+
+    @cached_property
+    def references(self) -> list[Reference]:
+        """Who every policy is compared with, besides its start."""
+        everybody: tuple[Kind, ...] = ("member", "learned", "told", "rule", "random")
+        wanted: dict[str, tuple[Kind, ...]] = {
+            "the best single member": ("member",),
+            "the best learned baseline": ("learned",),
+            "the strongest baseline of all": everybody,
+        }
+        return [self._best(label, names) for label, kinds in wanted.items() if (names := self.of_kind(*kinds))]
+
+    def start_of(self, policy: str) -> Reference | None:
+        """What the training of a policy began from."""
+        starts = self.of_kind("start")
+        own = [name for name in starts if name == START_OF.format(policy)] or starts[:1]
+        return Reference("the start", own[0]) if own else None
+
+    def _best(self, label: str, names: Sequence[str]) -> Reference:
+        trained: Mapping[str, float] = self.header.get("train_reward", {})
+        if all(name in trained for name in names):
+            return Reference(label, max(names, key=lambda name: trained[name]), "chosen on training data")
+        best = max(names, key=lambda name: self.mean(name, "reward"))
+        return Reference(label, best, "chosen on these very items, which favours it")
 
 
-def expect(correct: np.ndarray, cost: np.ndarray, rule: RewardRule) -> Outcomes:
-    """Exact expectation of choosing a member uniformly at random for each query."""
-    return Outcomes(correct.mean(1), cost.mean(1), rule(correct, cost).mean(1))
+def sets(episodes: Episodes) -> dict[str, Paired]:
+    """The sets of items in the episodes, by name."""
+    return {str(name): Paired(episodes.of(set=name)) for name in episodes.frame["set"].unique()}
 
 
-def oracle_routes(correct: np.ndarray, cost: np.ndarray) -> np.ndarray:
-    """The cheapest of the members that are most right, per query; where nobody is right, the cheapest of all."""
-    best = correct.max(axis=1, keepdims=True)
-    return np.argmin(np.where(correct == best, cost, np.inf), axis=1)
-
-
-def family_routes(train_families: Sequence[str], train_rewards: np.ndarray, families: Sequence[str]) -> np.ndarray:
-    """The member that earned most on a query's family in training, ``[Q]``; for a new family, the best of all.
-
-    A bar for policies: it is *told* the family of every query, which a policy has to read off the text.
+def pareto_hull(cost: np.ndarray, score: np.ndarray) -> list[int]:
+    """Points that random mixing cannot beat: the upper concave hull from the cheapest to the best point.
 
     Args:
-        train_families: family of each training query.
-        train_rewards: ``[train queries, M]``.
-        families: family of each query to route.
-    """
-    labels = np.array(train_families)
-    best = {family: int(train_rewards[labels == family].mean(0).argmax()) for family in dict.fromkeys(train_families)}
-    overall = int(train_rewards.mean(0).argmax())
-    return np.array([best.get(family, overall) for family in families], dtype=int)
-
-
-def pareto_hull(cost: np.ndarray, accuracy: np.ndarray) -> list[int]:
-    """Points that random mixing cannot beat: the upper concave hull from the cheapest to the most accurate point.
-
-    Args:
-        cost, accuracy: ``[N]``. Of equal points the first counts.
+        cost, score: ``[N]``. Of equal points the first counts.
 
     Returns:
-        Indices in order of rising cost; accuracy rises along them, and the slope falls.
+        Indices in order of rising cost; the score rises along them, and the slope falls.
     """
     hull: list[int] = []
-    for i in sorted(range(len(cost)), key=lambda j: (cost[j], -accuracy[j], j)):
-        if hull and accuracy[i] <= accuracy[hull[-1]]:
+    for i in sorted(range(len(cost)), key=lambda j: (cost[j], -score[j], j)):
+        if hull and score[i] <= score[hull[-1]]:
             continue
         while len(hull) > 1:
             a, b = hull[-2], hull[-1]
-            if (accuracy[b] - accuracy[a]) * (cost[i] - cost[a]) > (accuracy[i] - accuracy[a]) * (cost[b] - cost[a]):
+            if (score[b] - score[a]) * (cost[i] - cost[a]) > (score[i] - score[a]) * (cost[b] - cost[a]):
                 break
             hull.pop()
         hull.append(i)
     return hull
 
 
-def mixing_accuracy(cost: np.ndarray, accuracy: np.ndarray, at: float) -> float:
-    """Accuracy on the points' mixing line at cost ``at``; below the cheapest, on the way from asking nobody (0, 0)."""
-    hull = pareto_hull(cost, accuracy)
+def mixing_score(cost: np.ndarray, score: np.ndarray, at: float) -> float:
+    """Score on the points' mixing line at cost ``at``; below the cheapest, on the way from asking nobody (0, 0)."""
+    hull = pareto_hull(cost, score)
     if cost[hull[0]] > 0:
-        return float(np.interp(at, [0.0, *cost[hull]], [0.0, *accuracy[hull]]))
-    return float(np.interp(at, cost[hull], accuracy[hull]))
+        return float(np.interp(at, [0.0, *cost[hull]], [0.0, *score[hull]]))
+    return float(np.interp(at, cost[hull], score[hull]))
 
 
-def route_entropy(share: np.ndarray) -> float:
-    """Entropy in nats of shares or counts; 0 for none."""
-    share = share[share > 0]
-    return float(-(share / share.sum() * np.log(share / share.sum())).sum()) + 0.0 if len(share) else 0.0
+def normalised_auc(points: Sequence[tuple[float, ...]], small: float, large: float) -> float:
+    """Area under the step-wise upper envelope of (cost, score) points, on an axis where `small` is 0 and `large` 1.
 
-
-def score(
-    name: str,
-    kind: str,
-    outcomes: Outcomes,
-    share: np.ndarray,
-    draws: np.ndarray,
-    members: Sequence[str],
-    families: Sequence[str],
-) -> Score:
-    """Summarise one way of routing. ``share [M]``: fraction of all queries per member; ``families [Q]``: names."""
-    labels = np.array(families)
-    return Score(
-        name=name,
-        kind=kind,
-        accuracy=estimate(outcomes.correct, draws),
-        cost=estimate(outcomes.cost * PER_QUERIES, draws),
-        reward=estimate(outcomes.reward, draws),
-        format_rate=float(share.sum()),
-        entropy=route_entropy(share),
-        share={member: float(part) for member, part in zip(members, share, strict=True)},
-        families={f: float(outcomes.correct[labels == f].mean()) for f in dict.fromkeys(families)},
-    )
-
-
-def reference_scores(
-    correct: np.ndarray,
-    cost: np.ndarray,
-    members: Sequence[str],
-    families: Sequence[str],
-    rule: RewardRule,
-    draws: np.ndarray,
-    baselines: Mapping[str, np.ndarray] | None = None,
-) -> list[Score]:
-    """Every single member, random, baselines (name -> member index ``[Q]``) and the oracle, in this order.
-
-    ``correct`` and ``cost`` are ``[Q, M]``.
+    Costs beyond the ends are clipped; where small is not cheaper than large the axis is cost / max(small, large).
+    INFERRED: the BoPO paper speaks of an efficiency frontier and defines no number.
     """
-    queries, count = correct.shape
-    free, one_hot = np.zeros(queries), np.eye(count)
-    scores = []
-    for i, member in enumerate(members):
-        outcomes = play(np.full(queries, i), correct, cost, free, rule)
-        scores.append(score(member, "member", outcomes, one_hot[i], draws, members, families))
-    uniform = np.full(count, 1 / count)
-    scores.append(score("random", "random", expect(correct, cost, rule), uniform, draws, members, families))
-    for name, routes in [*(baselines or {}).items(), ("oracle", oracle_routes(correct, cost))]:
-        outcomes = play(routes, correct, cost, free, rule)
-        share = np.bincount(routes, minlength=count) / queries
-        kind = "oracle" if name == "oracle" else "baseline"
-        scores.append(score(name, kind, outcomes, share, draws, members, families))
-    return scores
-
-
-def difference(policy: Outcomes, member: Outcomes, name: str, mixing: float, draws: np.ndarray) -> Difference:
-    """Paired bootstrap of policy minus member on the same queries."""
-    return Difference(
-        member=name,
-        accuracy=estimate(policy.correct - member.correct, draws),
-        cost=estimate((policy.cost - member.cost) * PER_QUERIES, draws),
-        reward=estimate(policy.reward - member.reward, draws),
-        mixing=mixing,
-    )
-
-
-@dataclass(frozen=True)
-class SeedSummary:
-    """Several seeds of one recipe: per metric the mean with its interval, and the value of each seed."""
-
-    estimates: dict[str, Estimate]
-    per_seed: dict[str, list[float]]
-
-
-def summarise_seeds(runs: Sequence[Mapping[str, np.ndarray]], seed: int = 0, count: int = RESAMPLES) -> SeedSummary:
-    """Mean over seeds, with a bootstrap that draws both seeds and queries.
-
-    Args:
-        runs: one mapping per seed, metric -> values per query ``[Q]``; all on the same queries in the same order.
-        seed, count: of the bootstrap.
-
-    Raises:
-        ValueError: no run, or runs of different metrics or lengths.
-    """
-    if not runs:
-        raise ValueError("there are no runs to summarise")
-    shapes = [{metric: np.shape(values) for metric, values in run.items()} for run in runs]
-    if any(shape != shapes[0] for shape in shapes):
-        raise ValueError(f"the runs are not on the same queries: {shapes}")
-    rng = np.random.default_rng(seed)
-    seeds = rng.multinomial(len(runs), np.full(len(runs), 1 / len(runs)), size=count) / len(runs)
-    estimates, per_seed = {}, {}
-    for metric, shape in shapes[0].items():
-        values = np.stack([run[metric] for run in runs])
-        draws = resamples(shape[0], seed, count)
-        means = np.einsum("bs,bs->b", seeds, draws @ values.T / shape[0])
-        low, high = np.quantile(means, [0.025, 0.975])
-        estimates[metric] = Estimate(float(values.mean()), float(low), float(high))
-        per_seed[metric] = [float(mean) for mean in values.mean(1)]
-    return SeedSummary(estimates, per_seed)
+    start, width = (small, large - small) if large > small else (0.0, max(small, large) or 1.0)
+    scaled = sorted((min(max((cost - start) / width, 0.0), 1.0), score) for cost, score in points)
+    area, best, at = 0.0, 0.0, 0.0
+    for cost, score in scaled:
+        area += (cost - at) * best
+        best, at = max(best, score), cost
+    return area + (1.0 - at) * best

@@ -1,0 +1,210 @@
+"""What an evaluation says, as tables and lines: the same for plain text, Markdown and the HTML report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from routers.evaluation.episodes import LOST, Episodes
+from routers.evaluation.statistics import METRICS, Estimate, Metric, Paired, sets
+
+INTERVAL = "95 % interval"
+NOTE = (
+    "Intervals are 95 %, over items and seeds; differences are paired by item and seed. Costs hold the policy's own "
+    "tokens where they have a price."
+)
+TO_SHOW = 12
+"""At most this many families are columns of a table; the report's heat map shows all."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A table, whose first row is its header and first column names, and lines below it."""
+
+    title: str
+    rows: Sequence[tuple[str, ...]] = ()
+    lines: Sequence[str] = ()
+
+
+def sections(paired: Paired) -> list[Section]:
+    """Everything about one set of items, the most important first."""
+    parts = [_main(paired), _gains(paired), _frontiers(paired), _caps(paired)]
+    parts += [_groups(paired, "By difficulty", paired.difficulty), _groups(paired, "By family", paired.families)]
+    parts.append(_sent(paired))
+    return [part for part in parts if len(part.rows) > 1 or part.lines]
+
+
+def render(episodes: Episodes, title: str = "", markdown: bool = False) -> str:
+    """The sections of every set, as text that reads well as it is."""
+    found = sets(episodes)
+    text = [f"## {title}" if markdown else title] if title else []
+    for name, paired in found.items():
+        if len(found) > 1 or name:
+            text.append(f"### {name}" if markdown else f"== {name} ==")
+        for section in sections(paired):
+            if section.title:
+                text.append(f"**{section.title}**" if markdown else section.title)
+            if section.rows:
+                text.append(aligned(section.rows, markdown))
+            text += ["\n".join(f"- {line}" if markdown else line for line in section.lines)] if section.lines else []
+    note = str(episodes.header.get("note", ""))
+    return "\n\n".join([*text, f"{NOTE} {note}".strip()]) + "\n"
+
+
+def aligned(rows: Sequence[tuple[str, ...]], markdown: bool) -> str:
+    """A table with its header in the first row; the first column is left-aligned, the others right-aligned."""
+    if markdown:
+        rows = [tuple(cell.replace("|", "\\|") for cell in row) for row in rows]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))]
+        lines.append(f"| {' | '.join(cells)} |" if markdown else "  ".join(cells).rstrip())
+    rule = ["-" * widths[0], *("-" * (w - markdown) + ":" * markdown for w in widths[1:])]
+    lines.insert(1, f"| {' | '.join(rule)} |" if markdown else "  ".join(rule))
+    return "\n".join(lines)
+
+
+def shown(paired: Paired) -> list[str]:
+    """Routers in the order of the table: the strongest baseline, policies and their starts, the rest by reward, oracle.
+
+    Settings of a rule are not listed, but for the strongest; the picture shows them all.
+    """
+    strongest = [reference.router for reference in paired.references[-1:]]
+    policies, oracle = [*paired.of_kind("policy"), *paired.of_kind("start")], paired.of_kind("oracle")
+    first = [*strongest, *(name for name in policies if name not in strongest)]
+    rest = [name for name in paired.routers if name not in {*first, *oracle} and not paired.curves[name]]
+    everybody = [*first, *sorted(rest, key=lambda name: -paired.mean(name, "reward")), *oracle]
+    return [name for name in everybody if paired.played(name)]
+
+
+def named(paired: Paired, name: str) -> str:
+    """A router's name in a table; of the members, the cheapest and the dearest are marked."""
+    members = sorted(paired.of_kind("member"), key=lambda member: paired.mean(member, "usd"))
+    if len(members) < 2 or name not in (members[0], members[-1]):
+        return name
+    return f"{name} ({'cheapest' if name == members[0] else 'dearest'})"
+
+
+def header(metric: Metric, paired: Paired) -> str:
+    """Of a column; what the score and an item are called is the evaluation's own."""
+    item = str(paired.header.get("item", "item"))
+    items = item[:-1] + "ies" if item.endswith("y") else item + "s"
+    return metric.header.format(score=paired.header.get("score", "score"), items=items)
+
+
+def interval(value: Estimate, metric: Metric, difference: bool = False) -> str:
+    show = metric.show_difference if difference else metric.show
+    return f"[{show(value.low)}, {show(value.high)}]"
+
+
+def _metrics(paired: Paired, routers: Sequence[str]) -> list[Metric]:
+    return [metric for metric in METRICS if paired.has(metric.column, routers)]
+
+
+def _main(paired: Paired) -> Section:
+    names = shown(paired)
+    metrics, several = _metrics(paired, names), any(len(paired.values(name, "score")) > 1 for name in names)
+    top = [""]
+    for metric in metrics:
+        top += [header(metric, paired), *([INTERVAL] if metric.interval else [])]
+    rows = [(*top, "entropy", *(["reward of each seed"] if several else []))]
+    for name in names:
+        cells = [named(paired, name)]
+        for metric in metrics:
+            known = paired.has(metric.column, [name])
+            found = paired.estimate(name, metric.column)
+            cells += [metric.show(found.value) if known else "", *([interval(found, metric)] * metric.interval)]
+        entropy = paired.entropy(name)
+        cells.append("" if entropy is None else f"{entropy:.2f}")
+        if several:
+            seeds = paired.values(name, "reward").mean(axis=1)
+            cells.append(" ".join(f"{value:.3f}" for value in seeds) if len(seeds) > 1 else "")
+        rows.append(tuple(cells))
+    return Section("", rows)
+
+
+def _gains(paired: Paired) -> Section:
+    """Policies minus whom they must beat."""
+    compared = [m for m in _metrics(paired, paired.policies) if m.compared]
+    metrics = [m for m in compared if m.column == "reward"] + [m for m in compared if m.column != "reward"]
+    metrics = [m for m in metrics if paired.frame[m.column].nunique() > 1]
+    rows = [("", *(cell for metric in metrics for cell in (header(metric, paired), INTERVAL)))]
+    for name in paired.policies:
+        start = paired.start_of(name)
+        for reference in [*([start] if start else []), *paired.references]:
+            how = f"; {reference.how}" if reference.how else ""
+            cells = [f"{name} minus {reference.label} ({reference.router}{how})"]
+            for metric in metrics:
+                if not paired.has(metric.column, [reference.router]):
+                    cells += ["", ""]
+                    continue
+                found = paired.difference(name, reference.router, metric.column)
+                cells += [metric.show_difference(found.value), interval(found, metric, difference=True)]
+            rows.append(tuple(cells))
+    return Section("Gains", rows if len(rows) > 1 and metrics else [])
+
+
+def _frontiers(paired: Paired) -> Section:
+    """What policies reach beyond drawing lots at their own cost; areas where rules with settings were played."""
+    score = METRICS[0]
+    routers = [*paired.of_kind("policy"), *paired.of_kind("start"), *paired.of_kind("learned")]
+    routers = [name for name in routers if paired.played(name)]
+    curves, areas = paired.frontiers, any(paired.curves[name] for name in paired.of_kind("rule"))
+    if not curves or not routers:
+        return Section("")
+    cells = [cell for curve in curves for cell in (f"beyond {curve}", INTERVAL)]
+    rows = [(f"{header(score, paired)} at equal cost", *cells, *(["cost of the dearest", "AUC"] if areas else []))]
+    dearest = max(paired.of_kind("member"), key=lambda name: paired.mean(name, "usd"), default="")
+    for name in routers:
+        gains = [paired.beyond_mixing(name, points) for points in curves.values()]
+        cells = [name, *(c for g in gains for c in (score.show_difference(g.value), interval(g, score, True)))]
+        if areas:
+            auc = paired.auc([name])
+            cells += [f"{paired.ratio(name, dearest, 'usd').value:.1%}" if dearest else ""]
+            cells += ["" if auc is None else f"{auc:.3f}"]
+        rows.append(tuple(cells))
+    lines = []
+    if areas:
+        found = {curve: paired.auc(points) for curve, points in curves.items()}
+        lines = ["AUC of rules: " + ", ".join(f"{n} {auc:.3f}" for n, auc in found.items() if auc is not None)]
+    return Section("Beyond mixing", rows, lines)
+
+
+def _caps(paired: Paired) -> Section:
+    score = METRICS[0]
+    rows = [("", "cap", header(score, paired), INTERVAL, "used of the cap", "violations")]
+    for name in paired.of_kind("policy", "start", "rule"):
+        for cap in paired.caps(name):
+            found = paired.estimate(name, "score", cap)
+            used, violated = (
+                paired.values(name, m, cap) if paired.has(m, [name]) else None for m in ("used", "violated")
+            )
+            cells = [score.show(found.value), interval(found, score), "" if used is None else f"{used.mean():.0%}"]
+            rows.append((name, f"{cap:g}", *cells, "" if violated is None else f"{violated.sum():.0f}"))
+    return Section("Under a cap", rows)
+
+
+def _groups(paired: Paired, title: str, groups: Sequence[str]) -> Section:
+    names = sorted(set(groups) - {""})
+    if not 1 < len(names) <= TO_SHOW:
+        return Section("")
+    compared = {reference.router for reference in paired.references}
+    routers = [name for name in shown(paired) if paired.routers[name] in ("policy", "start") or name in compared]
+    rows = [(f"{title} ({header(METRICS[0], paired)})", *(f"{name} ({list(groups).count(name)})" for name in names))]
+    for router in routers:
+        found = paired.by(router, groups)
+        rows.append((router, *(METRICS[0].show(found[name]) for name in names)))
+    return Section("", rows)
+
+
+def _sent(paired: Paired) -> Section:
+    lines = []
+    for name in [*paired.of_kind("policy"), *paired.of_kind("start")]:
+        if asked := paired.played(name) and paired.asked(name):
+            lines.append(f"{name} asked: " + ", ".join(f"{member} {part:.1%}" for member, part in asked.items()))
+        if len(stops := paired.shares(name, "stop")) > 1 or not {"", "done"} >= set(stops):
+            lines.append(f"{name} ended: " + ", ".join(f"{stop or 'done'} {part:.1%}" for stop, part in stops.items()))
+    if paired.lost:
+        lines.append(f"{paired.lost} items are left out of every line: the pool failed on them ({LOST})")
+    return Section("Sent where", (), lines)
