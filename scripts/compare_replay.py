@@ -2,8 +2,8 @@
 
     python scripts/compare_replay.py outputs/quickstart/moe-*-seed* --picture outputs/quickstart/moe_replay.png
 
-Reads `recipe.yaml`, `trainer_state.json` and `evaluation.json` of each directory. A number is the mean over seeds of a
-run's mean, with the 95 % interval of Student's t over the seeds (3 seeds: +- 2.48 standard deviations); the last rows
+Reads `recipe.yaml`, `trainer_state.json` and `evaluation.parquet` of each directory. A number is the mean over seeds of
+a run's mean, with the 95 % interval of Student's t over the seeds (3 seeds: +- 2.48 standard deviations); the last rows
 are differences of the same seed to the native run.
 """
 
@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from routers.evaluation.report import Evaluation
+from routers.evaluation.episodes import Episodes
 from srpo.cli import run as run_script
 from srpo.strict_yaml import read_yaml
 
@@ -60,7 +60,7 @@ def read(folder: Path) -> Run:
             numbers[name] = scale * statistics.fmean(values)
     rewards = [entry["reward"] for entry in log if "reward" in entry]
     numbers["reward, last third"] = statistics.fmean(rewards[-max(len(rewards) // 3, 1) :])
-    numbers["held-out reward"] = Evaluation.read(folder).policy.reward.value
+    numbers["held-out reward"] = float(Episodes.read(folder).of(kind="policy").frame["reward"].mean())
     mismatch = [entry["sampling/kl_k3"] for entry in log if "sampling/kl_k3" in entry]
     return Run(recipe["routing_replay"], recipe["seed"], numbers, mismatch, clipped)
 

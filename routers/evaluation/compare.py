@@ -1,34 +1,82 @@
-"""Put finished runs side by side: one row per recipe, with the mean over its seeds, above members, random and oracle.
+"""Put finished runs side by side: every recipe with its seeds, above one set of baselines, in one table.
 
-    srpo compare outputs/quickstart/*-seed*
+    srpo compare outputs/quickstart/*-seed* --output outputs/comparison
 
-Reads each directory's `evaluation.json` (and that of the warm start in it). Runs whose policies have one name are
-seeds of one recipe; the 95 % intervals are bootstraps over seeds and queries.
+Reads `evaluation.parquet` of each folder, of any task. Folders whose names differ only in `-seedN` are seeds of one
+recipe. Intervals are bootstraps over seeds and items; differences are paired by both. With `--output` the report is
+written too (report.html, report.md, frontier.png) and the merged evaluation.
 """
 
+from __future__ import annotations
+
 import argparse
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from routers.evaluation.report import EVALUATION, Evaluation, compare_runs, render_comparison, render_gains
+from routers.evaluation.episodes import EPISODES, KINDS, Episodes
+from routers.evaluation.report import report
+from routers.evaluation.statistics import START_OF
+from routers.evaluation.tables import render
+
+_SEED = re.compile(r"-seed(\d+)$")
 
 
 def main(argv: Sequence[str] | None = None) -> str:
-    """Command line; returns the table that it printed."""
+    """Command line; returns the tables that it printed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, help="output directories of srpo train or srpo evaluate")
-    parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
-    args = parser.parse_args(argv)
-    folders = [run / "warm_start" for run in args.runs]
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output folder of srpo train or evaluate")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="write a report there")
+    parser.add_argument("--markdown", action="store_true", help="print Markdown")
+    options = parser.parse_args(argv)
+    merged = compared({folder: Episodes.read(folder) for folder in options.runs})
+    text = render(merged, "Comparison", options.markdown)
+    print(text)
+    if options.output:
+        merged.write(options.output / EPISODES)
+        report(merged, options.output, title="Comparison")
+        print(options.output / "report.html")
+    return text
+
+
+def compared(runs: Mapping[Path, Episodes]) -> Episodes:
+    """Runs as one evaluation: a policy is called after its folder, and its seed is the folder's.
+
+    Raises:
+        ValueError: two runs of one name and seed, or runs on other items or with other rewards.
+    """
+    played, starts = [], []
+    groups: dict[tuple[str, int], Path] = {}
+    for folder, found in runs.items():
+        name = folder.resolve().name
+        numbered = _SEED.search(name)
+        recipe, seed = (name[: numbered.start()], int(numbered[1])) if numbered else (name, 0)
+        if (recipe, seed) in groups:
+            raise ValueError(
+                f"{groups[recipe, seed]} and {folder} have one name: call seeds of one recipe NAME-seed0, NAME-seed1, "
+                "and other recipes otherwise"
+            )
+        groups[recipe, seed] = folder
+        found = found.renamed(_renamed(recipe, [name for name, kind in found.routers.items() if kind == "policy"]))
+        starts.append((recipe, _seeded(found.of(kind="start"), seed)))
+        policy, others = found.of(kind="policy"), [kind for kind in KINDS if kind not in ("policy", "start")]
+        played += [_seeded(policy, seed), found.of(kind=others)]
     try:
-        runs = [Evaluation.read(run) for run in args.runs]
-        starts = [Evaluation.read(folder) for folder in folders if (folder / EVALUATION).exists()]
-        # Recipes that differ in the objective share their warm starts: each of them is one seed, once.
-        distinct = {tuple(query["route"] for query in start.queries): start for start in starts}
-        table = render_comparison(compare_runs([*runs, *distinct.values()]), runs[0].references, args.markdown)
-        if len(starts) == len(runs):
-            table += "\n\n" + render_gains(runs, starts)
-    except (FileNotFoundError, ValueError) as error:
-        parser.error(str(error))
-    print(table)
-    return table
+        begun = [Episodes.merged([start for _, start in starts])]
+    except ValueError:  # recipes began from different policies
+        begun = [start.renamed({n: START_OF.format(recipe, n[5:]) for n in start.routers}) for recipe, start in starts]
+    first = [part for part in played if "policy" in part.routers.values()]
+    return Episodes.merged([*first, *begun, *played])
+
+
+def _renamed(recipe: str, names: Sequence[str]) -> dict[str, str]:
+    """The policy of a run is called after its recipe; what follows a comma says how it was asked."""
+    base = {name: name.partition(", ") for name in names}
+    alone = len({first for first, _, _ in base.values()}) == 1
+    return {name: f"{recipe}{comma}{how}" if alone else f"{recipe}: {name}" for name, (_, comma, how) in base.items()}
+
+
+def _seeded(episodes: Episodes, seed: int) -> Episodes:
+    """With the run's seed, but for repetitions within the run, which keep theirs."""
+    several = episodes.frame["seed"].nunique() > 1
+    return episodes if several else Episodes(episodes.frame.assign(seed=seed), episodes.header)

@@ -130,10 +130,15 @@ class Episodes:
         return Episodes(frame, self.header)
 
     def renamed(self, names: Mapping[str, str]) -> Episodes:
-        """With other names for some routers."""
-        rewards = {names.get(name, name): value for name, value in self.header.get("train_reward", {}).items()}
-        header = {**self.header, **({"train_reward": rewards} if rewards else {})}
-        return Episodes(self.frame.assign(router=self.frame["router"].replace(dict(names))), header)
+        """With other names for some routers, here and in the header; a setting's curve is renamed with it."""
+        header = dict(self.header)
+        for key in ("train_reward", "rule"):
+            if key in header:
+                header[key] = {names.get(name, name): value for name, value in header[key].items()}
+        router = self.frame["router"].map(lambda name: names.get(name, name))
+        settings = router.str.partition(", ")[0].where(router != self.frame["router"], self.frame["curve"])
+        curve = settings.where(self.frame["curve"] != "", "")
+        return Episodes(self.frame.assign(router=router, curve=curve), header)
 
     @classmethod
     def merged(cls, parts: Sequence[Episodes]) -> Episodes:
@@ -236,8 +241,6 @@ class Outcomes:
         for name, values in {"score": self.score, "usd": self.usd, "reward": self.reward, **self.extra}.items():
             if values.shape != shape:
                 raise ValueError(f"{name} has the shape {values.shape}; {shape} items and members were given")
-        if not self.items:
-            raise ValueError("there are no items to evaluate")
 
     @classmethod
     def of_table(
@@ -257,12 +260,13 @@ class Outcomes:
         *,
         own_usd: np.ndarray | None = None,
         seed: int = 0,
+        curve: str = "",
         header: Mapping[str, Any] | None = None,
     ) -> Episodes:
         """Episodes of a router.
 
         Args:
-            name, kind: of the router.
+            name, kind, curve: of the router.
             routes: per item a member's name or None (no valid action: asks nobody, scores 0); or probabilities
                 ``[items, members]``, of which exact expectations are taken.
             own_usd: ``[items]`` USD for the router's own tokens, paid for invalid actions too; None: free.
@@ -289,6 +293,7 @@ class Outcomes:
             "router": name,
             "kind": kind,
             "seed": seed,
+            "curve": curve,
             "item": [str(item["query_id"]) for item in self.items],
             "family": [item.get("family", "") for item in self.items],
             "query": [item.get("query", "") for item in self.items],
@@ -309,7 +314,17 @@ class Outcomes:
         known = {member: i for i, member in enumerate(self.members)}
         if unknown := sorted({route for route in routes if route is not None and route not in known}):
             raise ValueError(f"routes to {unknown}, but the members are {list(self.members)}")
-        return np.array([np.eye(len(known))[known[r]] if r is not None else np.zeros(len(known)) for r in routes])
+        weights = np.zeros((len(routes), len(known)))
+        for row, route in enumerate(routes):
+            if route is not None:
+                weights[row, known[route]] = 1.0
+        return weights
+
+
+def named_as(name: str) -> tuple[Kind, str]:
+    """Kind and curve of a policy by the name that its run gives it: `start`, and `NAME, SETTING` of one NAME."""
+    base, _, setting = name.partition(", ")
+    return ("start" if base == "start" else "policy"), base if setting else ""
 
 
 def _join(header: dict[str, Any], other: Mapping[str, Any], where: str) -> None:

@@ -1,123 +1,240 @@
-"""The picture of the accuracy-cost plane."""
+"""The picture of the cost plane: what every router scores, and what it costs; every one of them visible and named."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import io
+import itertools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import FuncFormatter, PercentFormatter
 
-from routers.evaluation.statistics import Score, pareto_hull
+from routers.evaluation.episodes import Episodes, Kind
+from routers.evaluation.statistics import METRICS, PER_ITEMS, Estimate, Paired, pareto_hull, sets
+from routers.evaluation.tables import header, items_of, named
 
 # Okabe and Ito's palette: told apart with any colour vision. Kinds differ in marker too, for print in grey.
-_GREY, _ORANGE, _GREEN, _BLUE, _RED, _PURPLE = "#666666", "#E69F00", "#009E73", "#0072B2", "#D55E00", "#CC79A7"
-_STYLES = {
-    "member": (_GREY, "o", 60),
-    "random": (_ORANGE, "X", 80),
-    "baseline": (_PURPLE, "^", 80),
-    "oracle": (_GREEN, "*", 170),
+_GREY, _ORANGE, _GREEN, _BLUE, _RED, _PURPLE, _SKY, _YELLOW = (
+    "#666666 #E69F00 #009E73 #0072B2 #D55E00 #CC79A7 #56B4E9 #B8A200".split()
+)
+_STYLES: Mapping[Kind, tuple[str, str, int, str]] = {
+    "member": (_GREY, "o", 55, "single member"),
+    "random": (_ORANGE, "X", 75, "random"),
+    "rule": (_SKY, "v", 65, "fixed rule"),
+    "told": (_YELLOW, "P", 80, "told the family"),
+    "learned": (_PURPLE, "^", 75, "fitted on training data"),
+    "oracle": (_GREEN, "*", 170, "oracle"),
+    "start": (_BLUE, "s", 65, "start of training"),
+    "policy": (_RED, "D", 75, "trained policy"),
 }
-_POLICIES = ((_RED, "D", 80), (_BLUE, "s", 70))
+_STRONG = ("policy", "start")
+_LINES = ((_ORANGE, "-"), (_PURPLE, "--"), (_SKY, ":"), (_YELLOW, "-."))
+_DECADE = 10.0
+_SIZE = (8.0, 5.4)
+_DPI = 150
 
 
-def draw_frontier(scores: Sequence[Score], path: str | Path, title: str = "") -> None:
-    """Draw scores as points, cost against accuracy, policies with 95 % intervals, and the members' mixing line.
+class _Mark(NamedTuple):
+    name: str
+    kind: Kind
+    x: Estimate
+    y: Estimate
+    label: bool
+
+
+def draw(episodes: Episodes, path: str | Path, title: str = "") -> None:
+    """Write the plane of every set, one panel each, as a PNG."""
+    Path(path).write_bytes(picture(episodes, title))
+
+
+def picture(episodes: Episodes, title: str = "") -> bytes:
+    """The same as bytes. Costs are those of whole episodes, the policy's own tokens included."""
+    found = sets(episodes)
+    width, height = _SIZE
+    figure = Figure(figsize=(width * len(found), height), dpi=_DPI, layout="constrained")
+    panels = figure.subplots(1, len(found), squeeze=False)[0]
+    marks = []
+    for axes, (name, paired) in zip(panels, found.items(), strict=True):
+        axes.set_title(f"{name or title or 'Held out'}: {len(paired):,} {items_of(paired)}", loc="left", fontsize=11)
+        marks.append(_panel(axes, paired))
+    handles: dict[str, Any] = {}
+    for axes in panels:
+        handles |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    figure.draw_without_rendering()  # fixes the layout, which decides where names fit
+    for axes, some in zip(panels, marks, strict=True):
+        _names(axes, some)
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    return file.getvalue()
+
+
+def curves_picture(history: Sequence[Mapping[str, float]], names: Mapping[str, str]) -> bytes | None:
+    """Training curves, a small panel each, with a running mean; None where the records hold none of them.
 
     Args:
-        scores: as in the table; the first policy is the trained one, a second one is what it started from.
-        path: of the PNG; the folder must exist.
-        title: what was evaluated.
+        history: records with `step`.
+        names: key of a record -> title of its panel.
     """
-    figure = Figure(figsize=(8, 5.2), dpi=150, layout="constrained")
-    axes = figure.subplots()
-    _mixing_line(axes, [entry for entry in scores if entry.kind == "member"])
-    policies = [entry for entry in scores if entry.kind == "policy"]
-    for entry in scores:
-        if entry.kind != "policy":
-            _point(axes, entry, *_STYLES[entry.kind], error=False)
-    for entry, style in zip(policies, _POLICIES, strict=False):
-        _point(axes, entry, *style, error=True)
-    axes.set_xlabel("cost, USD per 1,000 queries")
-    axes.set_ylabel("right answers")
+    found = {key: [(r["step"], r[key]) for r in history if key in r and "step" in r] for key in names}
+    found = {key: points for key, points in found.items() if len(points) > 1 and np.isfinite(points).all()}
+    if not found:
+        return None
+    columns = min(3, len(found))
+    rows = -(-len(found) // columns)
+    figure = Figure(figsize=(3.6 * columns, 2.4 * rows), dpi=110, layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).flat
+    for axes, (key, points) in zip(panels, found.items(), strict=False):
+        steps, values = np.array(points).T
+        axes.plot(steps, values, color="#BBBBBB", linewidth=0.9)
+        width = max(1, len(values) // 10)
+        smooth = np.convolve(values, np.ones(width) / width, mode="valid")
+        axes.plot(steps[width - 1 :], smooth, color=_RED, linewidth=1.6)
+        axes.set_title(names[key], loc="left", fontsize=9)
+        _plain(axes)
+        axes.tick_params(labelsize=8)
+    for axes in list(panels):
+        axes.set_visible(False)
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    return file.getvalue()
+
+
+def _panel(axes: Axes, paired: Paired) -> list[_Mark]:
+    marks = [
+        _Mark(named(paired, name), kind, _scaled(paired.estimate(name, "usd")), paired.estimate(name, "score"), label)
+        for name, kind in paired.routers.items()
+        for label in [not (kind == "rule" and paired.curves[name])]
+        if paired.played(name)
+    ]
+    costs = np.array([mark.x.value for mark in marks])
+    positive = costs[costs > 0]
+    logarithmic = len(positive) == len(costs) and positive.max() / positive.min() >= _DECADE
+    if logarithmic:
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.set_xlim(0.8 * min(max(m.x.low, m.x.value / 2) for m in marks), 1.25 * max(m.x.high for m in marks))
+    else:
+        axes.set_xlim(0, 1.1 * max(m.x.high for m in marks) or 1.0)
+    top = max(mark.y.high for mark in marks)
+    bottom = min(mark.y.low for mark in marks)
+    axes.set_ylim(max(0.0, bottom - 0.12 * (top - bottom)) if top > bottom else 0, top + 0.1 * (top - bottom) or 1.0)
+    _curves(axes, paired, logarithmic)
+    for mark in marks:
+        _point(axes, mark)
+    axes.set_xlabel(f"cost, USD per {PER_ITEMS:,} {items_of(paired)}")
+    axes.set_ylabel(header(METRICS[0], paired))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    axes.set_xlim(0, 1.12 * max(entry.cost.high for entry in scores) or 1.0)
-    axes.set_ylim(0, 1.08 * max(entry.accuracy.high for entry in scores) or 1.0)
+    _plain(axes)
+    return marks
+
+
+def _plain(axes: Axes) -> None:
     axes.grid(color="#E5E5E5", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    if title:
-        axes.set_title(title, loc="left", fontsize=11)
-    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
-    figure.draw_without_rendering()  # fixes the layout, which decides where names fit
-    _names(axes, scores)
-    figure.savefig(path)
 
 
-def _mixing_line(axes: Axes, members: Sequence[Score]) -> None:
-    cost = np.array([entry.cost.value for entry in members])
-    accuracy = np.array([entry.accuracy.value for entry in members])
-    hull = pareto_hull(cost, accuracy)
-    end = max(entry for entry in cost)
-    axes.plot(
-        [0.0, *cost[hull], end],
-        [0.0, *accuracy[hull], accuracy[hull[-1]]],
-        color=_GREY,
-        linestyle="--",
-        linewidth=1.2,
-        label="mixing members at random",
-    )
+def _scaled(usd: Estimate) -> Estimate:
+    return Estimate(usd.value * PER_ITEMS, usd.low * PER_ITEMS, usd.high * PER_ITEMS)
 
 
-def _point(axes: Axes, entry: Score, colour: str, marker: str, size: int, error: bool) -> None:
-    if error:
-        x, y = entry.cost, entry.accuracy
-        axes.errorbar(
-            x.value,
-            y.value,
-            # A flat sample has an interval of width 0, which rounding can turn inside out.
-            xerr=[[max(x.value - x.low, 0.0)], [max(x.high - x.value, 0.0)]],
-            yerr=[[max(y.value - y.low, 0.0)], [max(y.high - y.value, 0.0)]],
-            color=colour,
-            linewidth=1.3,
-            capsize=3,
-            zorder=3,
-        )
-    label = None if entry.kind == "member" else f"{entry.name}: {entry.accuracy.value:.1%}, ${entry.cost.value:.4f}"
+def _curves(axes: Axes, paired: Paired, logarithmic: bool) -> None:
+    """The members' mixing line (a hull), each rule's settings, each policy's, and the oracle's height."""
+    members = paired.of_kind("member")
+    usd = np.array([paired.mean(name, "usd") for name in members]) * PER_ITEMS
+    score = np.array([paired.mean(name, "score") for name in members])
+    if members:
+        hull = pareto_hull(usd, score)
+        x, y = [*usd[hull], max(usd.max(), axes.get_xlim()[1])], [*score[hull], score[hull[-1]]]
+        if not logarithmic:
+            x, y = [0.0, *x], [0.0, *y]
+        # On a log axis a mixture runs along a bent line.
+        at = np.geomspace(x[0], x[-1], 200) if logarithmic else np.linspace(x[0], x[-1], 200)
+        axes.plot(at, np.interp(at, x, y), color=_GREY, linestyle="--", linewidth=1.2, label="mixing members")
+    own = {curve: [n for n in paired.routers if paired.curves[n] == curve and paired.played(n)] for curve in
+           dict.fromkeys(paired.curves.values()) if curve}  # fmt: skip
+    for (curve, names), (colour, style) in zip(own.items(), _LINES * 3, strict=False):
+        rule = paired.routers[names[0]] == "rule"
+        ends = members if rule and len(members) == 2 else []
+        points = sorted((paired.mean(n, "usd") * PER_ITEMS, paired.mean(n, "score")) for n in [*names, *ends])
+        axes.plot(*zip(*points, strict=True), style, color=colour if rule else _RED, marker=".", lw=1.3, label=curve)
+    for name in paired.of_kind("oracle"):
+        axes.axhline(paired.mean(name, "score"), color=_GREEN, linewidth=1.0, linestyle=":")
+
+
+def _point(axes: Axes, mark: _Mark) -> None:
+    if not mark.label:  # a setting: its curve is drawn
+        return
+    colour, marker, size, what = _STYLES[mark.kind]
+    strong = mark.kind in _STRONG
+    # A flat sample has an interval of width 0, which rounding can turn inside out.
+    arms = [[[max(e.value - e.low, 0.0)], [max(e.high - e.value, 0.0)]] for e in (mark.x, mark.y)]
+    axes.errorbar(
+        mark.x.value, mark.y.value, xerr=arms[0] if strong else None, yerr=arms[1], color=colour,
+        linewidth=1.3 if strong else 0.8, alpha=1.0 if strong else 0.45, capsize=3 if strong else 0, zorder=3,
+    )  # fmt: skip
+    # Policies are hollow: what lies at the same place stays visible inside.
+    face = "none" if strong else colour
     axes.scatter(
-        entry.cost.value, entry.accuracy.value, s=size, color=colour, marker=marker, zorder=4, label=label, ec="white"
-    )
+        mark.x.value, mark.y.value, s=size * (1.6 if strong else 1.0), facecolors=face, marker=marker,
+        edgecolors=colour if strong else "white", linewidths=1.8 if strong else 0.8, zorder=5 if strong else 4,
+        label=what,
+    )  # fmt: skip
 
 
-def _names(axes: Axes, scores: Sequence[Score]) -> None:
-    """Write each member's name at the first of four corners of its point that covers no point and no other name."""
-    scale = axes.figure.dpi / 72  # pixels per point of type
-    points = [tuple(axes.transData.transform((entry.cost.value, entry.accuracy.value))) for entry in scores]
-    taken = [(x - 6 * scale, y - 3 * scale, x + 6 * scale, y + 3 * scale) for x, y in points]
-    for entry, (x, y) in zip(scores, points, strict=True):
-        if entry.kind != "member":
-            continue
-        width, height = 5.6 * len(entry.name) * scale, 11 * scale
-        boxes = {}
-        for right in (True, False):
-            for below in (True, False):
-                left = x + 7 * scale if right else x - 7 * scale - width
-                bottom = y - 4 * scale - height if below else y + 4 * scale
-                boxes[right, below] = (left, bottom, left + width, bottom + height)
-        side = next((side for side, box in boxes.items() if not any(_overlap(box, o) for o in taken)), (True, True))
-        taken.append(boxes[side])
+def _names(axes: Axes, marks: Sequence[_Mark]) -> None:
+    """Write each name near its point, over no point, name or edge, and if there is room over no line."""
+    marks = [mark for mark in marks if mark.label]
+    figure, to_pixels = axes.figure, axes.transData.transform
+    renderer, unit = FigureCanvasAgg(figure).get_renderer(), figure.dpi / 72  # pixels per point of type
+    frame = axes.get_window_extent(renderer)
+    points = {mark.name: to_pixels((mark.x.value, mark.y.value)) for mark in marks}
+    taken = [(x - 7 * unit, y - 7 * unit, x + 7 * unit, y + 7 * unit) for x, y in points.values()]
+    lines = [_along(to_pixels(np.column_stack(line.get_data()))) for line in axes.lines if line.get_visible()]
+    lines += [_along(to_pixels([(m.x.value, m.y.low), (m.x.value, m.y.high)])) for m in marks]
+    ink = np.concatenate(lines)
+    for mark in sorted(marks, key=lambda m: m.kind not in _STRONG):  # the policy's name has the first choice
+        style = {"fontsize": 9, "color": "#222222", "weight": "bold" if mark.kind in _STRONG else "normal"}
+        text = axes.text(0, 0, mark.name, **style)
+        box = text.get_window_extent(renderer)
+        text.remove()
+        (x, y), best = points[mark.name], (np.inf, (0.0, 0.0, 0.0, 0.0), 0.0)
+        for distance in (10, 16, 24, 34, 48, 66, 90, 120):
+            for angle in range(0, 360, 20):
+                dx, dy = (distance * unit * f(np.radians(angle)) for f in (np.cos, np.sin))
+                left, bottom = x + dx - (dx < 0) * box.width, y + dy - (1 - np.sin(np.radians(angle))) / 2 * box.height
+                place = (left, bottom, left + box.width, bottom + box.height)
+                if not _within(place, frame.extents) or any(_overlap(place, other) for other in taken):
+                    continue
+                covered = ((ink > place[:2]) & (ink < place[2:])).all(axis=1).sum()
+                best = min(best, (distance / 6 + min(covered, 20) / 3, place, distance), key=lambda found: found[0])
+        _, place, distance = best if np.isfinite(best[0]) else (0.0, (x, y, x + box.width, y + box.height), 10.0)
+        x0, y0, x1, y1 = place
+        taken.append((x0 - 6 * unit, y0 - unit, x1 + 6 * unit, y1 + unit))
+        ink = np.concatenate([ink, _along(np.array([(x, y), ((x0 + x1) / 2, (y0 + y1) / 2)]))])
         axes.annotate(
-            entry.name,
-            (entry.cost.value, entry.accuracy.value),
-            xytext=(7 if side[0] else -7, -4 if side[1] else 4),
-            textcoords="offset points",
-            ha="left" if side[0] else "right",
-            va="top" if side[1] else "bottom",
-            fontsize=9,
-            color="#333333",
-        )
+            mark.name, (mark.x.value, mark.y.value), xytext=place[:2], textcoords="figure pixels", zorder=6,
+            arrowprops={"arrowstyle": "-", "color": "#999999", "lw": 0.7} if distance > 20 else None,
+            path_effects=[withStroke(linewidth=2.5, foreground="white")], **style,
+        )  # fmt: skip
+
+
+def _along(line: np.ndarray) -> np.ndarray:
+    """Pixels every few steps along a line through points [N, 2]."""
+    parts = [np.linspace(a, b, max(2, int(np.hypot(*(b - a)) / 6))) for a, b in itertools.pairwise(line)]
+    return np.concatenate([line, *parts])
+
+
+def _within(place: tuple[float, ...], frame: np.ndarray) -> bool:
+    x0, y0, x1, y1 = frame
+    return x0 + 4 <= place[0] and y0 + 4 <= place[1] and place[2] <= x1 and place[3] <= y1
 
 
 def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:

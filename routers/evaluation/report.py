@@ -1,298 +1,203 @@
-"""The result of an evaluation: kept as JSON, printed as text or Markdown, drawn as a picture."""
+"""The report of an evaluation: Markdown for cards and screens, a picture, and an HTML page that needs nothing else."""
 
 from __future__ import annotations
 
+import base64
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from html import escape
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from routers.evaluation.statistics import (
-    PER_QUERIES,
-    Difference,
-    Estimate,
-    Outcomes,
-    RewardRule,
-    Score,
-    SeedSummary,
-    difference,
-    mixing_accuracy,
-    play,
-    reference_scores,
-    resamples,
-    score,
-    summarise_seeds,
-)
+from routers.evaluation.episodes import Episodes
+from routers.evaluation.plot import curves_picture, picture
+from routers.evaluation.statistics import PER_ITEMS, Paired, sets
+from routers.evaluation.tables import FAMILIES, NOTE, SENT, named, render, sections, shown
 
-EVALUATION = "evaluation.json"
-PICTURE = "frontier.png"
-METRICS = ("accuracy", "cost", "reward")
-COLUMNS = ("", "accuracy", "95 % interval", "$ / 1k queries", "reward", "95 % interval", "valid", "entropy")
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """A policy on the queries of one split, beside everything it has to beat.
-
-    ``queries`` holds per query its id, family, the policy's route (None: no valid action), correct, cost (USD, own
-    tokens included) and reward, so that runs can be compared query by query.
-    """
-
-    split: str
-    rule: RewardRule
-    policy: Score
-    references: list[Score]
-    difference: Difference
-    queries: list[dict[str, Any]]
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able; ``from_dict`` is its inverse."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Evaluation:
-        estimates: dict[str, Any] = {name: _estimate(data["difference"][name]) for name in METRICS}
-        return cls(
-            split=data["split"],
-            rule=RewardRule(**data["rule"]),
-            policy=_score(data["policy"]),
-            references=[_score(entry) for entry in data["references"]],
-            difference=Difference(**(data["difference"] | estimates)),
-            queries=data["queries"],
-        )
-
-    def values(self) -> dict[str, np.ndarray]:
-        """Per query ``[Q]``: correct, cost (USD per 1,000 queries) and reward, as ``summarise_seeds`` takes them."""
-        columns = {name: np.array([q[name] for q in self.queries]) for name in ("correct", "cost", "reward")}
-        return columns | {"cost": columns["cost"] * PER_QUERIES}
-
-    def ids(self) -> list[str]:
-        """Which queries were evaluated."""
-        return [query["query_id"] for query in self.queries]
-
-    def write(self, folder: str | Path, before: Evaluation | None = None) -> tuple[Path, Path]:
-        """Write ``evaluation.json`` and ``frontier.png`` into ``folder`` and return their paths.
-
-        ``before``, usually the warm start, is drawn into the picture.
-        """
-        from routers.evaluation.plot import draw_frontier  # matplotlib, which numbers do not need
-
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        numbers, picture = folder / EVALUATION, folder / PICTURE
-        numbers.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
-        draw_frontier(self._rows(before), picture, title=f"{len(self.queries):,} {_split(self.split)} queries")
-        return numbers, picture
-
-    @classmethod
-    def read(cls, folder: str | Path) -> Evaluation:
-        """Read ``evaluation.json`` of a folder.
-
-        Raises:
-            FileNotFoundError: there is none.
-        """
-        return cls.from_dict(json.loads((Path(folder) / EVALUATION).read_text(encoding="utf-8")))
-
-    def text(self, before: Evaluation | None = None) -> str:
-        """Aligned plain text: the table, whom the policy asked, and how it compares with the best single member."""
-        return "\n\n".join([render_table(self._rows(before)), self._routes(), self._verdict()])
-
-    def markdown(self, before: Evaluation | None = None) -> str:
-        """The same for a README or a model card."""
-        return "\n\n".join([render_table(self._rows(before), markdown=True), self._routes(), self._verdict()])
-
-    def _rows(self, before: Evaluation | None) -> list[Score]:
-        return [self.policy, *([] if before is None else [before.policy]), *self.references]
-
-    def _routes(self) -> str:
-        shares = sorted(self.policy.share.items(), key=lambda item: -item[1])
-        return f"{self.policy.name} asked: " + ", ".join(f"{name} {part:.1%}" for name, part in shares)
-
-    def _verdict(self) -> str:
-        d = self.difference
-        return (
-            f"{self.policy.name} minus the best single member ({d.member}), paired over {len(self.queries):,} "
-            f"{_split(self.split)} queries, with 95 % intervals: "
-            f"reward {d.reward.value:+.3f} {_interval(d.reward, '+.3f')}, "
-            f"accuracy {d.accuracy.value:+.3f} {_interval(d.accuracy, '+.3f')}, "
-            f"cost {d.cost.value:+.4f} $ per {PER_QUERIES:,} queries {_interval(d.cost, '+.4f')}. "
-            f"Mixing members at random for the same cost: {d.mixing:.1%} right."
-        )
+MARKDOWN, PICTURE, PAGE = "report.md", "frontier.png", "report.html"
+EXAMPLES = 8
+"""Items won, and as many lost, that are shown of every policy."""
+MOST_FAMILIES = 40
+LONGEST = 400
+"""Characters of an item's text."""
+CURVES = {
+    "reward": "reward",
+    "correct/mean": "score",
+    "cost/per_query_usd": f"USD per {PER_ITEMS:,} items",
+    "calls/per_query": "calls per item",
+    "route/share/none": "without a valid route",
+    "route/entropy": "entropy of routes, nats",
+    "budget/large_share": "share of expensive calls",
+    "budget/violations": "budget violations",
+    "frac_reward_zero_std": "groups of equal rewards",
+    "srpo/gradient_share": "gradient share of distillation",
+    "entropy": "entropy of tokens, nats",
+    "completions/mean_length": "tokens per completion",
+    "loss": "loss",
+    "grad_norm": "gradient norm",
+}
+"""Key of a training record -> title of its curve."""
+# No script, no network: whatever a query or a member's name says, it cannot act.
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+_STYLE = """
+:root { color-scheme: light dark; --line: #8884; --soft: #8881; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.6rem; } h2 { font-size: 1.25rem; margin-top: 2.5rem; border-bottom: 1px solid var(--line); }
+h3 { font-size: 1rem; margin: 1.6rem 0 .4rem; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
+th { font-weight: 600; } th:first-child, td:first-child { text-align: left; white-space: normal; min-width: 9rem; }
+tr.policy td { font-weight: 600; background: var(--soft); }
+table.texts td { white-space: normal; text-align: left; vertical-align: top; overflow-wrap: anywhere; }
+.heat td { text-align: center; } .heat td:first-child { text-align: left; }
+.bar { display: flex; width: 30rem; height: 1.3rem; }
+.bar span { overflow: hidden; font-size: .75rem; color: #000; padding-left: .2rem; white-space: nowrap; }
+img { max-width: 100%; background: #fff; } ul { padding-left: 1.2rem; }
+"""
+_COLOURS = "#E69F00 #56B4E9 #009E73 #F0E442 #CC79A7 #D55E00 #8FB3E0 #BBBBBB".split()
 
 
-def evaluate_routes(
-    name: str,
-    routes: Sequence[str | None],
-    queries: Sequence[dict[str, Any]],
-    members: Sequence[str],
-    correct: np.ndarray,
-    cost: np.ndarray,
-    rule: RewardRule,
-    own_cost: np.ndarray | None = None,
-    split: str = "heldout",
-    seed: int = 0,
-    baselines: Mapping[str, np.ndarray] | None = None,
-) -> Evaluation:
-    """Evaluate whom a policy chose.
-
-    Args:
-        name: how the policy is called in tables.
-        routes: per query the member's name, or None for no valid action.
-        queries: dicts with query_id and family, in the order of ``routes``.
-        members: names of the columns of ``correct`` and ``cost``.
-        correct, cost: ``[queries, members]``; cost in USD.
-        rule: the reward.
-        own_cost: ``[queries]`` USD for the policy's own tokens; None: free.
-        split, seed: the split's name, and the seed of the bootstrap.
-        baselines: other routers to show: name -> member index ``[queries]``.
-
-    Raises:
-        ValueError: shapes differ, no query, or a route that is not a member.
-    """
-    unknown = sorted({route for route in routes if route is not None and route not in members})
-    if unknown:
-        raise ValueError(f"routes to {unknown}, but the members are {list(members)}")
-    index = np.array([-1 if route is None else members.index(route) for route in routes], dtype=int)
-    paid = np.zeros(len(routes)) if own_cost is None else own_cost
-    outcomes = play(index, correct, cost, paid, rule)
-    draws = resamples(len(routes), seed)
-    families = [query["family"] for query in queries]
-    share = np.bincount(index[index >= 0], minlength=len(members)) / len(routes)
-    references = reference_scores(correct, cost, members, families, rule, draws, baselines)
-    policy = score(name, "policy", outcomes, share, draws, members, families)
-    singles = [reference for reference in references if reference.kind == "member"]
-    best = max(range(len(singles)), key=lambda i: singles[i].reward.value)
-    single = play(np.full(len(routes), best), correct, cost, np.zeros(len(routes)), rule)
-    mixing = mixing_accuracy(cost.mean(0) * PER_QUERIES, correct.mean(0), policy.cost.value)
-    return Evaluation(
-        split=split,
-        rule=rule,
-        policy=policy,
-        references=references,
-        difference=difference(outcomes, single, members[best], mixing, draws),
-        queries=_per_query(queries, routes, outcomes),
-    )
-
-
-def render_table(scores: Sequence[Score], markdown: bool = False) -> str:
-    """One line per score. Plain text is aligned with spaces, Markdown is a pipe table; both read well as they are."""
-    return aligned([COLUMNS, *(_cells(entry) for entry in scores)], markdown)
-
-
-def compare_runs(runs: Sequence[Evaluation]) -> dict[str, SeedSummary]:
-    """Runs of one name are seeds of one recipe: name -> their summary, in order of first appearance.
-
-    Raises:
-        ValueError: no run, or runs on different queries or with different rewards.
-    """
-    groups: dict[str, list[Evaluation]] = {}
-    for run in runs:
-        for what, value, first in (("reward", run.rule, runs[0].rule), ("queries", run.ids(), runs[0].ids())):
-            if value != first:
-                raise ValueError(f"a run of {run.policy.name!r} has other {what} than one of {runs[0].policy.name!r}")
-        groups.setdefault(run.policy.name, []).append(run)
-    if not groups:
-        raise ValueError("there are no runs to compare")
-    return {name: summarise_seeds([run.values() for run in group]) for name, group in groups.items()}
-
-
-def render_comparison(
-    summaries: Mapping[str, SeedSummary], references: Sequence[Score], markdown: bool = False
+def report(
+    episodes: Episodes, folder: str | Path, *, title: str, records: Sequence[Mapping[str, Any]] | None = None
 ) -> str:
-    """A table of ``compare_runs`` above the references of any of its runs (they are the same for all)."""
-    rows: list[tuple[str, ...]] = [(*COLUMNS[:-2], "reward of each seed")]
-    for name, summary in summaries.items():
-        found, seeds = summary.estimates, summary.per_seed["reward"]
-        rows.append(
-            (*_numbers(name, found["correct"], found["cost"], found["reward"]), " ".join(f"{x:.3f}" for x in seeds))
-        )
-    rows += [(*_numbers(entry.name, entry.accuracy, entry.cost, entry.reward), "") for entry in references]
-    return aligned(rows, markdown)
-
-
-def render_gains(runs: Sequence[Evaluation], starts: Sequence[Evaluation]) -> str:
-    """Per recipe one sentence: what its runs gained over the runs they started from, paired by seed and query.
+    """Write `report.md`, `frontier.png` and `report.html` into a folder; returns the Markdown.
 
     Args:
-        runs, starts: as many of each, in the same order.
+        episodes: policies, their starts and baselines, on the same items.
+        folder: made where it is missing.
+        title: of the report.
+        records: of the training, with `step`; None: those of the folder's `trainer_state.json`, if it has one.
+
+    Raises:
+        ValueError: a router was not played on every item, or the pool lost all of them.
     """
-    groups: dict[str, list[dict[str, np.ndarray]]] = {}
-    for run, start in zip(runs, starts, strict=True):
-        before = start.values()
-        gain = {metric: values - before[metric] for metric, values in run.values().items()}
-        groups.setdefault(run.policy.name, []).append(gain)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    text, drawn = render(episodes, title, markdown=True), picture(episodes, title)
+    (folder / MARKDOWN).write_text(text, encoding="utf-8")
+    (folder / PICTURE).write_bytes(drawn)
+    state = folder / "trainer_state.json"
+    if records is None and state.is_file():
+        records = json.loads(state.read_text(encoding="utf-8"))["log_history"]
+    (folder / PAGE).write_text(page(episodes, title, drawn, records or ()), encoding="utf-8")
+    return text
+
+
+def page(episodes: Episodes, title: str, drawn: bytes, records: Sequence[Mapping[str, Any]] = ()) -> str:
+    """The report as one HTML page; `drawn` is the picture of the cost plane. Every text of the data is escaped."""
+    parts = [f"<h1>{escape(title)}</h1>", _image(drawn, "Score and cost of every router")]
+    found = sets(episodes)
+    for name, paired in found.items():
+        if len(found) > 1 or name:
+            parts.append(f"<h2>{escape(name)}</h2>")
+        strong = {named(paired, policy) for policy in paired.of_kind("policy")}
+        for section in sections(paired):
+            if section.title == FAMILIES:  # the heat map shows them, and all routers
+                continue
+            parts.append(f"<h3>{escape(section.title)}</h3>" if section.title else "")
+            parts.append(_sent(paired) if section.title == SENT else _table(section.rows, strong))
+            parts.append(_list(section.lines))
+        parts.append(_heat_map(paired))
+        parts += [_examples(paired, policy) for policy in paired.policies]
+    if curves := curves_picture([_scaled(record) for record in records], CURVES):
+        parts += ["<h2>Training</h2>", _image(curves, "Training curves: each step in grey, a running mean in red")]
+    notes = [NOTE, str(episodes.header.get("note", "")), *_rules(episodes.header)]
+    parts += ["<h2>Notes</h2>", _list([note for note in notes if note])]
+    head = f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
+    head += f'<meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
+    body = "\n".join(part for part in parts if part)
+    head += f'<link rel="icon" href="data:,"><style>{_STYLE}</style>'
+    return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}\n</body></html>\n'
+
+
+def _table(rows: Sequence[Sequence[str]], strong: Collection[str] = (), kind: str = "") -> str:
+    if len(rows) < 2:
+        return ""
+    lines = ["<tr>" + "".join(f"<th>{escape(cell)}</th>" for cell in rows[0]) + "</tr>"]
+    for row in rows[1:]:
+        mark = ' class="policy"' if row[0] in strong else ""
+        lines.append(f"<tr{mark}>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>")
+    return f'<div class="wide"><table class="{kind}">\n' + "\n".join(lines) + "\n</table></div>"
+
+
+def _list(lines: Sequence[str]) -> str:
+    return "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in lines) + "</ul>" if lines else ""
+
+
+def _image(png: bytes, words: str) -> str:
+    return f'<p><img alt="{escape(words)}" src="data:image/png;base64,{base64.b64encode(png).decode()}"></p>'
+
+
+def _heat_map(paired: Paired) -> str:
+    """Score by router and family, as coloured cells; of many families the most frequent."""
+    families = sorted(family for family, _ in Counter(paired.families).most_common(MOST_FAMILIES) if family)
+    if len(families) < 2:
+        return ""
+    lines = ["<tr><th></th>" + "".join(f"<th>{escape(family)}</th>" for family in families) + "</tr>"]
+    for name in shown(paired):
+        by = paired.by(name, paired.families)
+        cells = [(by[family], f"hsl(150 60% {92 - 45 * by[family]:.0f}%)") for family in families]
+        row = "".join(f'<td style="background:{colour};color:#000">{value:.0%}</td>' for value, colour in cells)
+        lines.append(f"<tr><td>{escape(named(paired, name))}</td>{row}</tr>")
+    return f'<h3>{FAMILIES}</h3><div class="wide"><table class="heat">' + "\n".join(lines) + "</table></div>"
+
+
+def _sent(paired: Paired) -> str:
+    """Bars of whom each router asked, of all routers that choose."""
+    routers = [name for name in shown(paired) if paired.routers[name] != "member" and paired.asked(name)]
+    members = sorted({member for name in routers for member in paired.asked(name)})
     lines = []
-    for name, gains in groups.items():
-        found = summarise_seeds(gains).estimates
-        lines.append(
-            f"{name} minus {starts[0].policy.name}: reward {found['reward'].value:+.3f} "
-            f"{_interval(found['reward'], '+.3f')}, accuracy {found['correct'].value:+.3f} "
-            f"{_interval(found['correct'], '+.3f')}, cost {found['cost'].value:+.4f} "
-            f"{_interval(found['cost'], '+.4f')} $ per {PER_QUERIES:,} queries"
+    for name in routers:
+        parts = [(member, paired.asked(name)[member]) for member in members if member in paired.asked(name)]
+        spans = "".join(
+            f'<span title="{escape(f"{member} {part:.1%}")}" style="width:{part:.2%};background:'
+            f'{_COLOURS[members.index(member) % len(_COLOURS)]}">{escape(member)}</span>'
+            for member, part in parts
         )
-    return "\n".join(lines)
+        lines.append(f'<tr><td>{escape(name)}</td><td><div class="bar">{spans}</div></td></tr>')
+    return "<table>" + "".join(lines) + "</table>" if lines else ""
 
 
-def aligned(rows: Sequence[tuple[str, ...]], markdown: bool) -> str:
-    """A table with its header in the first row; the first column is left-aligned, the others right-aligned."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))]
-        lines.append(f"| {' | '.join(cells)} |" if markdown else "  ".join(cells).rstrip())
-    rule = ["-" * widths[0], *("-" * (w - markdown) + ":" * markdown for w in widths[1:])]
-    lines.insert(1, f"| {' | '.join(rule)} |" if markdown else "  ".join(rule))
-    return "\n".join(lines)
+def _examples(paired: Paired, policy: str) -> str:
+    """Items on which a policy beats the strongest baseline, and is beaten by it, by the most; of its first seed."""
+    if not paired.references or not any(paired.queries):
+        return ""
+    other = paired.references[-1].router
+    score, theirs = (paired.values(name, "score")[0] for name in (policy, other))
+    gain = score - theirs
+    asked, theirs_asked = (paired.first(name)["member"].tolist() for name in (policy, other))
+    parts = []
+    for what, order in (("won", np.argsort(-gain, kind="stable")), ("lost", np.argsort(gain, kind="stable"))):
+        chosen = [i for i in order if (gain[i] > 0 if what == "won" else gain[i] < 0)]
+        count = len(chosen)
+        rows = [("", "family", f"{policy} asked", "score", f"{other} asked", "score")]
+        for i in _spread(chosen):
+            text = paired.queries[i] if len(paired.queries[i]) <= LONGEST else paired.queries[i][:LONGEST] + " …"
+            rows.append((text, paired.families[i], asked[i], f"{score[i]:g}", theirs_asked[i], f"{theirs[i]:g}"))
+        if count:
+            parts.append(f"<h3>{escape(f'{count} of {len(paired)} {what} by {policy} against {other}')}</h3>")
+            parts.append(_table(rows, kind="texts"))
+    return "".join(parts)
 
 
-def _cells(entry: Score) -> tuple[str, ...]:
-    numbers = _numbers(entry.name, entry.accuracy, entry.cost, entry.reward)
-    return (*numbers, f"{entry.format_rate:.1%}", f"{entry.entropy:.2f}")
+def _spread(chosen: Sequence[int]) -> list[int]:
+    """A few of them, from everywhere: items stand in order of their ids."""
+    if len(chosen) <= EXAMPLES:
+        return list(chosen)
+    return [chosen[round(i)] for i in np.linspace(0, len(chosen) - 1, EXAMPLES)]
 
 
-def _numbers(name: str, accuracy: Estimate, cost: Estimate, reward: Estimate) -> tuple[str, ...]:
-    return (
-        name,
-        f"{accuracy.value:.1%}",
-        _interval(accuracy, ".1%"),
-        f"{cost.value:.4f}",
-        f"{reward.value:.3f}",
-        _interval(reward, ".3f"),
-    )
+def _scaled(record: Mapping[str, Any]) -> dict[str, Any]:
+    usd = "cost/per_query_usd"
+    return {**record, **({usd: record[usd] * PER_ITEMS} if usd in record else {})}
 
 
-def _interval(value: Estimate, spec: str) -> str:
-    return f"[{value.low:{spec}}, {value.high:{spec}}]"
-
-
-def _per_query(
-    queries: Sequence[dict[str, Any]], routes: Sequence[str | None], outcomes: Outcomes
-) -> list[dict[str, Any]]:
-    columns = zip(queries, routes, outcomes.correct, outcomes.cost, outcomes.reward, strict=True)
+def _rules(header: Mapping[str, Any]) -> list[str]:
     return [
-        {
-            "query_id": query["query_id"],
-            "family": query["family"],
-            "route": route,
-            "correct": float(right),
-            "cost": float(paid),
-            "reward": float(reward),
-        }
-        for query, route, right, paid, reward in columns
+        f"Reward of {name}: " + ", ".join(f"{key} {value:g}" for key, value in rule.items())
+        for name, rule in header.get("rule", {}).items()
     ]
-
-
-def _split(name: str) -> str:
-    return "held-out" if name == "heldout" else name
-
-
-def _estimate(data: dict[str, float]) -> Estimate:
-    return Estimate(**data)
-
-
-def _score(data: dict[str, Any]) -> Score:
-    estimates = {name: _estimate(data[name]) for name in METRICS}
-    return Score(**(data | estimates))

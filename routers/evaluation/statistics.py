@@ -14,14 +14,15 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+import pandas as pd
 
 from routers.evaluation.episodes import LOST, THEN, Episodes, Kind
 
 RESAMPLES = 2000
 PER_ITEMS = 1000
 """Costs are shown in USD per this many items."""
-START_OF = "{}: start"
-"""Name of a policy's start, where several policies began from different ones."""
+START_OF = "{}: start{}"
+"""Name of a policy's start (and its setting), where several policies began from different ones."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ class Paired:
         self.routers: dict[str, Kind] = dict(zip(frame["router"], frame["kind"], strict=True))
         self.curves: dict[str, str] = dict(zip(frame["router"], frame["curve"], strict=True))
         self.draws = Bootstrap(len(self.items), count=resamples)
-        self._groups = {key: rows for key, rows in frame.groupby(["router", "cap"], sort=False)}
+        self._groups = dict(iter(frame.groupby(["router", "cap"], sort=False)))
 
     def __len__(self) -> int:
         return len(self.items)
@@ -140,8 +141,9 @@ class Paired:
 
     @property
     def policies(self) -> list[str]:
-        """Trained routers without a cap; settings of one policy (a curve) are not among them."""
-        return [name for name in self.of_kind("policy") if not self.curves[name] and self.played(name)]
+        """Trained routers without a cap; settings of a policy (its curve) only where it was not played without one."""
+        names = [name for name in self.of_kind("policy") if self.played(name)]
+        return [name for name in names if self.curves[name] not in names]
 
     def caps(self, router: str) -> list[float]:
         """Finite caps that a router was played at."""
@@ -162,6 +164,10 @@ class Paired:
 
     def played(self, router: str, cap: float = math.inf) -> bool:
         return (router, cap) in self._groups
+
+    def first(self, router: str) -> pd.DataFrame:
+        """Rows of a router's first seed, without a cap, in the order of `items`."""
+        return self._groups[router, math.inf].iloc[: len(self.items)]
 
     def has(self, metric: str, routers: Sequence[str] | None = None) -> bool:
         if metric not in self.frame:
@@ -241,19 +247,26 @@ class Paired:
 
     @cached_property
     def references(self) -> list[Reference]:
-        """Who every policy is compared with, besides its start."""
+        """Who every policy is compared with, besides its start; the strongest baseline of all is the last."""
         everybody: tuple[Kind, ...] = ("member", "learned", "told", "rule", "random")
         wanted: dict[str, tuple[Kind, ...]] = {
             "the best single member": ("member",),
             "the best learned baseline": ("learned",),
             "the strongest baseline of all": everybody,
         }
-        return [self._best(label, names) for label, kinds in wanted.items() if (names := self.of_kind(*kinds))]
+        best = [self._best(label, names) for label, kinds in wanted.items() if (names := self.of_kind(*kinds))]
+        found: dict[str, Reference] = {}
+        for one in best:  # who is several of them is compared with once
+            known = found.pop(one.router, None)
+            label = f"{known.label} = {one.label}" if known else one.label
+            found[one.router] = Reference(label, one.router, one.how)
+        return list(found.values())
 
     def start_of(self, policy: str) -> Reference | None:
-        """What the training of a policy began from."""
-        starts = self.of_kind("start")
-        own = [name for name in starts if name == START_OF.format(policy)] or starts[:1]
+        """What the training of a policy began from, with the same setting where there is one."""
+        starts, (base, comma, how) = self.of_kind("start"), policy.partition(", ")
+        wanted = (START_OF.format(base, comma + how), f"start{comma}{how}", START_OF.format(base, ""))
+        own = [name for name in wanted if name in starts] or starts[:1]
         return Reference("the start", own[0]) if own else None
 
     def _best(self, label: str, names: Sequence[str]) -> Reference:

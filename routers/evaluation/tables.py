@@ -13,6 +13,8 @@ NOTE = (
     "Intervals are 95 %, over items and seeds; differences are paired by item and seed. Costs hold the policy's own "
     "tokens where they have a price."
 )
+FAMILIES, SENT = "By family", "Sent where"
+"""Titles of sections that the page shows as pictures."""
 TO_SHOW = 12
 """At most this many families are columns of a table; the report's heat map shows all."""
 
@@ -29,7 +31,7 @@ class Section:
 def sections(paired: Paired) -> list[Section]:
     """Everything about one set of items, the most important first."""
     parts = [_main(paired), _gains(paired), _frontiers(paired), _caps(paired)]
-    parts += [_groups(paired, "By difficulty", paired.difficulty), _groups(paired, "By family", paired.families)]
+    parts += [_groups(paired, "By difficulty", paired.difficulty), _groups(paired, FAMILIES, paired.families)]
     parts.append(_sent(paired))
     return [part for part in parts if len(part.rows) > 1 or part.lines]
 
@@ -66,7 +68,7 @@ def aligned(rows: Sequence[tuple[str, ...]], markdown: bool) -> str:
 
 
 def shown(paired: Paired) -> list[str]:
-    """Routers in the order of the table: the strongest baseline, policies and their starts, the rest by reward, oracle.
+    """Routers as the table lists them: the strongest baseline, policies and their starts, the rest by reward, oracle.
 
     Settings of a rule are not listed, but for the strongest; the picture shows them all.
     """
@@ -88,9 +90,13 @@ def named(paired: Paired, name: str) -> str:
 
 def header(metric: Metric, paired: Paired) -> str:
     """Of a column; what the score and an item are called is the evaluation's own."""
+    return metric.header.format(score=paired.header.get("score", "score"), items=items_of(paired))
+
+
+def items_of(paired: Paired) -> str:
+    """What items are called: queries, questions, episodes."""
     item = str(paired.header.get("item", "item"))
-    items = item[:-1] + "ies" if item.endswith("y") else item + "s"
-    return metric.header.format(score=paired.header.get("score", "score"), items=items)
+    return item[:-1] + "ies" if item.endswith("y") else item + "s"
 
 
 def interval(value: Estimate, metric: Metric, difference: bool = False) -> str:
@@ -99,7 +105,8 @@ def interval(value: Estimate, metric: Metric, difference: bool = False) -> str:
 
 
 def _metrics(paired: Paired, routers: Sequence[str]) -> list[Metric]:
-    return [metric for metric in METRICS if paired.has(metric.column, routers)]
+    once = paired.frame["calls"].max() <= 1  # then valid turns say it
+    return [m for m in METRICS if paired.has(m.column, routers) and not (once and m.column == "calls")]
 
 
 def _main(paired: Paired) -> Section:
@@ -191,11 +198,11 @@ def _groups(paired: Paired, title: str, groups: Sequence[str]) -> Section:
         return Section("")
     compared = {reference.router for reference in paired.references}
     routers = [name for name in shown(paired) if paired.routers[name] in ("policy", "start") or name in compared]
-    rows = [(f"{title} ({header(METRICS[0], paired)})", *(f"{name} ({list(groups).count(name)})" for name in names))]
+    rows = [(header(METRICS[0], paired), *(f"{name} ({list(groups).count(name)})" for name in names))]
     for router in routers:
         found = paired.by(router, groups)
         rows.append((router, *(METRICS[0].show(found[name]) for name in names)))
-    return Section("", rows)
+    return Section(title, rows)
 
 
 def _sent(paired: Paired) -> Section:
@@ -207,4 +214,4 @@ def _sent(paired: Paired) -> Section:
             lines.append(f"{name} ended: " + ", ".join(f"{stop or 'done'} {part:.1%}" for stop, part in stops.items()))
     if paired.lost:
         lines.append(f"{paired.lost} items are left out of every line: the pool failed on them ({LOST})")
-    return Section("Sent where", (), lines)
+    return Section(SENT, (), lines)

@@ -1,62 +1,47 @@
-"""Score a think/route agent on held-out questions: EM, F1, cost, calls and reward, beside members asked once.
+"""A think/route agent on held-out questions, beside members that are asked the question itself, once.
 
-    python scripts/evaluate_think_route.py --config recipes/quickstart/think_route.yaml \
-      --model_name_or_path outputs/quickstart/think_route --output_dir outputs/quickstart/think_route_again
-
-The recipe names questions, pool and reward; `agent.yaml` in the checkpoint says how it was trained to ask. Prints the
-table and writes `agent_evaluation.json` into the output directory, and what it was made from; a directory with the
-results of a training run, or of another evaluation, is refused. Decoding is greedy.
+The agent writes its own final answer; under single members and the rules over them the member's reply *is* the answer.
 """
 
-import asyncio
-from collections import Counter
+from __future__ import annotations
+
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+import pandas as pd
 
-from routers.evaluation.agent_report import (
-    AGENT_EVALUATION,
-    METRICS,
-    AgentEvaluation,
-    Line,
-    best_per_family,
-    single_lines,
-)
-from routers.evaluation.answers import exact_match, f1, score
-from routers.pool import Pool
-from routers.tasks.query_routing.evaluate import load_checkpoint
+from routers.data.table import ReplyTable
+from routers.evaluation.answers import Metric, exact_match, f1, score
+from routers.evaluation.baselines import play_baselines
+from routers.evaluation.episodes import LOST as LOST_STOP
+from routers.evaluation.episodes import THEN, Episodes, Outcomes, named_as
+from routers.pool.reasoning import split_reasoning
 from routers.tasks.think_route.environment import ThinkRoute
 from routers.tasks.think_route.settings import AgentSettings
-from routers.tasks.think_route.world import (
-    COST_WEIGHT,
-    TaskArguments,
-    load_questions,
-    load_replies,
-    make_pool,
-    make_rewards,
-    make_world,
-    prompt_of,
-    seen_members,
-    with_cost_weight,
-)
-from srpo import SRPOConfig
-from srpo.recipe import load_recipe, resolved_recipe
+from routers.tasks.think_route.world import COST_WEIGHT, prompt_of
 from srpo.rollout.generator import TransformersGenerator
 from srpo.rollout.loop import Limits, as_columns, play
 from srpo.rollout.sampling import Sampling
 from srpo.rollout.special_tokens import end_ids
 from srpo.rollout.untrusted import without_control_tokens
-from srpo.run.derived import made_from, mark, source, unmark
-from srpo.run.folder import RunArguments
-from srpo.run.results import check_results
 from srpo.types import CORRECT, COST, LOST, STOP, Columns
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 Rewards = tuple[Sequence[Any], Sequence[float]]
+"""Reward functions and their weights."""
 BATCH = 128
 """Questions that are played at the same time."""
+HEADER = {
+    "task": "think_route",
+    "split": "heldout",
+    "item": "question",
+    "score": "right answers",
+    "note": "The agent writes its own final answer. For single members and the rules over them, one member is asked "
+    "the question itself, once, and its reply is the final answer.",
+}
 
 
 def play_questions(
@@ -105,38 +90,7 @@ def play_questions(
 
 
 def _sensitivities(questions: Sequence[dict[str, Any]]) -> Columns:
-    return {COST_WEIGHT: [q[COST_WEIGHT] for q in questions]} if COST_WEIGHT in questions[0] else {}
-
-
-def ask_once(
-    pool: Pool, names: Sequence[str], questions: Sequence[dict[str, Any]], metric: str, seconds: float
-) -> dict[str, Columns]:
-    """Each member once per question, its reply taken for the final answer: member -> columns of an episode."""
-
-    async def ask_all() -> list[list[Any]]:
-        async with pool:
-            jobs = [
-                asyncio.gather(*(pool.ask(n, q["query"], seconds, query_id=q["query_id"]) for q in questions))
-                for n in names
-            ]
-            return await asyncio.gather(*jobs)
-
-    found = {}
-    for name, replies in zip(names, asyncio.run(ask_all()), strict=True):
-        texts = [reply.text.strip() for reply in replies]
-        found[name] = {
-            CORRECT: [score(t or None, q["gold"], metric) for t, q in zip(texts, questions, strict=True)],  # type: ignore[arg-type]
-            "em": [exact_match(t, q["gold"]) if t else 0.0 for t, q in zip(texts, questions, strict=True)],
-            "f1": [f1(t, q["gold"]) for t, q in zip(texts, questions, strict=True)],
-            COST: [pool.price(name, reply.usage) for reply in replies],
-            "calls": [1] * len(texts),
-            "answer": texts,
-            "format_error": [""] * len(texts),
-            "invalid_actions": [0] * len(texts),
-            LOST: [reply.error for reply in replies],
-            **_sensitivities(questions),
-        }
-    return found
+    return {COST_WEIGHT: [q[COST_WEIGHT] for q in questions]} if questions and COST_WEIGHT in questions[0] else {}
 
 
 def total_reward(columns: Columns, rewards: Rewards) -> np.ndarray:
@@ -156,88 +110,104 @@ def evaluate_agent(
     rewards: Rewards,
     *,
     name: str,
-    train: Sequence[dict[str, Any]] = (),
-    baselines: bool = True,
-    note: str = "",
-) -> AgentEvaluation:
-    """The policy on these questions; with `baselines` also every member asked once (which a live pool bills).
+) -> Episodes:
+    """The policy on these questions, greedily; questions that the pool failed on are lost.
 
     Args:
-        train: training questions, for the line "best per family"; empty: no such line.
-        name: how tables call the policy.
+        model, tokenizer: the policy; its mode is left as it was.
+        world: whom it may ask.
+        settings: how it is asked.
+        questions: with `gold`; `cost_weight` where prompts state one.
+        rewards: of the training.
+        name: how tables call the policy (`routers.evaluation.episodes.named_as`).
 
     Raises:
         ValueError: the pool failed on every question.
     """
     columns = play_questions(model, tokenizer, world, settings, questions)
-    singles = ask_once(world.pool, world.names, questions, world.metric, world.call_seconds) if baselines else {}
-    failed = [
-        any(cause is not None for cause in causes)
-        for causes in zip(columns[LOST], *(s[LOST] for s in singles.values()), strict=True)
-    ]
-    kept = [i for i, lost in enumerate(failed) if not lost]
-    if not kept:
+    lost = np.array([cause is not None for cause in columns[LOST]])
+    if len(lost) and lost.all():
         raise ValueError(f"the pool failed on all {len(questions)} questions; first: {columns[LOST][0]}")
-    columns, singles = _select(columns, kept), {member: _select(s, kept) for member, s in singles.items()}
-    families = [questions[i]["family"] for i in kept]
-    lines = [Line(name, "policy", {m: [float(x) for x in v] for m, v in _values(columns, rewards).items()})]
-    if singles:
-        best = None
-        if train:
-            trained = ask_once(world.pool, world.names, train, world.metric, world.call_seconds)
-            scored = {member: total_reward(s, rewards) for member, s in trained.items()}
-            best = best_per_family(world.names, scored, [row["family"] for row in train])
-        values = {member: _values(s, rewards) for member, s in singles.items()}
-        lines += single_lines(world.names, values, families, best)
-    calls = Counter(member for asked in columns["members"] for member in asked)
-    stops = Counter(columns[STOP])
-    return AgentEvaluation(
-        questions=[questions[i]["query_id"] for i in kept],
-        families=families,
-        lines=lines,
-        members={member: calls[member] / max(1, calls.total()) for member in world.names},
-        stops={stop: count / len(kept) for stop, count in stops.most_common()},
-        lost=len(failed) - len(kept),
-        note=note,
+    kept = np.flatnonzero(~lost)
+    reward = np.full(len(lost), np.nan)
+    reward[kept] = total_reward({n: [values[i] for i in kept] for n, values in columns.items()}, rewards)
+    kind, curve = named_as(name)
+    known = {
+        metric: np.where(lost, np.nan, np.array(columns[column], dtype=float))
+        for metric, column in {"score": CORRECT, "usd": COST, "em": "em", "f1": "f1", "calls": "calls"}.items()
+    }
+    frame = pd.DataFrame(
+        {
+            **_items(questions),
+            **known,
+            "router": name,
+            "kind": kind,
+            "curve": curve,
+            "reward": reward,
+            "member": [THEN.join(asked or ()) for asked in columns["members"]],
+            "stop": np.where(lost, LOST_STOP, columns[STOP]),
+            "seconds": np.array(columns["seconds"], dtype=float),
+            "valid": [float(not error) for error in columns["format_error"]],
+        }
     )
+    return Episodes(frame, HEADER)
 
 
-def _values(columns: Columns, rewards: Rewards) -> dict[str, np.ndarray]:
-    values = {metric: np.array(columns[metric], dtype=float) for metric in METRICS if metric != "reward"}
-    return {**values, "reward": total_reward(columns, rewards)}
+def agent_baselines(
+    table: ReplyTable,
+    names: Sequence[str],
+    questions: Sequence[dict[str, Any]],
+    train: Sequence[dict[str, Any]],
+    rewards: Rewards,
+    *,
+    metric: Metric,
+) -> Episodes:
+    """Members asked once each and rules over them, by what the table has recorded.
+
+    Args:
+        table: with replies.
+        names: of the members that may be asked.
+        questions: to answer; with `gold`.
+        train: questions that rules are fitted on.
+        rewards: of the training.
+        metric: how answers are graded.
+    """
+    items = asked_once(table, names, questions, rewards, metric)
+    return play_baselines(items, asked_once(table, names, train, rewards, metric) if train else None, HEADER)
 
 
-def _select(columns: Columns, rows: Sequence[int]) -> Columns:
-    return {name: [values[i] for i in rows] for name, values in columns.items()}
+def asked_once(
+    table: ReplyTable, names: Sequence[str], questions: Sequence[dict[str, Any]], rewards: Rewards, metric: Metric
+) -> Outcomes:
+    """What each member's recorded reply to each question is worth as the final answer."""
+    found: dict[str, list[np.ndarray]] = {name: [] for name in ("score", "usd", "reward", "em", "f1")}
+    for name in names:
+        recorded = [table.lookup(question["query_id"], name) for question in questions]
+        texts = [split_reasoning(reply.reply)[0].strip() for reply in recorded]
+        both = list(zip(texts, (question["gold"] for question in questions), strict=True))
+        columns: Columns = {
+            CORRECT: [score(text or None, gold, metric) for text, gold in both],
+            "em": [exact_match(text, gold) if text else 0.0 for text, gold in both],
+            "f1": [f1(text, gold) for text, gold in both],
+            COST: [reply.cost for reply in recorded],
+            "calls": [1] * len(texts),
+            "answer": texts,
+            "format_error": [""] * len(texts),
+            "invalid_actions": [0] * len(texts),
+            LOST: [None] * len(texts),
+            **_sensitivities(questions),
+        }
+        values = {"score": columns[CORRECT], "usd": columns[COST], "reward": total_reward(columns, rewards)}
+        for key, column in {**values, "em": columns["em"], "f1": columns["f1"]}.items():
+            found[key].append(np.array(column, dtype=float))
+    stacked = {key: np.stack(columns, axis=1) for key, columns in found.items()}
+    extra = {key: stacked[key] for key in ("em", "f1")}
+    return Outcomes(questions, names, stacked["score"], stacked["usd"], stacked["reward"], extra)
 
 
-def main(argv: Sequence[str] | None = None) -> AgentEvaluation:
-    """Command line; returns the evaluation that it wrote."""
-    recipe = load_recipe((TaskArguments, RunArguments, SRPOConfig), argv)
-    task, _, args = recipe
-    output = Path(args.output_dir)
-    contents = {f"{key}_content": source(getattr(task, key)) for key in ("model_name_or_path", "table", "catalogue")}
-    told = {key: value for key, value in resolved_recipe(recipe).items() if key not in ("output_dir", "overwrite")}
-    made = made_from(**told, **contents)
-    check_results(output, AGENT_EVALUATION, made)
-    model, tokenizer = load_checkpoint(task.model_name_or_path)
-    settings = AgentSettings.load(task.model_name_or_path)
-    table = load_replies(task, output)
-    train, heldout = load_questions(task, table, output)
-    pool = make_pool(task, table, args.max_cost_usd)
-    world = make_world(task, settings, pool, seen_members(task, pool), tokenizer)
-    evaluation = evaluate_agent(
-        model,
-        tokenizer,
-        world,
-        settings,
-        [with_cost_weight(row, settings) for row in heldout],
-        make_rewards(task, world.members),
-        name="policy",
-        train=[with_cost_weight(row, settings) for row in train] if task.pool == "recorded" else (),
-    )
-    unmark(output / AGENT_EVALUATION)
-    path = evaluation.write(output)
-    mark(output / AGENT_EVALUATION, made)
-    print(evaluation.text(), path, sep="\n\n")
-    return evaluation
+def _items(questions: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
+    return {
+        "item": [str(question["query_id"]) for question in questions],
+        "family": [question.get("family", "") for question in questions],
+        "query": [question["query"] for question in questions],
+    }
