@@ -2,9 +2,9 @@
 
     python scripts/compare_replay.py outputs/quickstart/moe-*-seed* --picture outputs/quickstart/moe_replay.png
 
-Reads `recipe.yaml`, `trainer_state.json` and `evaluation.parquet` of each directory. A number is the mean over seeds of
-a run's mean, with the 95 % interval of Student's t over the seeds (3 seeds: +- 2.48 standard deviations); the last rows
-are differences of the same seed to the native run.
+Reads `recipe.yaml`, `trainer_state.json` and `evaluation.parquet` of each directory. A number is the mean over seeds
+of a run's mean, with the 95 % interval of Student's t over the seeds (3 seeds: +- 2.48 standard deviations); the last
+rows are differences of the same seed to the native run.
 """
 
 import argparse

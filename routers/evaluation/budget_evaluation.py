@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from routers.evaluation.statistics import Estimate, mixing_accuracy
+from routers.evaluation.statistics import Estimate, mixing_score
 
 RESAMPLES = 2000
 
@@ -89,10 +89,10 @@ def gain_at_equal_cost(method: Played, family: Sequence[Played], drawn: Draws) -
     own_success, own_cost = _means(method.success, drawn), _means(method.cost, drawn)
     family_success, family_cost = drawn.tasks @ success.T, drawn.tasks @ cost.T
     gains = [
-        s - mixing_accuracy(costs, successes, at)
+        s - mixing_score(costs, successes, at)
         for s, at, costs, successes in zip(own_success, own_cost, family_cost, family_success, strict=True)
     ]
-    value = method.success.mean() - mixing_accuracy(cost.mean(axis=1), success.mean(axis=1), method.cost.mean())
+    value = method.success.mean() - mixing_score(cost.mean(axis=1), success.mean(axis=1), method.cost.mean())
     low, high = np.quantile(gains, [0.025, 0.975])
     return Estimate(float(value), float(low), float(high))
 

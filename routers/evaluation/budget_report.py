@@ -25,7 +25,7 @@ from routers.evaluation.budget_evaluation import (
     normalised_auc,
     ratio,
 )
-from routers.evaluation.report import aligned
+from routers.evaluation.tables import aligned
 from routers.evaluation.statistics import Estimate
 from routers.tasks.step_routing.profiles import CLASSES
 

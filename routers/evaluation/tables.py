@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from routers.evaluation.episodes import LOST, Episodes
-from routers.evaluation.statistics import METRICS, Estimate, Metric, Paired, sets
+from routers.evaluation.statistics import METRICS, Estimate, Metric, Paired, Reference, sets
 
 INTERVAL = "95 % interval"
 NOTE = (
@@ -138,8 +138,10 @@ def _gains(paired: Paired) -> Section:
     metrics = [m for m in metrics if paired.frame[m.column].nunique() > 1]
     rows = [("", *(cell for metric in metrics for cell in (header(metric, paired), INTERVAL)))]
     for name in paired.policies:
-        start = paired.start_of(name)
-        for reference in [*([start] if start else []), *paired.references]:
+        start, first = paired.start_of(name), paired.policies[0]
+        others = [start] if start else []
+        others += [Reference("the first policy", first)] if name != first else []
+        for reference in [*others, *paired.references]:
             how = f"; {reference.how}" if reference.how else ""
             cells = [f"{name} minus {reference.label} ({reference.router}{how})"]
             for metric in metrics:

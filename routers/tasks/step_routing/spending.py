@@ -198,7 +198,7 @@ def estimate(world: StepWorld, found: Sequence[Phase], cap: float | None) -> str
     Two sums: as if every prompt were as short as the first of an episode, and as if every step added an observation as
     long as the first. Both are upper bounds of such prompts: a byte counts as a token, and every reply is the longest.
     """
-    from routers.evaluation.report import aligned
+    from routers.evaluation.tables import aligned
 
     executors = world.executors()
     views = [_first_view(world, name) for name in list(world.train_tasks())[:_SAMPLED_TASKS]]
