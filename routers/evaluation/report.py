@@ -197,7 +197,11 @@ def _scaled(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _rules(header: Mapping[str, Any]) -> list[str]:
+    rules = header.get("rule", {})
+    named = {f"Reward of {name}": rule for name, rule in rules.items() if isinstance(rule, Mapping)}
+    plain = {name: value for name, value in rules.items() if not isinstance(value, Mapping)}
     return [
-        f"Reward of {name}: " + ", ".join(f"{key} {value:g}" for key, value in rule.items())
-        for name, rule in header.get("rule", {}).items()
+        f"{name}: " + ", ".join(f"{key} {value}" for key, value in rule.items())
+        for name, rule in {**named, "Reward": plain}.items()
+        if rule
     ]

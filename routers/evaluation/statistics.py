@@ -52,7 +52,8 @@ class Metric:
         return format(value * self.factor, self.spec)
 
     def show_difference(self, value: float) -> str:
-        return f"{100 * value:+.1f} pt" if "%" in self.spec else format(value * self.factor, "+" + self.spec)
+        shown = round(100 * value if "%" in self.spec else value * self.factor, 9) + 0.0  # -0 is 0
+        return f"{shown:+.1f} pt" if "%" in self.spec else format(shown, "+" + self.spec)
 
 
 METRICS = (
@@ -174,6 +175,11 @@ class Paired:
             return False
         rows = self.frame if routers is None else self.frame[self.frame["router"].isin(routers)]
         return bool(rows[metric].notna().any())
+
+    def one_reward(self, router: str, other: str) -> bool:
+        """Whether both were paid by one rule: at other price sensitivities rewards do not compare."""
+        rules = self.header.get("rule", {})
+        return bool(rules.get(router, rules.get("baselines")) == rules.get(other, rules.get("baselines")))
 
     def estimate(self, router: str, metric: str, cap: float = math.inf) -> Estimate:
         return self.draws.estimate(self.values(router, metric, cap))

@@ -145,7 +145,8 @@ def _gains(paired: Paired) -> Section:
             how = f"; {reference.how}" if reference.how else ""
             cells = [f"{name} minus {reference.label} ({reference.router}{how})"]
             for metric in metrics:
-                if not paired.has(metric.column, [reference.router]):
+                paid_alike = metric.column != "reward" or paired.one_reward(name, reference.router)
+                if not paid_alike or not paired.has(metric.column, [reference.router]):
                     cells += ["", ""]
                     continue
                 found = paired.difference(name, reference.router, metric.column)

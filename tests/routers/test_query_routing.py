@@ -1,9 +1,7 @@
-"""The tiny model, its warm start, and the command that evaluates what comes out."""
+"""The tiny model, its supervised start, and the evaluation of what comes out."""
 
-import json
 import random
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +11,18 @@ import torch
 
 from routers.data.catalogue import Member
 from routers.data.table import ReplyTable
-from routers.evaluation.report import Evaluation
+from routers.evaluation.baselines import table_baselines
+from routers.evaluation.episodes import Episodes, RewardRule
+from routers.evaluation.statistics import Paired
 from routers.language.grammar import Grammar, parse
 from routers.language.prompts import policy_prompt
-from routers.tasks.query_routing.evaluate import evaluate_policy, load_checkpoint, main
+from routers.tasks.query_routing.evaluate import evaluate_policy
+from routers.tasks.query_routing.settings import QuerySettings
 from routers.tasks.query_routing.sft_rows import sft_turns
 from srpo.rollout.greedy import generate
+from srpo.rollout.shared import load_checkpoint
 from srpo.scratch_lm import tiny_causal_lm, train_tokenizer
+from srpo.task import Share
 
 CATALOGUE = {
     "chat": Member("chat", "facts", 1.0, 1.0),
@@ -96,19 +99,6 @@ def policy(table: ReplyTable, tokenizer: Any, tmp_path_factory: pytest.TempPathF
     model = sft(model, tokenizer, examples, args)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The table as a file with its catalogue, as a user has it."""
-    folder = tmp_path_factory.mktemp("table")
-    (folder / "pool.jsonl").write_text("\n".join(json.dumps(row) for row in rows()))
-    lines = [
-        f"  - {{name: {m.name}, descriptor: {m.descriptor}, price_in: {m.price_in}, price_out: {m.price_out}}}"
-        for m in MEMBERS
-    ]
-    (folder / "catalogue.yaml").write_text("\n".join(["members:", *lines]))
     return folder
 
 
@@ -225,14 +215,24 @@ def test_heldout_queries_and_bad_shapes_are_refused() -> None:
 
 # --- what was learned, and the evaluation of it ----------------------------------------------------------------------
 
+SETTINGS = QuerySettings(tuple(MEMBERS))
 
-def test_the_warm_start_learns_the_format_and_the_families(policy: Path, table: ReplyTable) -> None:
+
+def evaluate(model: Any, tokenizer: Any, table: ReplyTable, name: str = "policy", **how: Any) -> Episodes:
+    rule = RewardRule(table.max_cost)
+    settings = how.pop("settings", SETTINGS)
+    return evaluate_policy(model, tokenizer, table, settings, name=name, rule=rule, **how)
+
+
+def test_the_supervised_start_learns_the_format_and_the_families(policy: Path, table: ReplyTable) -> None:
     model, tokenizer = load_checkpoint(str(policy))
-    untrained = evaluate_policy(tiny_causal_lm(tokenizer, hidden=32, heads=2), tokenizer, table, limit=6)
-    assert untrained.policy.format_rate == 0.0
-    found = evaluate_policy(model, tokenizer, table)
-    assert found.policy.format_rate > 0.97
-    assert found.policy.accuracy.value > 0.8 > max(entry.accuracy.value for entry in found.references[:4])
+    untrained = evaluate(tiny_causal_lm(tokenizer, hidden=32, heads=2), tokenizer, table, limit=6)
+    assert untrained.frame["valid"].sum() == 0 and set(untrained.frame["member"]) == {""}
+    found = evaluate(model, tokenizer, table)
+    paired = Paired(Episodes.merged([found, table_baselines(table, RewardRule(table.max_cost))]))
+    assert paired.mean("policy", "valid") > 0.97
+    simple = [paired.mean(name, "score") for name in paired.of_kind("member", "random")]
+    assert paired.mean("policy", "score") > 0.8 > max(simple)
 
 
 def test_batching_and_mode_change_nothing(policy: Path, table: ReplyTable) -> None:
@@ -257,27 +257,29 @@ def test_batching_and_mode_change_nothing(policy: Path, table: ReplyTable) -> No
     assert generate(untrained, tokenizer, prompts, 1, 8) == babble and babble[2] == [8] * 9
 
 
-def test_the_command_on_a_users_table(policy: Path, files: Path, tmp_path: Path, capsys: Any) -> None:
-    command = ["--model", str(policy), "--table", str(files / "pool.jsonl"), "--output", str(tmp_path)]
-    found = main([*command, "--limit", "12", "--policy-price-in", "1", "--policy-price-out", "10", "--name", "tiny"])
-    printed = capsys.readouterr().out
-    assert "oracle" in printed and "tiny asked:" in printed and str(tmp_path / "frontier.png") in printed
-    assert Evaluation.read(tmp_path) == found
-    assert len({query["query_id"] for query in found.queries}) == 12
-    assert len({query["family"] for query in found.queries}) == 3
-    table = ReplyTable(rows(), CATALOGUE)
-    assert all(q["correct"] == table.lookup(q["query_id"], q["route"]).correct for q in found.queries)
-    # 10 tokens of one member, and at least 50 prompt and 5 completion tokens of the policy, in millionths of a dollar
-    assert all(query["cost"] > (10 + 50 + 50) * 1e-6 for query in found.queries)
-    with pytest.raises(SystemExit):
-        main([*command, "--split", "train", "--limit", "3"])
-    refused = capsys.readouterr().err
-    assert "evaluation.json was made with limit=12, now it is 3: name another folder, or move it" in refused
-    assert Evaluation.read(tmp_path) == found
-    train = main([*command[:-1], str(tmp_path / "train"), "--split", "train", "--limit", "3"])
-    assert train.split == "train" and not {q["query_id"] for q in train.queries} & {
-        q["query_id"] for q in found.queries
-    }
+def test_what_an_evaluation_holds_by_the_table(policy: Path, table: ReplyTable) -> None:
+    model, tokenizer = load_checkpoint(str(policy))
+    state, model = torch.random.get_rng_state(), model.train()
+    found = evaluate(model, tokenizer, table, limit=12, policy_price=(1.0, 10.0))
+    assert model.training and torch.equal(torch.random.get_rng_state(), state)
+    frame, names = found.frame, {query["query_id"]: query for query in table.queries("heldout")}
+    assert len(frame) == 12 and frame["family"].nunique() == 3 and set(frame["item"]) <= set(names)
+    for row in frame.itertuples():
+        assert row.query == names[row.item]["query"] and row.valid == 1.0
+        assert row.score == table.lookup(row.item, row.member).correct
+        # at least 50 prompt and 5 completion tokens of the policy, in millionths of a dollar, besides the member's
+        assert row.policy_usd > (50 + 50) * 1e-6
+        assert row.usd == pytest.approx(table.lookup(row.item, row.member).cost + row.policy_usd)
+        assert row.reward == pytest.approx(row.score - 0.2 * min(row.usd / table.max_cost, 1))
+    assert found.header["rule"]["policy"] == {"cost_scale": table.max_cost, "cost_weight": 0.2, "format_weight": 0.2}
+    # shares of two processes are the whole
+    parts = [evaluate(model, tokenizer, table, limit=12, share=Share(rank, 2)) for rank in range(2)]
+    whole = evaluate(model, tokenizer, table, limit=12)
+    assert Episodes.merged(parts).frame.equals(whole.frame)
+    train = evaluate(model, tokenizer, table, "start", limit=3, split="train")
+    assert train.routers == {"start": "start"} and not set(train.frame["item"]) & set(names)
+    none = evaluate(model, tokenizer, table, limit=1, share=Share(1, 2))
+    assert len(none) == 0  # more processes than queries
 
 
 def test_a_lora_adapter_is_evaluated_on_its_base(policy: Path, table: ReplyTable, tmp_path: Path) -> None:
@@ -290,42 +292,17 @@ def test_a_lora_adapter_is_evaluated_on_its_base(policy: Path, table: ReplyTable
             torch.nn.init.normal_(weight, std=2.0)
     adapted.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    expected = evaluate_policy(adapted, tokenizer, table, limit=4)
-    assert evaluate_policy(*load_checkpoint(str(tmp_path)), table, limit=4) == expected
-    assert expected.queries != evaluate_policy(*load_checkpoint(str(policy)), table, limit=4).queries
+    expected = evaluate(adapted, tokenizer, table, limit=4).frame
+    assert evaluate(*load_checkpoint(str(tmp_path)), table, limit=4).frame.equals(expected)
+    assert not expected.equals(evaluate(*load_checkpoint(str(policy)), table, limit=4).frame)
 
 
-def test_a_policy_of_another_pool_is_pointed_out(policy: Path, capsys: Any) -> None:
-    renamed = {f"other {name}": Member(f"other {name}", m.descriptor, 1, 1) for name, m in CATALOGUE.items()}
-    table = ReplyTable([row | {"member": f"other {row['member']}"} for row in rows()], renamed)
-    evaluate_policy(*load_checkpoint(str(policy)), table, limit=3)
-    assert "none of 3 completions is a valid action on this pool" in capsys.readouterr().err
+def test_a_policy_that_names_nobody_is_pointed_out(table: ReplyTable, tokenizer: Any, capsys: Any) -> None:
+    evaluate(tiny_causal_lm(tokenizer, hidden=32, heads=2), tokenizer, table, limit=3)
+    assert "none of 3 turns names a member of this pool (chat, calculator, lookup)" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"--model": "outputs/nowhere"}, "is no folder here"),
-        ({"--model": "./nowhere"}, "nowhere' is no folder here"),
-        ({"--table": "nowhere.parquet"}, "nowhere.parquet"),
-        ({"--catalogue": "nowhere.yaml"}, "nowhere.yaml"),
-    ],
-)
-def test_clear_errors(
-    policy: Path, files: Path, tmp_path: Path, change: dict[str, str], message: str, capsys: Any
-) -> None:
-    options = {"--model": str(policy), "--table": str(files / "pool.jsonl"), "--output": str(tmp_path)} | change
-    with pytest.raises(SystemExit):
-        main([part for option in options.items() for part in option])
-    assert message in capsys.readouterr().err
-
-
-def test_an_unfinished_run_and_a_member_without_price(policy: Path, files: Path, tmp_path: Path, capsys: Any) -> None:
-    with pytest.raises(FileNotFoundError, match="is the training over"):
-        load_checkpoint(str(tmp_path))
-    shutil.copy(files / "pool.jsonl", tmp_path)
-    lines = (files / "catalogue.yaml").read_text().splitlines()
-    (tmp_path / "catalogue.yaml").write_text("\n".join(lines[:-1]))
-    with pytest.raises(SystemExit):
-        main(["--model", str(policy), "--table", str(tmp_path / "pool.jsonl"), "--output", str(tmp_path)])
-    assert "member 'lookup' has no price" in capsys.readouterr().err
+def test_a_split_without_queries_is_an_error(policy: Path) -> None:
+    only = ReplyTable([{**row, "split": "train"} for row in rows()], CATALOGUE)
+    with pytest.raises(ValueError, match="no query in the split 'heldout'"):
+        evaluate(*load_checkpoint(str(policy)), only)

@@ -55,10 +55,10 @@ def evaluate_policy(
     with routing(model, tokenizer, settings) as router:
         decisions = router.route_all([query["query"] for query in known.items], cost_weight=cost_weight)
     routes = [decision.members[0] if decision.members else None for decision in decisions]
-    if not any(routes):
+    if routes and not any(routes):
         print(
             f"warning: none of {len(routes)} turns names a member of this pool ({', '.join(table.members)}). Was the "
-            f"policy trained on another pool, or are {settings.tokens} new tokens too few? The first turn: "
+            f"policy trained on another pool, or are {settings.completion_tokens} new tokens too few? The first turn: "
             f"{decisions[0].text!r}",
             file=sys.stderr,
         )

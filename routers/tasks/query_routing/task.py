@@ -10,7 +10,7 @@ import numpy as np
 
 from rewards.registry import Facts, make_rewards
 from routers.data.table import ReplyTable, check_split, replies_of, spread
-from routers.evaluation.episodes import Episodes
+from routers.evaluation.episodes import Episodes, RewardRule
 from routers.language.grammar import Grammar, render
 from routers.language.prompts import Clean, Messages, family_phrase, price
 from routers.tasks.query_routing.arguments import QueryRoutingArguments
@@ -162,6 +162,13 @@ class QueryRouting:
             for weight in (weights or [None])
         ]
         return Episodes.merged(parts)
+
+    def _rule(self, weight: float | None) -> RewardRule:
+        """The training reward at a price sensitivity; None: the recipe's, or the mean of several."""
+        weights, several = self.arguments.reward_weights(), self.arguments.cost_weights
+        if weight is None:
+            weight = sum(several) / len(several) if several else weights.get("cost", 0.0)
+        return RewardRule(self.table.max_cost, weight, weights.get("format", 0.0))
 
     def baselines(self, share: Share) -> Episodes:
         from routers.evaluation.baselines import table_baselines
