@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from srpo.config import SRPOConfig
 from srpo.policy_name import check_policy_name, named_policy
-from srpo.run.derived import is_made_from, made_from, mark, unmark
+from srpo.run.derived import is_made_from, made_from, mark, source, unmark
 from srpo.scratch_lm import tiny_causal_lm, tiny_moe_lm, train_tokenizer
 from srpo.task import Corpus
 from srpo.trainer.precision import loading_options
@@ -35,8 +35,8 @@ class Shipped(Protocol):
     def convert(self, folder: Path, dtype: torch.dtype) -> None:
         """Write model and tokenizer as `from_pretrained` reads them."""
 
-    def made_of(self) -> dict[str, Any]:
-        """What it is converted from, JSON-able."""
+    def made_of(self) -> list[Path]:
+        """The files that it is converted from."""
 
 
 def _shipped(name: str) -> Shipped | None:
@@ -135,7 +135,7 @@ def _frozen_dtype(lora_r: int) -> str:
 
 
 def _converted_from(shipped: Shipped, dtype: str) -> dict[str, Any]:
-    return made_from(dtype=dtype, **shipped.made_of())
+    return made_from(dtype=dtype, wheel=[source(path) for path in shipped.made_of()])
 
 
 def _converted(shipped: Shipped, folder: Path, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

