@@ -17,9 +17,9 @@ from routers.evaluation.statistics import Paired
 from routers.language.grammar import Grammar, parse
 from routers.language.prompts import policy_prompt
 from routers.tasks.query_routing.evaluate import evaluate_policy
+from routers.tasks.query_routing.router import routing
 from routers.tasks.query_routing.settings import QuerySettings
 from routers.tasks.query_routing.sft_rows import sft_turns
-from srpo.rollout.greedy import generate
 from srpo.rollout.shared import load_checkpoint
 from srpo.scratch_lm import tiny_causal_lm, train_tokenizer
 from srpo.task import Share
@@ -235,26 +235,17 @@ def test_the_supervised_start_learns_the_format_and_the_families(policy: Path, t
     assert paired.mean("policy", "score") > 0.8 > max(simple)
 
 
-def test_batching_and_mode_change_nothing(policy: Path, table: ReplyTable) -> None:
+def test_batching_changes_nothing(policy: Path, table: ReplyTable) -> None:
     model, tokenizer = load_checkpoint(str(policy))
-    prompts = [
-        tokenizer.apply_chat_template(
-            policy_prompt(query["query"] * (i % 4 + 1), MEMBERS), add_generation_prompt=True, tokenize=False
-        )
-        for i, query in enumerate(table.queries("heldout")[:9])
-    ]
-    state = torch.random.get_rng_state()
-    together = generate(model.train(), tokenizer, prompts, 9, 24)
-    assert model.training and torch.equal(torch.random.get_rng_state(), state)
-    assert generate(model.eval(), tokenizer, prompts, 1, 24) == together
-    assert not model.training
-    texts, tokens_in, tokens_out = together
-    assert tokens_in == [len(tokenizer(prompt)["input_ids"]) for prompt in prompts]
-    assert tokens_out == [len(tokenizer(text)["input_ids"]) + 1 for text in texts]  # and the end token
-    # An untrained model babbles differently at the least change of what it sees.
-    untrained = tiny_causal_lm(tokenizer, hidden=32, heads=2)
-    babble = generate(untrained, tokenizer, prompts, 4, 8)
-    assert generate(untrained, tokenizer, prompts, 1, 8) == babble and babble[2] == [8] * 9
+    queries = [query["query"] * (i % 4 + 1) for i, query in enumerate(table.queries("heldout")[:9])]
+    found = []
+    for size in (9, 1):
+        with routing(model, tokenizer, SETTINGS, max_batch=size) as router:
+            found.append(router.route_all(queries))
+    assert [d.members for d in found[0]] == [d.members for d in found[1]]
+    for together, alone in zip(*found, strict=True):
+        assert (together.text, together.completion_tokens) == (alone.text, alone.completion_tokens)
+        assert list(together.scores.values()) == pytest.approx(list(alone.scores.values()), abs=1e-4)
 
 
 def test_what_an_evaluation_holds_by_the_table(policy: Path, table: ReplyTable) -> None:

@@ -10,7 +10,6 @@ from core_helpers import config, model, tokenizer, trainer
 from peft import LoraConfig
 
 from srpo.rollout.generator import Request, TransformersGenerator
-from srpo.rollout.greedy import generate
 from srpo.rollout.sampling import Sampling
 from srpo.rollout.sampling_rules import own_settings_aside
 from srpo.rollout.special_tokens import end_ids
@@ -106,10 +105,8 @@ def test_end_tokens_of_the_checkpoint_stay(tmp_path):
     assert sum(row[-1] in many for row in ids) >= 15  # P(no end in 8 tokens) < 0.001 each
 
 
-def test_evaluation_and_our_own_generator_read_none_of_it():
-    prompts = ["say red", "say blue and green"]
+def test_our_own_generator_reads_none_of_it():
     clean, network = model(), leaky(model())
-    assert generate(network, tokenizer(), prompts, 2, 8) == generate(clean, tokenizer(), prompts, 2, 8)
 
     def ours(network):
         made = TransformersGenerator(network.eval(), tokenizer(), Sampling(), eos_ids=end_ids(network, tokenizer()))

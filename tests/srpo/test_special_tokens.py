@@ -5,10 +5,10 @@ import copy
 import pytest
 import torch
 from core_helpers import config, equal, logged, model, tokenizer, trainer, weights
+from helpers import greedy_turn
 from trl import SFTConfig
 
 from srpo.rollout.generator import Request, TransformersGenerator
-from srpo.rollout.greedy import generate
 from srpo.rollout.sampling import Sampling
 from srpo.rollout.special_tokens import end_ids, known_ends, settle_special_tokens
 from srpo.sft import encode_turn, sft
@@ -74,7 +74,7 @@ def test_nothing_that_ends_a_text_is_one_sentence_at_start(tmp_path):
     with pytest.raises(ValueError, match=said):
         trainer(config(tmp_path), nameless(), processing_class=words)
     with pytest.raises(ValueError, match=said):
-        generate(nameless(), words, ["say red"], 1, 4)
+        greedy_turn(nameless(), words, "say red", 4)
     args = SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to=[])
     with pytest.raises(ValueError, match=said):
         sft(nameless(), words, [{"input_ids": [5, 6], "labels": [-100, 6]}], args)
@@ -132,6 +132,6 @@ def test_a_warm_start_teaches_to_end(tmp_path, kind):
     turn = encode_turn(row, words, settle_special_tokens(policy, words))
     trained = sft(policy, words, [turn, turn], args)
     prompt = words.apply_chat_template(row["prompt"], add_generation_prompt=True, tokenize=False)
-    texts, _, counts = generate(trained, words, [prompt], 1, 16)
-    assert texts == ["red"]
-    assert counts == [len(words.encode("red", add_special_tokens=False)) + 1]
+    text, count = greedy_turn(trained, words, prompt, 16)
+    assert text == "red"
+    assert count == len(words.encode("red", add_special_tokens=False)) + 1

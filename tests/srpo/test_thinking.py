@@ -5,12 +5,12 @@ from typing import Any
 import pytest
 import torch
 from core_helpers import config, dataset
+from helpers import greedy_turn
 
 from routers.language.grammar import Grammar, parse, parse_turn
 from routers.tasks.think_route.settings import AgentSettings
 from routers.tasks.think_route.sft_rows import Demonstration, encode
 from srpo.rollout.generator import Sample
-from srpo.rollout.greedy import generate
 from srpo.rollout.loop import Limits, play
 from srpo.rollout.thinking import inside, opened_by, opened_in, unfinished
 from srpo.scratch_lm import tiny_causal_lm, train_tokenizer
@@ -172,7 +172,7 @@ def test_the_warm_start_teaches_what_will_be_sampled(tmp_path, chat_template, op
     torch.manual_seed(0)
     policy = sft(network(made), made, [encoded] * 8, settings)
     rendered = made.apply_chat_template(PROMPT, add_generation_prompt=True, tokenize=False, **(options or {}))
-    (text,), _, _ = generate(policy, made, [rendered], 1, 40)
+    text, _ = greedy_turn(policy, made, rendered, 40)
     assert parse(text, ["a"]).member == "a"
 
 

@@ -1,6 +1,7 @@
 """Small things that several tests need."""
 
 from pathlib import Path
+from typing import Any
 
 TEXTS = [
     "What is 12 plus 30? Answer: 42",
@@ -19,3 +20,16 @@ def save_tiny_model(folder: Path, hidden: int = 32, layers: int = 2, seed: int =
     tokenizer.save_pretrained(folder)
     model.save_pretrained(folder)
     return folder
+
+
+def greedy_turn(model: Any, tokenizer: Any, prompt: str, tokens: int) -> tuple[str, int]:
+    """The policy's turn after a rendered prompt, and its length in tokens (the end token counts)."""
+    from srpo.rollout.generator import Request, TransformersGenerator
+    from srpo.rollout.sampling import Sampling, text_of
+    from srpo.rollout.special_tokens import end_ids
+    from srpo.rollout.thinking import opened_by
+
+    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    made = TransformersGenerator(model.eval(), tokenizer, Sampling(temperature=0), eos_ids=end_ids(model, tokenizer))
+    [turn] = made.generate([Request(0, tuple(ids), "", tokens)])
+    return opened_by(tokenizer, ids) + text_of(tokenizer, turn.ids), len(turn.ids)
