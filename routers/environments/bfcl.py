@@ -72,7 +72,7 @@ def load_bfcl(category: str = "base") -> list[BfclTask]:
 
 
 class BfclBenchmark:
-    """The multi-turn conversations; a `Suite`. Without privileged information no scripted executor can do them.
+    """The multi-turn conversations; a `Benchmark`. Without privileged information no scripted executor can do them.
 
     Parts: `CATEGORY`, `CATEGORY:train` (111 of 200) and `CATEGORY:heldout` (89). BFCL is a test set and has no split:
     this one is OURS, by a hash of the conversation's number. The categories are variants of the same conversations

@@ -17,7 +17,7 @@ from routers.environments.protocol import GameError
 
 
 class TextWorldBenchmark:
-    """Games that were made before; a `Suite`. Part: a folder of .z8 files, each with tw-make's .json beside it."""
+    """Games that were made before; a `Benchmark`. Part: a folder of .z8 files, each with tw-make's .json beside it."""
 
     def __init__(self) -> None:
         importlib.import_module("textworld")

@@ -18,16 +18,16 @@ ROOT = Path(__file__).resolve().parents[2]
 
 from routers.environments.alfworld.environment import AlfWorldBenchmark
 from routers.environments.protocol import AgentEnvironment
+from routers.evaluation.episodes import Episodes
 from routers.pool.endpoint import TEMPLATE_TOKENS
-from routers.tasks.step_routing import evaluate as evaluate_bopo
-from routers.tasks.step_routing import task as train_bopo
 from routers.tasks.step_routing.player import PhaseStopped
+from srpo import evaluate, train
 
 RECIPE = ROOT / "recipes/Qwen2.5-1.5B-Instruct/bopo/alfworld.yaml"
 PRICES = {"gpt-4.1-mini": (0.4, 1.6), "gpt-4.1": (2.0, 8.0)}
 PHASES = (
-    "profiling", "demonstrations", "profiling of held-out tasks", "evaluation of BoSFT", "training",
-    "evaluation of the policy", "rules",
+    "profiling", "profiling of held-out tasks", "demonstrations", "evaluation of start", "training",
+    "evaluation of bopo", "rules",
 )  # fmt: skip
 
 
@@ -84,8 +84,8 @@ def command(folder: Path, servers: dict[str, OpenAIServer], output: str = "out",
     arguments = {
         "config": RECIPE, "output_dir": folder / output, "catalogue": folder / "catalogue.yaml",
         "reply_cache": folder / "replies", "model_name_or_path": "tiny", "train_tasks": "generated/train",
-        "train_count": 4, "heldout_tasks": "generated/test", "heldout_count": 2, "step_limit": 12,
-        "profile_runs": 2, "bosft_sweep": 3, "bosft_epochs": 1, "eval_caps": ["inf", "1"], "max_steps": 2,
+        "train_limit": 4, "heldout_tasks": "generated/test", "heldout_limit": 2, "step_limit": 12,
+        "profile_runs": 2, "sft_sweep": 3, "sft_epochs": 1, "heldout_caps": ["inf", "1"], "max_steps": 2,
         "max_cost_usd": 50, "bf16": "false", "gradient_checkpointing": "false", "save_strategy": "no",
         "learning_rate": 1e-4, "disable_tqdm": "true", "concurrency": 8,
     }  # fmt: skip
@@ -95,8 +95,8 @@ def command(folder: Path, servers: dict[str, OpenAIServer], output: str = "out",
     return words
 
 
-def run(*arguments: Any, **overrides: Any) -> str | None:
-    return train_bopo.main(command(*arguments, **overrides))
+def run(*arguments: Any, **overrides: Any) -> Episodes:
+    return train.main(command(*arguments, **overrides))
 
 
 def spent(folder: Path, output: str = "out") -> float:
@@ -110,7 +110,7 @@ def test_the_papers_recipe_end_to_end(tmp_path: Path, servers: dict[str, OpenAIS
     for server in servers.values():
         for fault in faults:
             server.faults += [Fault()] * 9 + [fault]
-    text = run(tmp_path, servers)
+    played = run(tmp_path, servers)
     said = capsys.readouterr().out
 
     # Money: what every phase said, what the run's books say and what the servers say are the same.
@@ -127,34 +127,31 @@ def test_the_papers_recipe_end_to_end(tmp_path: Path, servers: dict[str, OpenAIS
 
     # What was written, and that no cap was passed.
     out = tmp_path / "out"
-    assert text == (out / "tables.md").read_text() and "| always-large" in text and "| BoSFT" in text
-    episodes = pd.read_parquet(out / "episodes.parquet")
+    episodes = played.frame.drop(columns="seconds")
     capped = episodes[episodes["cap"] == 1]
     assert len(capped) == 2 * 2 and (capped["large_calls"] <= 1).all() and not episodes["violated"].any()
-    methods = sorted(set(episodes["method"]) - {"BoSFT", "policy"})
-    assert methods == [
-        "cascade 4", "cascade 8", "cascade at once", "cascade never", "first-large 0", "first-large 1",
-        "first-large all", "random mixing 0", "random mixing 0.1", "random mixing 0.3", "random mixing 1",
+    assert sorted(set(episodes["router"]) - {"start", "bopo"}) == [
+        "always-large", "always-small", "cascade 4", "cascade 8", "first-large 1", "random mixing 0.1",
+        "random mixing 0.3",
     ]  # fmt: skip
-    success = episodes.groupby("method")["success"].mean()
-    assert success["random mixing 1"] == 1.0 > success["random mixing 0"]
-    demonstrations = pd.read_parquet(out / "bosft/demonstrations/train.parquet")
+    success = episodes.groupby("router")["score"].mean()
+    assert success["always-large"] == 1.0 > success["always-small"]
+    demonstrations = pd.read_parquet(out / "demonstrations/train.parquet")
     assert set(demonstrations["difficulty"]) == {"hard"}
     first = demonstrations["decisions"][0][0]
     assert first["body"].startswith("> ") and "[steps left 11]" in first["before"]  # verbose
 
     # Another run, with the cache: nobody is called, and everything is the same.
     calls = sum(len(server.requests) for server in servers.values())
-    assert run(tmp_path, servers, "again") == text.replace("/out/", "/again/")
+    again = run(tmp_path, servers, "again").frame.drop(columns="seconds")
     assert sum(len(server.requests) for server in servers.values()) == calls and spent(tmp_path, "again") == 0.0
-    pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "again/episodes.parquet"), episodes)
+    pd.testing.assert_frame_equal(again, episodes)
 
     # The checkpoint by itself: the same episodes again, and nobody is called.
-    words = ["--model", str(tmp_path / "out"), "--output", str(tmp_path / "alone"), "--max_cost_usd", "0.0001"]
-    evaluate_bopo.main(words)
+    words = [str(out), "--output_dir", str(tmp_path / "alone"), "--max_cost_usd", "0.0001"]
+    alone = evaluate.main(words).renamed({"out": "bopo"}).frame.drop(columns="seconds")
     assert sum(len(server.requests) for server in servers.values()) == calls
-    alone = pd.read_parquet(tmp_path / "alone/episodes.parquet")
-    pd.testing.assert_frame_equal(alone, episodes[episodes["method"] != "BoSFT"].reset_index(drop=True))
+    pd.testing.assert_frame_equal(alone, episodes[episodes["router"] != "start"].reset_index(drop=True))
 
 
 @pytest.mark.slow
@@ -169,8 +166,8 @@ def test_a_cap_stops_it_and_a_higher_one_goes_on(tmp_path: Path, servers: dict[s
         assert spent(tmp_path) == pytest.approx(billed(servers)) and spent(tmp_path) <= cap
         most = (TEMPLATE_TOKENS + 4000) * 2e-6 + 256 * 8e-6  # of one call: a prompt is shorter than 4,000 bytes
         assert spent(tmp_path) >= cap - most  # one at a time: it stopped because of one call
-    text = run(tmp_path, servers, max_cost_usd=9, **mixed)
-    assert text is not None and "| policy" in text and not servers["gpt-4.1-mini"].requests
+    played = run(tmp_path, servers, max_cost_usd=9, **mixed)
+    assert "bopo" in played.routers and not servers["gpt-4.1-mini"].requests
     assert spent(tmp_path) == pytest.approx(billed(servers)) and any(r["model"] == "gpt-4.1" for r in large.requests)
 
     # Training, where many episodes ask at once: those that could not be paid are nobody's, and a checkpoint is left.
@@ -178,7 +175,7 @@ def test_a_cap_stops_it_and_a_higher_one_goes_on(tmp_path: Path, servers: dict[s
         **mixed,
         "max_steps": 3,
         "seed": 1,
-        "bosft_policy": tmp_path / "out/bosft",
+        "start_from": tmp_path / "out/start",
         "task_dir": tmp_path / "out/task",
     }
     with pytest.raises(PhaseStopped, match=r"The policy of step \d is saved"):
@@ -188,8 +185,8 @@ def test_a_cap_stops_it_and_a_higher_one_goes_on(tmp_path: Path, servers: dict[s
     state = json.loads((checkpoint / "trainer_state.json").read_text())
     assert state["global_step"] < 3 and 0 < state["log_history"][0]["rollout/stop/lost"] <= 1
     assert (tmp_path / "rl/model.safetensors").exists()
-    text = run(tmp_path, servers, "rl", max_cost_usd=9, resume_from_checkpoint=checkpoint, **again)
-    assert text is not None and "| policy" in text
+    played = run(tmp_path, servers, "rl", max_cost_usd=9, resume_from_checkpoint=checkpoint, **again)
+    assert "bopo" in played.routers
     assert spent(tmp_path) + spent(tmp_path, "rl") == pytest.approx(billed(servers))
 
 
@@ -200,12 +197,12 @@ def test_two_processes_pay_for_their_own_rollouts_and_once_for_the_rest(
 ) -> None:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     changes = {"use_cpu": "true", "per_device_train_batch_size": 2, "max_steps": 1}
-    words = [*launch, str(ROOT / "scripts/train_bopo.py"), *command(tmp_path, servers, **changes)]
+    words = [*launch, "-m", "srpo.train", *command(tmp_path, servers, **changes)]
     done = subprocess.run(words, capture_output=True, text=True, timeout=1500)
     assert done.returncode == 0, done.stderr[-4000:]
     lines = re.findall(r"^process (\d): ([a-zA-Z -]+): (.*)\. The run", done.stdout, re.MULTILINE)
     assert [name for process, name, _ in lines if process == "0"] == list(PHASES)
-    assert [name for process, name, _ in lines if process == "1"] == ["training"]
+    assert [name for process, name, _ in lines if process == "1"] == [*PHASES[3:]], "all but what is paid once"
     assert all(" 0 calls" not in said and "gpt-4.1" in said for _, name, said in lines if name == "training")
     books = [json.loads((tmp_path / f"out/spending_{process}.json").read_text()) for process in (0, 1)]
     assert all(book["spent"] > 0 for book in books)

@@ -4,15 +4,19 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from test_bad_rows_in_recipes import table
 
-from routers.tasks.step_routing import task as train_bopo
-from routers.tasks.step_routing import world as budget_task
-from srpo import SRPOConfig, train
+from routers.evaluation.episodes import EPISODES, Episodes
+from routers.tasks.step_routing import world
+from routers.tasks.step_routing.task import StepRouting, _check_told_alike
+from srpo import SRPOConfig, evaluate, train
 from srpo.policy_name import check_policy_name
 from srpo.recipe import load_recipe, load_run
 from srpo.run.derived import StaleArtefact, check_made_from, digest, is_made_from, made_from, mark, source, unmark
+from srpo.run.folder import claim
+from srpo.task import RunArguments
 
 
 def write(path: Path, text: str = "x") -> Path:
@@ -102,35 +106,41 @@ def test_a_start_is_of_its_model_table_and_settings(task: str, tmp_path: Path) -
         assert values()[0] != before, path
 
 
+def step_routing(folder: Path, **fields: Any) -> StepRouting:
+    run = RunArguments("step_routing", train_limit=2, heldout_limit=1)
+    args = SRPOConfig(output_dir=str(folder / "out"), use_cpu=True, bf16=False, max_observation_tokens=600)
+    return StepRouting(StepRouting.Arguments(**fields), run, args)
+
+
 def test_demonstrations_are_of_the_rows_and_their_profiles(tmp_path: Path) -> None:
-    task = budget_task.BudgetTask(train_count=2, profile_runs=1)
-    bopo = train_bopo.BopoArguments(bosft_sweep=2)
-    names = budget_task.train_tasks(task)
+    task = step_routing(tmp_path, profile_runs=1, sft_sweep=2)
     columns = {"difficulty": "hard", "hard": True, "p_small": 0.0, "p_large": 1.0}
-    rows = [{**row, **columns} for row in budget_task.make_rows(task, names, task.train_caps)]
-    first = train_bopo.bosft_demonstrations(task, bopo, rows, 0, tmp_path / "d")
-    assert first and train_bopo.bosft_demonstrations(task, bopo, rows, 0, tmp_path / "d") == first
+    rows = [{**row, **columns} for row in task.tasks.rows(task.tasks.train_tasks(), task.arguments.train_caps)]
+    task._rows = rows
+    first = task._demonstrations(tmp_path / "d")
+    assert first and task._demonstrations(tmp_path / "d") == first
     for seed, other, match in ((1, rows, "seed=0, the recipe says 1"), (0, rows[:1], "was made with rows=")):
+        task._rows, task.config.seed = other, seed
         with pytest.raises(ValueError, match=match):
-            train_bopo.bosft_demonstrations(task, bopo, other, seed, tmp_path / "d")
-    unsolved = [{**row, "difficulty": "intractable", "hard": False} for row in rows]
-    with pytest.raises(ValueError, match=r"BoSFT has nothing to imitate: .* of 2 training rows; raise bosft_sweep"):
-        train_bopo.bosft_demonstrations(task, bopo, unsolved, 0, tmp_path / "unsolved")
+            task._demonstrations(tmp_path / "d")
+    task._rows = [{**row, "difficulty": "intractable", "hard": False} for row in rows]
+    with pytest.raises(ValueError, match=r"there is nothing to imitate: .* of 2 training rows; raise sft_sweep"):
+        task._demonstrations(tmp_path / "unsolved")
 
 
 def test_profiles_are_of_the_settings_and_of_the_tasks_content(tmp_path: Path) -> None:
     folder, games = tmp_path / "task", write(tmp_path / "games.jsonl", "{}\n")
     catalogue = write(tmp_path / "catalogue.yaml", "members: []\n")
-    task = budget_task.BudgetTask(catalogue=str(catalogue), task_dir=str(folder))
-    budget_task.check_folder(task.profile_settings(), folder)
-    budget_task._check_content(str(games), folder)
+    tasks = step_routing(tmp_path, catalogue=str(catalogue), task_dir=str(folder)).tasks
+    world.check_folder(tasks.profile_settings(), folder)
+    world._check_content(str(games), folder)
     assert json.loads((folder / "parts.json").read_text()) == {str(games): source(games)}
     games.write_text("{}\n{}\n")
     with pytest.raises(ValueError, match=r"holds profiles of .*games.jsonl as it was: its content has changed"):
-        budget_task._check_content(str(games), folder)
+        world._check_content(str(games), folder)
     catalogue.write_text("members: [] # dearer\n")
     with pytest.raises(ValueError, match="was made with catalogue_content='sha256:"):
-        budget_task.check_parts(task)
+        tasks.check_parts()
 
 
 @pytest.mark.parametrize("name", ["./x", "~/x", "/no/where", "a/b/c", "", " ", "here/x", "file.txt", "empty"])
@@ -149,57 +159,44 @@ def test_what_cannot_be_a_policy_is_said_without_asking_the_hub(
 
 
 def test_a_start_policy_that_was_told_something_else_is_refused(tmp_path: Path) -> None:
-    args = SRPOConfig(output_dir=str(tmp_path / "out"), use_cpu=True, bf16=False)
-
     def settings(**fields: Any) -> Any:
-        return budget_task.step_settings(budget_task.BudgetTask(**fields), args, (0.0, 0.0))
+        return step_routing(tmp_path, **fields).settings
 
     settings().save(tmp_path)
-    train_bopo.check_told_alike(settings(step_limit=9, tail_calls=1), str(tmp_path))
-    train_bopo.check_told_alike(settings(), str(write(tmp_path / "foreign" / "config.json").parent))
+    _check_told_alike(settings(step_limit=9, tail_calls=1), str(tmp_path))
+    _check_told_alike(settings(), str(write(tmp_path / "foreign" / "config.json").parent))
     for fields, name in (
         ({"observation": "verbose"}, "observation"),
         ({"labels": ["<a>", "<b>"]}, "labels"),
         ({"budget_unit": "usd"}, "unit"),
         ({"environment": "scienceworld", "observation": "progress"}, "environment"),
     ):
-        with pytest.raises(ValueError, match=f"was trained with {name}=.*set that, or give another bosft_policy"):
-            train_bopo.check_told_alike(settings(**fields), str(tmp_path))
+        with pytest.raises(ValueError, match=f"was trained with {name}=.*set that, or give another start_from"):
+            _check_told_alike(settings(**fields), str(tmp_path))
 
 
 @pytest.mark.slow
-def test_episodes_of_another_start_policy_are_never_the_bosft_row(tmp_path: Path) -> None:
-    """A run in whose folder episodes of a BoSFT policy lie that had another learning rate."""
-    import pandas as pd
-
-    from routers.tasks.step_routing import evaluate as evaluate_bopo
-
+def test_episodes_of_another_start_policy_are_never_those_of_the_start(tmp_path: Path) -> None:
+    """A run in whose folder an evaluation of a start lies that had another learning rate."""
     out = tmp_path / "out"
     given = {
         "config": Path(__file__).resolve().parents[2] / "recipes/quickstart/bopo.yaml", "output_dir": out,
-        "train_count": 12, "heldout_count": 2, "max_steps": 1, "bosft_epochs": 1, "per_device_train_batch_size": 16,
+        "train_limit": 12, "heldout_limit": 2, "max_steps": 1, "sft_epochs": 1, "per_device_train_batch_size": 16,
         "use_cpu": "true", "bf16": "false",
     }  # fmt: skip
     words = [word for key, value in given.items() for word in (f"--{key}", str(value))]
-    stale = write(out / "bosft" / "episodes.parquet")
-    old = [{"method": "BoSFT", "task": "stale", "cap": 1.0, "repetition": 0, "set": "generated"}]
-    pd.DataFrame(old).to_parquet(stale)
+    stale = out / "start" / EPISODES
+    old = {"router": "start", "kind": "start", "item": "stale", "score": 0.0, "usd": 0.0, "reward": 0.0}
+    Episodes(pd.DataFrame([old])).write(stale)
     mark(stale, made_from(policy="sha256:of another"))
-    from srpo.run.folder import claim
-
-    settled = claim(load_recipe(train_bopo.ARGUMENTS, words), tmp_path / "elsewhere").take()
+    settled = claim(load_run(words)[1], tmp_path / "elsewhere").take()
     for name in ("run.json", "recipe.yaml"):
         (settled / name).rename(out / name)
-    train_bopo.main(words)
-    episodes = pd.read_parquet(out / "episodes.parquet")
-    mine = episodes[episodes["method"] == "BoSFT"]
-    assert len(mine) and "stale" not in set(mine["task"])
-    model, tokenizer = evaluate_bopo.load_checkpoint(str(out / "bosft"), "step_router.yaml")[:2]
-    task, _, _, args = load_recipe(train_bopo.ARGUMENTS, words)
-    told = evaluate_bopo.StepSettings.load(out / "bosft")
-    again = evaluate_bopo.evaluate(
-        model, tokenizer, task, told, out / "task", "BoSFT", seed=args.seed, temperature=1.0
-    )
-    assert again["success"].tolist() == mine["success"].tolist() and again["steps"].tolist() == mine["steps"].tolist()
+    mine = train.main(words).of(router="start").frame
+    assert len(mine) and "stale" not in set(mine["item"])
+    # As the start itself, read from disk, plays them.
+    again = evaluate.main([str(out / "start"), "--output_dir", str(tmp_path / "again")]).of(router="start").frame
+    columns = ["item", "cap", "score", "calls", "usd"]
+    pd.testing.assert_frame_equal(again[columns], mine[columns])
     with pytest.raises(ValueError, match="holds a finished run"):
-        train_bopo.main([*words, "--bosft_learning_rate", "0.5"])
+        train.main([*words, "--sft_learning_rate", "0.5"])

@@ -15,7 +15,7 @@ GENERATED = "generated/"
 
 
 class AlfWorldBenchmark:
-    """ALFWorld's games, generated or its own; a `Suite`.
+    """ALFWorld's games, generated or its own; a `Benchmark`.
 
     Parts: `generated/SPLIT` with a count, or the path of a packed file or folder (see `games.load_games`).
     """

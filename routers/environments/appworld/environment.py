@@ -44,7 +44,7 @@ answer=... if the task asks for something; if it cannot be done, call it with st
 
 
 class AppWorldBenchmark:
-    """AppWorld's tasks by data set (`train`, `dev`, `test_normal`, `test_challenge`); a `Suite`.
+    """AppWorld's tasks by data set (`train`, `dev`, `test_normal`, `test_challenge`); a `Benchmark`.
 
     Types are the difficulties in AppWorld's tables, 1 to 3. They come with the solutions: episodes do not tell them.
 

@@ -23,7 +23,7 @@ HOW = (
 
 
 class ScienceWorldBenchmark:
-    """The package's own splits of its 30 tasks, 7207 variations; a `Suite`.
+    """The package's own splits of its 30 tasks, 7207 variations; a `Benchmark`.
 
     Parts are `train`, `dev` and `test`, or some types of one: `train:boil,melt`. Types take turns, so that few tasks
     cover all. A task's id is TYPE/VARIATION.

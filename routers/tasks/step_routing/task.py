@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rewards.boundary import make_boundary_reward
+from routers.data.table import spread
 from routers.evaluation.episodes import Episodes
 from routers.tasks.step_routing.arguments import StepRoutingArguments
 from srpo.run.derived import source
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
     from routers.tasks.step_routing.environment import StepRoutingEnvironment
+    from routers.tasks.step_routing.profiles import BoundaryProfile
     from routers.tasks.step_routing.settings import StepSettings
     from routers.tasks.step_routing.sft_rows import Demonstration
     from srpo.config import SRPOConfig
@@ -49,6 +51,7 @@ class StepRouting:
         self.arguments, self.run, self.config = arguments, run, config
         self.tasks = StepWorld(arguments, run.train_limit, run.heldout_limit)
         self._begun: list[dict[str, Any]] | None = None
+        self._given: Mapping[str, BoundaryProfile] | None = None
         self._environment: StepRoutingEnvironment | None = None
 
     @property
@@ -59,13 +62,10 @@ class StepRouting:
         return step_settings(self.arguments, self.run, self.config)
 
     def load(self, notes: Path) -> None:
-        """What evaluating needs; training tasks are looked at with the rows, before anything is paid."""
-        self._notes, given = notes, self.arguments.profiles
+        """What evaluating needs; what only training needs is looked at with the rows, before anything is paid."""
+        self._notes = notes
         self.tasks.check_parts()
         self.tasks.executors()
-        if self.run.start_from is not None:
-            _check_told_alike(self.settings, self.run.start_from)
-        self._given = None if given is None else self.tasks.given_profiles(Path(given))
 
     def _begin(self) -> list[dict[str, Any]]:
         """A row per cap and training task that begins."""
@@ -75,6 +75,10 @@ class StepRouting:
             tasks, caps = len(self.tasks.train_tasks()), len(self.arguments.train_caps)
             what = f"train_tasks ({tasks} tasks at {caps} train_caps)"
             check_rows_of_a_batch(tasks * caps, self.config, what)
+            if self.run.start_from is not None:
+                _check_told_alike(self.settings, self.run.start_from)
+            if self.arguments.profiles is not None:
+                self._given = self.tasks.given_profiles(Path(self.arguments.profiles))
             bad = Quarantine("training tasks", self._notes / "quarantine_train.jsonl", self.run.max_bad_share)
             self._begun = self.tasks.rows(self.tasks.train_tasks(), self.arguments.train_caps, bad)
         return self._begun
@@ -158,8 +162,11 @@ class StepRouting:
         from routers.tasks.step_routing.world import check_folder
 
         task, how, seed = self.arguments, self.arguments.synthesis(), self.config.seed
-        rows = json.dumps(self._rows, sort_keys=True, default=str).encode()  # with all that they read of the profiles
-        made_with = {**asdict(how), "seed": seed, "rows": hashlib.sha256(rows).hexdigest()}
+        names = list(dict.fromkeys(row["task"] for row in self._rows))
+        chosen_names = {names[i] for i in spread(len(names), self.run.sft_limit)}
+        rows = [row for row in self._rows if row["task"] in chosen_names]
+        content = json.dumps(rows, sort_keys=True, default=str).encode()  # with all that they read of the profiles
+        made_with = {**asdict(how), "seed": seed, "rows": hashlib.sha256(content).hexdigest()}
         check_folder({**self.tasks.profile_settings(), **made_with}, folder)
         if not (folder / "train.parquet").exists():
 
@@ -167,13 +174,13 @@ class StepRouting:
                 return [f"bosft/{seed}/{k}/{row['query_id']}" for k in range(task.profile_runs)]
 
             play, partial = self.tasks.player((task.train_tasks, self.run.train_limit)), folder / "runs.partial"
-            found = sft_rows.demonstrations(self._rows, how, seeds, play, partial)
+            found = sft_rows.demonstrations(rows, how, seeds, play, partial)
             sft_rows.write_dataset(sft_rows.balance(found, how, random.Random(seed)), folder, task.executors)
             partial.unlink(missing_ok=True)
         if not (chosen := sft_rows.read_dataset(folder)):
             raise NoSteps(
                 f"there is nothing to imitate: no boundary run and none of {how.sweep} sweeps solved one of "
-                f"{len(self._rows)} training rows; raise sft_sweep or profile_runs, or set sft_epochs: 0"
+                f"{len(rows)} training rows; raise sft_sweep or profile_runs, or set sft_epochs: 0"
             )
         return chosen
 
