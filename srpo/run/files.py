@@ -28,7 +28,7 @@ adapter_model.safetensors adapter_model.bin
 """.split()
 # The same of the folders below.
 _FILES_BELOW = """
-*made_from.json profiles_*.parquet rules_*.parquet *.parquet.partial *.parquet.draft rules_*.partial runs.partial
+*made_from.json profiles_*.parquet rules_*.jsonl *.parquet.partial *.parquet.draft runs.partial
 settings.json parts.json completions_*.parquet train.parquet rollouts_*.safetensors environment_*.json optimizer.pt
 optimizer.bin scheduler.pt scheduler.bin scaler.pt rng_state*.pth random_states_*.pkl latest zero_to_fp32.py
 *_states.pt *.distcp .metadata events.out.tfevents.*
