@@ -13,28 +13,26 @@ from core_helpers import config
 
 from rewards.boundary import BoundaryReward
 from routers.evaluation.statistics import RewardRule
-from routers.tasks.query_routing import task as train
-from routers.tasks.step_routing import task as train_bopo
-from routers.tasks.step_routing import world as budget_task
+from routers.tasks.query_routing.arguments import QueryRoutingArguments
+from routers.tasks.step_routing.arguments import DifficultyRule, StepRoutingArguments, Synthesis
 from routers.tasks.step_routing.budget import Budget
-from routers.tasks.step_routing.profiles import DifficultyRule
 from routers.tasks.step_routing.settings import StepSettings
-from routers.tasks.step_routing.sft_rows import Synthesis
-from routers.tasks.think_route import task as train_think_route
-from routers.tasks.think_route import world as think_route_setup
+from routers.tasks.think_route.arguments import ThinkRouteArguments
 from routers.tasks.think_route.settings import AgentSettings
 from srpo import SRPOConfig
+from srpo.cli import COMMANDS
 from srpo.ranges import OutOfRange, above, at_least, between, check_number, check_numbers, numeric_fields, ranged
 from srpo.recipe import RecipeError, load_recipe
 from srpo.rollout.loop import Limits
 from srpo.rollout.sampling import Sampling
+from srpo.task import RunArguments, find_task, task_names
 
-RECIPES = {cls for script in (train, train_think_route, train_bopo) for cls in script.ARGUMENTS}
+RECIPES = {RunArguments, SRPOConfig, *(find_task(name).Arguments for name in task_names())}
 MADE: list[Any] = [
-    train.TaskArguments(),
-    think_route_setup.TaskArguments(table="quickstart"),
-    budget_task.BudgetTask(),
-    train_bopo.BopoArguments(),
+    RunArguments("a task"),
+    QueryRoutingArguments(),
+    ThinkRouteArguments(table="quickstart"),
+    StepRoutingArguments(),
     AgentSettings(),
     StepSettings(("a", "b"), ("<a>", "<b>")),
     Sampling(),
@@ -45,7 +43,7 @@ MADE: list[Any] = [
     BoundaryReward(),
     RewardRule(1.0),
 ]
-SCRIPTS = sorted(path.stem for path in Path(train.__file__).parent.glob("*.py"))
+SCRIPTS = [*(module for module, _ in COMMANDS.values()), "benchmark_pool", "benchmark_replay", "benchmark_step"]
 
 
 @pytest.fixture(scope="module")
@@ -129,20 +127,19 @@ def test_numbers_of_a_training_that_cannot_be_meant(tmp_path, change, words):
 @pytest.mark.parametrize(
     ("cls", "line", "words"),
     [
-        (train.TaskArguments, "format_weight: -5", "recipe.yaml:2: format_weight=-5.0: must be at least 0"),
-        (train.TaskArguments, "cost_weight: .nan", r"recipe.yaml:2: cost_weight=nan: must be in \[0, 1\)"),
-        (train.TaskArguments, "train_limit: 0", "recipe.yaml:2: train_limit=0: must be at least 1"),
-        (train_bopo.BopoArguments, "bosft_learning_rate: -1", "recipe.yaml:2: bosft_learning_rate=-1.0: must be a"),
-        (train_bopo.BopoArguments, "hard_bonus: .inf", "recipe.yaml:2: hard_bonus=inf: must be at least 0"),
-        (budget_task.BudgetTask, "train_caps: [1, .nan]", r"train_caps\[1\]=nan: must be at least 0 or .inf"),
-        (budget_task.BudgetTask, "train_caps: []", r"recipe.yaml: train_caps=\[\]: give at least one"),
-        (budget_task.BudgetTask, "step_limit: 0", "recipe.yaml:2: step_limit=0: must be at least 1"),
+        (QueryRoutingArguments, "format_weight: -5", "recipe.yaml:2: format_weight=-5.0: must be at least 0"),
+        (QueryRoutingArguments, "cost_weight: .nan", r"recipe.yaml:2: cost_weight=nan: must be in \[0, 1\)"),
+        (RunArguments, "train_limit: 0", "recipe.yaml:2: train_limit=0: must be at least 1"),
+        (RunArguments, "sft_learning_rate: -1", "recipe.yaml:2: sft_learning_rate=-1.0: must be a"),
+        (StepRoutingArguments, "hard_bonus: .inf", "recipe.yaml:2: hard_bonus=inf: must be at least 0"),
+        (StepRoutingArguments, "train_caps: [1, .nan]", r"train_caps\[1\]=nan: must be at least 0 or .inf"),
+        (StepRoutingArguments, "train_caps: []", r"recipe.yaml: train_caps=\[\]: give at least one"),
+        (StepRoutingArguments, "step_limit: 0", "recipe.yaml:2: step_limit=0: must be at least 1"),
     ],
 )
 def test_a_recipe_names_the_line(tmp_path, cls, line, words):
     path = tmp_path / "recipe.yaml"
-    first = "train_count: 1" if cls is budget_task.BudgetTask else "lora_r: 0"
-    path.write_text(f"{first}\n{line}\n")
+    path.write_text(f"{'task: a task' if cls is RunArguments else ''}\n{line}\n")
     with pytest.raises(RecipeError, match=words):
         load_recipe(cls, ["--config", str(path)])
 

@@ -1,8 +1,7 @@
 """Recipes are read strictly, and every recipe of the repository parses into the dataclasses that run it."""
 
-import importlib
-import re
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, fields
 from enum import Enum
 from pathlib import Path
 from typing import Any, Literal
@@ -10,7 +9,9 @@ from typing import Any, Literal
 import pytest
 import yaml
 
-from srpo.recipe import RecipeError, load_recipe, resolved_recipe
+from srpo.recipe import OLD_KEYS, RecipeError, load_recipe, load_run, resolved_recipe
+from srpo.shipped import find_recipe
+from srpo.task import RunArguments, find_task, task_names
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted(
@@ -178,24 +179,85 @@ def test_there_are_recipes_for_every_objective_and_model() -> None:
     assert (ROOT / "recipes" / "quickstart" / "srpo.yaml").is_file()
 
 
-def script(recipe: Path) -> Any:
-    """The training script that the recipe's header comment names; scripts/train.py where it names none."""
-    header = "".join(line for line in recipe.read_text().splitlines(keepends=True) if line.startswith("#"))
-    named = re.search(r"scripts/(train\w*)\.py", header)
-    return importlib.import_module(named.group(1) if named else "train")
-
-
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(ROOT / "recipes")))
 def test_every_recipe_parses(path: Path, tmp_path: Path) -> None:
-    *_, args = load_recipe(
-        script(path).ARGUMENTS,
-        ["--config", str(path), "--use_cpu", "true", "--bf16", "false", "--output_dir", str(tmp_path)],
+    task, (arguments, run, args) = load_run(
+        [str(path), "--use_cpu", "true", "--bf16", "false", "--output_dir", str(tmp_path)]
     )
+    lines = [line for line in path.read_text().splitlines() if line and not line.startswith("#")]
+    assert lines[0] == f"task: {run.task}", "the first key of every recipe"
+    assert isinstance(arguments, task.Arguments) and find_task(run.task) is task
     parts = path.relative_to(ROOT / "recipes").parts
     objective = parts[1] if len(parts) == 3 else args.objective
     assert args.objective == objective
     assert args.max_steps > 0 or args.num_train_epochs > 0
     assert args.num_generations >= 2
+
+
+RUN = ["--use_cpu", "true", "--bf16", "false", "--output_dir", "out"]
+
+
+@pytest.mark.parametrize("how", [["{}"], ["--config", "{}"], ["--config={}"]])
+@pytest.mark.parametrize("name", ["quickstart/srpo", "quickstart/srpo.yaml", "recipes/quickstart/srpo.yaml"])
+def test_a_recipe_is_a_file_or_the_name_of_a_shipped_one(
+    how: list[str], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    task, recipe = load_run([*(word.format(name) for word in how), *RUN])
+    assert task.__name__ == "QueryRouting" and recipe.path == find_recipe("quickstart/srpo")
+
+
+def test_paths_of_a_shipped_recipe_lie_in_the_package_where_there_is_no_checkout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shipped = "recipes/catalogues/router_r1.yaml"
+    _, (arguments, _, _) = load_run(["Qwen2.5-3B-Instruct/srpo/router_r1", *RUN, "--use_vllm", "false"])
+    assert Path(arguments.catalogue).read_text() == (ROOT / shipped).read_text()
+    (tmp_path / shipped).parent.mkdir(parents=True)
+    (tmp_path / shipped).write_text("mine")
+    _, (arguments, _, _) = load_run(["Qwen2.5-3B-Instruct/srpo/router_r1", *RUN, "--use_vllm", "false"])
+    assert arguments.catalogue == shipped
+
+
+@pytest.mark.parametrize("old", OLD_KEYS)
+def test_an_old_key_names_the_new_one(old: str, tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(f"task: step_routing\n{old}: 1\n")
+    with pytest.raises(RecipeError, match=rf"r.yaml:2: '{old}' is now '{OLD_KEYS[old]}'"):
+        load_run([str(path)])
+    with pytest.raises(RecipeError, match=rf"command line: '--{old}' is now '{OLD_KEYS[old]}'"):
+        load_run(["--task", "step_routing", f"--{old}", "1"])
+    new = {f.name for name in task_names() for f in fields(find_task(name).Arguments)} | {
+        f.name for f in fields(RunArguments)
+    }
+    assert OLD_KEYS[old] in new and old not in new
+
+
+@pytest.mark.parametrize("word", ["inf", ".inf"])
+def test_infinity_is_written_in_both_ways(word: str, tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(f"task: step_routing\ntrain_caps: [{word}, 1]\n")
+    _, (arguments, _, _) = load_run([str(path), *RUN, "--heldout_caps", "4", word])
+    assert arguments.train_caps == [math.inf, 1.0] and arguments.heldout_caps == [4.0, math.inf]
+
+
+def test_rewards_are_a_list_of_names_with_weights(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text("task: query_routing\nrewards: [{correctness: 1.0}, {cost: 0.2}]\n")
+    assert load_run([str(path), *RUN])[1][0].rewards == [{"correctness": 1.0}, {"cost": 0.2}]
+    words = ["--rewards", "{correctness: 2}", "{cost: 0.1}"]
+    assert load_run([str(path), *RUN, *words])[1][0].rewards == [{"correctness": 2}, {"cost": 0.1}]
+
+
+def test_words_of_the_command_line_are_what_the_key_wants() -> None:
+    words = "--save_strategy no --report_to none --run_name 5 --warmup_steps 0.1 --optim adamw_torch --bf16 false"
+    words += " --stop_strings </a> b --max_turn_tokens null --top_k 3 --no_log_completions --use_cpu"
+    more = ["--generation_kwargs", "{use_cache: true}", "--task", "query_routing", "--output_dir", "out"]
+    _, (_, _, args) = load_run([*more, *words.split()])
+    assert args.save_strategy.value == "no" and args.run_name == "5" and args.warmup_steps == 0.1 and args.top_k == 3
+    assert args.generation_kwargs == {"use_cache": True} and args.stop_strings == ["</a>", "b"]
+    assert args.use_cpu is True and args.max_turn_tokens is None and args.log_completions is False
 
 
 def paper_settings(path: Path) -> dict[str, Any]:
