@@ -15,9 +15,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from routers.evaluation.episodes import EPISODES, KINDS, Episodes
-from routers.evaluation.report import report
-from routers.evaluation.statistics import START_OF
-from routers.evaluation.tables import render
 
 _SEED = re.compile(r"-seed(\d+)$")
 
@@ -29,6 +26,9 @@ def main(argv: Sequence[str] | None = None) -> str:
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="write a report there")
     parser.add_argument("--markdown", action="store_true", help="print Markdown")
     options = parser.parse_args(argv)
+    from routers.evaluation.report import report  # pandas and matplotlib, after a question for help
+    from routers.evaluation.tables import render
+
     merged = compared({folder: Episodes.read(folder) for folder in options.runs})
     text = render(merged, "Comparison", options.markdown)
     print(text)
@@ -45,6 +45,8 @@ def compared(runs: Mapping[Path, Episodes]) -> Episodes:
     Raises:
         ValueError: two runs of one name and seed, or runs on other items or with other rewards.
     """
+    from routers.evaluation.statistics import START_OF
+
     played, starts = [], []
     groups: dict[tuple[str, int], Path] = {}
     for folder, found in runs.items():

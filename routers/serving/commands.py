@@ -1,4 +1,4 @@
-"""Serve a trained router on an OpenAI-compatible endpoint: a query router over its members, or a think/route agent.
+r"""Serve a trained router on an OpenAI-compatible endpoint: a query router over its members, or a think/route agent.
 
     srpo serve outputs/quickstart/srpo --catalogue pool.yaml          # replies of the members that it chooses
     srpo serve outputs/quickstart/srpo                                # its decisions alone

@@ -1,5 +1,6 @@
 """The command `srpo`: its help comes at once; mistakes end with one line and code 2, faults with a traceback."""
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -80,6 +81,10 @@ def test_the_first_screen_of_help_is_short_and_at_once(command: str) -> None:
     lines = run.stdout.splitlines()
     assert len(lines) <= 60 and max(map(len, lines)) <= 119
     assert run.stdout.count(f"srpo {command}".strip()) >= 2, "usage, and an example"
+
+
+def test_every_command_has_a_module() -> None:
+    assert all(importlib.util.find_spec(module) for module, _ in COMMANDS.values())
 
 
 @pytest.mark.parametrize("task", task_names())
