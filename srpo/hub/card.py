@@ -37,10 +37,39 @@ _OBJECTIVES = {
     ),
 }
 
+_TASKS = {
+    "query_routing": "A query router: it reads a query and the descriptions and prices of a pool of models, and names "
+    "the one that answers it.",
+    "think_route": "A think/route agent: it thinks, asks models of a pool, reads their replies, and answers.",
+    "step_routing": "A step router: at each step of an agent it decides which executor acts, under a hard budget.",
+    None: "A policy trained for routing.",
+}
+_USES = {
+    "query_routing": """\
+with load_router({name}) as router:
+    decision = router.route("What is 17 + 25?")
+    print(decision.member, decision.scores, decision.usd)""",
+    "think_route": """\
+with load_router({name}) as agent:
+    decision = agent.route("What is 17 + 25?")  # whom its first turn asks
+    print(decision.member, decision.scores)
+# load_router({name}, catalogue="pool.yaml"), with a base_url for each member, has them asked:
+# agent.answer("What is 17 + 25?", max_cost_usd=0.001)""",
+    "step_routing": """\
+bounds = {bounds}  # USD that the next call costs at most
+with load_router({name}) as router, router.session("put a clean mug in coffeemachine.") as session:
+    executor = session.choose({observation}, bounds)
+    print(executor)  # make its call, then tell what it cost and what it did
+    session.paid(bounds[executor], "look")""",
+}
+_FIRST = (
+    "You are in the middle of a room. Looking quickly around you, you see a cabinet 1, and a coffeemachine 1.\n\n"
+    "Your task is to: put a clean mug in coffeemachine."
+)
 _LIMITS = """\
-- The policy knows the members of the pool it was trained with, at the prices it was trained with. Evaluate again when
+- The policy knows the {members} that it was trained with, at the prices it was trained with. Evaluate again when
   either changes.
-- It chooses a member; it does not check that member's reply. Replies are untrusted text.
+- It chooses; it does not check what comes back. Replies are untrusted text.
 - Rewards were computed by programs; what they do not measure was not optimised.
 """
 
@@ -52,6 +81,7 @@ def model_card(
     base_model: str | None = None,
     adapter: bool = False,
     repo_id: str | None = None,
+    router: Mapping[str, Any] | None = None,
     recipe: Mapping[str, Any] | None = None,
     command: Sequence[str] | None = None,
     heldout_table: str | None = None,
@@ -65,7 +95,9 @@ def model_card(
         model_name: heading of the card.
         base_model: Hub id of the model that was trained; None when it was made from nothing or is a local folder.
         adapter: the weights are a PEFT adapter and need `base_model`.
-        repo_id: where it is pushed to, for the loading example.
+        repo_id: where it is pushed to, for the example of its use; None: that example loads the card's own folder.
+        router: what `router.yaml` beside the policy says: its kind and settings. None: there is no such file, and the
+            example loads weights alone.
         recipe: the keys that were set; secrets are redacted here once more.
         command: words of the command line; None: this process's, with paths below the working directory relative.
         heldout_table: a markdown table of held-out results.
@@ -90,22 +122,45 @@ def model_card(
         metadata["datasets"] = dataset_name
 
     cites = ", ".join(f"[{name}, arXiv:{_PAPERS[name]}](https://arxiv.org/abs/{_PAPERS[name]})" for name in papers)
+    kind = router["kind"] if router else None
     origin = f"Trained from `{base_model}`." if base_model else "Trained from local weights."
     parts = [
         f"---\n{yaml.safe_dump(metadata, sort_keys=True)}---\n",
         f"# {model_name}\n",
-        "A routing policy: it reads a query and the descriptions of a pool of models, and decides which of them "
-        f"answers. {origin}\n",
+        f"{_TASKS[kind]} {origin}\n",
+        *([_members(router)] if router else []),
         f"## Objective\n\n`{objective}`. {sentence}\n\nPapers: {cites}.\n",
         "## Held-out results\n\n" + (heldout_table.strip() if heldout_table else "Not evaluated yet.") + "\n",
-        "## How to load it\n\n" + _loading(repo_id or model_name, base_model, adapter) + "\n",
+        "## How to use it\n\n" + (_use(router, repo_id) if router else _loading(repo_id, base_model, adapter)) + "\n",
         _training(recipe, command),
-        f"## Limits\n\n{_LIMITS}",
+        f"## Limits\n\n{_LIMITS.format(members='executors' if kind == 'step_routing' else 'members')}",
     ]
     return scrubbed("\n".join(parts))
 
 
-def _loading(repo_id: str, base_model: str | None, adapter: bool) -> str:
+def _names(router: Mapping[str, Any]) -> list[str]:
+    settings = router["settings"]
+    return list(settings.get("executors") or [member["name"] for member in settings.get("members") or ()])
+
+
+def _members(router: Mapping[str, Any]) -> str:
+    what = "Executors" if router["kind"] == "step_routing" else "Members"
+    return f"{what}: {', '.join(_names(router)) or 'not stated'}.\n"
+
+
+def _use(router: Mapping[str, Any], repo_id: str | None) -> str:
+    """Python that runs as it stands: with the Hub id anywhere, else in the card's folder."""
+    use = _USES[router["kind"]].format(
+        name=f'"{repo_id}"' if repo_id else '"."',
+        bounds=dict.fromkeys(_names(router), 0.001),
+        observation=repr(_FIRST),
+    )
+    where = "" if repo_id else "In this folder (or with its path in place of the dot):\n\n"
+    return f"{where}```python\nfrom routers import load_router  # pip install srpo\n\n{use}\n```"
+
+
+def _loading(repo_id: str | None, base_model: str | None, adapter: bool) -> str:
+    repo_id = repo_id or "."  # the card's own folder
     load = [f'tokenizer = AutoTokenizer.from_pretrained("{repo_id}")']
     imports = "from transformers import AutoModelForCausalLM, AutoTokenizer"
     if adapter:

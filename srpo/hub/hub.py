@@ -19,6 +19,7 @@ from typing import Any
 from srpo.hub.card import model_card
 from srpo.hub.errors import explain
 from srpo.hub.files import files_to_push
+from srpo.strict_yaml import read_yaml
 
 logger = logging.getLogger(__name__)
 
@@ -133,6 +134,7 @@ class HubMixin:
             base_model=source if source and not os.path.isdir(source) else None,
             adapter=hasattr(self.model, "peft_config"),
             repo_id=self.hub_model_id,
+            router=_router_of(output_dir),
             recipe=getattr(self, "recipe", None),
             heldout_table=getattr(self, "heldout_table", None),
             dataset_name=dataset_name,
@@ -280,6 +282,12 @@ class HubMixin:
     def _say_how_to_retry(self, folder: str) -> None:
         repo = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
         logger.warning("%s was not pushed. %s", folder, _retry_command(repo, folder))
+
+
+def _router_of(folder: Path) -> Any:
+    """What `router.yaml` says, which `save_beside` wrote with the weights; None: there is none."""
+    path = folder / "router.yaml"
+    return read_yaml(path) if path.is_file() else None
 
 
 def _retry_command(repo_id: str | None, folder: str) -> str:
