@@ -107,7 +107,8 @@ def main(argv: Sequence[str] | None = None) -> Evaluation:
         correctness=task.correctness,
         recipe=resolved_recipe(recipe),
     )
-    trainer.save_beside = lambda folder: task.save(Path(folder))
+    if state.is_main_process:  # transformers calls `_save` on all of them
+        trainer.save_beside = lambda folder: task.save(Path(folder))
     for callback in task.callbacks():
         trainer.add_callback(callback)
     show_progress(trainer, "train")
