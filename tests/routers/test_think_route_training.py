@@ -11,19 +11,20 @@ import pytest
 from recorded_server import RecordedServer
 
 from routers.data.table import quickstart_table
-from routers.evaluation.agent_report import AgentEvaluation
+from routers.evaluation.episodes import Episodes
+from routers.evaluation.statistics import Paired
 from routers.tasks.think_route.settings import AgentSettings
 from routers.tasks.think_route.sft_rows import restricted, result_of
-from routers.tasks.think_route.task import main
 from routers.tasks.think_route.world import prompt_of
 from srpo.rollout.untrusted import without_control_tokens
 from srpo.scratch_lm import train_tokenizer
+from srpo.train import main
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "recipes" / "quickstart" / "think_route.yaml"
 SMALL = {
     "train_limit": 160,
-    "eval_limit": 40,
+    "heldout_limit": 40,
     "max_steps": 2,
     "num_generations": 4,
     "per_device_train_batch_size": 16,
@@ -33,11 +34,11 @@ SMALL = {
 }
 
 
-def run(output: Path, *words: str, **options: Any) -> AgentEvaluation:
+def run(output: Path, *words: str, **options: Any) -> Episodes:
     given = {**SMALL, "output_dir": output, **options}
     argv = [word for name, value in given.items() for word in (f"--{name}", str(value))]
     made = main(["--config", str(RECIPE), *argv, *words])
-    assert made is not None
+    assert isinstance(made, Episodes)
     return made
 
 
@@ -53,23 +54,38 @@ def same(first: pd.DataFrame, second: pd.DataFrame) -> None:
     assert [list(m) for m in first["members"]] == [list(m) for m in second["members"]]
 
 
+def check_evaluation(found: Episodes) -> None:
+    """Every router on the same 20 questions, with the metrics of answers; the agent beside members asked once."""
+    paired = Paired(found)
+    assert len(paired) == 20 and paired.policies[0] == "srpo" and paired.of_kind("start")[0] == "start"
+    assert paired.of_kind("member") == ["fewshot", "calculator", "python"]
+    assert paired.of_kind("learned") == ["TF-IDF kNN", "TF-IDF ridge"]
+    assert not any("lookup" in asked for asked in paired.first("srpo")["member"])
+    assert "srpo, lookup added" in paired.routers
+    rows = found.of(kind="member").frame
+    assert (rows["em"] <= rows["f1"] + 1e-9).all() and (rows["usd"] > 0).all() and (rows["policy_usd"] == 0).all()
+    for row in found.of(router="python").frame.itertuples():
+        assert row.usd == quickstart_table().lookup(row.item, "python").cost and row.member == "python"
+    asked = found.of(router="srpo").frame
+    assert [len(members.split(" > ")) if members else 0 for members in asked["member"]] == asked["calls"].tolist()
+
+
 @pytest.mark.slow
 def test_recorded_endpoint_and_cache_train_alike(tmp_path: Path) -> None:
-    recorded = run(
-        tmp_path / "recorded", warm_start_passes=8, warm_start_drills=0, unseen_members="lookup", eval_limit=20
-    )
-    start = tmp_path / "recorded" / "warm_start"
+    recorded = run(tmp_path / "recorded", sft_epochs=8, sft_drills=0, unseen_members="lookup", heldout_limit=20)
+    start = tmp_path / "recorded" / "start"
     made = completions(tmp_path / "recorded")
     assert (made["calls"] > 0).mean() > 0.5  # the warm start taught the form, so there is something to compare
     assert set(made.columns) >= {"members", "calls", "cost", "feedback", "lost", "stop", "turns"}
     assert AgentSettings.load(tmp_path / "recorded").turns == 4
     assert [m.name for m in AgentSettings.load(start).members] == ["fewshot", "calculator", "python"]
     assert not any("lookup" in members for members in made["members"])
-    wider = AgentEvaluation.read(tmp_path / "recorded" / "unseen")
-    assert "lookup" in wider.members and len(recorded.questions) == 20
+    check_evaluation(recorded)
+    for name in ("report.html", "report.md", "frontier.png", "evaluation.parquet", "start/evaluation.parquet"):
+        assert (tmp_path / "recorded" / name).stat().st_size > 0
 
     names = ("fewshot", "calculator", "python")
-    options: dict[str, Any] = {"model_name_or_path": start, "warm_start_passes": 0, "eval_limit": 4}
+    options: dict[str, Any] = {"model_name_or_path": start, "sft_epochs": 0, "heldout_limit": 4}
     run(tmp_path / "again", "--members", *names, **options)
     with RecordedServer(restricted(quickstart_table(), names, result_of)) as server:
         options |= {"pool": "endpoint", "catalogue": server.write_catalogue(tmp_path / "endpoints.yaml")}
@@ -87,7 +103,7 @@ def test_recorded_endpoint_and_cache_train_alike(tmp_path: Path) -> None:
 def test_one_checkpoint_learns_several_price_sensitivities(tmp_path: Path) -> None:
     weights = ("0.0", "0.8")
     saving = {"save_strategy": "steps", "save_steps": 1}
-    run(tmp_path, "--cost_weights", *weights, warm_start_passes=4, warm_start_drills=0, eval_limit=20, **saving)
+    found = run(tmp_path, "--cost_weights", *weights, sft_epochs=4, sft_drills=0, heldout_limit=20, **saving)
     trained = AgentSettings.load(tmp_path)
     assert trained.cost_weights == (0.0, 0.8) and AgentSettings.load(tmp_path / "checkpoint-1") == trained
     made = completions(tmp_path)
@@ -97,7 +113,9 @@ def test_one_checkpoint_learns_several_price_sensitivities(tmp_path: Path) -> No
     costs = dict(made[asked].groupby([stated[i] for i in made[asked].index])["cost_reward"].min())
     assert costs["0.0"] == 0.0 and costs["0.8"] < 0.0  # what the prompt says is what the reward takes
     assert AgentSettings.load(tmp_path).cost_weights == (0.0, 0.8)
-    assert {p.parent.name for p in tmp_path.glob("*/agent_evaluation.json")} >= {"cost_weight_0", "cost_weight_0.8"}
+    policies = [name for name, kind in found.routers.items() if kind == "policy"]
+    assert policies == ["srpo", "srpo, price sensitivity 0", "srpo, price sensitivity 0.8"]
+    assert Paired(found).policies == ["srpo"] and Paired(found).curves["srpo, price sensitivity 0"] == "srpo"
 
 
 def test_control_tokens_in_a_training_question_stay_text() -> None:
