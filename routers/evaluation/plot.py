@@ -197,7 +197,8 @@ def _names(axes: Axes, marks: Sequence[_Mark]) -> None:
     frame = axes.get_window_extent(renderer)
     points = {mark.name: to_pixels((mark.x.value, mark.y.value)) for mark in marks}
     taken = [(x - 7 * unit, y - 7 * unit, x + 7 * unit, y + 7 * unit) for x, y in points.values()]
-    lines = [_along(to_pixels(np.column_stack(line.get_data()))) for line in axes.lines if line.get_visible()]
+    drawn = [line for line in axes.lines if line.get_visible()]  # a line across the axes is not in data coordinates
+    lines = [_along(line.get_transform().transform(np.column_stack(line.get_data(orig=False)))) for line in drawn]
     lines += [_along(to_pixels([(m.x.value, m.y.low), (m.x.value, m.y.high)])) for m in marks]
     ink = np.concatenate(lines)
     for mark in sorted(marks, key=lambda m: m.kind not in _STRONG):  # the policy's name has the first choice
