@@ -160,6 +160,16 @@ def test_pictures_of_degenerate_pools(score: float, cost: np.ndarray) -> None:
     assert len(plot.picture(Episodes.merged(parts))) > 5000
 
 
+def test_an_oracle_on_a_logarithmic_plane() -> None:
+    """Its height is a line across the axes: no place in data coordinates, of which the left end would be $0."""
+    cost = COST * [1.0, 100.0]
+    rule = RewardRule(1.0)
+    known = Outcomes(QUERIES, MEMBERS, KNOWN.score, cost, rule(KNOWN.score, cost), rule=rule)
+    parts = [known.play("ours", "policy", ["dear"] * 4), *(known.play(m, "member", [m] * 4) for m in MEMBERS)]
+    parts.append(known.play("oracle", "oracle", ["cheap", "cheap", "dear", "cheap"]))
+    assert len(plot.picture(Episodes.merged(parts))) > 5000
+
+
 def hostile() -> Episodes:
     found = by_hand()
     frame = found.frame.assign(query=HOSTILE, family=[HOSTILE + str(i % 2) for i in range(len(found))])
