@@ -261,7 +261,7 @@ def read_router(name: str | Path) -> RouterFile:
         if key not in document:
             raise ValueError(f"{path}: the key {key!r} is missing")
     for key, value in document.items():
-        wanted = {"kind": str, "srpo": (str, type(None)), "made_from": dict, "settings": dict}.get(key)
+        wanted: Any = {"kind": str, "srpo": (str, type(None)), "made_from": dict, "settings": dict}.get(key)
         if wanted is None:
             raise ValueError(f"{path}: unknown key {key!r}; the keys are kind, srpo, made_from and settings")
         if not isinstance(value, wanted):

@@ -18,6 +18,7 @@ from transformers.cache_utils import DynamicLayer
 
 from srpo.rollout.kv_cache import CachedForward
 from srpo.rollout.sampling import Sampling, Stops, draw, uniforms
+from srpo.rollout.sampling_rules import without_adapter
 
 Recorder = Callable[[list[tuple[int, ...]], Tensor], None]
 """(rows, positions [N, S]) after each forward of N sequences x S new columns: `rows[n]` are the request rows that
@@ -96,7 +97,7 @@ def reuses_cache(model: Any) -> bool:
 
     Recurrent layers keep a state instead of columns, sliding windows drop columns: such models are prefilled again.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = without_adapter(model)
     if getattr(base, "_is_stateful", False):
         return False
     layers = DynamicCache(config=base.config).layers
@@ -143,7 +144,7 @@ class TransformersGenerator:
         self._recorder = recorder
         self._any_busy = any_busy
         self._keep_tokens = keep_tokens
-        self._base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self._base = without_adapter(model)
         self._run = CachedForward(model, self._base)
         self._reuses = reuses_cache(model)
         self._kept: dict[int, _Kept] = {}

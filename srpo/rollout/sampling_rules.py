@@ -38,14 +38,19 @@ _FIELDS = {
 """The fields of the configuration that say what some of the refused keys would."""
 
 
+def without_adapter(model: Any) -> Any:
+    """The transformers model inside a PEFT one; any other is itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 @contextmanager
 def own_settings_aside(model: Any) -> Iterator[None]:
     """Inside, `model.generate` reads nothing of the model's own generation configuration but its special tokens.
 
     Afterwards the model has its configuration back, the same object: it is saved and pushed as it came.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    holders = [(m, m.generation_config) for m in {id(m): m for m in (model, base)}.values() if _holds(m)]
+    both = (model, without_adapter(model))
+    holders = [(m, m.generation_config) for m in {id(m): m for m in both}.values() if _holds(m)]
     for holder, found in holders:
         holder.generation_config = GenerationConfig(**{name: getattr(found, name, None) for name in _TOKENS})
     try:

@@ -70,12 +70,11 @@ class QuerySettings:
                 means[name] = (both[0] / len(ids), both[1] / len(ids))
         return replace(self, typical=means, typical_usd=dict(zip(table.members, map(float, usd), strict=True)))
 
-    def weighed(self, row: Mapping[str, Any], weight: float | None = None) -> dict[str, Any]:
-        """A row with its price sensitivity, where the policy has one: `weight`, or drawn by the query's id."""
+    def weighed(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """A row with its price sensitivity, drawn by the query's id, where prompts state one."""
         if not self.cost_weights:
             return dict(row)
-        drawn = drawn_cost_weight(row["query_id"], self.cost_weights)
-        return {**row, COST_WEIGHT: drawn if weight is None else weight}
+        return {**row, COST_WEIGHT: drawn_cost_weight(row["query_id"], self.cost_weights)}
 
     def messages(
         self,

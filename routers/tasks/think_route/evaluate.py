@@ -70,6 +70,7 @@ def play_questions(
         tokenizer,
         Sampling(temperature=0.0, stop=settings.grammar.stops),
         eos_ids=end_ids(model, tokenizer),
+        allowed=settings.mask(tokenizer, world.names).after,
     )
     limits = Limits(
         turns=settings.turns,
