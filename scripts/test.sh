@@ -6,7 +6,7 @@
 #   bash scripts/test.sh --newest         generation, rollout, replay, trainer and agent tests in a second environment
 #                                         (.venv-newest) with the newest versions that pyproject.toml allows
 #   bash scripts/test.sh --oldest         the same with the oldest (.venv-oldest)
-#   bash scripts/test.sh --vllm           the tests on a live vLLM, which scripts/setup_vllm_cpu.sh sets up (.venv-vllm)
+#   bash scripts/test.sh --vllm           the tests on a live vLLM, in .venv-vllm, on a machine without a GPU too
 #   bash scripts/test.sh tests/srpo/test_x.py  these tests only; further words go to pytest
 #
 # Tests marked gpu are skipped without an NVIDIA GPU; tests marked network are never run from here.
@@ -23,8 +23,7 @@ case ${1:-} in
   --vllm) selection="vllm"; live=1; shift ;;
 esac
 
-bash scripts/setup.sh $versions
-[[ -z ${live:-} ]] || bash scripts/setup_vllm_cpu.sh --copy
+bash scripts/setup.sh ${live:+--vllm} $versions
 
 # Many small processes on few cores: idle OpenMP threads must sleep, not spin (a tiny step takes 5 times as long).
 export OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false

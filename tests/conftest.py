@@ -27,7 +27,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if not gpu and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
         if not vllm and item.get_closest_marker("vllm"):
-            item.add_marker(pytest.mark.skip(reason="vLLM is not installed; bash scripts/setup_vllm_cpu.sh does it"))
+            item.add_marker(pytest.mark.skip(reason="vLLM is not installed; bash scripts/setup.sh --vllm does it"))
 
 
 @pytest.fixture(scope="session")

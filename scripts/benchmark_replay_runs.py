@@ -1,6 +1,6 @@
 """Native against replayed routing: runs of one recipe that differ in `routing_replay` and the seed, in one table.
 
-    python scripts/compare_replay.py outputs/quickstart/moe-*-seed* --picture outputs/quickstart/moe_replay.png
+    python scripts/benchmark_replay_runs.py outputs/quickstart/moe-*-seed*
 
 Reads `recipe.yaml`, `trainer_state.json` and `evaluation.parquet` of each directory. A number is the mean over seeds
 of a run's mean, with the 95 % interval of Student's t over the seeds (3 seeds: +- 2.48 standard deviations); the last
@@ -12,7 +12,7 @@ import json
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,15 +34,11 @@ CLIP = "clip_ratio/region_mean"
 
 @dataclass(frozen=True)
 class Run:
-    """One finished run: its mode and seed, its numbers, and the series of the picture."""
+    """One finished run."""
 
     mode: str
     seed: int
     numbers: dict[str, float]
-    mismatch: list[float]
-    """Per rollout."""
-    clipped: list[float]
-    """Mean per place of an update in its rollout."""
 
 
 def read(folder: Path) -> Run:
@@ -61,8 +57,7 @@ def read(folder: Path) -> Run:
     rewards = [entry["reward"] for entry in log if "reward" in entry]
     numbers["reward, last third"] = statistics.fmean(rewards[-max(len(rewards) // 3, 1) :])
     numbers["held-out reward"] = float(Episodes.read(folder).of(kind="policy").frame["reward"].mean())
-    mismatch = [entry["sampling/kl_k3"] for entry in log if "sampling/kl_k3" in entry]
-    return Run(recipe["routing_replay"], recipe["seed"], numbers, mismatch, clipped)
+    return Run(recipe["routing_replay"], recipe["seed"], numbers)
 
 
 def interval(values: Sequence[float]) -> str:
@@ -76,68 +71,26 @@ def interval(values: Sequence[float]) -> str:
 
 def table(runs: Sequence[Run]) -> str:
     """Markdown: one row per number, one column per mode, and the paired difference of each mode to `off`."""
-    modes: Mapping[str, dict[int, Run]] = defaultdict(dict)
+    modes: dict[str, dict[int, Run]] = defaultdict(dict)
     for run in sorted(runs, key=lambda run: (run.mode != "off", run.mode, run.seed)):
         modes[run.mode][run.seed] = run
     others = [mode for mode in modes if mode != "off" and "off" in modes]
-    names = list(dict.fromkeys(name for run in runs for name in run.numbers))
     heads = [f"{mode} ({len(seeds)} seeds)" for mode, seeds in modes.items()] + [f"{m} minus off" for m in others]
     lines = ["| | " + " | ".join(heads) + " |", "|---|" + "--:|" * len(heads)]
-    for name in names:
-        cells = []
-        for seeds in modes.values():
-            values = [run.numbers[name] for run in seeds.values() if name in run.numbers]
-            cells.append(interval(values) if values else "")
-        for mode in others:
-            shared = [s for s in modes[mode] if s in modes["off"]]
-            pairs = [(modes[mode][s].numbers.get(name), modes["off"][s].numbers.get(name)) for s in shared]
-            gains = [a - b for a, b in pairs if a is not None and b is not None]
-            cells.append(interval(gains) if gains else "")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    for name in dict.fromkeys(name for run in runs for name in run.numbers):
+        of = {m: {s: r.numbers[name] for s, r in seeds.items() if name in r.numbers} for m, seeds in modes.items()}
+        columns = [list(values.values()) for values in of.values()]
+        columns += [[of[m][seed] - of["off"][seed] for seed in of[m] if seed in of["off"]] for m in others]
+        lines.append(f"| {name} | " + " | ".join(interval(values) if values else "" for values in columns) + " |")
     return "\n".join(lines)
-
-
-def draw(runs: Sequence[Run], path: Path) -> None:
-    """Mismatch per rollout and clipped share per update, a thin line per seed and the mean of each mode."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4))
-    for colour, mode in zip(
-        ("#888888", "#1f77b4", "#d62728"), sorted({r.mode for r in runs}, reverse=True), strict=False
-    ):
-        chosen = [run for run in runs if run.mode == mode]
-        for axis, series in zip(axes, ([r.mismatch for r in chosen], [r.clipped for r in chosen]), strict=True):
-            for one in series:
-                axis.plot(range(1, len(one) + 1), one, color=colour, linewidth=0.6, alpha=0.5)
-            mean = [statistics.fmean(values) for values in zip(*series, strict=True)]
-            axis.plot(range(1, len(mean) + 1), mean, color=colour, linewidth=2, label=mode)
-    axes[0].set(title="sampler against trainer", xlabel="rollout", ylabel="k3 (nats)", yscale="log")
-    axes[1].set(title="clipped tokens", xlabel="update on one rollout", ylabel="share", xticks=range(1, len(mean) + 1))
-    axes[0].legend(title="routing_replay")
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 def main(argv: Sequence[str] | None = None) -> str:
     """Command line; returns the table that it printed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, help="output directories of scripts/train.py")
-    parser.add_argument("--picture", type=Path, help="where to draw mismatch and clipped share")
-    args = parser.parse_args(argv)
-    try:
-        runs = [read(folder) for folder in args.runs]
-    except (FileNotFoundError, ValueError, KeyError) as error:
-        parser.error(str(error))
-    text = table(runs)
+    parser.add_argument("runs", nargs="+", type=Path, help="output directories of srpo train")
+    text = table([read(folder) for folder in parser.parse_args(argv).runs])
     print(text)
-    if args.picture:
-        draw(runs, args.picture)
-        print(args.picture)
     return text
 
 
