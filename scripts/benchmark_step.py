@@ -110,8 +110,8 @@ def main(argv: Sequence[str] | None = None) -> str:
                 trainer.add_callback(watch)
                 trainer.train()
                 seconds.setdefault(name, []).extend(watch.seconds[2:])
-                routed = trainer.state.log_history[-1].get("srpo/routed_share")
-                share = "" if routed is None else f", {routed:.0%} distilled"
+                distilled = trainer.state.log_history[-1].get("srpo/distilled_share")
+                share = "" if distilled is None else f", {distilled:.0%} distilled"
                 median = statistics.median(watch.seconds[2:])
                 print(f"turn {turn + 1}: {name} {median:.2f} s a step{share}", flush=True)
     medians = {name: statistics.median(values) for name, values in seconds.items()}

@@ -1,4 +1,4 @@
-"""RL post-training of routing policies: GRPO, SDPO and SRPO in one trainer core on TRL.
+"""RL post-training of routing policies: GRPO, SDPO, SRPO and BoPO in one trainer core on TRL.
 
 The trainer classes are imported on first use, so that the pure parts (`srpo.objectives`, `srpo.types`) stay light.
 """
@@ -18,9 +18,10 @@ _LAZY = {
     "SRPOTrainer": "srpo.trainer.trainer",
     "SDPOTrainer": "srpo.trainer.trainer",
     "GRPOTrainer": "srpo.trainer.trainer",
+    "BoPOTrainer": "srpo.trainer.trainer",
 }
 
-__all__ = ["TRL_SERIES", "GRPOTrainer", "SDPOTrainer", "SRPOConfig", "SRPOTrainer", "__version__"]
+__all__ = ["TRL_SERIES", "BoPOTrainer", "GRPOTrainer", "SDPOTrainer", "SRPOConfig", "SRPOTrainer", "__version__"]
 
 
 def _check_trl() -> None:

@@ -4,7 +4,7 @@ The names are those of TRL's `GRPOConfig` and `SDPOConfig`; the defaults are the
 (arXiv:2604.02288, Table 3) and SDPO (arXiv:2601.20802, Table 12), so any key you set is visibly your own choice.
 Four defaults of TRL's differ here on purpose: `scale_rewards="none"` (both papers' baselines do not divide by the
 standard deviation), `epsilon_high=0.28`, token-truncated importance weights of the sampler, at most 2, and
-`disable_dropout=True` (srpo/trainer/train_mode.py).
+`disable_dropout=True` (srpo/trainer/forward_checks.py).
 """
 
 from dataclasses import MISSING, dataclass, fields
@@ -13,9 +13,10 @@ from typing import Any, ClassVar
 from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available, logging
 from trl import GRPOConfig
 
+from srpo.objectives import objective_of
 from srpo.ranges import Ranges, check_numbers
 from srpo.redact import redacted
-from srpo.replay.settings import check_minirl, check_replay
+from srpo.replay.settings import check_replay
 from srpo.rollout.sampling_rules import check_generation_kwargs
 from srpo.settings import Settings, check_choices
 from srpo.trainer.ranges import TRAINER_RANGES
@@ -24,15 +25,6 @@ logger = logging.get_logger(__name__)
 
 SMALL_ALPHA = 0.01
 """Nearer than this to an end, but not at it, distillation_alpha leaves next to nothing of the divergence."""
-
-# GRPO settings of TRL's that act inside its own loss function, which only `objective="grpo"` runs.
-_GRPO_ONLY = {
-    "loss_type": "dapo",
-    "top_entropy_quantile": 1.0,
-    "entropy_coef": 0.0,
-    "use_adaptive_entropy": False,
-    "off_policy_mask_threshold": None,
-}
 
 
 @dataclass
@@ -85,32 +77,24 @@ class SRPOConfig(Settings, GRPOConfig):
                 raise ValueError(f"the template {template!r} lacks its slot {slot}")
         if any(not text for text in self.stop_strings):
             raise ValueError("stop_strings holds an empty text, which would end every turn at once")
-        check_minirl(self)
         check_replay(self)
         check_generation_kwargs(self)
         if whole:
             self._check_objective()
 
     def _check_objective(self) -> None:
-        if self.objective != "grpo" and self.steps_per_generation % self.gradient_accumulation_steps:
+        record = objective_of(self)
+        if record.branch is not None and self.steps_per_generation % self.gradient_accumulation_steps:
             raise ValueError(
                 f"steps_per_generation={self.steps_per_generation} must be a multiple of gradient_accumulation_steps="
                 f"{self.gradient_accumulation_steps}: the weights and the teacher belong to whole optimiser steps"
             )
-        if self.objective == "sdpo" and self.beta != 0.0:
-            raise ValueError(f"beta={self.beta}: sdpo has no penalty to a reference policy; set beta: 0.0")
-        if self.objective != "grpo":
-            for name, neutral in _GRPO_ONLY.items():
-                if getattr(self, name) != neutral:
-                    raise ValueError(
-                        f"{name}={getattr(self, name)!r} acts inside TRL's own loss and has no meaning for objective: "
-                        f"{self.objective}; leave it at {neutral!r} or use objective: grpo"
-                    )
+        record.check(self)
 
     def _warn_of_small_alpha(self) -> None:
         alpha = self.distillation_alpha
         share, end = min((alpha, 0.0), (1.0 - alpha, 1.0))
-        if self.objective != "grpo" and 0.0 < share < SMALL_ALPHA:
+        if objective_of(self).branch is not None and 0.0 < share < SMALL_ALPHA:
             logger.warning_once(
                 f"distillation_alpha={alpha:g}: the divergence is about {share:.1g} times as large as at "
                 f"distillation_alpha: {end:g}, where it is a whole KL (it is not continuous there), so that next to "

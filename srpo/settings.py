@@ -7,16 +7,14 @@ No torch in here: `srpo train --help` answers at once. `srpo.SRPOConfig` inherit
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
+from srpo.objectives.names import BASELINES, OBJECTIVE_NAMES, SCALES
 from srpo.ranges import FINITE, Ranges, above, at_least, between
 from srpo.replay.settings import REPLAY_MODES
 
-OBJECTIVE_NAMES = ("grpo", "sdpo", "srpo", "bopo")
 TEACHER_KINDS = ("ema", "trust_region", "frozen", "live")
 DISTILLATION_MODES = ("topk_logits", "full_logits", "sampled_token")
 DEMONSTRATIONS = ("first", "random", "best")
 AGGREGATIONS = ("token", "sequence_mean")
-BASELINES = ("refmax", "refgroup", "refmean", "refsmall", "none")
-SCALES = ("group+ref", "group", "none")
 
 
 def about(text: str, *, choices: tuple[str, ...] | None = None) -> dict[str, Any]:
@@ -79,7 +77,7 @@ class Settings:
         metadata=about(
             "grpo: TRL's GRPO, any loss_type. sdpo: self-distillation. srpo: routed per sample. bopo: BoPO-style, "
             "reference-guided advantages for budget-aware routing. Left out: srpo, or what the trainer's class says.",
-            choices=OBJECTIVE_NAMES,
+            choices=tuple(OBJECTIVE_NAMES),
         ),
     )
 

@@ -95,7 +95,7 @@ def _report(error: BaseException, what: str, retry: str) -> None:
 class HubMixin:
     """Makes a `transformers.Trainer` subclass survive the Hub. Put it first: `class T(HubMixin, GRPOTrainer)`.
 
-    `save_beside` is that of `srpo.trainer.checkpoint`. Reads, where the trainer has them: `objective` (str), `recipe`
+    `save_beside` is that of `srpo.trainer.trainer`. Reads, where the trainer has them: `objective` (str), `recipe`
     (dict or None), `heldout_table` (markdown or None).
     """
 
@@ -107,7 +107,7 @@ class HubMixin:
     callback_handler: Any
     control: Any
     processing_class: Any
-    save_beside: Callable[[str], object] | None
+    save_beside: Callable[[Path], object] | None
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Creates the repository; on failure `hub_model_id` stays None and the next push tries again."""
@@ -265,7 +265,7 @@ class HubMixin:
         if self.save_beside is None:
             return []
         with tempfile.TemporaryDirectory() as folder:
-            self.save_beside(folder)
+            self.save_beside(Path(folder))
             return sorted(p.relative_to(folder).as_posix() for p in Path(folder).rglob("*") if p.is_file())
 
     def _say_if_the_base_stays_here(self) -> None:

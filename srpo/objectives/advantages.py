@@ -30,13 +30,16 @@ With `group` and references |A| has no bound (a group that nearly agrees, far fr
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from .names import BASELINES, SCALES
+
 REFERENCES = "references"
 """Dataset column [R_S, R_L] of a row's task; every row of a group has the same."""
-BASELINES = ("refmax", "refgroup", "refmean", "refsmall", "none")
-SCALES = ("group+ref", "group", "none")
 _EPS = 1e-4  # TRL's
 
 
@@ -110,3 +113,39 @@ def _nanstd(x: Tensor) -> Tensor:
     variance = torch.nanmean((x - torch.nanmean(x, dim=1, keepdim=True)) ** 2, dim=1, keepdim=True)
     std = torch.sqrt(variance * (count / (count - 1).clamp(min=1)))
     return torch.where(count > 1, std, torch.zeros_like(std))
+
+
+def references_of(rows: Sequence[Any], args: Any) -> list[tuple[float, float]] | None:
+    """[R_S, R_L] of every row, or None where a row has none and the settings need none.
+
+    Args:
+        rows: what the column `REFERENCES` of each row holds.
+        args: has `advantage_baseline` and `advantage_scale`.
+
+    Raises:
+        ValueError: a row has none and the settings need them; names the row.
+    """
+    missing = [i for i, found in enumerate(rows) if found is None or len(found) != 2]
+    if not missing:
+        return [(float(small), float(large)) for small, large in rows]
+    if args.advantage_baseline != "none" or args.advantage_scale == "group+ref":
+        raise ValueError(
+            f"row {missing[0]} of the batch: column {REFERENCES!r} is {rows[missing[0]]!r}; advantage_baseline: "
+            f"{args.advantage_baseline} with advantage_scale: {args.advantage_scale} needs [R_S, R_L] there"
+        )
+    return None
+
+
+def reference_guided(
+    rewards: Tensor, references: Tensor | None, success: Tensor, group_size: int, args: Any
+) -> Tensor:
+    """`group_advantages` as the settings of a run say: [B]."""
+    return group_advantages(
+        rewards,
+        group_size,
+        baseline=args.advantage_baseline,
+        scale=args.advantage_scale,
+        references=references,
+        success=success,
+        drop_all_fail=args.drop_all_fail,
+    )

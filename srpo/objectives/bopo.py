@@ -25,9 +25,23 @@ from __future__ import annotations
 from dataclasses import replace
 
 from . import srpo
-from .batch import LossConfig, LossOutput, TokenBatch
+from .advantages import reference_guided
+from .batch import OWN_LOSS, LossConfig, LossOutput, Objective, TokenBatch
+from .branches import failed_and_told
+from .names import OBJECTIVE_NAMES
 
 
 def loss(batch: TokenBatch, cfg: LossConfig) -> LossOutput:
     """The objective above on one micro-batch; metrics as in `srpo.loss`, as means over trajectories."""
     return srpo.loss(batch, replace(cfg, aggregation="sequence_mean"))
+
+
+OBJECTIVE = Objective(
+    OBJECTIVE_NAMES["bopo"],
+    loss,
+    branch=failed_and_told,
+    distils=lambda args: bool(args.distill_failed),
+    teacher_weights=True,
+    credit=reference_guided,
+    needs=(OWN_LOSS,),
+)

@@ -22,6 +22,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .batch import Objective
+from .names import OBJECTIVE_NAMES
+
+OBJECTIVE = Objective(OBJECTIVE_NAMES["grpo"])
+
 
 def ratio(logp: Tensor, old_logp: Tensor, mask: Tensor, level: str = "token") -> Tensor:
     """Importance ratio rho: [B,T] for level "token", [B,1] for level "sequence"."""

@@ -25,32 +25,54 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .batch import LossOutput
+from .batch import LossConfig, LossOutput, Objective, TokenBatch
 from .grpo import clipped_tokens
+from .names import LOSS_TYPES
 
-CAP = 5.0
+
+def loss(batch: TokenBatch, cfg: LossConfig) -> LossOutput:
+    """The loss above on one micro-batch; only `logp` carries gradient. The names of the first numbers are TRL's."""
+    found = surrogate(
+        batch.logp,
+        batch.old_logp,
+        batch.old_logp if batch.sampler_logp is None else batch.sampler_logp,
+        batch.advantages,
+        batch.mask,
+        normaliser=batch.counts.sequences * cfg.length,
+        epsilon_low=cfg.epsilon_low,
+        epsilon_high=cfg.epsilon_high,
+        cap=cfg.cap,
+    )
+    low, high = found.tokens["clip_low"], found.tokens["clip_high"]
+    tokens = {
+        "clip_ratio/low_mean": low,
+        "clip_ratio/high_mean": high,
+        "clip_ratio/region_mean": low + high,
+        "minirl/truncated": found.tokens["truncated"],
+    }
+    return LossOutput(found.loss, {}, tokens)
 
 
-def loss(
+def surrogate(
     logp: Tensor,
     old_logp: Tensor,
     sampler_logp: Tensor,
     advantages: Tensor,
     mask: Tensor,
     *,
-    normaliser: float,
+    normaliser: float | Tensor,
     epsilon_low: float = 0.2,
     epsilon_high: float = 0.27,
-    cap: float = CAP,
+    cap: float = 5.0,
 ) -> LossOutput:
-    """The loss above on one micro-batch; only `logp` carries gradient.
+    """The loss above from its tensors.
 
     Args:
         normaliser: responses of the whole optimiser step / ranks, times the fixed length.
 
     Returns:
-        The loss, and as metrics *numbers of tokens*, which add up over micro-batches and ranks: `tokens` that are
-        trained, `clip_low` and `clip_high` of them with M = 0, `truncated` of them whose weight was cut to `cap`.
+        The loss, and numbers of tokens, which add up over micro-batches and ranks: `tokens` that are trained,
+        `clip_low` and `clip_high` of them with M = 0, `truncated` of them whose weight was cut to `cap`.
     """
     if advantages.dim() == 1:
         advantages = advantages.unsqueeze(1)
@@ -63,10 +85,39 @@ def loss(
         # Padding may hold any number, also an infinite one: it is left out by selection, not by a product with 0.
         trained = mask.bool()
         coefficient = torch.where(trained & ~low & ~high, ratio.clamp(max=cap) * advantages, 0.0)
-        metrics = {
+        tokens = {
             "tokens": trained.sum(),
             "clip_low": (low & trained).sum(),
             "clip_high": (high & trained).sum(),
             "truncated": ((ratio > cap) & trained).sum(),
         }
-    return LossOutput(-(coefficient * torch.where(trained, logp, 0.0)).sum() / normaliser, metrics)
+    return LossOutput(-(coefficient * torch.where(trained, logp, 0.0)).sum() / normaliser, {}, tokens)
+
+
+OBJECTIVE = Objective(
+    LOSS_TYPES["minirl"],
+    loss,
+    sampler_logps=True,
+    needs=(
+        (
+            {"use_transformers_continuous_batching": False},
+            " leaves loss_type: minirl without the sampler's log-probs, which continuous batching does not return; "
+            "set use_transformers_continuous_batching: false",
+        ),
+        (
+            {
+                "scale_rewards": "none",  # the advantage is the reward minus its group's mean
+                "multi_objective_aggregation": "sum_then_normalize",
+                "importance_sampling_level": "token",
+                "beta": 0.0,
+                "delta": None,
+                "top_entropy_quantile": 1.0,
+                "entropy_coef": 0.0,
+                "use_adaptive_entropy": False,
+                "off_policy_mask_threshold": None,
+            },
+            " is not part of loss_type: minirl (arXiv:2512.01374, eq. 7); set it to {value!r} or take one of TRL's "
+            "loss types",
+        ),
+    ),
+)

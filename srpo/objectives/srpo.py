@@ -3,15 +3,15 @@
     l_it = ( z_i w_it l^S_it + (1 - z_i) l^G_it ) w^TIS_it  +  beta k_it k3_it
     L    = sum_{i,t} M_it l_it / N                                                                     (eq. 4.3)
 
-    z [B] routed (eq. 4.1)    l^G [B,T] grpo.token_loss    l^S [B,T] sdpo.token_loss    w [B,T] weights (eq. 4.2)
+    z [B] distilled (eq. 4.1)    l^G [B,T] grpo.token_loss    l^S [B,T] sdpo.token_loss    w [B,T] weights (eq. 4.2)
     w^TIS [B,T] sampler correction, on both branches       N trained tokens of the whole step: one joint denominator
     k3 [B,T] grpo.kl_penalty, of every trained token: of distilled completions too, and without w and w^TIS
     k_it = 1; with `correct_kl` (TRL's use_bias_correction_kl) rho_it = pi_theta/pi_old, unclipped, with gradient, at
     the level of the reward branch's ratio (one per completion at "sequence")
 
 Source: P-SRPO section 3.3. Differs: the paper has no KL penalty (beta = 0, the default). "sequence_mean" replaces the
-token mean by the mean over completions of their token means. With nothing routed the loss and its gradient equal TRL's
-`dapo` bit for bit.
+token mean by the mean over completions of their token means. With nothing distilled the loss and its gradient equal
+TRL's `dapo` bit for bit.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from __future__ import annotations
 import torch
 
 from . import grpo, sdpo
-from .batch import LossConfig, LossOutput, TokenBatch
-from .normaliser import reducer
+from .batch import OWN_LOSS, LossConfig, LossOutput, Objective, TokenBatch, reducer
+from .branches import failed_and_told
+from .names import OBJECTIVE_NAMES
 
 
 def loss(batch: TokenBatch, cfg: LossConfig) -> LossOutput:
@@ -30,10 +31,10 @@ def loss(batch: TokenBatch, cfg: LossConfig) -> LossOutput:
     `clip_ratio/high`, `is_clipped` are shares of all trained tokens (each can only be hit in its own branch);
     `is_ratio` is the mean pi_theta/pi_old of all trained tokens.
     """
-    routed = batch.routed.unsqueeze(1)
+    distilled = batch.distilled.unsqueeze(1)
     mean = reducer(batch.mask, batch.counts.tokens, batch.counts, cfg)
     # Routed rows take ratio 1 here: their surrogate is not used, and an overflow in it would turn into 0 * inf = NaN.
-    old_logp = torch.where(routed, batch.logp.detach(), batch.old_logp)
+    old_logp = torch.where(distilled, batch.logp.detach(), batch.old_logp)
     eps = {"epsilon_low": cfg.epsilon_low, "epsilon_high": cfg.epsilon_high}
     reward = grpo.token_loss(
         batch.logp, old_logp, batch.advantages, batch.mask, **eps, delta=cfg.delta, level=cfg.level
@@ -44,12 +45,12 @@ def loss(batch: TokenBatch, cfg: LossConfig) -> LossOutput:
         distil = batch.weights * sdpo.token_loss(batch.divergence, batch.logp, batch.old_logp, is_clip=cfg.is_clip)
         if batch.sampler_ratio is not None:
             distil = distil * batch.sampler_ratio
-        per_token = torch.where(routed, distil, per_token)
+        per_token = torch.where(distilled, distil, per_token)
 
     metrics = {}
     with torch.no_grad():
-        metrics["loss/grpo"] = mean(torch.where(routed, 0.0, per_token))
-        metrics["loss/sdpo"] = mean(torch.where(routed, per_token, 0.0))
+        metrics["loss/grpo"] = mean(torch.where(distilled, 0.0, per_token))
+        metrics["loss/sdpo"] = mean(torch.where(distilled, per_token, 0.0))
         low, high = grpo.clipped_tokens(
             grpo.ratio(batch.logp, old_logp, batch.mask, cfg.level), batch.advantages, **eps
         )
@@ -58,7 +59,7 @@ def loss(batch: TokenBatch, cfg: LossConfig) -> LossOutput:
         metrics["clip_ratio/high"] = mean(high.to(rho.dtype).expand_as(rho))
         metrics["is_ratio"] = mean(rho)
         if cfg.is_clip is not None:
-            metrics["is_clipped"] = mean(torch.where(routed, (rho > cfg.is_clip).to(rho.dtype), 0.0))
+            metrics["is_clipped"] = mean(torch.where(distilled, (rho > cfg.is_clip).to(rho.dtype), 0.0))
 
     if cfg.beta:
         if batch.ref_logp is None:
@@ -70,3 +71,13 @@ def loss(batch: TokenBatch, cfg: LossConfig) -> LossOutput:
         metrics["loss/kl"] = mean(penalty.detach())
         per_token = per_token + penalty
     return LossOutput(mean(per_token), metrics)
+
+
+OBJECTIVE = Objective(
+    OBJECTIVE_NAMES["srpo"],
+    loss,
+    branch=failed_and_told,
+    distils=lambda args: True,
+    teacher_weights=True,
+    needs=(OWN_LOSS,),
+)

@@ -22,10 +22,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from srpo.objectives.grpo import clipped_tokens
 from srpo.replay.expert_table import flip_statistics
+from srpo.replay.replay import RoutingReplay
 from srpo.rollout.sampler_logprobs import mismatch_sums
 from srpo.trainer.metrics import Alarms
 
@@ -37,30 +39,29 @@ CLIFF = 0.5  # of the largest entropy among the last few
 
 
 @torch.no_grad()
-def log_audit(trainer: Any, inputs: Mapping[str, Any]) -> None:
-    """Audit one micro-batch of `SRPOTrainer` and append the numbers, averaged over ranks, to its metrics.
+def audited(
+    score: Callable[[], Tensor],
+    replay: RoutingReplay,
+    inputs: Mapping[str, Any],
+    clip: tuple[float, float],
+    accelerator: Accelerator,
+) -> dict[str, float]:
+    """Audit one micro-batch; the numbers are averaged over ranks, under the names they are logged with.
 
     Every rank calls it in the same step: the two forwards may be collective.
+
+    Args:
+        score: the log-probs [B, T] of the micro-batch, by the trainer's own scoring.
+        clip: epsilon_low and epsilon_high.
     """
-    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
     attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
-    length = inputs["completion_ids"].size(1)
-
-    def score() -> Tensor:
-        return trainer._get_per_token_logps_and_entropies(trainer.model, ids, attention, length)[0]
-
-    trainer._choices = inputs.get("choices")  # restricted decisions are scored among their choices, as everywhere
-    try:
-        native = score()
-        with trainer.replay.replay(inputs["routed_experts"], measure=True):
-            replayed = score()
-    finally:
-        trainer._choices = None
-    metrics = audit(native, replayed, trainer.replay.divergence(), trainer.replay.spec, inputs, attention, trainer)
-    values = torch.tensor(list(metrics.values()), device=ids.device, dtype=torch.float32)
-    means = trainer.accelerator.gather(values.unsqueeze(0)).nanmean(dim=0).tolist()
-    for name, value in zip(metrics, means, strict=True):
-        trainer._metrics["train"][f"router/{name}"].append(value)
+    native = score()
+    with replay.replay(inputs["expert_ids"], measure=True):
+        replayed = score()
+    metrics = audit(native, replayed, replay.divergence(), replay.spec, inputs, attention, clip)
+    values = torch.tensor(list(metrics.values()), device=attention.device, dtype=torch.float32)
+    means = accelerator.gather(values.unsqueeze(0)).nanmean(dim=0).tolist()
+    return {f"router/{name}": value for name, value in zip(metrics, means, strict=True)}
 
 
 def audit(
@@ -70,7 +71,7 @@ def audit(
     spec: Any,
     inputs: Mapping[str, Any],
     attention: Tensor,
-    clip: Any,
+    clip: tuple[float, float],
 ) -> dict[str, float]:
     """The numbers of the module's docstring, NaN where there is nothing to count. Names are the same on all ranks.
 
@@ -80,7 +81,7 @@ def audit(
         spec: the model's `RouterSpec`.
         inputs: the micro-batch; reads completion_mask, tool_mask, advantages and the stored log-probs.
         attention: [B, S].
-        clip: has `epsilon_low` and `epsilon_high`.
+        clip: epsilon_low and epsilon_high.
     """
     mask = (inputs["completion_mask"] * inputs.get("tool_mask", 1)).bool()
     fed = attention.bool() & mask.any(dim=1, keepdim=True)
@@ -99,10 +100,7 @@ def audit(
             metrics[f"kl_k3_{name}"] = k3 / count if count else math.nan
         if old is not None:
             low, high = clipped_tokens(
-                torch.exp(logp - old),
-                inputs["advantages"],
-                epsilon_low=clip.epsilon_low,
-                epsilon_high=clip.epsilon_high,
+                torch.exp(logp - old), inputs["advantages"], epsilon_low=clip[0], epsilon_high=clip[1]
             )
             metrics[f"clip_{name}"] = (low | high)[mask].float().mean().item()
     return metrics

@@ -9,189 +9,172 @@
 
 Source: arXiv:2512.01374, Table 1. `srpo.replay.replay` does it on the model; `srpo.replay.settings` chooses the mode.
 
-The batch carries `routed_experts` [B, S, L, k] int16 on the CPU, in the padding of prompt and completion; it is
+The batch carries `expert_ids` [B, S, L, k] int16 on the CPU, in the padding of prompt and completion; it is
 shuffled, split and saved with a generation batch like any other tensor. -1 = route natively: pads, the last token, and
 whatever was never fed to the sampler. Rows of several turns are appended and never rewritten: each token keeps the
 experts of the forward that produced its log-prob. The penalty to a reference policy is therefore not 0 at step 0.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from srpo.replay import metrics as replay_metrics
 from srpo.replay.expert_table import cut_routes, pad_routes
+from srpo.replay.metrics import ReplayAlarms
 from srpo.replay.replay import RoutingReplay
 from srpo.replay.settings import Mode, check_replay, has_old_logprobs, replay_mode
 from srpo.replay.vllm import EngineRoutes, returning_routes
 from srpo.rollout.sampler_logprobs import prompt_width
+from srpo.trainer.generation_step import GenerationStep
 
 logger = logging.get_logger(__name__)
 
-ROUTES = "routed_experts"
+EXPERT_IDS = "expert_ids"
+"""Key of a batch, and of the extra fields of a rollout function."""
 
 
-class ReplayMixin:
-    """The pass table above, for `srpo.trainer.trainer.SRPOTrainer`; it stands before all mixins that score or sample.
+def engine_that_replay_needs(args: Any) -> AbstractContextManager[None]:
+    """Around the constructor of TRL's trainer; sets what TRL would otherwise take from the model."""
+    mode = replay_mode(args)
+    if mode != "off" and args.router_aux_loss_coef is None:
+        args.router_aux_loss_coef = 0.0  # TRL's default is the model's own coefficient
+    return returning_routes() if mode == "R3" and args.use_vllm else nullcontext()
+
+
+class ReplayPasses:
+    """The pass table above. Every method does nothing where a run replays nothing.
+
+    Args:
+        model: the policy, after PEFT has wrapped it.
+        args: the configuration.
+        refused: the policy is one of text and pictures, or has `tools=`.
+        engine: TRL's vLLM, or None.
 
     Attributes:
-        routing_replay: the mode of this run: off, R2 or R3.
+        mode: of this run: off, R2 or R3.
         replay: the hooks on the policy's routers; None with off.
     """
 
-    accelerator: Any
-    args: Any
-    current_gradient_accumulation_steps: int
-    environment: Any
-    model: Any
-    pad_to_multiple_of: int | None
-    state: Any
-    use_vllm: bool
-    vllm_generation: Any
-    _is_vlm: bool
-    _metrics: Any
-    _recorder: Any = None
-    _step: int
-    _trajectories: Any
-
-    def __init__(self, model: Any, reward_funcs: Any = None, args: Any = None, *rest: Any, **kwargs: Any):
-        mode = replay_mode(args)
-        if mode != "off" and args.router_aux_loss_coef is None:
-            args.router_aux_loss_coef = 0.0  # TRL's default is the model's own coefficient
-        self.routing_replay: Mode = "off"
+    def __init__(self, model: Any, args: Any, refused: bool, engine: Any) -> None:
+        self.args = args
+        self.mode: Mode = "off"
         self.replay: RoutingReplay | None = None
-        self._rows: Sequence[Tensor] | None = None  # R3: routes of the batch that is being scored, ragged
-        self._routes: Tensor | None = None  # the same in the padding of the batch
-        self._old_pass_due = False
-        with returning_routes() if mode == "R3" and args.use_vllm else nullcontext():
-            super().__init__(model, reward_funcs, args, *rest, **kwargs)  # type: ignore[call-arg]
-        if mode != "off":
-            check_replay(args)  # TRL forces reentrant checkpointing on LoRA with ZeRO-3
-            self._install(mode)
-        elif args.routing_replay == "R2":
-            logger.warning("routing_replay: R2 has no effect with one optimiser step per rollout, and is off")
-
-    def _install(self, mode: Mode) -> None:
-        if self._is_vlm or getattr(self, "tools", None):
+        self._engine: EngineRoutes | None = None
+        mode = replay_mode(args)
+        if mode == "off":
+            if args.routing_replay == "R2":
+                logger.warning("routing_replay: R2 has no effect with one optimiser step per rollout, and is off")
+            return
+        check_replay(args)  # TRL forces reentrant checkpointing on LoRA with ZeRO-3
+        if refused:
             raise ValueError("routing_replay supports text policies without tools=; set routing_replay: off")
         try:
-            self.replay = RoutingReplay(self.model)
+            self.replay = RoutingReplay(model)
         except ValueError as error:
-            if self.args.routing_replay != "auto":
+            if args.routing_replay != "auto":
                 raise
             logger.warning("routing_replay: auto is off. %s", error)
             return
-        self.routing_replay = mode
-        if mode == "R3" and self.use_vllm:
-            self._engine_routes = EngineRoutes(self.vllm_generation, self.replay.spec)
-        _refuse_jitter(self.model.config.get_text_config())
-        self.replay_alarms = replay_metrics.ReplayAlarms(logger.warning)
+        self.mode = mode
+        if mode == "R3" and engine is not None:
+            self._engine = EngineRoutes(engine, self.replay.spec)
+        _refuse_jitter(model.config.get_text_config())
+        self.alarms = ReplayAlarms(logger.warning)
 
     # ------------------------------------------------------------------------------------------------- sampling
 
-    def _generate(self, prompts: list[Any]) -> Any:
-        self._rows = self._routes = None
-        self._old_pass_due = self.replay is not None and self.model.training and has_old_logprobs(self.args)
-        if self.routing_replay != "R3" or not self.model.training:
-            return super()._generate(prompts)
-        with self._recorded_turns() as recorder:
-            output = super()._generate(prompts)
-        prompt_ids, completion_ids, extra_fields = output[0], output[1], output[5]
-        if recorder is not None:
-            lengths = {i: len(p) + len(c) for i, (p, c) in enumerate(zip(prompt_ids, completion_ids, strict=True))}
-            self._rows = self._rows_of_turns(recorder, lengths)
-        elif ROUTES in extra_fields:  # a rollout function that asked an engine (srpo.replay.engines)
-            self._rows = [torch.as_tensor(row, dtype=torch.int16) for row in extra_fields.pop(ROUTES)]
-        if self._rows is None:
-            raise ValueError(
-                f"routing_replay: R3, but the rollout function returned no {ROUTES!r}: give one array [tokens of "
-                "prompt and completion, layers, k] per completion (srpo.replay.engines), or set routing_replay: R2"
-            )
-        return output
-
     @contextmanager
-    def _recorded_turns(self) -> Iterator[Any]:
-        """Inside, the decoding loop of an environment reports its forwards; yields None without an environment."""
-        if getattr(self, "environment", None) is None:
+    def turns(self, step: GenerationStep) -> Iterator[Any]:
+        """Around the episodes of an environment: the recorder that its decoding loop reports to, or None."""
+        if self.replay is None or self.mode != "R3" or not step.training:
             yield None
             return
-        assert self.replay is not None
-        if self.use_vllm:
+        if self._engine is not None:
             raise ValueError(
                 "routing_replay: R3 does not read vLLM's experts over several turns; sample with transformers "
                 "(use_vllm: false) or set routing_replay: R2"
             )
         with self.replay.record_rows() as recorder:
-            self._recorder = recorder
-            try:
-                yield recorder
-            finally:
-                self._recorder = None
+            yield recorder
 
-    def _rows_of_turns(self, recorder: Any, lengths: dict[int, int]) -> list[Tensor]:
-        # A lost trajectory may have been fed more than it kept, or nothing; none of its tokens is trained on.
-        assert self.replay is not None
-        lost = {i for i, one in enumerate(self._trajectories) if one.stop == "lost"}
-        kept = {i: n for i, n in lengths.items() if i not in lost}
-        rows = dict(zip(kept, recorder.rows(kept) if kept else [], strict=True))
-        shape = (len(self.replay.spec.layers), self.replay.spec.top_k)
-        return [rows[i] if i in rows else torch.full((n, *shape), -1, dtype=torch.int16) for i, n in lengths.items()]
+    def take(self, step: GenerationStep, output: tuple[Any, ...], recorder: Any) -> None:
+        """Keep what a rollout recorded: `output` is that of TRL's `_generate`, `recorder` that of `turns`."""
+        step.old_pass_due = self.replay is not None and step.training and has_old_logprobs(self.args)
+        if self.replay is None or self.mode != "R3" or not step.training:
+            return
+        prompt_ids, completion_ids, extra_fields = output[0], output[1], output[5]
+        if recorder is not None:
+            lengths = {i: len(p) + len(c) for i, (p, c) in enumerate(zip(prompt_ids, completion_ids, strict=True))}
+            assert step.trajectories is not None
+            # A lost trajectory may have been fed more than it kept, or nothing; none of its tokens is trained on.
+            lost = {i for i, one in enumerate(step.trajectories) if one.stop == "lost"}
+            kept = {i: n for i, n in lengths.items() if i not in lost}
+            rows = dict(zip(kept, recorder.rows(kept) if kept else [], strict=True))
+            shape = (len(self.replay.spec.layers), self.replay.spec.top_k)
+            step.expert_rows = [
+                rows[i] if i in rows else torch.full((n, *shape), -1, dtype=torch.int16) for i, n in lengths.items()
+            ]
+        elif EXPERT_IDS in extra_fields:  # a rollout function that asked an engine (srpo.replay.engines)
+            step.expert_rows = [torch.as_tensor(row, dtype=torch.int16) for row in extra_fields.pop(EXPERT_IDS)]
+        if step.expert_rows is None:
+            raise ValueError(
+                f"routing_replay: R3, but the rollout function returned no {EXPERT_IDS!r}: give one array [tokens of "
+                "prompt and completion, layers, k] per completion (srpo.replay.engines), or set routing_replay: R2"
+            )
 
-    def _generate_single_turn(self, prompt_ids: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        if self.routing_replay != "R3" or not self.model.training:
-            return super()._generate_single_turn(prompt_ids, *args, **kwargs)
-        assert self.replay is not None
-        if self.use_vllm:
-            completion_ids, logprobs = super()._generate_single_turn(prompt_ids, *args, **kwargs)
-            self._rows = self._engine_routes.rows(prompt_ids, completion_ids)
-            return completion_ids, logprobs
-        with self.replay.record():
-            completion_ids, logprobs = super()._generate_single_turn(prompt_ids, *args, **kwargs)
-        self.replay.check_fed(prompt_width(prompt_ids, self.pad_to_multiple_of), completion_ids)
-        mask = generation_mask(prompt_ids, completion_ids, self.pad_to_multiple_of)
-        self._rows = cut_routes(self.replay.recorded(), mask)
-        return completion_ids, logprobs
+    def sampling(self, step: GenerationStep) -> AbstractContextManager[None]:
+        """Around one `generate` of transformers."""
+        if self.replay is None or self.mode != "R3" or not step.training or self._engine is not None:
+            return nullcontext()
+        return self.replay.record()
+
+    def sampled(self, step: GenerationStep, prompt_ids: Any, completion_ids: Any) -> None:
+        """After one call of TRL's `_generate_single_turn`: keep the expert ids of these completions."""
+        if self.replay is None or self.mode != "R3" or not step.training:
+            return
+        if self._engine is not None:
+            step.expert_rows = self._engine.rows(prompt_ids, completion_ids)
+            return
+        multiple = self.args.pad_to_multiple_of
+        self.replay.check_fed(prompt_width(prompt_ids, multiple), completion_ids)
+        step.expert_rows = cut_routes(self.replay.recorded(), generation_mask(prompt_ids, completion_ids, multiple))
 
     # -------------------------------------------------------------------------------------------------- scoring
 
-    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        batch = super()._generate_and_score_completions(inputs)
-        if self.replay is not None and self.model.training:
-            if self._routes is None:  # R3 without a pass over the old policy
-                self._routes = self._lay_out(torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1))
-            batch[ROUTES] = self._routes
-        return batch
+    @contextmanager
+    def old_pass(self, step: GenerationStep, model: Any, attention_mask: Tensor) -> Iterator[None]:
+        """Around a scoring pass of a batch with `attention_mask` [B, S].
 
-    def _get_per_token_logps_and_entropies(
-        self, model: Any, input_ids: Tensor, attention_mask: Tensor, *args: Any, **kwargs: Any
-    ) -> Any:
-        # TRL scores the old policy first, where it does at all; what follows is the reference, also as the policy's
-        # own model without its adapter.
-        due, self._old_pass_due = self._old_pass_due, False
+        TRL scores the old policy first, where it does at all; what follows is the reference, also as the policy's own
+        model without its adapter.
+        """
+        due, step.old_pass_due = step.old_pass_due, False
         if not due:
-            return super()._get_per_token_logps_and_entropies(model, input_ids, attention_mask, *args, **kwargs)
+            yield
+            return
         recorded: list[Tensor] = []
-        if self.routing_replay == "R3":
-            self._routes = self._lay_out(attention_mask)
-        with self._every_forward(model, self._routes, recorded):
-            scored = super()._get_per_token_logps_and_entropies(model, input_ids, attention_mask, *args, **kwargs)
-        if self.routing_replay == "R2":
-            self._routes = torch.cat(recorded).masked_fill(attention_mask.cpu()[:, :, None, None] == 0, -1)
-        return scored
+        if self.mode == "R3":
+            step.expert_ids = _laid_out(step, attention_mask)
+        with self._every_forward(model, step.expert_ids, recorded):
+            yield
+        if self.mode == "R2":
+            step.expert_ids = torch.cat(recorded).masked_fill(attention_mask.cpu()[:, :, None, None] == 0, -1)
 
-    def _lay_out(self, attention_mask: Tensor) -> Tensor:
-        assert self._rows is not None
-        # Fewer tokens than rows where truncated completions are masked: their prompt is all that is left to attend to.
-        tokens = attention_mask.sum(dim=1).tolist()
-        return pad_routes([row[:n] for row, n in zip(self._rows, tokens, strict=True)], attention_mask.cpu())
+    def batch(self, step: GenerationStep, batch: dict[str, Any]) -> dict[str, Any]:
+        """What a scored generation batch has to carry along."""
+        if self.replay is None or not step.training:
+            return {}
+        if step.expert_ids is None:  # R3 without a pass over the old policy
+            step.expert_ids = _laid_out(step, torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1))
+        return {EXPERT_IDS: step.expert_ids}
 
     @contextmanager
-    def _every_forward(self, model: Any, routes: Tensor | None, recorded: list[Tensor]) -> Iterator[None]:
-        """Forwards inside take consecutive rows of a batch; they replay `routes`, or without them are `recorded`."""
+    def _every_forward(self, model: Any, expert_ids: Tensor | None, recorded: list[Tensor]) -> Iterator[None]:
+        """Forwards inside take consecutive rows of a batch; they replay `expert_ids`, or are `recorded`."""
         replay, start = self.replay, 0
         context: Any = None
         assert replay is not None
@@ -199,13 +182,13 @@ class ReplayMixin:
         def before(_module: Any, _args: Any, kwargs: dict[str, Any]) -> None:
             nonlocal start, context
             rows = kwargs["input_ids"].size(0)
-            context = replay.record_once() if routes is None else replay.replay(routes[start : start + rows])
+            context = replay.record_once() if expert_ids is None else replay.replay(expert_ids[start : start + rows])
             start += rows
             context.__enter__()
 
         def after(_module: Any, _args: Any, output: Any) -> None:
             context.__exit__(None, None, None)
-            if routes is None and output is not None:
+            if expert_ids is None and output is not None:
                 recorded.append(replay.recorded())
 
         hooks = [
@@ -220,30 +203,32 @@ class ReplayMixin:
 
     # ------------------------------------------------------------------------------------------------- training
 
-    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        if self.replay is None or ROUTES not in inputs:
-            return super().compute_loss(model, inputs, *args, **kwargs)
-        if self._audit_due():
-            replay_metrics.log_audit(self, inputs)
-        self.replay.arm(inputs[ROUTES])
-        return super().compute_loss(model, inputs, *args, **kwargs)
+    def arm(self, inputs: dict[str, Any]) -> None:
+        """Before the loss of a micro-batch."""
+        if self.replay is not None and EXPERT_IDS in inputs:
+            self.replay.arm(inputs[EXPERT_IDS])
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        try:
-            return super().training_step(*args, **kwargs)
-        finally:
-            if self.replay is not None:
-                self.replay.disarm()  # only now: the backward pass may run layers again
+    def disarm(self) -> None:
+        """After its backward pass, which may run layers again."""
+        if self.replay is not None:
+            self.replay.disarm()
 
-    def _audit_due(self) -> bool:
+    def audit_due(self, inputs: dict[str, Any], steps: int, first: bool) -> bool:
+        """Whether to audit a micro-batch: `steps` optimiser steps are made, and it is the `first` of its own."""
         every = self.args.routing_replay_metrics_steps
-        first = self._step % self.current_gradient_accumulation_steps == 0
-        return every > 0 and first and self.state.global_step % every == 0
+        return self.replay is not None and EXPERT_IDS in inputs and every > 0 and first and steps % every == 0
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        super().log(logs, start_time)
-        if self.replay is not None and self.model.training:
-            self.replay_alarms.observe({name: v for name, v in logs.items() if isinstance(v, float)})
+    def observe(self, logs: dict[str, float]) -> None:
+        """Look at what a training step logs."""
+        if self.replay is not None:
+            self.alarms.observe({name: v for name, v in logs.items() if isinstance(v, float)})
+
+
+def _laid_out(step: GenerationStep, attention_mask: Tensor) -> Tensor:
+    assert step.expert_rows is not None
+    # Fewer tokens than rows where truncated completions are masked: their prompt is all that is left to attend to.
+    tokens = attention_mask.sum(dim=1).tolist()
+    return pad_routes([row[:n] for row, n in zip(step.expert_rows, tokens, strict=True)], attention_mask.cpu())
 
 
 def generation_mask(

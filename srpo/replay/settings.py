@@ -54,31 +54,3 @@ def check_replay(args: Any) -> None:
             "routing_replay: R3 cannot record the packed rows of continuous batching; set "
             "use_transformers_continuous_batching: false or routing_replay: R2"
         )
-
-
-def check_minirl(args: Any) -> None:
-    """Raise ValueError for arguments that the loss type minirl would silently ignore or that change its meaning."""
-    if args.loss_type != "minirl":
-        return
-    if args.use_transformers_continuous_batching:
-        raise ValueError(
-            "loss_type: minirl weighs by the sampler's log-probs, which continuous batching does not return; set "
-            "use_transformers_continuous_batching: false"
-        )
-    wanted = {
-        "scale_rewards": "none",  # the advantage is the reward minus its group's mean
-        "multi_objective_aggregation": "sum_then_normalize",
-        "importance_sampling_level": "token",
-        "beta": 0.0,
-        "delta": None,
-        "top_entropy_quantile": 1.0,
-        "entropy_coef": 0.0,
-        "use_adaptive_entropy": False,
-        "off_policy_mask_threshold": None,
-    }
-    for name, value in wanted.items():
-        if getattr(args, name) != value:
-            raise ValueError(
-                f"{name}={getattr(args, name)!r} is not part of loss_type: minirl (arXiv:2512.01374, eq. 7); set it "
-                f"to {value!r} or take one of TRL's loss types"
-            )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from srpo.trainer.positions import padding_matters, rounding
+from srpo.trainer.forward_checks import padding_matters, rounding
 
 logger = logging.get_logger(__name__)
 
@@ -68,7 +68,7 @@ class CachedForward:
 
     Raises:
         ValueError: `base` takes no cache or no attention mask, or it takes no position ids and its logits depend on
-            padding or on what is cached (which is tried here, as in `srpo.trainer.positions`).
+            padding or on what is cached (which is tried here, as in `srpo.trainer.forward_checks`).
     """
 
     def __init__(self, model: Any, base: Any):

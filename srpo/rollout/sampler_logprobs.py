@@ -10,18 +10,17 @@ with the trainer's, which knows no such cut either.
 Source of k1: arXiv:2512.01374; of F: arXiv:2510.11370. The mean of k1 over few tokens may well be negative; k3 is not.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model
 from torch import Tensor
 from transformers.utils import logging
 
 from srpo.replay.fed_tokens import FedTokens
 from srpo.rollout.kv_cache import given_cache
-from srpo.rollout.sampling_rules import own_settings_aside, unscored_settings
+from srpo.rollout.sampling_rules import unscored_settings
 from srpo.rollout.special_tokens import settle_special_tokens
 
 logger = logging.get_logger(__name__)
@@ -114,80 +113,45 @@ def mismatch_metrics(sums: Tensor) -> dict[str, float]:
     return {name: total / count for name, total in zip(names, totals, strict=True)} if count else {}
 
 
-class SamplerMixin:
-    """Sampler log-probs for `SRPOTrainer` where something reads them, and their distance to pi_old.
+def settle_ends(model: Any, tokenizer: Any, args: Any, generation_config: Any, engine: Any) -> list[int]:
+    """What ends a completion is the same for every way to sample, and what is not scored is said.
 
-    Logged per generation batch as `sampling/...`, over all ranks, wherever both log-probs exist.
+    Args:
+        model: the policy; it and its configurations get the ids.
+        generation_config: TRL's, where transformers sample.
+        engine: TRL's vLLM, or None.
+
+    Returns:
+        Ids of which any one ends a completion.
     """
+    ends = settle_special_tokens(model, tokenizer)
+    pad = tokenizer.pad_token_id
+    model.config.get_text_config().pad_token_id = model.generation_config.pad_token_id = pad
+    if unscored := unscored_settings(args):
+        logger.warning(
+            "%s: completions are sampled from a part of the policy's distribution, and scored, as in TRL, under "
+            "the whole of it at this temperature. Leave these out for log-probs of what was sampled",
+            ", ".join(unscored),
+        )
+    if engine is None:
+        generation_config.update(eos_token_id=ends, pad_token_id=pad)
+        return ends
+    # vLLM reads the end tokens of the *path*, and none at all with `--generation-config vllm`: they do not count.
+    engine.generation_kwargs = {**(engine.generation_kwargs or {}), "stop_token_ids": list(ends), "ignore_eos": True}
+    cap = model.generation_config.max_new_tokens
+    if args.vllm_mode == "server" and cap is not None and cap < args.max_completion_length:
+        logger.warning(
+            "The policy's generation_config says max_new_tokens=%d: a vLLM server cuts every completion there, "
+            "unless it was started with `--generation-config vllm`",
+            cap,
+        )
+    return ends
 
-    accelerator: Any
-    args: Any
-    model: Any
-    pad_to_multiple_of: int | None
-    temperature: float
-    eos_token_ids: list[int]
-    max_completion_length: int
-    use_vllm: bool
-    vllm_generation: Any
-    vllm_mode: str
-    generation_config: Any
-    generation_kwargs: dict[str, Any]
-    _metrics: Any
-    _tokenizer: Any
 
-    def _set_up_sampling(self) -> None:
-        """After TRL's engines exist: what ends a completion is the same for each, and what is not scored is said."""
-        self.eos_token_ids = settle_special_tokens(self.model, self._tokenizer)
-        pad = self._tokenizer.pad_token_id
-        self.model.config.get_text_config().pad_token_id = self.model.generation_config.pad_token_id = pad
-        if unscored := unscored_settings(self.args):
-            logger.warning(
-                "%s: completions are sampled from a part of the policy's distribution, and scored, as in TRL, under "
-                "the whole of it at this temperature. Leave these out for log-probs of what was sampled",
-                ", ".join(unscored),
-            )
-        if not self.use_vllm:
-            ids = {"eos_token_id": self.eos_token_ids, "pad_token_id": pad}
-            self.generation_kwargs.update(ids)
-            self.generation_config.update(**ids)
-            return
-        # vLLM reads the end tokens of the *path*, and none at all with `--generation-config vllm`: they do not count.
-        engine = self.vllm_generation
-        ends = {"stop_token_ids": list(self.eos_token_ids), "ignore_eos": True}
-        engine.generation_kwargs = {**(engine.generation_kwargs or {}), **ends}
-        cap = self.model.generation_config.max_new_tokens
-        if self.vllm_mode == "server" and cap is not None and cap < self.max_completion_length:
-            logger.warning(
-                "The policy's generation_config says max_new_tokens=%d: a vLLM server cuts every completion there, "
-                "unless it was started with `--generation-config vllm`",
-                cap,
-            )
-
-    def _generate_single_turn(self, prompt_ids: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        if self.use_vllm:
-            return super()._generate_single_turn(prompt_ids, *args, **kwargs)
-        policy = self.accelerator.unwrap_model(self.model)
-        with own_settings_aside(policy):
-            return self._generate_here(policy, prompt_ids, *args, **kwargs)
-
-    def _generate_here(self, policy: Any, prompt_ids: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        wanted = self.args.loss_type == "minirl" or self.args.routing_replay != "off"
-        packed = self.args.use_transformers_continuous_batching
-        if not wanted or packed or not self.model.training:
-            return super()._generate_single_turn(prompt_ids, *args, **kwargs)
-        policy = policy.get_base_model() if is_peft_model(policy) else policy  # whose own `generate` PEFT calls
-        width = prompt_width(prompt_ids, self.pad_to_multiple_of)
-        with SampledLogProbs(policy, self.temperature, width) as sampled:
-            completion_ids, logprobs = super()._generate_single_turn(prompt_ids, *args, **kwargs)
-        return completion_ids, sampled.of(completion_ids) if logprobs is None else logprobs
-
-    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        batch = super()._generate_and_score_completions(inputs)
-        if {"sampling_per_token_logps", "old_per_token_logps"} <= batch.keys():
-            mask = batch["completion_mask"] * batch.get("tool_mask", 1)
-            sums = mismatch_sums(batch["sampling_per_token_logps"], batch["old_per_token_logps"], mask)
-            mode = "train" if self.model.training else "eval"
-            sums = self.accelerator.reduce(sums, reduction="sum")
-            for name, value in mismatch_metrics(sums).items():
-                self._metrics[mode][f"sampling/{name}"].append(value)
-        return batch
+def batch_mismatch(batch: dict[str, Any], reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
+    """`mismatch_metrics` of a generation batch where it has both log-probs; `reduce` sums over ranks."""
+    if not {"sampling_per_token_logps", "old_per_token_logps"} <= batch.keys():
+        return {}
+    mask = batch["completion_mask"] * batch.get("tool_mask", 1)
+    sums = mismatch_sums(batch["sampling_per_token_logps"], batch["old_per_token_logps"], mask)
+    return {f"sampling/{name}": value for name, value in mismatch_metrics(reduce(sums)).items()}

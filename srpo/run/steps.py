@@ -42,51 +42,33 @@ def check_steps_made(steps: int, what: str = "the training") -> None:
         raise NoSteps(f"{what} made no step, so nothing was trained: its data gave no whole batch")
 
 
-class StepsMixin:
-    """Both checks around `train`, and rows for every evaluation, for `srpo.trainer.trainer.SRPOTrainer`."""
+def check_eval_rows(dataset: Any, args: Any, generations: int) -> None:
+    """Raise NoSteps where an evaluation would have no batch.
 
-    args: Any
-    eval_dataset: Any
-    num_generations_eval: int
-    state: Any
-    train_dataset: Any
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, *rest: Any, **kwargs: Any) -> Any:
-        if hasattr(self.train_dataset, "__len__"):
-            check_rows_of_a_batch(len(self.train_dataset), self.args)
-        if self.args.eval_strategy != "no":
-            self._check_eval_rows(self.eval_dataset)
-        if isinstance(resume_from_checkpoint, (str, Path)):
-            self._check_checkpoint(Path(resume_from_checkpoint))
-        output = super().train(resume_from_checkpoint, *rest, **kwargs)  # type: ignore[misc]
-        check_steps_made(self.state.global_step)
-        return output
-
-    def evaluate(self, eval_dataset: Any = None, *rest: Any, **kwargs: Any) -> Any:
-        given = self.eval_dataset if eval_dataset is None else eval_dataset
-        if not isinstance(given, str):
-            self._check_eval_rows(given)
-        return super().evaluate(eval_dataset, *rest, **kwargs)  # type: ignore[misc]
-
-    def _check_eval_rows(self, dataset: Any) -> None:
-        parts = dataset if isinstance(dataset, Mapping) else {"the evaluation data": dataset}
-        for name, rows in parts.items():
-            if not hasattr(rows, "__len__"):
-                continue
-            batch = self.args.per_device_eval_batch_size * self.args.world_size
-            if not len(rows) or (self.args.dataloader_drop_last and len(rows) * self.num_generations_eval < batch):
-                raise NoSteps(
-                    f"{name} has {len(rows)} rows: not one batch of {batch} completions, {self.num_generations_eval} "
-                    "per row; give more rows, a smaller per_device_eval_batch_size, or dataloader_drop_last: false"
-                )
-
-    def _check_checkpoint(self, folder: Path) -> None:
-        made = checkpoint_step(folder)
-        if 0 < self.args.max_steps < made:
+    Args:
+        dataset: rows, or several by name.
+        generations: completions per row.
+    """
+    parts = dataset if isinstance(dataset, Mapping) else {"the evaluation data": dataset}
+    for name, rows in parts.items():
+        if not hasattr(rows, "__len__"):
+            continue
+        batch = args.per_device_eval_batch_size * args.world_size
+        if not len(rows) or (args.dataloader_drop_last and len(rows) * generations < batch):
             raise NoSteps(
-                f"{folder} is of step {made} already, and max_steps is {self.args.max_steps}: raise max_steps, or "
-                "resume from an earlier checkpoint"
+                f"{name} has {len(rows)} rows: not one batch of {batch} completions, {generations} per row; give more "
+                "rows, a smaller per_device_eval_batch_size, or dataloader_drop_last: false"
             )
+
+
+def check_steps_left(folder: Path, max_steps: int) -> None:
+    """Raise NoSteps where a checkpoint is of the last step already, or a later one."""
+    made = checkpoint_step(folder)
+    if 0 < max_steps < made:
+        raise NoSteps(
+            f"{folder} is of step {made} already, and max_steps is {max_steps}: raise max_steps, or resume from an "
+            "earlier checkpoint"
+        )
 
 
 def checkpoint_step(folder: Path) -> int:

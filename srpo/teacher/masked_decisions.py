@@ -14,16 +14,17 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model
+from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from srpo.objectives import Head
+from srpo.rollout.batch import most_choices, padded_choices
 from srpo.teacher.lm_head import capture_hidden, head_of
 
 
@@ -65,13 +66,16 @@ def add_choice_head(model: PreTrainedModel, temperature: float) -> None:
     # Keep the original signature: `generate` validates its model kwargs against it.
     @functools.wraps(type(model).forward)
     def forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        choices = self.scored_choices
-        if choices is None or not kwargs.get("fused_lm_head"):
+        if self.scored_choices is None or not kwargs.get("fused_lm_head"):
             return fused_forward(*args, **kwargs)
         with capture_hidden(self) as captured:
             output = fused_forward(*args, **kwargs)
+        labels = kwargs["labels"]
+        choices, self.scored_choices = self.scored_choices.split_with_sizes(
+            [len(labels), len(self.scored_choices) - len(labels)]
+        )
         length = choices.size(1)
-        tokens = kwargs["labels"][:, -length:]
+        tokens = labels[:, -length:]
         decided = (choices >= 0).any(dim=-1) & (tokens != -100)
         hidden = captured[0][:, -1 - length : -1]  # position t predicts token t + 1
         logp, entropy = score_choices(hidden[decided], head_of(self), choices[decided], tokens[decided], temperature)
@@ -87,58 +91,31 @@ def add_choice_head(model: PreTrainedModel, temperature: float) -> None:
 
 @contextmanager
 def scored_among(model: PreTrainedModel, choices: Tensor | None) -> Iterator[None]:
-    """Inside the block the patched `model` scores its last T tokens among `choices` [B, T, A]; None: as ever."""
+    """Inside the block the patched `model` scores its last T tokens among `choices` [B, T, A]; None: as ever.
+
+    Forwards inside take consecutive rows of them: a batch may be scored in parts.
+    """
+    if choices is None:
+        yield
+        return
+    outer = model.scored_choices
     model.scored_choices = choices
     try:
         yield
     finally:
-        model.scored_choices = None
+        model.scored_choices = outer
 
 
-class ChoicesMixin:
-    """Every log-probability that a trainer scores is renormalised over the stored choices: old, new and reference."""
+def gathered_choices(rows: Sequence[Sequence[tuple[int, ...]]], multiple: int | None, device: Any) -> Tensor | None:
+    """[B, T, A] of the allowed ids of each token, as `padded_choices`; None where no rank has a restricted token.
 
-    _choices: Tensor | None = None
-    """Choices of the rows that are being scored; the rollout sets it while it scores a generation batch."""
+    A rank without restricted tokens scores choices too where another has some, as it gathers a sharded head in step.
 
-    def _add_choice_heads(self) -> None:
-        """After the model (and the reference model) have TRL's fused head."""
-        for model in filter(None, (self.model, self.ref_model)):
-            add_choice_head(self._scored_model(model), self.temperature)
-
-    def _scored_model(self, model: torch.nn.Module) -> PreTrainedModel:
-        base = self.accelerator.unwrap_model(model)
-        return base.get_base_model() if is_peft_model(base) else base
-
-    def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> Tensor:
-        self._choices = inputs.get("choices")
-        try:
-            return super()._compute_loss(model, inputs)
-        finally:
-            self._choices = None
-
-    def _get_per_token_logps_and_entropies(
-        self,
-        model: torch.nn.Module,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        logits_to_keep: int,
-        batch_size: int | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        score = functools.partial(super()._get_per_token_logps_and_entropies, model, **kwargs)
-        choices = self._choices
-        if choices is None:
-            return score(input_ids, attention_mask, logits_to_keep, batch_size)
-        parts = []
-        size = batch_size or input_ids.size(0)
-        for start in range(0, input_ids.size(0), size):
-            rows = slice(start, start + size)
-            with scored_among(self._scored_model(model), choices[rows]):
-                parts.append(score(input_ids[rows], attention_mask[rows], logits_to_keep))
-        logps, entropies, aux = zip(*parts, strict=True)
-        return (
-            torch.cat(logps),
-            None if entropies[0] is None else torch.cat(entropies),
-            None if aux[0] is None else torch.stack(aux).mean(),
-        )
+    Args:
+        rows: a completion each, one entry per token; () where there was no restriction.
+        multiple: what T is rounded up to, as TRL pads completions.
+    """
+    multiple = multiple or 1
+    length = -(-max(map(len, rows)) // multiple) * multiple
+    choices = padded_choices(rows, length, max(gather_object([most_choices(rows)])))
+    return None if choices is None else choices.to(device)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import is_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 from trl.models import prepare_deepspeed, prepare_fsdp
@@ -28,7 +28,7 @@ from trl.trainer.utils import create_model_from_path
 
 from srpo.objectives.divergence import Head
 from srpo.teacher.lm_head import completion_hidden, head_of
-from srpo.trainer.engines import load_whole
+from srpo.trainer.engines import load_whole, save_whole
 from srpo.trainer.other_weights import OtherWeights
 
 WEIGHTS = "teacher.safetensors"
@@ -149,15 +149,13 @@ class Teacher:
         if self.kind == "live":
             return
         state = self.accelerator.get_state_dict(self.model) if self.weights is None else self.weights.values
-        if self.accelerator.is_main_process:
-            # Tied weights share memory, which safetensors refuses: every tensor is written on its own.
-            save_file({name: value.detach().clone().contiguous() for name, value in state.items()}, _path(folder))
+        save_whole(state, Path(folder) / WEIGHTS, self.accelerator)
 
     def load(self, folder: str) -> None:
         """Restore what `save` wrote. Raises FileNotFoundError for a checkpoint that holds no teacher."""
         if self.kind == "live":
             return
-        path = _path(folder)
+        path = Path(folder) / WEIGHTS
         if not path.exists():
             raise FileNotFoundError(
                 f"{path} is missing: the checkpoint was not written by this objective and teacher kind ({self.kind}); "
@@ -256,7 +254,3 @@ def _snapshot(head: Head) -> Head:
     bias = None if head.bias is None else head.bias.detach().clone()
     with head.gather():
         return Head(head.weight.detach().clone(), bias, head.softcap, head.scale)
-
-
-def _path(folder: str) -> Path:
-    return Path(folder) / WEIGHTS

@@ -7,11 +7,13 @@ What a run saves can be loaded by whoever knows transformers and peft. Left to t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
 
 def gather_when_saving(args: Any) -> None:
@@ -51,3 +53,10 @@ def load_whole(model: torch.nn.Module, values: dict[str, Any]) -> None:
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
     set_model_state_dict(model, values, options=StateDictOptions(full_state_dict=True))
+
+
+def save_whole(values: Mapping[str, torch.Tensor], path: Path, accelerator: Any) -> None:
+    """Write a whole state dict that every rank has; only the main one writes."""
+    if accelerator.is_main_process:
+        # Tied weights share memory, which safetensors refuses: every tensor is written on its own.
+        save_file({name: value.detach().clone().contiguous() for name, value in values.items()}, path)

@@ -9,6 +9,7 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.utils import logging
 
+from srpo.trainer.rollouts import Rollouts
 from srpo.types import Stopped
 
 logger = logging.get_logger(__name__)
@@ -69,18 +70,16 @@ def refuse_settings_of_episodes(args: Any) -> None:
 class RunLimits(TrainerCallback):
     """Stops a run that has spent its money or loses its rollouts, with a checkpoint; ends the episodes' thread."""
 
-    def __init__(self, trainer: Any):
-        self.trainer = trainer
+    def __init__(self, rollouts: Rollouts):
+        self.rollouts = rollouts
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        reason = self.trainer._losses.verdict or self.trainer._stop_because
+        reason = self.rollouts.losses.verdict or self.rollouts.stop_because
         if reason is not None and not control.should_training_stop:
             logger.warning("The run stops, with a checkpoint: %s", reason)
             control.should_save = control.should_training_stop = True
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.trainer._episode_loop is not None:
-            self.trainer._episode_loop.close()
-            self.trainer._episode_loop = None
-        if self.trainer._losses.verdict is not None:
-            raise LostRollouts(f"{self.trainer._losses.verdict}. A checkpoint was saved in {args.output_dir}")
+        self.rollouts.close()
+        if self.rollouts.losses.verdict is not None:
+            raise LostRollouts(f"{self.rollouts.losses.verdict}. A checkpoint was saved in {args.output_dir}")

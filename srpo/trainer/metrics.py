@@ -1,12 +1,32 @@
-"""What a person needs to trust a run: metrics of the world's columns, and alarms in words."""
+"""What a person needs to trust a run: metrics of columns and rollouts, alarms in words, and the completions table.
 
+The table is written so that nothing in it and nothing around it can end a run. TRL writes the same table (parquet, W&B
+or trackio, the console) inside `log`, after the step has been paid for, and raises at the first value that a file
+format has no type for. Here every column is tried; one that cannot be written is written as text, and the values are
+counted (`records/as_text`). A writer that fails says so once and is counted (`records/failed`).
+"""
+
+import io
+import json
 import math
+import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from srpo.columns import CALLS, FORMAT_ERROR, MEMBERS
-from srpo.types import CORRECT, COST, ROUTE
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+from transformers.utils import is_rich_available, logging
+from trl.trainer import grpo_trainer
+from trl.trainer.utils import print_prompt_completions_sample
+
+from srpo.columns import CALLS, FORMAT_ERROR, MEMBERS, too_deep
+from srpo.rollout.loop import TURNS
+from srpo.types import CORRECT, COST, LOST, ROUTE, STOPS, Stop, Trajectory
+
+logger = logging.get_logger(__name__)
 
 NO_ROUTE = "none"
 ENTROPY_FLOOR = 0.05
@@ -14,6 +34,8 @@ LENGTH_FACTOR = 3.0
 MEMBER_SHARE = 0.98
 FEW_CALLS = 0.02
 REWARD_DROP = 0.2
+TRUNCATED: tuple[Stop, ...] = ("turns", "tokens", "deadline")
+"""Stops that cut a trajectory short. "budget" is the world's own ruling, as final as "done"."""
 
 
 def world_metrics(columns: Mapping[str, Sequence[Any]]) -> dict[str, float]:
@@ -128,3 +150,212 @@ class Alarms:
                 f"The held-out reward is {reward:.3f}, it was {self._best:.3f} at the best evaluation: the run may be "
                 "collapsing; keep that checkpoint (load_best_model_at_end, metric_for_best_model: eval_reward)"
             )
+
+
+@dataclass(frozen=True)
+class Account:
+    """What the other processes need to know of one rollout."""
+
+    prompt_tokens: int
+    policy_tokens: int
+    stop: Stop
+    turns: int
+    cause: str | None
+    """Of a lost rollout: member and error."""
+
+
+def account(prompt_tokens: int, policy_tokens: int, trajectory: Trajectory) -> Account:
+    cause = None
+    if trajectory.stop == "lost":
+        cause = str(trajectory.columns.get(LOST) or "no reason given")
+        member = trajectory.columns.get(ROUTE)
+        cause = cause if member is None or str(member) in cause else f"{member}: {cause}"
+    return Account(prompt_tokens, policy_tokens, trajectory.stop, trajectory.columns[TURNS], cause)
+
+
+def rollout_metrics(rows: Sequence[Account], kept: Sequence[bool]) -> dict[str, float]:
+    """Metrics of one batch of all ranks; lengths count the policy's tokens, `kept` says which rows are trained on.
+
+    completions/*           TRL's names; "clipped" and "terminated" go by the stop reason
+    rollout/turns           mean turns of the policy
+    rollout/stop/<reason>   share of the rollouts that ended so
+    rollout/dropped_share   lost, or in a group that lost too many
+    """
+    n = len(rows)
+    lengths = [row.policy_tokens for row in rows]
+    whole = [row.policy_tokens for row in rows if row.stop not in (*TRUNCATED, "lost")] or [0]
+    return {
+        "completions/mean_length": sum(lengths) / n,
+        "completions/min_length": min(lengths),
+        "completions/max_length": max(lengths),
+        "completions/clipped_ratio": sum(row.stop in TRUNCATED for row in rows) / n,
+        "completions/mean_terminated_length": sum(whole) / len(whole),
+        "completions/min_terminated_length": min(whole),
+        "completions/max_terminated_length": max(whole),
+        "rollout/turns": sum(row.turns for row in rows) / n,
+        "rollout/dropped_share": kept.count(False) / n,
+        **{f"rollout/stop/{stop}": sum(row.stop == stop for row in rows) / n for stop in STOPS},
+    }
+
+
+class Losses:
+    """Counts batches in a row of which more than `share` was lost; `verdict` is the reason to stop, if any."""
+
+    def __init__(self, share: float, batches: int):
+        self.share = share
+        self.batches = batches
+        self.streak = 0
+        self.verdict: str | None = None
+
+    def observe(self, rows: Sequence[Account]) -> str | None:
+        """Take one batch of all ranks; what was lost in it, in words, most frequent cause first."""
+        causes = Counter(row.cause for row in rows if row.stop == "lost")
+        lost = sum(causes.values())
+        self.streak = self.streak + 1 if lost > self.share * len(rows) else 0
+        if not lost:
+            return None
+        most = "; ".join(f"{n} x {cause}" for cause, n in causes.most_common(3))
+        summary = f"{lost} of {len(rows)} rollouts of the batch were lost: {most}"
+        if self.streak >= self.batches and self.verdict is None:
+            self.verdict = (
+                f"more than {self.share:.0%} of the rollouts were lost in {self.streak} batches in a row; the last: "
+                f"{summary}"
+            )
+        return summary
+
+
+class CompletionsTable:
+    """Writes what TRL's `log` would."""
+
+    def __init__(self, args: Any) -> None:
+        self.args = args
+        self.failed = 0
+        self._said: frozenset[str] = frozenset()
+
+    def take(self, kept: Mapping[str, Any], step: int, logs: dict[str, float]) -> dict[str, list[Any]]:
+        """The table of what TRL has `kept` in its `_logs`; what could not be written as it is is counted in `logs`."""
+        strip = grpo_trainer.strip_images_from_messages
+        rows = len(kept["prompt"])
+        columns = {
+            "step": [step] * rows,
+            "prompt": [strip(messages) for messages in kept["prompt"]],
+            "completion": [strip(messages) for messages in kept["completion"]],
+            **kept["rewards"],
+            **kept["extra"],
+            "advantage": kept["advantages"],
+        }
+        # A column that was first logged in a later batch than others of the table has no value for their rows.
+        table, texts = writable_table(
+            {name: [None] * (rows - len(values)) + list(values)[-rows:] for name, values in columns.items()}
+        )
+        if texts:
+            logs["records/as_text"] = float(sum(texts.values()))
+            self.say(f"columns {', '.join(texts)} hold values that no table can, which are written as text", step)
+        if self.failed:
+            logs["records/failed"] = float(self.failed)
+        return table
+
+    def write(self, table: Mapping[str, list[Any]], kept: Mapping[str, Any], step: int) -> None:
+        """To every place that the settings name; a failure is counted."""
+        frame = pd.DataFrame(table)
+        folder = os.path.join(self.args.output_dir, "completions")
+        path = os.path.join(folder, f"completions_{step:05d}.parquet")
+
+        def show() -> None:
+            print_prompt_completions_sample(
+                table["prompt"],
+                table["completion"],
+                {name: table[name] for name in kept["rewards"]},
+                table["advantage"],
+                step,
+                self.args.num_completions_to_print,
+                extra={name: table[name] for name in kept["extra"]},
+            )
+
+        self._attempt("writing the parquet file", step, lambda: _write_parquet(frame, folder, path))
+        if is_rich_available():
+            self._attempt("printing completions", step, show)
+        reports, images = self.args.report_to or (), kept["images"]
+        if "wandb" in reports and grpo_trainer.wandb.run is not None:
+            report = self._reporter(grpo_trainer.wandb, frame, images)
+            self._attempt("the completions table of wandb", step, report)
+        if "trackio" in reports:
+            report = self._reporter(grpo_trainer.trackio, frame, images)
+            self._attempt("the completions table of trackio", step, report)
+
+    def _reporter(self, backend: Any, frame: pd.DataFrame, images: Any) -> Callable[[], None]:
+        def report() -> None:
+            shown = frame
+            if images:
+                pictures = [[backend.Image(image) for image in found] if found else [] for found in images]
+                shown = pd.concat([shown, pd.Series(pictures, name="image")], axis=1)
+            if self.args.log_unique_prompts:
+                shown = shown[~shown["prompt"].astype(str).duplicated()]  # prompts may be lists of messages
+            backend.log({"completions": backend.Table(dataframe=shown)})
+
+        return report
+
+    def _attempt(self, what: str, step: int, write: Callable[[], None]) -> None:
+        try:
+            write()
+        except Exception as error:
+            self.failed += 1
+            self.say(f"{what} failed, and the run goes on: {type(error).__name__}: {error}", step)
+
+    def say(self, message: str, step: int) -> None:
+        """A warning, once for each text before its colon."""
+        kind = message.split(":")[0]
+        if kind not in self._said:
+            self._said |= {kind}
+            logger.warning("Completions table, step %d: %s", step, message)
+
+
+def writable_table(table: Mapping[str, Sequence[Any]]) -> tuple[dict[str, list[Any]], dict[str, int]]:
+    """The columns as parquet can hold them, and for those that it cannot, how many values became text.
+
+    A column of a table has one type. Where its values have none in common, or none that parquet knows, every value but
+    None is written as text: a text as it is (lone surrogates escaped), anything else as JSON, or as Python shows it.
+    """
+    found: dict[str, list[Any]] = {}
+    texts: dict[str, int] = {}
+    for name, values in table.items():
+        found[name] = list(values)
+        if not _has_type(name, found[name]):
+            found[name] = [_as_text(value) for value in values]
+            texts[name] = sum(old is not new for old, new in zip(values, found[name], strict=True))
+    return found, texts
+
+
+def _has_type(name: str, values: list[Any]) -> bool:
+    if any(too_deep(value) for value in values):
+        return False
+    try:
+        pq.write_table(pa.Table.from_pandas(pd.DataFrame({name: values})), io.BytesIO())
+    except Exception:  # pyarrow raises a dozen kinds, the values' own methods any
+        return False
+    return True
+
+
+def _as_text(value: Any) -> str | None:
+    if value is None:
+        return None
+    if isinstance(value, str):
+        try:
+            value.encode("utf-8")
+            return value
+        except UnicodeEncodeError:
+            return value.encode("utf-8", "backslashreplace").decode("utf-8")
+    try:
+        return json.dumps(value)
+    except Exception:
+        try:
+            return repr(value).encode("utf-8", "backslashreplace").decode("utf-8")
+        except Exception:
+            return f"<{type(value).__name__}>"
+
+
+def _write_parquet(frame: pd.DataFrame, folder: str, path: str) -> None:
+    os.makedirs(folder, exist_ok=True)
+    draft = f"{path}.part"
+    frame.to_parquet(draft)
+    os.replace(draft, path)  # a full disk leaves no half of a table

@@ -111,5 +111,3 @@ def _parameters_of(module: nn.Module, name: str) -> list[nn.Parameter]:
     if isinstance(found, nn.Parameter):
         return [found]
     return list(found.parameters()) if isinstance(found, nn.Module) else []
-
-

@@ -15,25 +15,22 @@ run has the one that the first run had, also where the model it was given by the
 `sync_ref_model` has moved it.
 """
 
-import inspect
-import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import is_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
-from transformers import PreTrainedModel, TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from trl import GRPOTrainer as TRLGRPOTrainer
+from transformers import PreTrainedModel
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer import grpo_trainer
 
 from srpo.teacher.teacher import plain_copy
-from srpo.trainer.engines import load_whole
+from srpo.trainer.engines import load_whole, save_whole
 from srpo.trainer.other_weights import OtherWeights
 from srpo.trainer.precision import engine_keeps_masters
 
@@ -48,120 +45,99 @@ _INPUTS = (
 )  # fmt: skip
 
 
-class ReferenceMixin:
-    """The table above, for `srpo.trainer.trainer.SRPOTrainer`; it stands last before TRL's trainer.
+class Reference:
+    """The reference policy of a trainer.
+
+    Args:
+        model: the policy.
+        ref_model: TRL's second model, if it has one.
+        own: whether the reference of a PEFT policy is what its training weights began with (`reference_of`).
 
     Attributes:
-        reference: what a PEFT policy began with; None where the reference is a model, or the policy without adapter.
+        weights: those; None where the reference is a model, or the policy without adapter.
     """
 
-    accelerator: Any
-    args: Any
-    model: Any
-    ref_model: Any
-    state: Any
-    reference: OtherWeights | None = None
-    _get_output_dir: Any
-    _get_per_token_logps_and_entropies: Any
-    _reference_is_set: bool = False
+    def __init__(self, model: Any, ref_model: Any, own: bool, accelerator: Accelerator):
+        self.model, self.ref_model, self.accelerator = model, ref_model, accelerator
+        self.weights = OtherWeights(model) if own else None
+        self._begun = not own
 
-    def __init__(self, model: Any, reward_funcs: Any = None, args: Any = None, *rest: Any, **kwargs: Any):
-        beta = args.beta
-        given = inspect.signature(TRLGRPOTrainer).bind(model, reward_funcs, args, *rest, **kwargs)
-        new_adapter = given.arguments.get("peft_config")
-        own_adapter = not isinstance(model, str) and is_peft_model(model)
-        if beta == 0.0 or not (own_adapter or new_adapter is not None):
-            with _own_reference(model, not engine_keeps_masters(args)) if beta else nullcontext():
-                super().__init__(model, reward_funcs, args, *rest, **kwargs)  # type: ignore[call-arg]
-            return
-        if args.sync_ref_model:
-            raise ValueError(
-                "sync_ref_model moves a second model, and the reference of a PEFT policy is none: set sync_ref_model: "
-                "false, or train all weights"
-            )
-        args.beta = 0.0  # TRL's way of keeping a reference for PEFT is not wanted
-        try:
-            super().__init__(model, reward_funcs, args, *rest, **kwargs)  # type: ignore[call-arg]
-        finally:
-            args.beta = beta
-        self.beta = beta
-        if own_adapter or not _without_it_as_given(new_adapter):
-            self.reference = OtherWeights(self.model)
-            self.add_callback(_AtStart(self))  # type: ignore[attr-defined]
+    def begin(self) -> None:
+        """Call when training begins: engines may only now have given all ranks the same weights to start from."""
+        if not self._begun:
+            self.weights = OtherWeights(self.accelerator.unwrap_model(self.model))
+        self._begun = True
 
-    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        if self.reference is None:
-            return super()._generate_and_score_completions(inputs)  # type: ignore[misc]
-        beta, self.beta = self.beta, 0.0  # TRL's reference would be the model without its adapter
-        try:
-            batch = super()._generate_and_score_completions(inputs)  # type: ignore[misc]
-        finally:
-            self.beta = beta
-        batch["ref_per_token_logps"] = self._reference_logps(batch)
-        return batch
-
-    def _reference_logps(self, batch: dict[str, Any]) -> Tensor:
-        assert self.reference is not None
+    def logps(self, batch: dict[str, Any], score: Callable[..., Any], args: Any) -> Tensor:
+        """[B, T] of a batch under `weights`, by the trainer's own scoring."""
+        assert self.weights is not None
         ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
         attention = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
-        training = self.model.training
-        size = self.args.per_device_train_batch_size if training else self.args.per_device_eval_batch_size
+        size = args.per_device_train_batch_size if self.model.training else args.per_device_eval_batch_size
         extra = {name: batch[name] for name in _INPUTS if name in batch}
         with (
             torch.no_grad(),
-            disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs),
-            self.reference.put_into(self.accelerator.unwrap_model(self.model)),
+            disable_gradient_checkpointing(self.model, args.gradient_checkpointing_kwargs),
+            self.weights.put_into(self.accelerator.unwrap_model(self.model)),
         ):
             length = batch["completion_ids"].size(1)
-            return self._get_per_token_logps_and_entropies(
-                self.model, ids, attention, length, batch_size=size, **extra
-            )[0]
+            scored: Tensor = score(self.model, ids, attention, length, batch_size=size, **extra)[0]
+            return scored
 
-    # ------------------------------------------------------------------------------------------- checkpoints
-
-    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)  # type: ignore[misc]
-        if self.args.save_only_model or (self.reference is None and self.ref_model is None):
+    def save(self, folder: str) -> None:
+        """Write it into a checkpoint folder; every rank calls this, the main one writes."""
+        if self.weights is None and self.ref_model is None:
             return
-        folder = os.path.join(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-        if self.reference is not None:
-            values = self.reference.values
-        else:
-            values = self.accelerator.get_state_dict(self.ref_model)
-        if self.accelerator.is_main_process:
-            # Tied weights share memory, which safetensors refuses: every tensor is written on its own.
-            save_file(
-                {name: value.detach().clone().contiguous() for name, value in values.items()}, Path(folder) / WEIGHTS
-            )
+        values = self.accelerator.get_state_dict(self.ref_model) if self.weights is None else self.weights.values
+        save_whole(values, Path(folder) / WEIGHTS, self.accelerator)
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
-        if checkpoint is None or (self.reference is None and self.ref_model is None):
+    def load(self, folder: str) -> None:
+        """Restore what `save` wrote. Raises FileNotFoundError for a checkpoint without a reference."""
+        if self.weights is None and self.ref_model is None:
             return
-        path = Path(checkpoint) / WEIGHTS
+        path = Path(folder) / WEIGHTS
         if not path.exists():
             raise FileNotFoundError(
                 f"{path} is missing: the checkpoint was written without beta > 0, or by an older version, and holds "
                 "no reference policy; resume with the recipe that wrote it, or start a new run from its weights"
             )
-        if self.reference is not None:
-            self.reference.load(load_file(path), path)
-            self._reference_is_set = True
+        if self.weights is not None:
+            self.weights.load(load_file(path), path)
+            self._begun = True
         else:
             load_whole(self.accelerator.unwrap_model(self.ref_model), load_file(path))
 
 
-class _AtStart(TrainerCallback):
-    """Engines may only now have given all ranks the same weights to start from."""
+@contextmanager
+def reference_of(model: Any, new_adapter: Any, args: Any) -> Iterator[bool]:
+    """Around the constructor of TRL's trainer: it makes the reference above, or none.
 
-    def __init__(self, trainer: Any):
-        self.trainer = trainer
+    Args:
+        model: as it is given to the trainer.
+        new_adapter: its `peft_config`.
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        trainer = self.trainer
-        if not trainer._reference_is_set:
-            trainer.reference = OtherWeights(trainer.accelerator.unwrap_model(trainer.model))
-            trainer._reference_is_set = True
+    Yields:
+        Whether the trainer must keep what the weights that train began with.
+
+    Raises:
+        ValueError: `sync_ref_model` with a PEFT policy.
+    """
+    beta = args.beta
+    own_adapter = not isinstance(model, str) and is_peft_model(model)
+    if beta == 0.0 or not (own_adapter or new_adapter is not None):
+        with _own_reference(model, not engine_keeps_masters(args)) if beta else nullcontext():
+            yield False
+        return
+    if args.sync_ref_model:
+        raise ValueError(
+            "sync_ref_model moves a second model, and the reference of a PEFT policy is none: set sync_ref_model: "
+            "false, or train all weights"
+        )
+    args.beta = 0.0  # TRL's way of keeping a reference for PEFT is not wanted
+    try:
+        yield own_adapter or not _without_it_as_given(new_adapter)
+    finally:
+        args.beta = beta
 
 
 def _without_it_as_given(config: Any) -> bool:

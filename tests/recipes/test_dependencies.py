@@ -99,7 +99,7 @@ def test_the_direction_of_imports(path: Path) -> None:
         ("from routers.tasks.think_route.world import make_pool", "routers.serving.x", 0),
         ("from routers.tasks.think_route.world import make_pool", "routers.tasks.query_routing.task", 1),
         ("from routers.tasks.query_routing.world import x", "routers.tasks.query_routing.task", 0),
-        ("from . import normaliser\nfrom .grpo import loss", "srpo.objectives.srpo", 0),
+        ("from . import sdpo\nfrom .grpo import token_loss", "srpo.objectives.srpo", 0),
         ("from ...routers import table", "srpo.objectives.srpo", 1),
     ],
 )

@@ -13,7 +13,7 @@ from episode_worlds import ScriptedEnvironment
 from srpo.checks import check_rows
 from srpo.columns import INTERNAL, checked_columns, repaired_value
 from srpo.rollout.untrusted import without_control_tokens
-from srpo.trainer.completions_table import writable_table
+from srpo.trainer.metrics import writable_table
 from srpo.types import Observation
 from srpo.well_formed import well_formed
 
@@ -135,7 +135,7 @@ def test_the_rollouts_own_columns_cannot_be_a_datasets_or_an_episodes(tmp_path, 
     made = trainer(args, rollout_func=None, environment=Own())
     with pytest.raises(ValueError, match=f"column '{column}'"):
         made.train()
-    made._episode_loop.close()
+    made.rollouts.close()
 
 
 def test_dataset_and_world_may_repeat_but_not_contradict_each_other(tmp_path):
@@ -178,7 +178,7 @@ def test_metrics_of_others_keep_out_of_ours(tmp_path, name, value):
     made = trainer(config(tmp_path, objective="grpo"), rollout_func=None, environment=Own())
     with pytest.raises(ValueError, match=f"the environment's metrics: .*'{name}'"):
         made.train()
-    made._episode_loop.close()
+    made.rollouts.close()
 
 
 # ----------------------------------------------------------------------------------- values that no table can hold

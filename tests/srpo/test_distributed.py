@@ -37,11 +37,11 @@ def test_two_processes_take_the_step_of_one(two_processes, tmp_path, case):
 
     for step, plan in enumerate(record["plans"]):
         parts = [rank["plans"][step] for rank in ranks]
-        for key in ("routed", "shown", "notes"):
+        for key in ("distilled", "shown", "notes"):
             assert parts[0][key] + parts[1][key] == plan[key], "the ranks decided otherwise than one process"
-        assert any(plan["routed"]) and not all(plan["routed"])
+        assert any(plan["distilled"]) and not all(plan["distilled"])
         if case.startswith("idle"):
-            assert any(parts[0]["routed"]) and not any(parts[1]["routed"]) and len(parts[1]["routed"]) == HALF
+            assert any(parts[0]["distilled"]) and not any(parts[1]["distilled"]) and len(parts[1]["distilled"]) == HALF
         if case == "feedback":
             assert any(plan["notes"]) and any(plan["shown"])
 
@@ -71,8 +71,8 @@ def test_sharded_ranks_distil_in_step(tmp_path):
     for case in SHARDED:
         _, record = run(tmp_path / "alone", case, 1)
         ranks = [json.loads((tmp_path / f"{case}_rank{r}.json").read_text()) for r in (0, 1)]
-        assert not case.count("idle") or not any(any(plan["routed"]) for plan in ranks[1]["plans"])
+        assert not case.count("idle") or not any(any(plan["distilled"]) for plan in ranks[1]["plans"])
         logs, theirs = ([e for e in r["log"] if "loss" in e] for r in (record, ranks[0]))
-        for name in ("loss", "grad_norm", "srpo/routed_share"):
+        for name in ("loss", "grad_norm", "srpo/distilled_share"):
             expected = pytest.approx([e[name] for e in logs], rel=1e-4, abs=1e-6)
             assert [e[name] for e in theirs] == expected, (case, name)

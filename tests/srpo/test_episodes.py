@@ -185,7 +185,7 @@ def test_distilling_objectives_take_losses_too(tmp_path, objective):
     outcomes = [1.0, 0.0, RuntimeError("x"), 0.0]
     made = made_trainer(tmp_path, Graded(outcomes), objective=objective, max_steps=2)
     made.train()
-    assert all(x > 0 for x in logged(made, "srpo/routed_share"))
+    assert all(x > 0 for x in logged(made, "srpo/distilled_share"))
     assert all(torch.isfinite(p).all() for p in made.model.parameters())
 
 
@@ -293,8 +293,8 @@ def test_a_demonstration_is_the_transcript_of_a_sibling_that_was_not_cut(tmp_pat
             return made
 
     made = made_trainer(tmp_path, Cut([1.0, 1.0, 0.0, 0.0]), objective="sdpo", max_turns=2)
-    plans, route = [], made._route
-    made._route = lambda mask: plans.append(route(mask)) or plans[-1]
+    plans, plan = [], made.distiller.plan
+    made.distiller.plan = lambda *given: plans.append(plan(*given)) or plans[-1]
     scored(made)
     shown = plans[0].demonstrations
     assert all("the world says so" in text for text in shown if text)
@@ -305,7 +305,7 @@ def test_evaluation_plays_episodes_too(tmp_path):
     made = made_trainer(tmp_path, Graded([1.0, RuntimeError("x")]), max_completion_length=90)
     found = made.evaluate(made.train_dataset.select(range(4)))
     assert found["eval_rollout/stop/lost"] == 0.5 and found["eval_reward"] == 1.0
-    assert not made._losses.streak, "losses of an evaluation do not stop a run"
+    assert not made.rollouts.losses.streak, "losses of an evaluation do not stop a run"
 
 
 def test_seeds_are_names():

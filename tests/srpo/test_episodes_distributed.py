@@ -65,7 +65,7 @@ def test_a_rank_without_a_decision_beside_one_that_distils_them(two, tmp_path, c
     ranks = compared(two, case, tmp_path)
     some = all if case == "decisions" else any  # half of the groups are gone, those left need a success too
     for record in ranks:
-        assert some(entry["srpo/routed_share"] > 0 for entry in record["log"] if "loss" in entry)
+        assert some(entry["srpo/distilled_share"] > 0 for entry in record["log"] if "loss" in entry)
 
 
 @pytest.mark.slow

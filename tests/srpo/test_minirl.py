@@ -26,9 +26,9 @@ def gradient(**changes):
         "mask": torch.ones(2, 2),
         **changes,
     }
-    output = minirl.loss(**inputs, normaliser=NORMALISER)
+    output = minirl.surrogate(**inputs, normaliser=NORMALISER)
     output.loss.backward()
-    return output.loss.item(), inputs["logp"].grad, {name: int(value) for name, value in output.metrics.items()}
+    return output.loss.item(), inputs["logp"].grad, {name: int(value) for name, value in output.tokens.items()}
 
 
 def test_two_responses_by_hand():
@@ -58,7 +58,7 @@ def test_the_band_is_inclusive_and_one_sided():
     for sign, kept in ((1.0, [True, True, True, False]), (-1.0, [False, True, True, True])):
         leaf = logp.clone().requires_grad_()
         advantages = torch.tensor([sign], dtype=torch.float64)
-        minirl.loss(leaf, old, old, advantages, torch.ones(1, 4), normaliser=1.0).loss.backward()
+        minirl.surrogate(leaf, old, old, advantages, torch.ones(1, 4), normaliser=1.0).loss.backward()
         assert (leaf.grad != 0).tolist() == [kept]
 
 
@@ -79,11 +79,11 @@ def test_with_the_sampler_equal_to_pi_old_the_gradient_is_dr_grpo_s():
     old = torch.randn(6, 9, dtype=torch.float64) - 2
     logp = (old + 0.4 * torch.randn_like(old)).requires_grad_()
     advantages, mask = torch.randn(6, dtype=torch.float64), (torch.rand(6, 9) > 0.2).long()
-    ours = minirl.loss(logp, old, old, advantages, mask, normaliser=54.0)
+    ours = minirl.surrogate(logp, old, old, advantages, mask, normaliser=54.0)
     (grad,) = torch.autograd.grad(ours.loss, logp)
     surrogate = token_loss(logp, old, advantages, mask, epsilon_low=0.2, epsilon_high=0.27)  # bitwise TRL's
     (theirs,) = torch.autograd.grad((surrogate * mask).sum() / 54.0, logp)
-    assert ours.metrics["clip_low"] > 0 and ours.metrics["clip_high"] > 0 and ours.metrics["truncated"] == 0
+    assert ours.tokens["clip_low"] > 0 and ours.tokens["clip_high"] > 0 and ours.tokens["truncated"] == 0
     assert torch.allclose(grad, theirs, rtol=1e-12, atol=1e-15) and grad.abs().max() > 0
 
 

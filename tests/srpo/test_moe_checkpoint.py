@@ -4,7 +4,7 @@ import torch
 from core_helpers import config, equal, model, trainer, weights
 from replay_cases import moe, reward
 
-from srpo.trainer.moe_checkpoint import load_renamed_weights, saved_names
+from srpo.trainer.checkpoint import load_renamed_weights, saved_names
 
 
 def test_the_experts_come_back(tmp_path):

@@ -12,7 +12,8 @@ import torch
 from objectives_cases import Case, counts, ragged
 from torch import Tensor
 
-from srpo.objectives import OBJECTIVES, LossConfig, TokenBatch, entropy_weights, grpo, normaliser, sdpo, srpo
+from srpo.objectives import OBJECTIVES, LossConfig, TokenBatch, entropy_weights, grpo, sdpo, srpo
+from srpo.objectives.batch import per_step, sequence_mean, token_mean
 
 D = torch.float64
 ONE_ROW = torch.ones(1, 3, dtype=torch.long)
@@ -30,7 +31,7 @@ def batch(**changes: object) -> TokenBatch:
         "old_logp": logp.detach().clone(),
         "mask": torch.tensor([[1, 1], [1, 1]]),
         "advantages": t(1.0, -1.0),
-        "routed": torch.tensor([False, True]),
+        "distilled": torch.tensor([False, True]),
         "divergence": t([0.0, 0.0], [0.3, 0.5]).requires_grad_(),
         "weights": t([0.0, 0.0], [1.5, 0.5]),
         "counts": counts(4, 2, 2),
@@ -38,30 +39,30 @@ def batch(**changes: object) -> TokenBatch:
     return TokenBatch(**(fields | changes))  # type: ignore[arg-type]
 
 
-# --- normaliser ------------------------------------------------------------------------------------------------------
+# --- denominators ----------------------------------------------------------------------------------------------------
 
 
 def test_means_by_hand() -> None:
     x = t([1.0, 2.0, 4.0], [8.0, 16.0, 32.0])
     mask = torch.tensor([[1, 1, 0], [0, 0, 1]])
-    assert normaliser.token_mean(x, mask, t(10.0)[0]).item() == 3.5  # (1 + 2 + 32) / 10
-    assert normaliser.sequence_mean(x, mask, t(5.0)[0]).item() == 6.7  # ((1 + 2)/2 + 32/1) / 5 = 33.5 / 5
-    assert normaliser.token_mean(x, mask * 0, t(0.0)[0]).item() == 0.0
-    assert normaliser.sequence_mean(x, mask * 0, t(0.0)[0]).item() == 0.0
+    assert token_mean(x, mask, t(10.0)[0]).item() == 3.5  # (1 + 2 + 32) / 10
+    assert sequence_mean(x, mask, t(5.0)[0]).item() == 6.7  # ((1 + 2)/2 + 32/1) / 5 = 33.5 / 5
+    assert token_mean(x, mask * 0, t(0.0)[0]).item() == 0.0
+    assert sequence_mean(x, mask * 0, t(0.0)[0]).item() == 0.0
 
 
 def test_denominator_of_a_step_by_hand() -> None:
     # 1,200 tokens in the generation batch, 2 ranks, 4 of 8 micro-batches per step: 1200 / 2 * 4 / 8 = 300
     total = torch.tensor(1200)
-    assert normaliser.per_step(total, ranks=2, accumulation=4, steps_per_generation=8).item() == 300.0
-    assert normaliser.per_step(torch.tensor(0), ranks=4).item() == 0.25  # never a division by zero
+    assert per_step(total, ranks=2, accumulation=4, steps_per_generation=8).item() == 300.0
+    assert per_step(torch.tensor(0), ranks=4).item() == 0.25  # never a division by zero
 
 
 def test_less_than_one_token_per_rank_is_not_rounded_up() -> None:
     """One token on one of two ranks: count 1/2, loss 2 there and 0 here, mean over ranks 1."""
-    count = normaliser.per_step(torch.tensor(1), ranks=2)
-    here = normaliser.token_mean(t([1.0]), torch.tensor([[1]]), count)
-    there = normaliser.token_mean(t([1.0]), torch.tensor([[0]]), count)
+    count = per_step(torch.tensor(1), ranks=2)
+    here = token_mean(t([1.0]), torch.tensor([[1]]), count)
+    there = token_mean(t([1.0]), torch.tensor([[0]]), count)
     assert ((here + there) / 2).item() == 1.0
 
 
@@ -176,7 +177,7 @@ def test_srpo_by_hand() -> None:
     assert out.loss.item() == pytest.approx(-0.325)
     assert out.metrics["loss/grpo"].item() == pytest.approx(-0.5)
     assert out.metrics["loss/sdpo"].item() == pytest.approx(0.175)
-    assert b.logp.grad.tolist() == [[-0.25, -0.25], [0.0, 0.0]]  # -A rho / 4; the routed row's reward is not used
+    assert b.logp.grad.tolist() == [[-0.25, -0.25], [0.0, 0.0]]  # -A rho / 4; the distilled row's reward is not used
     assert b.divergence.grad.tolist() == [[0.0, 0.0], [0.375, 0.125]]  # w / 4
 
 
@@ -204,7 +205,7 @@ def test_srpo_kl_penalty_by_hand() -> None:
 
 
 def test_srpo_clip_metrics_are_shares_of_all_trained_tokens() -> None:
-    # row 0 (A = 1): rho = (1.5, 0.5): one clipped high. Row 1 (A = -1) is routed: rho = 0.5 is not a GRPO clip there,
+    # row 0 (A = 1): rho = (1.5, 0.5): one clipped high. Row 1 (A = -1) is distilled: rho = 0.5 is no GRPO clip there,
     # its 3 is above the cap of 2
     b = batch()
     b = replace(b, old_logp=b.logp.detach() - t([1.5, 0.5], [0.5, 3.0]).log())
@@ -212,7 +213,7 @@ def test_srpo_clip_metrics_are_shares_of_all_trained_tokens() -> None:
     got = {name: round(metrics[name].item(), 12) for name in ("clip_ratio/low", "clip_ratio/high", "is_clipped")}
     assert got == {"clip_ratio/low": 0.0, "clip_ratio/high": 0.25, "is_clipped": 0.25}
     assert metrics["is_ratio"].item() == pytest.approx((1.5 + 0.5 + 0.5 + 3.0) / 4)
-    low = srpo.loss(replace(b, routed=torch.tensor([False, False])), LossConfig()).metrics["clip_ratio/low"]
+    low = srpo.loss(replace(b, distilled=torch.tensor([False, False])), LossConfig()).metrics["clip_ratio/low"]
     assert low.item() == pytest.approx(0.25)
 
 
@@ -226,11 +227,11 @@ def run(case: Case, objective: str = "srpo") -> tuple[Tensor, Tensor]:
     return OBJECTIVES[objective](case.batch(), case.cfg).loss.detach(), grad
 
 
-def test_everything_routed_with_unit_weights_is_sdpo() -> None:
+def test_everything_distilled_with_unit_weights_is_sdpo() -> None:
     """The other special case: z = 1, w = 1, no KL: SRPO's joint denominator is SDPO's."""
     for seed in SEEDS:
         case = ragged(seed)
-        case.routed, case.cfg = torch.ones_like(case.routed), replace(case.cfg, beta=0.0)
+        case.distilled, case.cfg = torch.ones_like(case.distilled), replace(case.cfg, beta=0.0)
         case.weights = case.mask.to(D)
         case.counts = replace(case.counts, distilled_tokens=case.counts.tokens)
         for a, b in zip(run(case), run(case, "sdpo"), strict=True):
@@ -240,7 +241,7 @@ def test_everything_routed_with_unit_weights_is_sdpo() -> None:
 def test_beta_zero_of_the_weights_changes_nothing() -> None:
     for seed in SEEDS:
         case = ragged(seed)
-        omega = case.mask * case.routed.unsqueeze(1)
+        omega = case.mask * case.distilled.unsqueeze(1)
         case.weights = omega.to(D)
         plain = run(case)
         case.weights = entropy_weights(torch.rand(case.mask.shape, dtype=D), omega, 0.0)
@@ -252,7 +253,7 @@ def test_first_inner_step_has_zero_loss_and_a_gradient() -> None:
     case = ragged(3)
     size, length, _ = case.logits.shape
     case.mask = torch.ones(size, length, dtype=torch.long)
-    case.routed = torch.zeros(size, dtype=torch.bool)
+    case.distilled = torch.zeros(size, dtype=torch.bool)
     case.old_logp, case.sampler_ratio = case.logp().detach(), None
     case.advantages = case.advantages - case.advantages.mean()
     case.counts = counts(size * length, 0, size)
@@ -268,7 +269,7 @@ def test_equal_rewards_give_exactly_no_gradient() -> None:
     for seed in SEEDS:
         case = ragged(seed)
         case.advantages, case.cfg = torch.zeros_like(case.advantages), replace(case.cfg, beta=0.0)
-        case.routed = torch.zeros_like(case.routed)
+        case.distilled = torch.zeros_like(case.distilled)
         _, grad = run(case)
         assert torch.equal(grad, torch.zeros_like(grad))
 
@@ -277,7 +278,7 @@ def test_a_group_that_matches_its_teacher_has_no_gradient() -> None:
     """No demonstration and no EMA drift yet: teacher = student, so the distilled rows are silent."""
     for seed in SEEDS:
         case = ragged(seed, "sdpo")
-        case.teacher_logits, case.routed = case.logits.detach().clone(), torch.ones_like(case.routed)
+        case.teacher_logits, case.distilled = case.logits.detach().clone(), torch.ones_like(case.distilled)
         case.weights = case.mask.to(D)
         loss, grad = run(case, "sdpo")
         assert abs(loss.item()) <= 1e-13
@@ -289,7 +290,7 @@ def test_the_order_of_the_completions_does_not_matter(objective: str) -> None:
     for seed in SEEDS:
         case = ragged(seed, objective)
         loss, grad = run(case, objective)
-        order = torch.randperm(len(case.routed), generator=torch.Generator().manual_seed(seed))
+        order = torch.randperm(len(case.distilled), generator=torch.Generator().manual_seed(seed))
         shuffled, shuffled_grad = run(rows(case, order), objective)
         assert torch.allclose(loss, shuffled, atol=1e-14)
         assert torch.allclose(grad[order], shuffled_grad, atol=1e-14)
@@ -328,7 +329,7 @@ def rows(case: Case, index: Tensor | slice) -> Case:
     """The case restricted to some rows, with the counts of the whole step."""
     cut = {
         name: getattr(case, name)[index]
-        for name in ("teacher_logits", "ids", "mask", "old_logp", "ref_logp", "advantages", "routed", "weights")
+        for name in ("teacher_logits", "ids", "mask", "old_logp", "ref_logp", "advantages", "distilled", "weights")
     }
     tis = None if case.sampler_ratio is None else case.sampler_ratio[index]
     return replace(case, logits=case.logits.detach()[index].requires_grad_(), sampler_ratio=tis, **cut)
@@ -341,10 +342,10 @@ def test_the_split_into_micro_batches_and_ranks_does_not_matter(objective: str, 
     compared = 0
     for seed in range(200):
         case = ragged(seed, objective)
-        size = len(case.routed)
+        size = len(case.distilled)
         if size < 2 or not case.mask.any():
             continue
-        omega = case.mask * case.routed.unsqueeze(1)
+        omega = case.mask * case.distilled.unsqueeze(1)
         case.counts = counts(float(case.mask.sum()), float(omega.sum()), size)
         whole = OBJECTIVES[objective](case.batch(), case.cfg)
         (grad,) = torch.autograd.grad(whole.loss, case.logits)
@@ -372,9 +373,9 @@ def test_a_batch_without_a_trained_token_is_a_connected_zero(objective: str, agg
     cfg = LossConfig(aggregation=aggregation)
     for b in (
         batch(mask=torch.zeros(2, 2), counts=counts(0, 0, 2)),
-        batch(mask=torch.zeros(2, 2), counts=counts(0, 0, 0), routed=torch.tensor([True, True])),
-        batch(mask=torch.zeros(2, 2), counts=counts(0, 0, 2), divergence=None, routed=torch.tensor([False, False])),
-        batch(mask=torch.zeros(2, 2), counts=counts(9, 9, 2), divergence=None),  # routed, but truncated and masked out
+        batch(mask=torch.zeros(2, 2), counts=counts(0, 0, 0), distilled=torch.tensor([True, True])),
+        batch(mask=torch.zeros(2, 2), counts=counts(0, 0, 2), divergence=None, distilled=torch.tensor([False, False])),
+        batch(mask=torch.zeros(2, 2), counts=counts(9, 9, 2), divergence=None),  # truncated and masked out
     ):
         out = OBJECTIVES[objective](b, cfg)
         out.loss.backward()
@@ -383,15 +384,15 @@ def test_a_batch_without_a_trained_token_is_a_connected_zero(objective: str, agg
         assert all(torch.isfinite(x) for x in out.metrics.values())
 
 
-def test_sdpo_without_a_routed_row_is_a_connected_zero() -> None:
-    b = batch(divergence=None, routed=torch.tensor([False, False]), counts=counts(4, 0, 2))
+def test_sdpo_without_a_distilled_row_is_a_connected_zero() -> None:
+    b = batch(divergence=None, distilled=torch.tensor([False, False]), counts=counts(4, 0, 2))
     out = sdpo.loss(b, LossConfig())
     out.loss.backward()
     assert out.loss.item() == 0.0
     assert torch.equal(b.logp.grad, torch.zeros(2, 2, dtype=D))
 
 
-def test_an_exploding_ratio_in_a_routed_row_stays_out_of_the_reward_branch() -> None:
+def test_an_exploding_ratio_in_a_distilled_row_stays_out_of_the_reward_branch() -> None:
     """log pi - log pi_old = 800 overflows exp; distilled rows clamp it, and nothing turns into 0 * inf."""
     b = batch()
     b = replace(b, old_logp=b.logp.detach() - t([0.0, 0.0], [800.0, 0.0]))

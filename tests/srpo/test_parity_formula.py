@@ -60,7 +60,7 @@ def reference(case: Case, objective: str) -> tuple[float, np.ndarray]:
     z = case.logits.detach().numpy() / case.temperature
     zt = case.teacher_logits.numpy() / case.temperature
     mask, old, ref = case.mask.numpy(), case.old_logp.numpy(), case.ref_logp.numpy()
-    w, routed, A = case.weights.numpy(), case.routed.numpy(), case.advantages.numpy()
+    w, distilled, A = case.weights.numpy(), case.distilled.numpy(), case.advantages.numpy()
     size, length, vocab = z.shape
     total, grad = 0.0, np.zeros_like(z)
     for i in range(size):
@@ -80,7 +80,7 @@ def reference(case: Case, objective: str) -> tuple[float, np.ndarray]:
             tis = 1.0 if case.sampler_ratio is None else float(case.sampler_ratio.expand(size, length)[i, t])
             d_logp = np.zeros(length)  # derivative of this token's loss with respect to every log-prob of the row
             value = 0.0
-            if routed[i]:
+            if distilled[i]:
                 D, dD = divergence(z[i, t], zt[i, t], case)
                 ratio = 1.0 if cfg.is_clip is None else min(np.exp(np.clip(logp[t] - old[i, t], -20, 20)), cfg.is_clip)
                 value = w[i, t] * D * ratio * tis
@@ -128,7 +128,8 @@ def test_loss_and_gradient_equal_the_formula(objective: str) -> None:
 
 def test_the_reference_would_notice_a_wrong_constant() -> None:
     """A parity test that cannot fail is worthless: weights that are off by 1e-4 must show."""
-    case = next(c for c in (ragged(s) for s in range(CASES)) if c.routed.any() and not c.routed.all() and c.mask.all())
+    cases = (ragged(s) for s in range(CASES))
+    case = next(c for c in cases if c.distilled.any() and not c.distilled.all() and c.mask.all())
     value, _ = reference(case, "srpo")
     case.weights = case.weights * 1.0001
     assert abs(OBJECTIVES["srpo"](case.batch(), case.cfg).loss.item() - value) > 1e-7

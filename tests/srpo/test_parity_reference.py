@@ -48,7 +48,7 @@ def released_loss(case: Case, token_mean: bool) -> Tensor:
         per_token = per_token * torch.exp(log_ratio).clamp(max=case.cfg.is_clip)
     if case.sampler_ratio is not None:
         per_token = per_token * case.sampler_ratio
-    mask = case.mask * case.routed.unsqueeze(1)
+    mask = case.mask * case.distilled.unsqueeze(1)
     if token_mean:
         return (per_token * mask).sum() / mask.sum().clamp(min=1)
     return ((per_token * mask).sum(-1) / mask.sum(-1).clamp(min=1)).mean()
@@ -58,9 +58,9 @@ def compare(token_mean: bool, cases: int) -> tuple[int, float]:
     compared, worst = 0, 0.0
     for seed in range(cases):
         case = ragged(seed, "sdpo")
-        omega = case.mask * case.routed.unsqueeze(1)
+        omega = case.mask * case.distilled.unsqueeze(1)
         case.weights = omega.to(case.logits.dtype)  # plain SDPO has no weights
-        case.counts = counts(1, float(omega.sum()), len(case.routed))  # one micro-batch is the step
+        case.counts = counts(1, float(omega.sum()), len(case.distilled))  # one micro-batch is the step
         case.cfg = replace(case.cfg, aggregation="token" if token_mean else "sequence_mean")
         ours = sdpo.loss(case.batch(), case.cfg).loss
         theirs = released_loss(case, token_mean)
@@ -89,11 +89,11 @@ def test_sampled_token_estimator() -> None:
     """`full_logit_distillation=False`: sg(log pi - log q) log pi, then the rest of the path."""
     for seed in range(200):
         case = ragged(seed, "sdpo")
-        if not case.routed.any():
+        if not case.distilled.any():
             continue
         base = case.batch()
         logp, teacher = base.logp, case.ref_logp  # any log-probs of the sampled tokens
-        omega = case.mask * case.routed.unsqueeze(1)
+        omega = case.mask * case.distilled.unsqueeze(1)
         case.cfg = replace(case.cfg, aggregation="token", is_clip=2.0)
         batch = replace(
             base,

@@ -18,7 +18,8 @@ from trl.experimental.sdpo import loss_utils as trl_sdpo
 from trl.experimental.sdpo.sdpo_trainer import SDPOTrainer
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
-from srpo.objectives import Counts, Head, LossConfig, hidden_divergence, normaliser, sdpo, srpo, topk_divergence
+from srpo.objectives import Counts, Head, LossConfig, hidden_divergence, sdpo, srpo, topk_divergence
+from srpo.objectives.batch import per_step
 from srpo.objectives.divergence import divergence, with_tail
 
 CASES = 250
@@ -141,7 +142,7 @@ def trl_sdpo_loss(case: Case) -> Tensor:
         student_logits=case.logits,
         teacher_logits=case.teacher_logits,
         completion_ids=case.ids,
-        loss_mask=case.mask * case.routed.unsqueeze(1),
+        loss_mask=case.mask * case.distilled.unsqueeze(1),
     )
     model = SimpleNamespace(training=True)
     inputs = {"old_per_token_logps": case.old_logp}
@@ -156,8 +157,8 @@ def test_sequence_mean_is_trls_sdpo_trainer() -> None:
         case.temperature, case.sampler_ratio = 1.0, None
         if case.top_k == vocab:
             case.top_k = None  # TRL would add an empty tail of mass 1e-7
-        case.weights = (case.mask * case.routed.unsqueeze(1)).double()
-        case.counts = counts(1, 1, len(case.routed))
+        case.weights = (case.mask * case.distilled.unsqueeze(1)).double()
+        case.counts = counts(1, 1, len(case.distilled))
         case.cfg = replace(case.cfg, aggregation="sequence_mean")
         ours, theirs = sdpo.loss(case.batch(), case.cfg).loss, trl_sdpo_loss(case)
         (grad,) = torch.autograd.grad(ours, case.logits)
@@ -174,7 +175,7 @@ def test_sequence_mean_is_trls_sdpo_trainer() -> None:
 
 def trl_grpo(case: Case, logp: Tensor, num_items: Tensor, loss_type: str, step: dict[str, int], kl: bool) -> Any:
     """`GRPOTrainer._compute_loss` on given log-probs; returns the loss and the metrics it logged."""
-    cfg, size = case.cfg, len(case.routed)
+    cfg, size = case.cfg, len(case.distilled)
     metrics: dict[str, dict[str, list[float]]] = {"train": defaultdict(list)}
     stub = SimpleNamespace(
         _get_per_token_logps_and_entropies=lambda *args, **kwargs: (logp, torch.zeros_like(logp), None),
@@ -220,18 +221,18 @@ STEPS = (
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_nothing_routed_is_trls_dapo_bit_for_bit(dtype: torch.dtype) -> None:
+def test_nothing_distilled_is_trls_dapo_bit_for_bit(dtype: torch.dtype) -> None:
     """Loss and gradient, over clips, delta, both levels, KL, sampler ratios, counts, ragged masks; no tolerance."""
     compared = 0
     for seed in range(300):
         case = ragged(seed, dtype=dtype)
-        case.routed = torch.zeros_like(case.routed)
+        case.distilled = torch.zeros_like(case.distilled)
         case.weights = torch.zeros_like(case.weights)
         step = STEPS[seed % 2]
         num_items = case.mask.sum() * step["ranks"] * (1 + seed % 3)  # int64, as TRL gathers it
         case.cfg = replace(case.cfg, aggregation="token")
-        tokens = normaliser.per_step(num_items, **step)
-        case.counts = Counts(tokens, torch.zeros(()), torch.tensor(float(len(case.routed))))
+        tokens = per_step(num_items, **step)
+        case.counts = Counts(tokens, torch.zeros(()), torch.tensor(float(len(case.distilled))))
 
         ours = srpo.loss(case.batch(), case.cfg)
         theirs, logged = trl_grpo(case, case.logp(), num_items, "dapo", step, kl=True)
@@ -257,15 +258,15 @@ def test_nothing_routed_is_trls_dapo_bit_for_bit(dtype: torch.dtype) -> None:
     assert compared >= 200
 
 
-def test_sequence_mean_with_nothing_routed_is_trls_grpo() -> None:
+def test_sequence_mean_with_nothing_distilled_is_trls_grpo() -> None:
     """TRL's `grpo` divides by the rows of a micro-batch and the accumulation steps: together the rows of the step."""
     worst, compared = 0.0, 0
     for seed in range(CASES):
         case = ragged(seed)
-        case.routed = torch.zeros_like(case.routed)
+        case.distilled = torch.zeros_like(case.distilled)
         case.cfg = replace(case.cfg, aggregation="sequence_mean")
         step = STEPS[1]
-        case.counts = counts(1, 1, len(case.routed) * step["accumulation"])
+        case.counts = counts(1, 1, len(case.distilled) * step["accumulation"])
         ours = srpo.loss(case.batch(), case.cfg).loss
         theirs, _ = trl_grpo(case, case.logp(), torch.tensor(1), "grpo", step, kl=True)
         (grad,) = torch.autograd.grad(ours, case.logits)
@@ -278,17 +279,17 @@ def test_sequence_mean_with_nothing_routed_is_trls_grpo() -> None:
 
 
 def test_a_mixed_batch_is_trls_loss_on_its_rewarded_rows_plus_sdpo_on_the_others() -> None:
-    """Eq. 4.3 put together from TRL's pieces: dapo on the rewarded rows and the SDPO functions on the routed ones."""
+    """Eq. 4.3 put together from TRL's pieces: dapo on the rewarded rows, the SDPO functions on the others."""
     compared, worst = 0, 0.0
     for seed in range(1400):
         case = ragged(seed)
-        if not case.routed.any() or case.routed.all() or case.top_k == case.logits.shape[-1]:
+        if not case.distilled.any() or case.distilled.all() or case.top_k == case.logits.shape[-1]:
             continue
         case.cfg = replace(case.cfg, aggregation="token", beta=0.0, is_clip=2.0)
         ours = srpo.loss(case.batch(), case.cfg).loss
         logp = case.logp()
         step = {"ranks": 1, "accumulation": 1, "steps_per_generation": 1}
-        rewarded = replace(case, mask=case.mask * ~case.routed.unsqueeze(1))
+        rewarded = replace(case, mask=case.mask * ~case.distilled.unsqueeze(1))
         theirs, _ = trl_grpo(rewarded, logp, case.counts.tokens, "dapo", step, kl=False)
         logits, teacher = case.logits / case.temperature, case.teacher_logits / case.temperature
         if case.top_k is None:
@@ -305,7 +306,7 @@ def test_a_mixed_batch_is_trls_loss_on_its_rewarded_rows_plus_sdpo_on_the_others
             )
         distilled = trl_sdpo.apply_importance_sampling_clipping(distilled, logp, case.old_logp, 2.0)
         tis = 1.0 if case.sampler_ratio is None else case.sampler_ratio
-        omega = case.mask * case.routed.unsqueeze(1)
+        omega = case.mask * case.distilled.unsqueeze(1)
         theirs = theirs + (distilled * case.weights * tis * omega).sum() / case.counts.tokens
         (grad,) = torch.autograd.grad(ours, case.logits)
         (expected,) = torch.autograd.grad(theirs, case.logits)

@@ -7,7 +7,7 @@ from core_helpers import TEXTS, config, distance, tokenizer, trainer, weights
 from datasets import Dataset
 from peft import LoraConfig
 
-from srpo.trainer.positions import positions_of
+from srpo.trainer.forward_checks import positions_of
 
 SIZES = {
     "GPT2": {"n_positions": 256, "n_embd": 32, "n_layer": 1, "n_head": 2},

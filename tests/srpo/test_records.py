@@ -200,7 +200,7 @@ def test_the_table_holds_every_reward_part_the_columns_and_the_branch(tmp_path):
     assert table["length"].tolist() == [len(t) for t in texts]
     assert [None if pd.isna(r) else r for r in table["route"]] == ["small" if len(t) % 2 else None for t in texts]
     assert set(table["branch"]) == {"grpo", "sdpo"}
-    assert (table["branch"] == "sdpo").mean() == logged(made, "srpo/routed_share")[1]
+    assert (table["branch"] == "sdpo").mean() == logged(made, "srpo/distilled_share")[1]
 
     made.evaluate()
     table = pd.read_parquet(Path(tmp_path) / "completions" / "completions_00002.parquet")
@@ -221,7 +221,7 @@ def test_the_logged_metrics_a_person_needs(tmp_path):
     made.train()
     entry = made.state.log_history[0]
     assert {
-        "srpo/routed_share",
+        "srpo/distilled_share",
         "srpo/failed_share",
         "srpo/teacher_available",
         "srpo/weight_mean",

@@ -42,7 +42,7 @@ def test_the_policy_runs_the_recorded_experts_in_every_update(tmp_path, mode, ch
     for i in range(0, len(again), 2):
         first = dict(forward[i : i + 2])
         assert all(torch.equal(first[place], ids) for place, ids in again[i : i + 2])
-    assert not run.replay.armed
+    assert not run.replay_passes.replay.armed
 
 
 @pytest.mark.parametrize("where", ["generation_kwargs", "generation_config", "config"])
@@ -68,7 +68,7 @@ def test_natively_the_experts_move_with_the_weights(tmp_path):
     run.train()
     tokens, same = agreement(spy.seen["rollout"][0], spy.seen["policy"][1])
     assert tokens > 50 and same < 0.9 * tokens
-    assert run.replay is None
+    assert run.replay_passes.replay is None
 
 
 def test_more_epochs_on_one_rollout_and_the_first_update_of_r2(tmp_path):
@@ -102,7 +102,7 @@ def test_reference_evaluation_and_their_kind_are_native(tmp_path):
     assert tokens > 100 and same < 0.9 * tokens
     run.model.eval()
     batch = run._generate_and_score_completions([dict(row) for row in run.train_dataset.select(range(4))])
-    assert "routed_experts" not in batch and not run.replay.armed
+    assert "expert_ids" not in batch and not run.replay_passes.replay.armed
 
 
 LORA = {
@@ -157,13 +157,13 @@ def test_the_student_of_srpo_replays_and_its_teacher_does_not(tmp_path, teacher)
     score = run.teacher.score
 
     def watched(*args, **kwargs):
-        armed.append(run.replay.armed)
+        armed.append(run.replay_passes.replay.armed)
         return score(*args, **kwargs)
 
     run.teacher.score = watched
     run.train()
     assert armed and not any(armed)
-    assert max(logged(run, "srpo/routed_share")) > 0
+    assert max(logged(run, "srpo/distilled_share")) > 0
     for rollout, sampled in enumerate(spy.seen["rollout"]):
         for policy in spy.seen["policy"][2 * rollout : 2 * rollout + 2]:
             tokens, same = agreement(sampled, policy)
@@ -256,7 +256,7 @@ def test_routes_of_other_tokens_raise_the_alarm(tmp_path, caplog):
     """Every sequence's routes one token late: what an engine that drops a row would deliver."""
     said = []
     run = made(tmp_path, routing_replay_metrics_steps=1)
-    run.replay_alarms._once._warn = run.replay_alarms._trend._warn = said.append
+    run.replay_passes.alarms._once._warn = run.replay_passes.alarms._trend._warn = said.append
     lay_out = run._lay_out
 
     def late(mask):
@@ -273,7 +273,7 @@ def test_routes_of_other_tokens_raise_the_alarm(tmp_path, caplog):
 def test_aligned_routes_do_not(tmp_path):
     said = []
     run = made(tmp_path, routing_replay_metrics_steps=1, learning_rate=1e-3)
-    run.replay_alarms._once._warn = run.replay_alarms._trend._warn = said.append
+    run.replay_passes.alarms._once._warn = run.replay_passes.alarms._trend._warn = said.append
     run.train()
     assert said == [] and logged(run, "router/flip_rate")[0] < 0.01
 
@@ -281,7 +281,7 @@ def test_aligned_routes_do_not(tmp_path):
 def test_a_rollout_function_must_return_routes(tmp_path):
     from core_helpers import scripted
 
-    with pytest.raises(ValueError, match=r"R3, but the rollout function returned no 'routed_experts'"):
+    with pytest.raises(ValueError, match=r"R3, but the rollout function returned no 'expert_ids'"):
         made(tmp_path, rollout_func=scripted).train()
 
 
@@ -292,7 +292,7 @@ def test_a_rollout_function_may_return_an_engine_s_routes(tmp_path):
     def engine(prompts, run):
         answer = scripted(prompts, run)
         lengths = [len(p) + len(c) for p, c in zip(answer["prompt_ids"], answer["completion_ids"], strict=True)]
-        answer["routed_experts"] = [
+        answer["expert_ids"] = [
             [[[(t + layer) % 8, (t + layer + 3) % 8] for layer in range(2)] for t in range(n - 1)] + [[[-1, -1]] * 2]
             for n in lengths
         ]
@@ -335,7 +335,7 @@ def test_a_dense_policy(tmp_path, caplog):
     with pytest.raises(ValueError, match=r"no MoE router"):
         made(tmp_path, model())
     run = made(tmp_path, model(), routing_replay="auto")
-    assert run.replay is None and run.routing_replay == "off"
+    assert run.replay_passes.replay is None and run.replay_passes.mode == "off"
     run.train()
 
 

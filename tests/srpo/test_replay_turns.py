@@ -84,10 +84,10 @@ def test_the_turns_of_an_environment_are_replayed(tmp_path):
     batch = seen[0]
     world = (batch["tool_mask"] == 0) & (batch["completion_mask"] == 1)
     assert world.any(), "the world wrote nothing"
-    rows = batch["routed_experts"][:, -world.size(1) :]
+    rows = batch["expert_ids"][:, -world.size(1) :]
     last = batch["completion_mask"].cumsum(1) == batch["completion_mask"].sum(1, keepdim=True)
     assert (rows[world & ~last] >= 0).all(), "tokens of the world are fed, so they have experts"
-    assert batch["routed_experts"].dtype == torch.int16
+    assert batch["expert_ids"].dtype == torch.int16
 
 
 def test_a_lost_trajectory_has_no_routes_and_trains_nothing(tmp_path):
@@ -96,8 +96,8 @@ def test_a_lost_trajectory_has_no_routes_and_trains_nothing(tmp_path):
     run.train()
     lost = (seen[0]["completion_mask"] * seen[0]["tool_mask"]).sum(dim=1) == 0
     assert 0 < lost.sum() < 16
-    assert (seen[0]["routed_experts"][lost] == -1).all()
-    assert (seen[0]["routed_experts"][~lost] >= 0).any(dim=(1, 2, 3)).all()
+    assert (seen[0]["expert_ids"][lost] == -1).all()
+    assert (seen[0]["expert_ids"][~lost] >= 0).any(dim=(1, 2, 3)).all()
     assert logged(run, "router/fallback_fraction")[0] == 0.0, "lost rows do not count"
 
 

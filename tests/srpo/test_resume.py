@@ -3,14 +3,14 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from resume_cases import CASES, made, state
 from safetensors.torch import load_file
 
-from srpo.trainer.buffer import load_nested, save_nested
-from srpo.trainer.checkpoint import _refuse_other_world_size
+from srpo.trainer.checkpoint import Checkpoints, load_nested, save_nested
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def runs(tmp_path_factory):
         run = made(folder, case)
         run.train()
         straight[case] = state(run)
-    script = (Path(__file__).parents[1] / "support" / "resume_cases.py")
+    script = Path(__file__).parents[1] / "support" / "resume_cases.py"
     done = subprocess.run([sys.executable, str(script), str(folder), *CASES], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return straight, {case: load_file(folder / f"{case}.safetensors") for case in CASES}
@@ -37,7 +37,7 @@ def test_resuming_is_bitwise(runs, case):
     assert {"model", "optimizer", "log"} <= kinds
     assert ("teacher" in kinds) is (objective != "grpo" and CASES[case].get("teacher_model_kind") != "live")
     if objective != "grpo":
-        assert (straight["log/srpo/routed_share"] > 0).any(), "nothing was distilled: the case is empty"
+        assert (straight["log/srpo/distilled_share"] > 0).any(), "nothing was distilled: the case is empty"
     assert len(set(straight["log/loss"].tolist())) >= 5, "hardly a step did anything: the case is empty"
     different = [name for name in straight if not torch.equal(straight[name], resumed[name])]
     assert not different
@@ -61,15 +61,19 @@ def test_nested_tensors_come_back_bit_for_bit(tmp_path):
         save_nested({"a": object()}, tmp_path / "y.safetensors")
 
 
+def refuse(folder, processes):
+    Checkpoints(SimpleNamespace(num_processes=processes), None, None, None).refuse_other_world_size(str(folder))
+
+
 @pytest.mark.parametrize(("files", "processes", "wrote"), [(2, 1, 2), (0, 2, 1)])
 def test_another_number_of_processes_is_refused(tmp_path, files, processes, wrote):
     names = [f"rng_state_{rank}.pth" for rank in range(files)] or ["rng_state.pth"]
     for name in names:
         (tmp_path / name).touch()
     with pytest.raises(ValueError, match=f"was written by {wrote} processes and this run has {processes}"):
-        _refuse_other_world_size(str(tmp_path), processes)
-    _refuse_other_world_size(str(tmp_path), wrote)
+        refuse(tmp_path, processes)
+    refuse(tmp_path, wrote)
 
 
 def test_a_checkpoint_of_weights_only_says_nothing_of_processes(tmp_path):
-    _refuse_other_world_size(str(tmp_path), 4)
+    refuse(tmp_path, 4)

@@ -8,7 +8,7 @@ from core_helpers import config, logged, model, tokenizer, trainer
 from peft import LoHaConfig, LoraConfig, get_peft_model
 from test_positions import network
 
-from srpo.trainer.train_mode import pass_noise, still
+from srpo.trainer.forward_checks import pass_noise, still
 
 LORA = {"r": 4, "lora_alpha": 64, "target_modules": "all-linear"}
 

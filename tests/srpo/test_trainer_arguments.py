@@ -210,12 +210,12 @@ def scored(made):
 
 @pytest.mark.parametrize("objective", ["srpo", "sdpo"])
 @pytest.mark.parametrize("mode", ["topk_logits", "sampled_token"])
-@pytest.mark.parametrize("emptiness", ["masked", "nothing_routed"])
+@pytest.mark.parametrize("emptiness", ["masked", "nothing_distilled"])
 def test_an_empty_micro_batch_gives_a_connected_finite_loss(tmp_path, objective, mode, emptiness):
     alpha = 1.0 if mode == "sampled_token" else 0.5
     made = trainer(config(tmp_path, objective=objective, distillation_mode=mode, distillation_alpha=alpha))
     batch = scored(made)
-    rows = (~batch["routed"]).nonzero().flatten()[:2]
+    rows = (~batch["distilled"]).nonzero().flatten()[:2]
     if emptiness == "masked":  # what mask_truncated_completions leaves of a micro-batch
         batch["completion_mask"][rows] = 0
     part = {k: v[rows] if torch.is_tensor(v) and v.ndim else v for k, v in batch.items()}
@@ -253,12 +253,12 @@ def test_tokens_of_others_are_neither_distilled_nor_rewarded(tmp_path):
     made = trainer(config(tmp_path), rollout_func=rollout)
     batch = scored(made)
     others = batch["tool_mask"] == 0
-    assert others[batch["routed"]].any()
+    assert others[batch["distilled"]].any()
     assert batch["distillation_weights"][others].abs().max() == 0
     trained = batch["completion_mask"] * batch["tool_mask"]
-    for hidden, row, routed in zip(batch["teacher_hidden"], trained, batch["routed"], strict=True):
-        assert (hidden.size(0) == row.sum()) if routed else hidden is None
-    assert batch["distilled_tokens"] == trained[batch["routed"]].sum()
+    for hidden, row, distilled in zip(batch["teacher_hidden"], trained, batch["distilled"], strict=True):
+        assert (hidden.size(0) == row.sum()) if distilled else hidden is None
+    assert batch["distilled_tokens"] == trained[batch["distilled"]].sum()
     before = made._compute_loss(made.model, batch).item()
     # The last token of a row conditions nothing else: if it is somebody else's, what it is cannot matter.
     last = trained.size(1) - 1 - batch["completion_mask"].flip(1).argmax(1)
@@ -283,7 +283,7 @@ def test_bf16_and_gradient_checkpointing(tmp_path):
 def test_streams_train_too(tmp_path):
     made = trainer(config(tmp_path, max_steps=2), train_dataset=dataset().to_iterable_dataset())
     made.train()
-    assert len(logged(made, "srpo/routed_share")) == 2
+    assert len(logged(made, "srpo/distilled_share")) == 2
 
 
 def test_evaluation_runs_no_teacher_and_leaves_training_alone(tmp_path):
@@ -331,6 +331,6 @@ def test_prompts_are_those_the_policy_saw(tmp_path):
     made.model.train()
     batch = made._generate_and_score_completions(rows)
     shown = [text for text in seen if "Correct solution" in text]
-    assert len(shown) == int(batch["routed"].sum()) > 0
+    assert len(shown) == int(batch["distilled"].sum()) > 0
     assert all(" [it rains]\nCorrect solution" in text for text in shown)
     assert isinstance(made.args, SRPOConfig)

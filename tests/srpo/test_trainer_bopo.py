@@ -129,22 +129,22 @@ def test_without_references_it_is_trl_grpo_on_masked_decisions_too(tmp_path: Any
 def test_advantages_are_reference_guided(tmp_path: Any) -> None:
     made = bopo_trainer(tmp_path, advantage_baseline="refmax", advantage_scale="none")
     made.train()
-    rewards, got = made._local_rewards.view(-1, 4), made.batch["advantages"].view(-1, 4)
-    found = torch.tensor(made._references).view(-1, 4, 2)[:, 0]
+    rewards, got = made.generation_step.rewards.view(-1, 4), made.batch["advantages"].view(-1, 4)
+    found = torch.tensor(made.generation_step.references).view(-1, 4, 2)[:, 0]
     assert found[:, 1].unique().numel() == 4  # four different tasks
     best = torch.maximum(rewards.mean(1), found.max(dim=1).values)
     assert torch.allclose(got, rewards - best[:, None], atol=1e-6) and (got < 0).any()
     assert list(made._logs["advantages"]) == pytest.approx(made.batch["advantages"].tolist())
     assert core.logged(made, "bopo/below_baseline") == [pytest.approx((got < 0).float().mean().item())]
-    assert made.teacher is None and not made.batch["routed"].any()
+    assert made.teacher is None and not made.batch["distilled"].any()
 
 
 def test_dropping_groups_without_success(tmp_path: Any) -> None:
     data = corridors([15, 21, 15, 21], cap=10.0)  # 21 is out of reach
     made = bopo_trainer(tmp_path, data=data, **PLAIN, drop_all_fail=True)
     made.train()
-    success = torch.tensor([s >= 1 for s in made._columns[CORRECT]]).view(-1, 4).any(1)
-    got, rewards = made.batch["advantages"].view(-1, 4), made._local_rewards.view(-1, 4)
+    success = torch.tensor([s >= 1 for s in made.generation_step.columns[CORRECT]]).view(-1, 4).any(1)
+    got, rewards = made.batch["advantages"].view(-1, 4), made.generation_step.rewards.view(-1, 4)
     assert (~success).sum() == 2 and rewards[~success].std(dim=1).min() > 0.01, "they fail at different costs"
     assert got[~success].abs().max() == 0.0 and got[success].abs().max() > 0.5
 
@@ -155,29 +155,29 @@ def distilling(folder: Any, **changes: Any) -> Any:
         folder, data=corridors([15, 16, 15, 16], cap=6.0), distill_failed=True, learning_rate=0.0, num_generations=8,
         per_device_train_batch_size=32, teacher_model_kind="frozen", **changes,
     )  # fmt: skip
-    made.contexts, forward = {}, made._teacher_forward
+    made.contexts, forward = {}, made.distiller.score
 
     def spy(prompts: Any, rows: Any, batch: Any) -> Any:
         made.contexts |= dict(zip(rows, prompts, strict=True))
         return forward(prompts, rows, batch)
 
-    made._teacher_forward = spy
+    made.distiller.score = spy
     made.train()
     return made
 
 
 def test_failed_episodes_with_a_successful_sibling_are_distilled_where_asked(tmp_path: Any) -> None:
     made = distilling(tmp_path)
-    success = torch.tensor([s >= 1 for s in made._columns[CORRECT]])
+    success = torch.tensor([s >= 1 for s in made.generation_step.columns[CORRECT]])
     mixed = success.view(-1, 8).any(1).repeat_interleave(8) & ~success
-    assert mixed.any() and success.any() and torch.equal(made.batch["routed"], mixed)
+    assert mixed.any() and success.any() and torch.equal(made.batch["distilled"], mixed)
 
 
 @pytest.mark.parametrize("room", [85, 1000])
 def test_the_teacher_reads_the_siblings_decisions_and_observations(tmp_path: Any, room: int) -> None:
     made = distilling(tmp_path, max_reprompt_len=room)
-    success, members = [s >= 1 for s in made._columns[CORRECT]], made._columns["members"]
-    assert sorted(made.contexts) == made.batch["routed"].nonzero().flatten().tolist()
+    success, members = [s >= 1 for s in made.generation_step.columns[CORRECT]], made.generation_step.columns["members"]
+    assert sorted(made.contexts) == made.batch["distilled"].nonzero().flatten().tolist()
     for row, context in made.contexts.items():
         sibling = next(i for i in range(row - row % 8, row + 8) if success[i])
         whole = "".join(f"{'ab'[name == 'large']}<{n}>" for n, name in enumerate(members[sibling], 1))
@@ -229,7 +229,7 @@ def test_distilled_decisions_are_compared_among_their_choices(
             seen += abs(expected) > 1e-3
             raw[row, t] = torch.exp((q.exp() * q).sum())  # exp(-H)
     assert seen > 20
-    distilled = mask.bool() & batch["routed"][:, None]
+    distilled = mask.bool() & batch["distilled"][:, None]
     assert torch.allclose(batch["distillation_weights"], raw / raw[distilled].mean(), atol=1e-4)
     assert (got[~distilled] == 0).all()
 
@@ -240,7 +240,7 @@ def test_evaluation_has_no_references_and_no_teacher(tmp_path: Any) -> None:
     numbers = made.evaluate(plain)
     assert math.isfinite(numbers["eval_reward"])
     made.model.eval()
-    assert "routed" not in made._generate_and_score_completions([plain[0]] * 4)
+    assert "distilled" not in made._generate_and_score_completions([plain[0]] * 4)
 
 
 def test_rows_without_references_are_named(tmp_path: Any) -> None:

@@ -58,8 +58,8 @@ def test_loss_and_gradient_are_the_formula(tmp_path, case):
     loss.backward()
 
     old = batch["old_per_token_logps"].double() if off_policy else None
-    expected, gradients, routed = by_hand(made, rows, old)
-    assert batch["routed"].tolist() == routed and 0 < sum(routed) < len(routed)
+    expected, gradients, distilled = by_hand(made, rows, old)
+    assert batch["distilled"].tolist() == distilled and 0 < sum(distilled) < len(distilled)
     assert loss.item() == pytest.approx(expected, rel=1e-5, abs=1e-6)
     largest = max(g.abs().max() for g in gradients.values())
     for name, parameter in made.model.named_parameters():
@@ -75,12 +75,12 @@ def by_hand(made, rows, old):
     ended = [ids[-1] == eos for ids in completions]
     correct = [r >= 0.5 and end for r, end in zip(rewards, ended, strict=True)]
 
-    routed, demonstrations = [], []
+    distilled, demonstrations = [], []
     for i in range(len(rows)):
         group = range(i - i % 4, i - i % 4 + 4)
         siblings = [j for j in group if j != i and correct[j]]
         demonstrations.append(siblings[0] if siblings else None)
-        routed.append(bool(siblings) and (args.objective == "sdpo" or not correct[i]))
+        distilled.append(bool(siblings) and (args.objective == "sdpo" or not correct[i]))
 
     per_token, weights, entropies = [], {}, {}
     for i, row in enumerate(rows):
@@ -89,7 +89,7 @@ def by_hand(made, rows, old):
         chosen = logp[range(len(ids)), ids]
         before = chosen.detach() if old is None else old[i, : len(ids)]
         ratio = torch.exp(chosen - before)
-        if routed[i]:
+        if distilled[i]:
             shown = tokenizer().decode(completions[demonstrations[i]], skip_special_tokens=True)
             asked = f"{question}\nCorrect solution:\n\n{shown}\n\nCorrectly solve the original question."
             q = log_probs(teacher, asked, ids, args.temperature).detach()
@@ -117,10 +117,10 @@ def by_hand(made, rows, old):
     if args.distillation_aggregation == "sequence_mean":
         loss = sum(x.mean() for x in weighted) / len(rows)
     else:
-        counted = [len(c) for i, c in enumerate(completions) if routed[i] or args.objective == "srpo"]
+        counted = [len(c) for i, c in enumerate(completions) if distilled[i] or args.objective == "srpo"]
         loss = sum(x.sum() for x in weighted) / sum(counted)
     loss.backward()
-    return loss.item(), {name: p.grad for name, p in student.named_parameters()}, routed
+    return loss.item(), {name: p.grad for name, p in student.named_parameters()}, distilled
 
 
 def log_probs(network, question, ids, temperature):

@@ -1,4 +1,4 @@
-"""With nothing routed SRPO is TRL's GRPO, bit for bit: generation, loss, gradients, weights after several steps."""
+"""With nothing distilled SRPO is TRL's GRPO, bit for bit: generation, loss, gradients, weights after several steps."""
 
 import pytest
 import torch
@@ -76,14 +76,14 @@ def our_run(folder, split, objective, **kwargs):
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_nothing_routed_is_trl_dapo_bit_for_bit(tmp_path, split):
+def test_nothing_distilled_is_trl_dapo_bit_for_bit(tmp_path, split):
     reference = trl_run(tmp_path, SPLITS[split])
     start, end = weights(model()), weights(reference.model)
     assert distance(start, end) > 1e-3, "the reference did not learn: the comparison would be empty"
     for objective in ("grpo", "srpo"):
         ours = our_run(tmp_path, SPLITS[split], objective)
         if objective == "srpo":
-            assert logged(ours, "srpo/routed_share") == [0.0] * len(logged(ours, "srpo/routed_share"))
+            assert logged(ours, "srpo/distilled_share") == [0.0] * len(logged(ours, "srpo/distilled_share"))
         # The penalty's gradient is summed in another order than TRL's; everything else has equal bits.
         bits = objective == "grpo" or "beta" not in SPLITS[split]
         moved = distance(weights(ours.model), end)
@@ -94,7 +94,7 @@ def test_nothing_routed_is_trl_dapo_bit_for_bit(tmp_path, split):
     assert ("beta" in SPLITS[split]) is (ours.beta > 0)
 
 
-def test_nothing_routed_with_lora_is_grpo_bit_for_bit(tmp_path):
+def test_nothing_distilled_with_lora_is_grpo_bit_for_bit(tmp_path):
     # Making the teacher's adapter must not draw from the random numbers that sample completions.
     lora = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False}
     split = SPLITS["4x2"]
@@ -114,7 +114,7 @@ def test_the_grpo_trainer_takes_other_loss_types(tmp_path):
     assert equal(weights(ours.model), weights(reference.model))
 
 
-def test_sdpo_with_nothing_routed_does_not_move(tmp_path):
+def test_sdpo_with_nothing_distilled_does_not_move(tmp_path):
     # Every rollout truncated (no room for an end token): nobody may be a demonstration.
     args = config(tmp_path, objective="sdpo", max_completion_length=1, max_steps=2)
     made = trainer(
@@ -142,7 +142,7 @@ def mixture():
     return Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **heads, **experts, **special, initializer_range=0.2))
 
 
-def test_nothing_routed_in_a_mixture_of_experts(tmp_path):
+def test_nothing_distilled_in_a_mixture_of_experts(tmp_path):
     ends, losses = [], []
     for objective in ("grpo", "srpo"):
         args = config(tmp_path, objective=objective, **SHARED, **SPLITS["4x2"])
@@ -157,7 +157,7 @@ def test_nothing_routed_in_a_mixture_of_experts(tmp_path):
 def test_a_mixture_of_experts_is_distilled(tmp_path):
     made = trainer(config(tmp_path, max_steps=2, distillation_topk=50), mixture())
     made.train()
-    assert all(0 < share < 1 for share in logged(made, "srpo/routed_share"))
+    assert all(0 < share < 1 for share in logged(made, "srpo/distilled_share"))
     parts = (logged(made, name) for name in ("loss/grpo", "loss/sdpo", "aux_loss"))
     expected = [grpo + sdpo + 0.1 * aux for grpo, sdpo, aux in zip(*parts, strict=True)]
     assert logged(made, "loss") == pytest.approx(expected, rel=1e-5)

@@ -28,7 +28,7 @@ def test_two_steps_do_not_depend_on_the_micro_batches(tmp_path, case):
         )
         made = trainer(args)
         made.train()
-        assert all(0 < share < 1 for share in logged(made, "srpo/routed_share")), "both branches must be present"
+        assert all(0 < share < 1 for share in logged(made, "srpo/distilled_share")), "both branches must be present"
         runs.append(made)
     ends = [weights(made.model) for made in runs]
     moved = distance(ends[0], weights(model()))

@@ -18,16 +18,11 @@ from trl.trainer import utils
 from trl.trainer.callbacks import SyncRefModelCallback
 
 import srpo
-from srpo.config import _GRPO_ONLY, SRPOConfig
-from srpo.replay.passes import ReplayMixin
-from srpo.rollout.sampler_logprobs import SamplerMixin
+from srpo.config import SRPOConfig
+from srpo.hub.hub import HubMixin
+from srpo.objectives.batch import TRL_LOSS_ONLY
 from srpo.teacher.lm_head import PolicyOutput
-from srpo.trainer.checkpoint import ResumeMixin
-from srpo.trainer.completions_table import CompletionsMixin
-from srpo.trainer.distiller import DistillationMixin
-from srpo.trainer.minirl import MiniRLMixin
-from srpo.trainer.rollouts import RolloutMixin
-from srpo.trainer.trainer import SRPOTrainer
+from srpo.trainer.trainer import BoPOTrainer, GRPOTrainer, SDPOTrainer, SRPOTrainer
 
 PARAMETERS = {
     "__init__": "model reward_funcs args train_dataset eval_dataset processing_class reward_processing_classes "
@@ -57,6 +52,9 @@ PARAMETERS = {
     "_prepare_inputs": "generation_batch",
     "_get_output_dir": "trial",
 }
+ANY = ("train", "evaluate")
+"""Overridden with whatever arguments they are called with, but for the first."""
+HUB = ("create_model_card", "init_hf_repo", "push_to_hub", "_push_from_checkpoint")
 OVERRIDDEN = (
     "_calculate_rewards",
     "_generate_and_score_completions",
@@ -89,36 +87,36 @@ def test_signatures(name):
     assert found == PARAMETERS[name].split()
 
 
-OURS = {
-    name: value
-    for cls in (
-        CompletionsMixin,
-        DistillationMixin,
-        SamplerMixin,
-        MiniRLMixin,
-        RolloutMixin,
-        ReplayMixin,
-        ResumeMixin,
-        SRPOTrainer,
-    )
-    for name, value in vars(cls).items()
-    if inspect.isfunction(value)
-}
+@pytest.mark.parametrize("cls", [SRPOTrainer, GRPOTrainer, SDPOTrainer, BoPOTrainer])
+def test_between_a_trainer_and_trl_s_stands_one_class_of_one_rule(cls):
+    """Nothing else to put into another order: the Hub's methods are no one else's."""
+    ours = [c for c in cls.__mro__ if c.__module__.startswith("srpo.")]
+    assert ours[-2:] == [SRPOTrainer, HubMixin] and cls.__mro__[len(ours)] is trl.GRPOTrainer
+    for thin in ours[:-2]:  # classes that only name an objective
+        assert {name for name, value in vars(thin).items() if inspect.isfunction(value)} <= {"__init__"}
+    assert not functions(SRPOTrainer) & functions(HubMixin)
+
+
+def functions(cls):
+    return {name for name, value in vars(cls).items() if callable(value) or isinstance(value, property)} - {"__doc__"}
+
+
+def test_no_other_method_of_trl_is_overridden():
+    """A new override belongs into this file. All classes and all modules of ours, whatever they are called."""
+    wanted = {SRPOTrainer: {*OVERRIDDEN, *ANY, "__init__"}, HubMixin: set(HUB)}
+    for cls, names in wanted.items():
+        assert {name for name in functions(cls) if hasattr(trl.GRPOTrainer, name)} == names
+    for cls in SRPOTrainer.__mro__:
+        assert not cls.__module__.startswith("srpo.") or cls in wanted
 
 
 @pytest.mark.parametrize("name", OVERRIDDEN)
 def test_overrides_take_what_trl_passes(name):
-    assert name in OURS
+    assert name in vars(SRPOTrainer)
     theirs = inspect.signature(getattr(trl.GRPOTrainer, name))
     ours = inspect.signature(getattr(SRPOTrainer, name))
     ours.bind(*[None] * len(theirs.parameters))
     ours.bind(None, **dict.fromkeys(list(theirs.parameters)[1:]))
-
-
-def test_no_other_method_of_trl_is_overridden():
-    """A new override belongs into this file."""
-    shared = {name for name in OURS if hasattr(trl.GRPOTrainer, name)}
-    assert shared == {*OVERRIDDEN, "__init__"}
 
 
 def test_the_loss_owns_the_accumulation_scaling():
@@ -127,7 +125,7 @@ def test_the_loss_owns_the_accumulation_scaling():
 
 
 def test_the_batch_dict(tmp_path):
-    """Keys, shapes and dtypes that routing and loss read, for one process."""
+    """Keys, shapes and dtypes that branches and loss read, for one process."""
     made = trainer(config(tmp_path, objective="grpo", beta=0.0, num_iterations=2))
     made.model.train()
     batch = made._generate_and_score_completions([row for row in dataset().select(range(4)) for _ in range(4)])
@@ -204,7 +202,9 @@ def test_attributes_the_source_uses_exist(tmp_path):
         for node in ast.walk(cls)
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self"
     }
-    assert not [name for name in used if not hasattr(made, name)]
+    with_vllm = {"vllm_generation", "_last_loaded_step"}
+    assert all(f"self.{name} = " in inspect.getsource(trl.GRPOTrainer.__init__) for name in with_vllm)
+    assert not [name for name in used - with_vllm if not hasattr(made, name)]
 
 
 def test_the_sampler_draws_one_permutation_per_epoch():
@@ -237,7 +237,7 @@ def test_helpers_that_the_teacher_uses():
 
 def test_config_fields():
     theirs = {field.name: field for field in fields(trl.GRPOConfig)}
-    for name, neutral in _GRPO_ONLY.items():
+    for name, neutral in TRL_LOSS_ONLY.items():
         assert theirs[name].default == neutral, f"{name} has another neutral value in TRL now"
     assert {"scale_rewards", "epsilon_high", "vllm_importance_sampling_mode", "steps_per_generation"} <= set(theirs)
     ours = {field.name for field in fields(SRPOConfig)} - set(theirs)

@@ -228,7 +228,7 @@ def test_srpo_trains_and_the_engine_follows_the_policy(folder, tmp_path, policy,
     """Single turns. After the steps vLLM's tokens and log-probs are those of the updated model, and not of the old."""
     lora = None if adapter is None else LoraConfig(**LORA, **adapter)
     made = trained(folder, tmp_path, peft_config=lora, max_completion_length=64)
-    assert max(core.logged(made, "srpo/routed_share")) > 0
+    assert max(core.logged(made, "srpo/distilled_share")) > 0
     # Before each step both are the same weights in fp32: what is between their log-probs is rounding.
     assert max(core.logged(made, "sampling/sampling_logp_difference/max")) < CLOSE
     after = engine_is_at(made, made.accelerator.unwrap_model(made.model))

@@ -25,7 +25,7 @@ CASES: dict[str, dict[str, Any]] = {
     # 20 rollouts in groups of four: the third group lies on both ranks.
     "straddling": {"objective": "srpo", "rollouts": 20, "demonstration": "random"},
     "feedback": {"objective": "srpo", "include_environment_feedback": True, "gradient_accumulation_steps": 2},
-    # Only the groups of the first rank hold a correct rollout: the second has no routed row.
+    # Only the groups of the first rank hold a correct rollout: the second has no distilled row.
     "idle_rank": {"objective": "srpo", "idle": True},
     "idle_rank_sdpo": {"objective": "sdpo", "idle": True},
     "lora": {"objective": "srpo", "lora": True},
@@ -100,14 +100,14 @@ def run(folder: Path, case: str, processes: int) -> tuple[dict[str, Any], dict[s
         peft_config=LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False) if lora else None,
     )
     assert made.accelerator.num_processes == processes, "this is not the number of processes that was asked for"
-    plans, route = [], made._route
+    plans, decide = [], made.distiller.plan
 
-    def spy(mask: Any) -> Any:
-        plan = route(mask)
-        plans.append({"routed": plan.routed.tolist(), "shown": plan.demonstrations, "notes": plan.feedback})
+    def spy(*given: Any) -> Any:
+        plan = decide(*given)
+        plans.append({"distilled": plan.distilled.tolist(), "shown": plan.demonstrations, "notes": plan.feedback})
         return plan
 
-    made._route = spy
+    made.distiller.plan = spy
     start = weights(made.model)
     made.train()
     if case in SHARDED:

@@ -27,7 +27,7 @@ class Case:
     old_logp: Tensor
     ref_logp: Tensor
     advantages: Tensor
-    routed: Tensor
+    distilled: Tensor
     weights: Tensor
     sampler_ratio: Tensor | None
     counts: Counts
@@ -42,13 +42,13 @@ class Case:
         return scaled.gather(-1, self.ids.unsqueeze(-1)).squeeze(-1)
 
     def divergence(self) -> Tensor:
-        """Through `hidden_divergence` with identity heads, scored on routed rows only, as a trainer does."""
+        """Through `hidden_divergence` with identity heads, scored on distilled rows only, as a trainer does."""
         size, length, vocab = self.logits.shape
         head = Head(torch.eye(vocab, dtype=self.logits.dtype))
         scored = hidden_divergence(
-            self.logits[self.routed].reshape(-1, vocab),
+            self.logits[self.distilled].reshape(-1, vocab),
             head,
-            self.teacher_logits[self.routed].reshape(-1, vocab),
+            self.teacher_logits[self.distilled].reshape(-1, vocab),
             head,
             alpha=self.alpha,
             top_k=self.top_k,
@@ -57,7 +57,7 @@ class Case:
             chunk_tokens=4,
         )
         full = torch.zeros(size, length, dtype=self.logits.dtype)
-        return full.masked_scatter(self.routed.unsqueeze(1).expand(size, length), scored)
+        return full.masked_scatter(self.distilled.unsqueeze(1).expand(size, length), scored)
 
     def batch(self) -> TokenBatch:
         return TokenBatch(
@@ -65,8 +65,8 @@ class Case:
             old_logp=self.old_logp,
             mask=self.mask,
             advantages=self.advantages,
-            routed=self.routed,
-            divergence=self.divergence() if self.routed.any() else None,
+            distilled=self.distilled,
+            divergence=self.divergence() if self.distilled.any() else None,
             weights=self.weights,
             counts=self.counts,
             sampler_ratio=self.sampler_ratio,
@@ -92,10 +92,10 @@ def ragged(seed: int, objective: str = "srpo", dtype: torch.dtype = torch.float6
     ids = torch.randint(vocab, (size, length), generator=g)
     lengths = torch.randint(0, length + 1, (size, 1), generator=g)
     mask = (torch.arange(length) < lengths).long() * (uniform(size, length) > 0.15).long()
-    routed = uniform(size) < float(pick(0.0, 0.5, 1.0))  # type: ignore[arg-type]
+    distilled = uniform(size) < float(pick(0.0, 0.5, 1.0))  # type: ignore[arg-type]
     temperature = float(pick(1.0, 0.7))  # type: ignore[arg-type]
     logp = (logits / temperature).log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
-    omega = mask * routed.long().unsqueeze(1)
+    omega = mask * distilled.long().unsqueeze(1)
     sampler = {"none": None, "token": uniform(size, length, high=2.0), "row": uniform(size, 1, high=2.0)}
     beta = float(pick(0.0, 0.1)) if objective == "srpo" else 0.0  # type: ignore[arg-type]
     return Case(
@@ -106,7 +106,7 @@ def ragged(seed: int, objective: str = "srpo", dtype: torch.dtype = torch.float6
         old_logp=logp + 0.5 * normal(size, length),
         ref_logp=logp + 0.3 * normal(size, length),
         advantages=normal(size),
-        routed=routed,
+        distilled=distilled,
         weights=uniform(size, length, high=3.0) * omega,
         sampler_ratio=sampler[str(pick("none", "token", "row"))],
         # other micro-batches of the step hold the rest; the distilled share may be below one token per rank

@@ -78,7 +78,7 @@ def state(run: Any) -> dict[str, torch.Tensor]:
         tensors.update({f"teacher/{name}": value for name, value in weights(run.teacher.model).items()})
     if run.teacher is not None and run.teacher.weights is not None:
         tensors.update({f"teacher/{name}": value for name, value in run.teacher.weights.values.items()})
-    for name in ("loss", "grad_norm", "reward", "learning_rate", "srpo/routed_share", "completions/mean_length"):
+    for name in ("loss", "grad_norm", "reward", "learning_rate", "srpo/distilled_share", "completions/mean_length"):
         steps = {entry["step"]: entry[name] for entry in run.state.log_history if name in entry}
         tensors[f"log/{name}"] = torch.tensor([steps.get(s, -1.0) for s in range(1, STEPS + 1)], dtype=torch.float64)
     return {name: value.detach().clone().contiguous() for name, value in tensors.items()}

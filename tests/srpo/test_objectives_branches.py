@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
-from srpo.objectives import OBJECTIVES, entropy_weights, route
-from srpo.objectives.branches import ROUTES
+from srpo.objectives import OBJECTIVES, entropy_weights, objective_of
+from srpo.objectives.branches import distilled_by
+from srpo.objectives.names import LOSS_TYPES, OBJECTIVE_NAMES
 
 torch.set_num_threads(1)
 
@@ -107,17 +111,22 @@ def test_weights_are_constants() -> None:
     assert not entropy_weights(entropy, ALL, 1.0).requires_grad
 
 
+def by(name: str, correct: torch.Tensor, available: torch.Tensor) -> torch.Tensor:
+    branch = OBJECTIVES[name].branch
+    assert branch is not None
+    return distilled_by(branch, correct, available)
+
 
 def test_the_four_cases_of_table_7() -> None:
     correct = torch.tensor([True, True, False, False])
     available = torch.tensor([True, False, True, False])
-    assert route("srpo", correct, available).tolist() == [False, False, True, False]
-    assert route("sdpo", correct, available).tolist() == [True, False, True, False]
-    assert route("grpo", correct, available).tolist() == [False] * 4
+    assert by("srpo", correct, available).tolist() == [False, False, True, False]
+    assert by("sdpo", correct, available).tolist() == [True, False, True, False]
+    assert OBJECTIVES["grpo"].branch is None
 
 
 @pytest.mark.parametrize(
-    ("correct", "routed"),
+    ("correct", "distilled"),
     [
         ([1, 0, 0, 0], [0, 1, 1, 1]),  # the sole correct rollout has no sibling to learn from and keeps its reward
         ([1, 1, 0, 0], [0, 0, 1, 1]),
@@ -125,31 +134,48 @@ def test_the_four_cases_of_table_7() -> None:
         ([1, 1, 1, 1], [0, 0, 0, 0]),  # all right: nobody has to learn
     ],
 )
-def test_groups_with_sibling_demonstrations(correct: list[int], routed: list[int]) -> None:
+def test_groups_with_sibling_demonstrations(correct: list[int], distilled: list[int]) -> None:
     c = torch.tensor(correct, dtype=torch.bool)
     other_is_correct = torch.stack([(c.sum() - c[i].long()) > 0 for i in range(len(c))])
-    assert route("srpo", c, other_is_correct).tolist() == [bool(z) for z in routed]
+    assert by("srpo", c, other_is_correct).tolist() == [bool(z) for z in distilled]
 
 
 def test_feedback_routes_an_all_wrong_group() -> None:
     wrong, feedback = torch.zeros(3, dtype=torch.bool), torch.tensor([True, False, True])
-    assert route("srpo", wrong, feedback).tolist() == [True, False, True]
+    assert by("srpo", wrong, feedback).tolist() == [True, False, True]
 
 
 def test_inputs_are_not_changed_and_not_shared() -> None:
     correct, available = torch.tensor([False, True]), torch.tensor([True, True])
-    for name in ROUTES:
-        route(name, correct, available).fill_(False)
+    for name in ("sdpo", "srpo", "bopo"):
+        by(name, correct, available).fill_(False)
     assert (correct.tolist(), available.tolist()) == ([False, True], [True, True])
 
 
-def test_unknown_names_and_wrong_types_are_refused() -> None:
+def test_wrong_types_are_refused() -> None:
     yes = torch.tensor([True])
-    with pytest.raises(ValueError, match=r"unknown objective 'srpoo'; known: grpo, sdpo, srpo"):
-        route("srpoo", yes, yes)
     with pytest.raises(TypeError, match="bool"):
-        route("srpo", torch.tensor([0.7]), yes)  # a graded reward must be turned into a predicate first
+        by("srpo", torch.tensor([0.7]), yes)  # a graded reward must be turned into a predicate first
 
 
-def test_every_objective_has_a_route() -> None:
-    assert set(OBJECTIVES) | {"grpo"} == set(ROUTES)
+def test_a_record_per_name_and_a_paper_per_record() -> None:
+    assert list(OBJECTIVES) == [*OBJECTIVE_NAMES, *LOSS_TYPES]
+    for name, paper in (OBJECTIVE_NAMES | LOSS_TYPES).items():
+        assert OBJECTIVES[name].paper == paper
+        assert (OBJECTIVES[name].loss is None) == (name == "grpo")
+
+
+def test_a_loss_type_of_ours_is_found_where_the_objective_leaves_the_loss_open() -> None:
+    names = {
+        (objective, loss_type): objective_of(SimpleNamespace(objective=objective, loss_type=loss_type))
+        for objective in OBJECTIVE_NAMES
+        for loss_type in ("dapo", "grpo", "minirl")
+    }
+    for (objective, loss_type), record in names.items():
+        wanted = loss_type if (objective, loss_type) == ("grpo", "minirl") else objective
+        assert record is OBJECTIVES[wanted]
+
+
+def test_the_names_are_read_without_torch() -> None:
+    code = "import sys, srpo.objectives.names; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -36,14 +36,16 @@ def scored(tmp_path, rewards=MIXED, truncated=(), world=None, correctness=None, 
     )
     made.current_gradient_accumulation_steps = 1
     made.model.train()
-    plans, route = [], made._route
-    made._route = lambda mask: plans.append(route(mask)) or plans[-1]
+    plans = []
+    if made.distiller is not None:
+        plan = made.distiller.plan
+        made.distiller.plan = lambda *given: plans.append(plan(*given)) or plans[-1]
     batch = made._generate_and_score_completions([dict(row) for row in ROWS])
     return made, batch, plans[0] if plans else None
 
 
-def routed(batch):
-    return batch["routed"].nonzero().flatten().tolist()
+def distilled(batch):
+    return batch["distilled"].nonzero().flatten().tolist()
 
 
 # ------------------------------------------------------------------------------------------------- the four cases
@@ -51,21 +53,21 @@ def routed(batch):
 
 def test_srpo_routes_failures_that_can_be_shown_something(tmp_path):
     made, batch, plan = scored(tmp_path)
-    assert routed(batch) == [4, 6, 7, 13, 15]
+    assert distilled(batch) == [4, 6, 7, 13, 15]
     assert [plan.demonstrations[i] for i in (4, 6, 7)] == ["f", "f", "f"]
     assert [plan.demonstrations[i] for i in (13, 15)] == ["m", "m"]  # the first correct one for all
     assert plan.demonstrations[5] is None  # the only correct one is never shown itself
     assert plan.demonstrations[8:12] == [None] * 4
     assert list(made._logs["extra"]["branch"]) == ["sdpo" if i in (4, 6, 7, 13, 15) else "grpo" for i in range(16)]
     metrics = made._metrics["train"]
-    assert metrics["srpo/routed_share"] == [5 / 16]
+    assert metrics["srpo/distilled_share"] == [5 / 16]
     assert metrics["srpo/failed_share"] == [9 / 16]
     assert metrics["srpo/teacher_available"] == [pytest.approx(5 / 9)]
 
 
 def test_sdpo_distils_correct_ones_too(tmp_path):
     made, batch, plan = scored(tmp_path, objective="sdpo")
-    assert routed(batch) == [0, 1, 2, 3, 4, 6, 7, 12, 13, 14, 15]
+    assert distilled(batch) == [0, 1, 2, 3, 4, 6, 7, 12, 13, 14, 15]
     assert plan.demonstrations[:4] == ["b", "a", "a", "a"]
     assert plan.demonstrations[12:] == ["o", "m", "m", "m"]
     assert list(made._logs["extra"]["branch"])[8:12] == [None] * 4
@@ -73,7 +75,7 @@ def test_sdpo_distils_correct_ones_too(tmp_path):
 
 def test_grpo_distils_nothing(tmp_path):
     made, batch, _ = scored(tmp_path, objective="grpo")
-    assert "routed" not in batch and made.teacher is None
+    assert "distilled" not in batch and made.teacher is None
     assert list(made._logs["extra"]["branch"]) == ["grpo"] * 16
 
 
@@ -112,7 +114,7 @@ def test_truncated_rollouts_are_never_correct_and_never_shown(tmp_path, masked):
     assert plan.demonstrations[4:8] == [None] * 4
     assert plan.demonstrations[12:] == ["o", "o", None, "o"]
     # A truncated failure is distilled, unless all of its tokens are masked.
-    assert routed(batch) == ([13, 15] if masked else [12, 13, 15])
+    assert distilled(batch) == ([13, 15] if masked else [12, 13, 15])
 
 
 def test_unscorable_rows_are_neither_correct_nor_distilled(tmp_path):
@@ -120,7 +122,7 @@ def test_unscorable_rows_are_neither_correct_nor_distilled(tmp_path):
     _, _, plan = scored(tmp_path, rewards, correctness=lambda rewards, _: torch.ones_like(rewards).bool())
     assert plan.demonstrations[12] == "p" and "n" not in plan.demonstrations and "o" not in plan.demonstrations
     _, batch, plan = scored(tmp_path, rewards)
-    assert routed(batch) == [4, 6, 7, 15]
+    assert distilled(batch) == [4, 6, 7, 15]
     assert batch["advantages"][[13, 14]].tolist() == [0.0, 0.0]
     assert batch["advantages"][[12, 15]].tolist() == [0.5, -0.5]
 
@@ -128,8 +130,8 @@ def test_unscorable_rows_are_neither_correct_nor_distilled(tmp_path):
 def test_rewards_are_summed_with_their_weights(tmp_path):
     parts = [lambda completions, **_: MIXED, lambda completions, **_: [None] * 14 + [1.0, 1.0]]
     made, batch, _ = scored(tmp_path, parts, reward_weights=[1.0, 0.25])
-    assert made._local_rewards.tolist() == [*MIXED[:14], 0.75, 0.5]
-    assert routed(batch) == [4, 6, 7, 13]
+    assert made.generation_step.rewards.tolist() == [*MIXED[:14], 0.75, 0.5]
+    assert distilled(batch) == [4, 6, 7, 13]
 
 
 def test_correctness_is_a_predicate_on_rewards_and_columns(tmp_path):
@@ -145,7 +147,7 @@ def test_correctness_is_a_predicate_on_rewards_and_columns(tmp_path):
 
     _, batch, plan = scored(tmp_path, world=world, correctness=correctness)
     assert seen == [(MIXED, ["grade"])]
-    assert routed(batch) == [1, 2, 3, 4, 5, 6]
+    assert distilled(batch) == [1, 2, 3, 4, 5, 6]
     assert plan.demonstrations[1] == "a" and plan.demonstrations[4] == "h"
 
 
@@ -158,14 +160,14 @@ def notes(_rows, texts):
 
 def test_feedback_is_ignored_unless_asked_for(tmp_path):
     _, batch, plan = scored(tmp_path, world=notes)
-    assert routed(batch) == [4, 6, 7, 13, 15] and plan.feedback == [None] * 16
+    assert distilled(batch) == [4, 6, 7, 13, 15] and plan.feedback == [None] * 16
 
 
 def test_feedback_serves_where_there_is_no_solution(tmp_path):
     made, batch, plan = scored(tmp_path, world=notes, include_environment_feedback=True)
     # e has a sibling to learn from, f is correct, i is in the all-wrong group, a is correct with correct siblings
     assert {i: note for i, note in enumerate(plan.feedback) if note} == {5: "f is wrong", 8: "i is wrong"}
-    assert routed(batch) == [4, 6, 7, 8, 13, 15]
+    assert distilled(batch) == [4, 6, 7, 8, 13, 15]
     assert plan.demonstrations[8] is None
     assert made._metrics["train"]["srpo/teacher_available"] == [pytest.approx(6 / 9)]
 
@@ -188,7 +190,7 @@ def test_a_reward_function_may_give_feedback_and_wins_over_the_world(tmp_path):
 
     made, batch, plan = scored(tmp_path, [reward], world=notes, include_environment_feedback=True)
     assert plan.feedback[8] == "note 8" and plan.feedback[4] is None
-    assert routed(batch) == [4, 6, 7, 8, 9, 10, 11, 13, 15]
+    assert distilled(batch) == [4, 6, 7, 8, 9, 10, 11, 13, 15]
     assert list(made._logs["extra"]["feedback"]) == [f"note {i}" for i in range(16)]
 
 
@@ -196,7 +198,7 @@ def test_a_reward_function_may_give_feedback_and_wins_over_the_world(tmp_path):
 
 
 @pytest.mark.parametrize("objective", ["srpo", "sdpo"])
-def test_the_teacher_runs_on_exactly_the_routed_rows(tmp_path, objective):
+def test_the_teacher_runs_on_exactly_the_distilled_rows(tmp_path, objective):
     made = trainer(
         config(tmp_path, objective=objective, per_device_train_batch_size=4, gradient_accumulation_steps=4),
         rewards=lambda completions, **_: MIXED,
@@ -211,7 +213,7 @@ def test_the_teacher_runs_on_exactly_the_routed_rows(tmp_path, objective):
     made.teacher.score = spy
     made.model.train()
     batch = made._generate_and_score_completions([dict(row) for row in ROWS])
-    rows = routed(batch)
+    rows = distilled(batch)
     assert len(rows) == {"srpo": 5, "sdpo": 11}[objective] == len(seen)
     for i, ids in zip(rows, seen, strict=True):
         question = ROWS[i]["prompt"][0]["content"]
@@ -221,17 +223,17 @@ def test_the_teacher_runs_on_exactly_the_routed_rows(tmp_path, objective):
         assert text.endswith(f"original question.<|im_end|>\n<|im_start|>assistant\n{'abcdefghijklmnop'[i]}<|im_end|>")
 
 
-def test_no_teacher_pass_when_nothing_is_routed(tmp_path):
+def test_no_teacher_pass_when_nothing_is_distilled(tmp_path):
     made, batch, _ = scored(tmp_path, [0.0] * 16)
     made.teacher.score = None  # would raise
     batch = made._generate_and_score_completions([dict(row) for row in ROWS])
-    assert routed(batch) == [] and batch["distillation_weights"].abs().max() == 0
+    assert distilled(batch) == [] and batch["distillation_weights"].abs().max() == 0
 
 
 @pytest.mark.parametrize("mode", ["topk_logits", "full_logits"])
 def test_a_teacher_that_is_told_nothing_teaches_nothing(tmp_path, mode):
     made, batch, _ = scored(tmp_path, objective="sdpo", reprompt_template="{prompt}", distillation_mode=mode)
-    assert len(routed(batch)) == 11
+    assert len(distilled(batch)) == 11
     loss = made._compute_loss(made.model, batch)
     loss.backward()
     assert abs(loss.item()) <= 1e-7

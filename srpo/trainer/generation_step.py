@@ -1,0 +1,65 @@
+"""What is known of one generation batch, from its rows to its advantages: written by one hook, read by the next."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from srpo.types import Columns, Trajectory
+
+Correctness = Callable[[Tensor, Columns], Tensor]
+"""(rewards [B] summed with their weights, columns) -> correct [B] bool."""
+
+
+@dataclass
+class GenerationStep:
+    """Everything is this rank's, one entry per completion, unless it says otherwise."""
+
+    rows: Sequence[Any] = ()
+    """Dataset rows, a group's one after the other."""
+    training: bool = True
+    number: int = 0
+    """Optimiser steps made before."""
+
+    # `_generate`
+    opened: Sequence[str] = ()
+    """The think tag that the prompt has opened, or ""."""
+    trajectories: list[Trajectory] | None = None
+    """Episodes of an environment; None without one."""
+    choices: Tensor | None = None
+    """[B, T, A] ids that were allowed, -1 at the padding (`srpo.teacher.masked_decisions`); None: no token was
+    restricted, on any rank."""
+    expert_rows: Sequence[Tensor] | None = None
+    """R3: expert ids that the sampler chose, ragged (`srpo.replay.expert_table`)."""
+    expert_ids: Tensor | None = None
+    """The same, or those of R2, in the padding of the batch."""
+    old_pass_due: bool = False
+    """Whether the next scoring pass is the old policy's."""
+    scored: bool = False
+    """Whether old policy and reference have scored it: a later pass belongs to a loss."""
+
+    # `_calculate_rewards`
+    prompts: list[Any] = field(default_factory=list)
+    """As the policy saw them."""
+    completion_ids: Sequence[Any] = ()
+    columns: Columns = field(default_factory=dict)
+    """The world's, and feedback of a reward function."""
+    references: list[Any] = field(default_factory=list)
+    """[R_S, R_L] of the row, where it has them (`srpo.objectives.advantages`)."""
+    truncated: list[bool] = field(default_factory=list)
+    """Which completions a limit ended; they never count as correct and are shown to nobody."""
+    rewards: Tensor = field(default_factory=lambda: torch.empty(0))
+    """[B], summed with their weights; NaN: not scored by any function."""
+
+    @property
+    def mode(self) -> str:
+        """TRL's name for where its metrics go."""
+        return "train" if self.training else "eval"
+
+    def correct(self, threshold: float, rule: Correctness | None) -> Tensor:
+        """[B] bool: completions that count as correct."""
+        rewards = self.rewards
+        correct = rewards >= threshold if rule is None else rule(rewards, self.columns).to(rewards.device)
+        return correct & ~torch.isnan(rewards) & ~torch.tensor(self.truncated, device=rewards.device)
