@@ -31,7 +31,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,11 +83,11 @@ class LossConfig:
     epsilon_low: float = 0.2
     epsilon_high: float = 0.28
     delta: float | None = None  # cap of the ratio before the min (two-sided clip); None = off
-    level: Literal["token", "sequence"] = "token"  # of the importance ratio of the GRPO branch
+    level: str = "token"  # or "sequence": of the importance ratio of the GRPO branch
     beta: float = 0.0  # coefficient of the KL penalty to the reference policy
     correct_kl: bool = False  # weigh that penalty by the importance ratio (TRL's use_bias_correction_kl)
     is_clip: float | None = 2.0  # cap of the detached ratio that multiplies the divergence; None = ratio off
-    aggregation: Literal["token", "sequence_mean"] = "token"
+    aggregation: str = "token"  # or "sequence_mean"
     cap: float = 5.0  # minirl: largest weight pi_theta/mu_old
     length: int = 1  # minirl: the fixed length of a response, max_completion_length
 

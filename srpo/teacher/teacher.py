@@ -60,7 +60,7 @@ class Teacher:
         self.rate = rate
         self.accelerator = accelerator
         self.student = student
-        self.model = None
+        self.model: Any = None
         self.weights: OtherWeights | None = None
         self.sharded = accelerator.distributed_type in ("DEEPSPEED", "FSDP")
         if is_peft_model(student) and kind != "live":
@@ -128,7 +128,7 @@ class Teacher:
         with own.gather(), student.gather():
             weight = torch.cat([own.weight, student.weight.to(own.weight.dtype)], dim=1).detach()
             bias = None
-            if own.bias is not None:
+            if own.bias is not None and student.bias is not None:
                 bias = torch.lerp(own.bias, student.bias.to(own.bias.dtype), self.rate).detach()
         return Head(weight, bias, None, own.scale)
 
@@ -241,7 +241,7 @@ def _from_first_rank(model: PreTrainedModel, device: torch.device) -> None:
         torch.distributed.broadcast(tensor.data, 0)
 
 
-def _base(model: torch.nn.Module) -> PreTrainedModel:
+def _base(model: Any) -> PreTrainedModel:
     return model.get_base_model() if is_peft_model(model) else model
 
 

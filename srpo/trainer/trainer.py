@@ -98,6 +98,10 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
     """
 
     _tag_names = ("trl", "srpo")
+    # Of TRL's trainer; set here too.
+    log_completions: bool
+    mask_truncated_completions: bool
+    _last_loaded_step: int
 
     def __init__(
         self,
