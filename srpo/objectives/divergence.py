@@ -187,3 +187,54 @@ def _kl(p: Tensor, q: Tensor) -> Tensor:
 
 def _upcast(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
+
+
+@torch.no_grad()
+def hidden_entropy(
+    hidden: Tensor, head: Head, temperature: float, choices: Tensor | None = None, chunk_tokens: int = 1024
+) -> Tensor:
+    """Exact entropy in nats, hidden [N, D] -> [N]: of a decision over its choices [N, A]. fp32."""
+
+    def entropy(chunk: slice, rows: Tensor | slice, among: Tensor | None) -> Tensor:
+        return torch.special.entr(_log_probs(hidden[chunk][rows], head, temperature, among).exp()).sum(-1)
+
+    return _in_chunks(entropy, len(hidden), head, choices, chunk_tokens)
+
+
+@torch.no_grad()
+def hidden_logp(
+    hidden: Tensor,
+    head: Head,
+    tokens: Tensor,
+    temperature: float,
+    choices: Tensor | None = None,
+    chunk_tokens: int = 1024,
+) -> Tensor:
+    """Log-probability of `tokens` [N], of a decision among its choices [N, A]: hidden [N, D] -> [N]. fp32."""
+
+    def logp(chunk: slice, rows: Tensor | slice, among: Tensor | None) -> Tensor:
+        wanted = tokens[chunk][rows].unsqueeze(-1)
+        place = wanted if among is None else (among == wanted).int().argmax(-1, keepdim=True)
+        return _log_probs(hidden[chunk][rows], head, temperature, among).gather(-1, place).squeeze(-1)
+
+    return _in_chunks(logp, len(hidden), head, choices, chunk_tokens)
+
+
+def _in_chunks(
+    score: Callable[[slice, Tensor | slice, Tensor | None], Tensor],
+    count: int,
+    head: Head,
+    choices: Tensor | None,
+    chunk_tokens: int,
+) -> Tensor:
+    parts = []
+    with head.gather():  # once, however many tokens: a sharded head is gathered by all ranks together
+        for start in range(0, max(count, 1), chunk_tokens):
+            chunk = slice(start, start + chunk_tokens)
+            allowed = None if choices is None else choices[chunk]
+            parts.append(joined([score(chunk, rows, among) for rows, among in supports(allowed)], allowed))
+    return torch.cat(parts)
+
+
+def _log_probs(hidden: Tensor, head: Head, temperature: float, choices: Tensor | None) -> Tensor:
+    return torch.log_softmax(head.logits(hidden, choices) / temperature, dim=-1)

@@ -45,8 +45,8 @@ def engine_that_replay_needs(args: Any) -> AbstractContextManager[None]:
     return returning_routes() if mode == "R3" and args.use_vllm else nullcontext()
 
 
-class ReplayPasses:
-    """The pass table above. Every method does nothing where a run replays nothing.
+def replay_passes(model: Any, args: Any, refused: bool, engine: Any) -> "ReplayPasses | None":
+    """Those of a run; None where it replays nothing.
 
     Args:
         model: the policy, after PEFT has wrapped it.
@@ -54,43 +54,51 @@ class ReplayPasses:
         refused: the policy is one of text and pictures, or has `tools=`.
         engine: TRL's vLLM, or None.
 
+    Raises:
+        ValueError: settings, or a model, that replay cannot work with.
+    """
+    mode = replay_mode(args)
+    if mode == "off":
+        if args.routing_replay == "R2":
+            logger.warning("routing_replay: R2 has no effect with one optimiser step per rollout, and is off")
+        return None
+    check_replay(args)  # TRL forces reentrant checkpointing on LoRA with ZeRO-3
+    if refused:
+        raise ValueError("routing_replay supports text policies without tools=; set routing_replay: off")
+    try:
+        replay = RoutingReplay(model)
+    except ValueError as error:
+        if args.routing_replay != "auto":
+            raise
+        logger.warning("routing_replay: auto is off. %s", error)
+        return None
+    _refuse_jitter(model.config.get_text_config())
+    return ReplayPasses(replay, mode, args, engine)
+
+
+class ReplayPasses:
+    """The pass table above.
+
     Attributes:
-        mode: of this run: off, R2 or R3.
-        replay: the hooks on the policy's routers; None with off.
+        mode: of this run: R2 or R3.
+        replay: the hooks on the policy's routers.
     """
 
-    def __init__(self, model: Any, args: Any, refused: bool, engine: Any) -> None:
-        self.args = args
-        self.mode: Mode = "off"
-        self.replay: RoutingReplay | None = None
-        self._engine: EngineRoutes | None = None
-        mode = replay_mode(args)
-        if mode == "off":
-            if args.routing_replay == "R2":
-                logger.warning("routing_replay: R2 has no effect with one optimiser step per rollout, and is off")
-            return
-        check_replay(args)  # TRL forces reentrant checkpointing on LoRA with ZeRO-3
-        if refused:
-            raise ValueError("routing_replay supports text policies without tools=; set routing_replay: off")
-        try:
-            self.replay = RoutingReplay(model)
-        except ValueError as error:
-            if args.routing_replay != "auto":
-                raise
-            logger.warning("routing_replay: auto is off. %s", error)
-            return
-        self.mode = mode
-        if mode == "R3" and engine is not None:
-            self._engine = EngineRoutes(engine, self.replay.spec)
-        _refuse_jitter(model.config.get_text_config())
+    def __init__(self, replay: RoutingReplay, mode: Mode, args: Any, engine: Any) -> None:
+        self.replay, self.mode, self.args = replay, mode, args
+        self._engine = EngineRoutes(engine, replay.spec) if mode == "R3" and engine is not None else None
         self.alarms = ReplayAlarms(logger.warning)
+
+    def _samples(self, step: GenerationStep) -> bool:
+        """Whether the rollout of this step is recorded."""
+        return self.mode == "R3" and step.training
 
     # ------------------------------------------------------------------------------------------------- sampling
 
     @contextmanager
     def turns(self, step: GenerationStep) -> Iterator[Any]:
         """Around the episodes of an environment: the recorder that its decoding loop reports to, or None."""
-        if self.replay is None or self.mode != "R3" or not step.training:
+        if not self._samples(step):
             yield None
             return
         if self._engine is not None:
@@ -103,8 +111,8 @@ class ReplayPasses:
 
     def take(self, step: GenerationStep, output: tuple[Any, ...], recorder: Any) -> None:
         """Keep what a rollout recorded: `output` is that of TRL's `_generate`, `recorder` that of `turns`."""
-        step.old_pass_due = self.replay is not None and step.training and has_old_logprobs(self.args)
-        if self.replay is None or self.mode != "R3" or not step.training:
+        step.old_pass_due = step.training and has_old_logprobs(self.args)
+        if not self._samples(step):
             return
         prompt_ids, completion_ids, extra_fields = output[0], output[1], output[5]
         if recorder is not None:
@@ -128,13 +136,13 @@ class ReplayPasses:
 
     def sampling(self, step: GenerationStep) -> AbstractContextManager[None]:
         """Around one `generate` of transformers."""
-        if self.replay is None or self.mode != "R3" or not step.training or self._engine is not None:
+        if not self._samples(step) or self._engine is not None:
             return nullcontext()
         return self.replay.record()
 
     def sampled(self, step: GenerationStep, prompt_ids: Any, completion_ids: Any) -> None:
         """After one call of TRL's `_generate_single_turn`: keep the expert ids of these completions."""
-        if self.replay is None or self.mode != "R3" or not step.training:
+        if not self._samples(step):
             return
         if self._engine is not None:
             step.expert_rows = self._engine.rows(prompt_ids, completion_ids)
@@ -166,7 +174,7 @@ class ReplayPasses:
 
     def batch(self, step: GenerationStep, batch: dict[str, Any]) -> dict[str, Any]:
         """What a scored generation batch has to carry along."""
-        if self.replay is None or not step.training:
+        if not step.training:
             return {}
         if step.expert_ids is None:  # R3 without a pass over the old policy
             step.expert_ids = _laid_out(step, torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1))
@@ -177,7 +185,6 @@ class ReplayPasses:
         """Forwards inside take consecutive rows of a batch; they replay `expert_ids`, or are `recorded`."""
         replay, start = self.replay, 0
         context: Any = None
-        assert replay is not None
 
         def before(_module: Any, _args: Any, kwargs: dict[str, Any]) -> None:
             nonlocal start, context
@@ -203,25 +210,10 @@ class ReplayPasses:
 
     # ------------------------------------------------------------------------------------------------- training
 
-    def arm(self, inputs: dict[str, Any]) -> None:
-        """Before the loss of a micro-batch."""
-        if self.replay is not None and EXPERT_IDS in inputs:
-            self.replay.arm(inputs[EXPERT_IDS])
-
-    def disarm(self) -> None:
-        """After its backward pass, which may run layers again."""
-        if self.replay is not None:
-            self.replay.disarm()
-
-    def audit_due(self, inputs: dict[str, Any], steps: int, first: bool) -> bool:
+    def audit_due(self, steps: int, first: bool) -> bool:
         """Whether to audit a micro-batch: `steps` optimiser steps are made, and it is the `first` of its own."""
         every = self.args.routing_replay_metrics_steps
-        return self.replay is not None and EXPERT_IDS in inputs and every > 0 and first and steps % every == 0
-
-    def observe(self, logs: dict[str, float]) -> None:
-        """Look at what a training step logs."""
-        if self.replay is not None:
-            self.alarms.observe({name: v for name, v in logs.items() if isinstance(v, float)})
+        return every > 0 and first and steps % every == 0
 
 
 def _laid_out(step: GenerationStep, attention_mask: Tensor) -> Tensor:

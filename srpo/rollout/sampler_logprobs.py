@@ -35,11 +35,20 @@ class SampledLogProbs:
 
     Args:
         width: columns of the prompts; each column after them is a token that was drawn from the logits before it.
+        masked: (columns so far [B, S], logits [B, V]) -> logits of what was allowed; None: everything was.
     """
 
-    def __init__(self, model: torch.nn.Module, temperature: float, width: int):
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        temperature: float,
+        width: int,
+        masked: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ):
         self._temperature = temperature
         self._width = width
+        self._masked = masked
+        self._columns: Tensor | None = None  # [B, S] that `masked` reads
         self._fed = FedTokens()
         self._steps: list[Tensor] = []  # [B] each: the tokens that were fed back
         self._last: Tensor | None = None  # [B, V] log-probs after the last forward
@@ -75,6 +84,9 @@ class SampledLogProbs:
         if ids is None:
             raise RuntimeError("the log-probs of a policy that is fed embeddings (virtual tokens) cannot be recorded")
         self._fed.feed(ids, cached=given_cache(kwargs) is not None)
+        if self._masked is not None:
+            cached = self._columns is not None and given_cache(kwargs) is not None
+            self._columns = torch.cat([self._columns, ids], dim=1) if cached else ids  # type: ignore[list-item]
         drawn = min(self._fed.new, self._fed.columns - self._width)
         if drawn > 0:
             if self._fed.new > 1:
@@ -82,7 +94,11 @@ class SampledLogProbs:
             self._steps.append(self._gather(ids[:, -1]))
 
     def _after(self, _module: torch.nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-        self._last = torch.log_softmax(output.logits[:, -1].float() / self._temperature, dim=-1)
+        logits = output.logits[:, -1].float()
+        if self._masked is not None:
+            assert self._columns is not None
+            logits = self._masked(self._columns, logits)
+        self._last = torch.log_softmax(logits / self._temperature, dim=-1)
 
     def _gather(self, ids: Tensor) -> Tensor:
         assert self._last is not None
@@ -149,9 +165,7 @@ def settle_ends(model: Any, tokenizer: Any, args: Any, generation_config: Any, e
 
 
 def batch_mismatch(batch: dict[str, Any], reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
-    """`mismatch_metrics` of a generation batch where it has both log-probs; `reduce` sums over ranks."""
-    if not {"sampling_per_token_logps", "old_per_token_logps"} <= batch.keys():
-        return {}
+    """`mismatch_metrics` of a generation batch that has both log-probs; `reduce` sums over ranks."""
     mask = batch["completion_mask"] * batch.get("tool_mask", 1)
     sums = mismatch_sums(batch["sampling_per_token_logps"], batch["old_per_token_logps"], mask)
     return {f"sampling/{name}": value for name, value in mismatch_metrics(reduce(sums)).items()}

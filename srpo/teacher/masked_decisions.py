@@ -8,6 +8,9 @@
 Sampling was restricted to C, so old, new and reference log-probabilities must be too, with the same stored C:
 otherwise the ratio compares two different distributions, and mass on actions that were not allowed leaks into the
 gradient. Only the |C| rows of the head are read, inside the model's own forward, as TRL's fused head does it.
+
+C comes from an environment's decisions (`Turn.choices`), or, where a completion is one turn, from a rule of its ids
+(`AllowedTokens`), which then restricts the sampling, too.
 """
 
 from __future__ import annotations
@@ -16,16 +19,61 @@ import functools
 import types
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from srpo.objectives import Head
 from srpo.rollout.batch import most_choices, padded_choices
 from srpo.teacher.lm_head import capture_hidden, head_of
+
+
+class AllowedTokens(Protocol):
+    """Which ids a completion may hold, a pure function of the ids before (`srpo.rollout.constrained.OneOf` is one)."""
+
+    def __call__(self, ids: list[int], /) -> list[Sequence[int] | None]:
+        """For each position of a finished completion the ids that were allowed there; None: any."""
+        ...
+
+    def after(self, ids: list[int], /) -> Sequence[int] | None:
+        """The ids that may follow; None: any."""
+        ...
+
+
+class MaskedLogits(LogitsProcessor):
+    """For `generate` of transformers: scores [B, V] of the next token, -inf where it is not allowed.
+
+    Args:
+        width: columns of the prompts.
+    """
+
+    def __init__(self, allowed: AllowedTokens, width: int) -> None:
+        self._allowed, self._width = allowed, width
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        for row, ids in enumerate(input_ids[:, self._width :].tolist()):
+            choices = self._allowed.after(ids)
+            if choices is not None:
+                kept = torch.tensor(list(choices), device=scores.device)
+                only = torch.full_like(scores[row], -torch.inf).index_copy(0, kept, scores[row, kept])
+                scores = scores.index_copy(0, torch.tensor([row], device=scores.device), only.unsqueeze(0))
+        return scores
+
+
+@contextmanager
+def sampled_among(model: PreTrainedModel, masked: MaskedLogits | None) -> Iterator[None]:
+    """Inside the block `model.generate` samples allowed tokens only; None: any."""
+    if masked is None:
+        yield
+        return
+    model.generate = functools.partial(model.generate, logits_processor=LogitsProcessorList([masked]))
+    try:
+        yield
+    finally:
+        del model.generate
 
 
 def choice_log_probs(hidden: Tensor, head: Head, choices: Tensor, temperature: float) -> Tensor:

@@ -13,16 +13,18 @@ from srpo.trainer.generation_step import GenerationStep
 
 def credited(
     objective: Objective, step: GenerationStep, correct: Tensor, group: int, args: Any, accelerator: Accelerator
-) -> Tensor:
-    """Advantages of all ranks' completions, since a group may straddle ranks: [B x ranks].
+) -> tuple[Tensor, list[float]]:
+    """Advantages [B] of this rank's completions and, for the records, those of all ranks.
 
     Args:
         correct: [B] bool, of this rank.
-        group: rollouts of one prompt.
+        group: rollouts of one prompt, which may straddle ranks.
     """
     assert objective.credit is not None
     rewards, found = step.rewards, references_of(step.references, args)
     references = None
     if found is not None:
         references = accelerator.gather(torch.tensor(found, dtype=torch.float32, device=rewards.device))
-    return objective.credit(accelerator.gather(rewards), references, accelerator.gather(correct), group, args)
+    everyone = objective.credit(accelerator.gather(rewards), references, accelerator.gather(correct), group, args)
+    start = accelerator.process_index * len(rewards)
+    return everyone[start : start + len(rewards)], everyone.tolist()

@@ -1,6 +1,6 @@
 """What is known of one generation batch, from its rows to its advantages: written by one hook, read by the next."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,9 +8,6 @@ import torch
 from torch import Tensor
 
 from srpo.types import Columns, Trajectory
-
-Correctness = Callable[[Tensor, Columns], Tensor]
-"""(rewards [B] summed with their weights, columns) -> correct [B] bool."""
 
 
 @dataclass
@@ -52,14 +49,3 @@ class GenerationStep:
     """Which completions a limit ended; they never count as correct and are shown to nobody."""
     rewards: Tensor = field(default_factory=lambda: torch.empty(0))
     """[B], summed with their weights; NaN: not scored by any function."""
-
-    @property
-    def mode(self) -> str:
-        """TRL's name for where its metrics go."""
-        return "train" if self.training else "eval"
-
-    def correct(self, threshold: float, rule: Correctness | None) -> Tensor:
-        """[B] bool: completions that count as correct."""
-        rewards = self.rewards
-        correct = rewards >= threshold if rule is None else rule(rewards, self.columns).to(rewards.device)
-        return correct & ~torch.isnan(rewards) & ~torch.tensor(self.truncated, device=rewards.device)

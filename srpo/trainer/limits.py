@@ -1,8 +1,7 @@
-"""What excludes an environment, what stops a run, and a warning of TRL's that lost rollouts would repeat."""
+"""What stops a run, and a warning of TRL's that lost rollouts would repeat."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import MISSING, fields
 from logging import getLogger
 from typing import Any
 
@@ -32,39 +31,6 @@ def without_trl_warning() -> Iterator[None]:
         yield
     finally:
         trl.removeFilter(quiet)
-
-
-def refuse_other_rollouts(args: Any, given: Mapping[str, Any], world: Any) -> None:
-    """ValueError for arguments that an environment excludes."""
-    others = {"world": world} | {name: given.get(name) for name in ("rollout_func", "tools", "environment_factory")}
-    for name, value in others.items():
-        if value is not None:
-            raise ValueError(f"environment= and {name}= both say what happens to a completion; give one of them")
-    if args.use_transformers_continuous_batching:
-        raise ValueError("use_transformers_continuous_batching has no meaning with environment=; leave it False")
-    if args.generation_kwargs and not args.use_vllm:
-        names = ", ".join(args.generation_kwargs)
-        raise ValueError(f"generation_kwargs ({names}) are not read with environment=; set the fields of the config")
-
-
-_EPISODES_ONLY = (
-    "max_turns", "max_turn_tokens", "max_observation_tokens", "stop_strings", "step_deadline", "episode_deadline",
-    "max_lost_share", "max_lost_batches", "max_cost_usd",
-)  # fmt: skip
-"""Fields of the configuration that only the rollout of an environment reads."""
-
-
-def refuse_settings_of_episodes(args: Any) -> None:
-    """ValueError for fields that only episodes read, where there is no environment: they would do nothing."""
-    defaults = {field.name: field for field in fields(args)}
-    for name in _EPISODES_ONLY:
-        field = defaults[name]
-        neutral = field.default if field.default_factory is MISSING else field.default_factory()
-        if (value := getattr(args, name)) != neutral:
-            raise ValueError(
-                f"{name}={value!r} is read by the episodes of an environment only, and none is given: leave it at "
-                f"{neutral!r}, or pass environment="
-            )
 
 
 class RunLimits(TrainerCallback):

@@ -18,6 +18,7 @@ from typing import Any
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+from accelerate.utils import gather_object
 from transformers.utils import is_rich_available, logging
 from trl.trainer import grpo_trainer
 from trl.trainer.utils import print_prompt_completions_sample
@@ -66,6 +67,12 @@ def world_metrics(columns: Mapping[str, Sequence[Any]]) -> dict[str, float]:
     if errors := [bool(error) for error in columns.get(FORMAT_ERROR, ()) if error is not None]:
         metrics["invalid/share"] = sum(errors) / len(errors)
     return metrics
+
+
+def gathered_metrics(columns: Mapping[str, Sequence[Any]], rows: int) -> dict[str, float]:
+    """`world_metrics` of all ranks' columns; `rows` of this rank."""
+    names = sorted(set(gather_object(list(columns))))  # a rank may lack a column, but not a collective
+    return world_metrics({name: gather_object(list(columns.get(name, [None] * rows))) for name in names})
 
 
 class Alarms:

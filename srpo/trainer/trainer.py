@@ -31,56 +31,65 @@ from transformers.utils import logging
 from trl import GRPOConfig
 from trl import GRPOTrainer as TRLGRPOTrainer
 
-from srpo.checks import checked_reward, distinct
 from srpo.columns import (
     LOST_ROW,
     TABLE_COLUMNS,
     as_list,
-    check_dataset_columns,
     check_extra,
     check_no_pictures,
     check_reward_names,
-    checked_columns,
     checked_metric,
     repaired_value,
     well_formed,
     without_pictures,
 )
-from srpo.config import SRPOConfig, as_srpo_config, kept_defaults
+from srpo.config import SRPOConfig
 from srpo.hub.hub import HubMixin
-from srpo.objectives import Counts, LossConfig, LossOutput, TokenBatch, objective_of, sampled_token_divergence
+from srpo.objectives import objective_of
 from srpo.objectives.advantages import REFERENCES
-from srpo.objectives.batch import per_step
 from srpo.replay.metrics import audited
-from srpo.replay.passes import ReplayPasses, engine_that_replay_needs
-from srpo.rollout.loop import as_columns
+from srpo.replay.passes import EXPERT_IDS, engine_that_replay_needs, replay_passes
+from srpo.replay.replay import RoutingReplay
 from srpo.rollout.sampler_logprobs import SampledLogProbs, batch_mismatch, prompt_width, settle_ends
 from srpo.rollout.sampling_rules import own_settings_aside
 from srpo.rollout.thinking import opened_by
 from srpo.rollout.vllm_settings import vllm_of
 from srpo.run.steps import check_eval_rows, check_rows_of_a_batch, check_steps_left, check_steps_made
 from srpo.teacher.lm_head import add_distillation_head
-from srpo.teacher.masked_decisions import add_choice_head, scored_among
+from srpo.teacher.masked_decisions import (
+    AllowedTokens,
+    MaskedLogits,
+    add_choice_head,
+    gathered_choices,
+    sampled_among,
+    scored_among,
+)
 from srpo.teacher.teacher import Teacher, unpatched_copy
 from srpo.trainer.adapters import prepare_adapter
+from srpo.trainer.arguments import checked_config, datasets_of, init_kwargs, refuse_contradictions
 from srpo.trainer.checkpoint import Checkpoints, Clock, load_renamed_weights
 from srpo.trainer.credit import credited
 from srpo.trainer.distiller import Distiller, nothing_distilled
-from srpo.trainer.engines import gather_when_saving, saved_whole
+from srpo.trainer.engines import saved_whole
 from srpo.trainer.forward_checks import ForwardChecks, still
-from srpo.trainer.generation_step import Correctness, GenerationStep
-from srpo.trainer.limits import RunLimits, refuse_other_rollouts, refuse_settings_of_episodes, without_trl_warning
-from srpo.trainer.metrics import TRUNCATED, Alarms, CompletionsTable, world_metrics
-from srpo.trainer.precision import check_precision, engine_keeps_masters, train_in_fp32
+from srpo.trainer.generation_step import GenerationStep
+from srpo.trainer.limits import RunLimits, without_trl_warning
+from srpo.trainer.loss import Loss, loss_mask, sequences
+from srpo.trainer.metrics import Alarms, CompletionsTable, gathered_metrics
+from srpo.trainer.precision import engine_keeps_masters, train_in_fp32
 from srpo.trainer.reference import Reference, reference_of
+from srpo.trainer.rewards import checked_rewards, columns_of, cut_short, rows_with_columns
 from srpo.trainer.rollouts import Rollouts
-from srpo.types import FEEDBACK, LOST, Columns, Environment, World
+from srpo.types import FEEDBACK, Columns, Environment, World
 
 logger = logging.get_logger(__name__)
 
+Correctness = Callable[[Tensor, Columns], Tensor]
+"""(rewards [B] summed with their weights, columns) -> correct [B] bool."""
+
 
 class SRPOTrainer(HubMixin, TRLGRPOTrainer):
-    """GRPO, SDPO, SRPO and BoPO in one trainer; every argument of `trl.GRPOTrainer`, and five more.
+    """GRPO, SDPO, SRPO and BoPO in one trainer; every argument of `trl.GRPOTrainer`, and six more.
 
     Args:
         world: called once per batch with (rows, completion texts); its columns reach the reward functions, the
@@ -92,12 +101,16 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
         recipe: the resolved recipe, for the model card.
         save_beside: called with every folder that the weights were written to, before it is pushed: checkpoints, the
             last weights, the Hub. The process that writes calls it alone, so it must not wait for others.
+        allowed_tokens: which ids a completion of one turn may hold. The policy samples among them, and every
+            log-probability that is scored, the teacher's too, is renormalised over them.
 
     Raises:
         ValueError: for vision-language models with an objective of ours, and for arguments that contradict.
     """
 
     _tag_names = ("trl", "srpo")
+    _objective: str | None = None
+    """What the class says, whatever the configuration does."""
     # Of TRL's trainer; set here too.
     log_completions: bool
     mask_truncated_completions: bool
@@ -115,14 +128,15 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
         correctness: Correctness | None = None,
         recipe: dict[str, Any] | None = None,
         save_beside: Callable[[Path], object] | None = None,
+        allowed_tokens: AllowedTokens | None = None,
         **kwargs: Any,
     ):
-        args = _checked_config(args)
-        gather_when_saving(args)
+        args = checked_config(args, self._objective)
         self.objective, self._record = args.objective, objective_of(args)
         self.recipe, self.save_beside = recipe, save_beside
         self.heldout_table: str | None = None
         self.world, self.environment, self.correctness = world, environment, correctness
+        self.allowed_tokens = allowed_tokens
         self.generation_step = GenerationStep()
         self._train_sampler: Any = None
 
@@ -135,25 +149,20 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
             train_in_fp32(model, args)  # before it is copied: teacher and reference take the policy's precision
         needs_copy = distils and args.teacher_model_kind != "live" and not has_adapter
         in_fp32 = args.teacher_model_kind == "ema" or not engine_keeps_masters(args)
-        twin = unpatched_copy(model, _init_kwargs(args), in_fp32) if needs_copy else None
-        for data in datasets_of(given.arguments):
-            check_dataset_columns(getattr(data, "column_names", None) or (), environment is not None)
-        if environment is not None:
-            refuse_other_rollouts(args, given.arguments, world)
-        else:
-            refuse_settings_of_episodes(args)
+        twin = unpatched_copy(model, init_kwargs(args), in_fp32) if needs_copy else None
+        refuse_contradictions(args, given.arguments, world, environment, allowed_tokens)
 
         with (
             vllm_of(self, args),
             engine_that_replay_needs(args),
             reference_of(model, peft_config, args) as own_reference,
         ):
-            super().__init__(model, _checked_rewards(reward_funcs), args, train_dataset, *rest, **kwargs)
+            super().__init__(model, checked_rewards(reward_funcs), args, train_dataset, *rest, **kwargs)
         self.beta = args.beta
         engine = self.vllm_generation if self.use_vllm else None
         self.reference = Reference(self.model, self.ref_model, own_reference, self.accelerator)
         refused = self._is_vlm or bool(getattr(self, "tools", None))
-        self.replay_passes = ReplayPasses(self.model, args, refused, engine)
+        self.replay_passes = replay_passes(self.model, args, refused, engine)
         if not self._is_vlm:
             for data in datasets_of(given.arguments):
                 check_no_pictures(data)
@@ -174,37 +183,27 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
             self.mask_truncated_completions = False  # TRL looks at the last token; here the stop reason says it
             self.rollouts = Rollouts(environment, args, self.accelerator, tokenizer, self.num_generations, masked)
             self.add_callback(RunLimits(self.rollouts))
+        if environment is not None or allowed_tokens is not None:
             for scored in filter(None, (self.model, self.ref_model)):
                 add_choice_head(self._base(scored), self.temperature)
         self.add_callback(Clock(self._begin_training, self._end_step))
         self.teacher: Teacher | None = None
         self.distiller: Distiller | None = None
-        if self._record.loss is not None:
-            self._set_up_loss(args)
-        if distils:
+        if distils and not self._is_vlm:
             self._set_up_teacher(args, twin)
+        self.loss = None if self._record.loss is None else self._set_up_loss(args)
         self.checkpoints = Checkpoints(self.accelerator, self.reference, self.distiller, self.rollouts)
         self._check_forwards(args)
 
-    def _set_up_loss(self, args: SRPOConfig) -> None:
+    def _set_up_loss(self, args: SRPOConfig) -> Loss:
         """What TRL's own loss has no use for."""
         if self._is_vlm:
             raise ValueError(
                 f"objective: {self.objective} trains text models only; use objective: grpo and a loss_type of TRL's"
             )
         add_distillation_head(self._base(self.model))
-        self._loss_config = LossConfig(
-            epsilon_low=self.epsilon_low,
-            epsilon_high=self.epsilon_high,
-            delta=args.delta,
-            level=self.importance_sampling_level,
-            beta=self.beta,
-            correct_kl=args.use_bias_correction_kl,
-            is_clip=args.distillation_is_clip,
-            aggregation=args.distillation_aggregation,
-            cap=args.minirl_cap,
-            length=self.max_completion_length,
-        )
+        router_loss = self.router_aux_loss_coef if self.aux_loss_enabled else None
+        return Loss(self._record, self.accelerator, args, self.distiller, router_loss)
 
     def _set_up_teacher(self, args: SRPOConfig, twin: PreTrainedModel | None) -> None:
         snapshot = self._generate_every > args.gradient_accumulation_steps
@@ -222,7 +221,6 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
             self.temperature,
             self._metrics["train"],
         )
-        self._branch_gradients = torch.zeros(2, device=self.accelerator.device)  # squared norms: distilled, rewarded
 
     def _check_forwards(self, args: SRPOConfig) -> None:
         """At the end of construction: every model of the trainer exists."""
@@ -240,10 +238,11 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
         base = self.accelerator.unwrap_model(model)
         return base.get_base_model() if is_peft_model(base) else base
 
-    def _add_metrics(self, mode: str, values: Mapping[str, float]) -> None:
+    def _add_metrics(self, training: bool, values: Mapping[str, float]) -> None:
         """TRL averages what is appended until the next log."""
+        kept = self._metrics["train" if training else "eval"]
         for name, value in values.items():
-            self._metrics[mode][name].append(float(value))
+            kept[name].append(float(value))
 
     # ---------------------------------------------------------------------------------------- one generation batch
 
@@ -260,11 +259,13 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
             score = self._get_per_token_logps_and_entropies
             batch["ref_per_token_logps"] = self.reference.logps(batch, score, self.args)
         step.scored = True
-        self._add_metrics(step.mode, batch_mismatch(batch, self._sum_over_ranks))
+        if "sampling_per_token_logps" in batch and "old_per_token_logps" in batch:
+            self._add_metrics(step.training, batch_mismatch(batch, partial(self.accelerator.reduce, reduction="sum")))
         if step.choices is not None:
             batch["choices"] = step.choices
-        batch |= self.replay_passes.batch(step, batch)
-        mask = _loss_mask(batch)
+        if self.replay_passes is not None:
+            batch |= self.replay_passes.batch(step, batch)
+        mask = loss_mask(batch)
         if step.training and self._record.credit is not None:
             self._credit(step, batch)
         branches: list[str | None] = ["grpo"] * len(rows)
@@ -283,18 +284,23 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
         if self.rollouts is None:
             output, recorder = super()._generate(prompts), None
             prompt_ids = output[0]
+            if self.allowed_tokens is not None:
+                rows = [[tuple(ids or ()) for ids in self.allowed_tokens(list(one))] for one in output[1]]
+                step.choices = gathered_choices(rows, self.pad_to_multiple_of, self.accelerator.device)
         else:
             prompt_ids = self._tokenize_prompts(prompts)[0]
             in_training = getattr(self, "is_in_train", False)
-            with self.replay_passes.turns(step) as recorder, self._generator(recorder) as generator:
+            turns = nullcontext() if self.replay_passes is None else self.replay_passes.turns(step)
+            with turns as recorder, self._generator(recorder) as generator:
                 played = self.rollouts.play(step, prompt_ids, isinstance(prompts[0], str), generator, in_training)
             output = played.output
             if step.training:
                 self.state.num_input_tokens_seen += played.tokens
-            self._metrics[step.mode]["num_tokens"] = [self.state.num_input_tokens_seen]
-            self._add_metrics(step.mode, played.metrics)
+            self._metrics["train" if step.training else "eval"]["num_tokens"] = [self.state.num_input_tokens_seen]
+            self._add_metrics(step.training, played.metrics)
         step.opened = [opened_by(self._tokenizer, ids) for ids in prompt_ids]
-        self.replay_passes.take(step, output, recorder)
+        if self.replay_passes is not None:
+            self.replay_passes.take(step, output, recorder)
         return output
 
     def _generator(self, recorder: Any) -> Any:
@@ -314,19 +320,25 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
             completion_ids, logprobs = sample()
         else:
             policy = self.accelerator.unwrap_model(self.model)
-            with passes.sampling(step), own_settings_aside(policy):
+            with own_settings_aside(policy), nullcontext() if passes is None else passes.sampling(step):
                 completion_ids, logprobs = self._sampled_here(sample, prompt_ids)
-        passes.sampled(step, prompt_ids, completion_ids)
+        if passes is not None:
+            passes.sampled(step, prompt_ids, completion_ids)
         return completion_ids, logprobs
 
     def _sampled_here(self, sample: Callable[[], tuple[Any, Any]], prompt_ids: Any) -> tuple[Any, Any]:
         """By transformers, with log-probs where something reads them."""
         wanted = self._record.sampler_logps or self.args.routing_replay != "off"
-        if not wanted or self.args.use_transformers_continuous_batching or not self.model.training:
+        wanted = wanted and self.model.training and not self.args.use_transformers_continuous_batching
+        if not wanted and self.allowed_tokens is None:
             return sample()
-        width = prompt_width(prompt_ids, self.pad_to_multiple_of)
-        with SampledLogProbs(self._base(self.model), self.temperature, width) as sampled:
-            completion_ids, logprobs = sample()
+        base, width = self._base(self.model), prompt_width(prompt_ids, self.pad_to_multiple_of)
+        masked = None if self.allowed_tokens is None else MaskedLogits(self.allowed_tokens, width)
+        with sampled_among(base, masked):
+            if not wanted:
+                return sample()
+            with SampledLogProbs(base, self.temperature, width, masked) as sampled:
+                completion_ids, logprobs = sample()
         return completion_ids, sampled.of(completion_ids) if logprobs is None else logprobs
 
     # ------------------------------------------------------------------------------------------------ rewards
@@ -338,19 +350,15 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
         texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
         step.opened = step.opened or [""] * len(texts)
         step.rows = inputs
-        texts = [o + t for o, t in zip(step.opened, texts, strict=True)]
-        if step.trajectories is not None:
-            columns = as_columns(step.trajectories)
-        else:
-            columns = {} if self.world is None else self.world(inputs, texts)
         taken = {*self.reward_func_names, *TABLE_COLUMNS}
-        step.columns, repaired = checked_columns(columns, inputs, taken)
-        rows = [self._with_columns(step.columns, i, row) for i, row in enumerate(inputs)]
+        step.columns, repaired = columns_of(step, texts, self.world, taken)
+        has_world = self.world is not None or self.environment is not None
+        rows = rows_with_columns(inputs, step.columns, has_world)
         step.references = [row.get(REFERENCES) for row in rows]
         lost = [row.get(LOST_ROW) is not None for row in rows]
         with without_trl_warning() if any(lost) else nullcontext():
             rewards_per_func = super()._calculate_rewards(rows, prompts, completions, completion_ids_list)
-        if self.world is not None or self.environment is not None:
+        if has_world:
             # A lost rollout has no reward, whatever a reward model says of it.
             everyone = torch.tensor(gather_object(lost), device=rewards_per_func.device)
             rewards_per_func = rewards_per_func.masked_fill(everyone.unsqueeze(1), torch.nan)
@@ -364,51 +372,35 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
 
         step.prompts = prompts  # as the policy saw them: an environment may have added its first observation
         step.completion_ids = completion_ids_list
-        step.truncated = self._cut_short(step)
+        step.truncated = cut_short(step, {*self.eos_token_ids, self._tokenizer.pad_token_id})
         start = self.accelerator.process_index * len(prompts)
         local = rewards_per_func[start : start + len(prompts)]
         total = (local * self.reward_weights.to(local.device)).nansum(dim=1)
         step.rewards = total.masked_fill(torch.isnan(local).all(dim=1), torch.nan)
-        self._log_world(step, repaired)
+        self._add_metrics(step.training, gathered_metrics(step.columns, len(texts)))
+        if repaired := gather_object(repaired):
+            self._add_metrics(step.training, {"records/repaired": len(repaired)})
+            what = f"texts of the world are no valid Unicode, and were repaired: {repaired[0]}"
+            self.table.say(what, self.state.global_step)
         return rewards_per_func
 
-    def _with_columns(self, columns: Columns, i: int, row: dict[str, Any]) -> dict[str, Any]:
-        """A dataset row as the rewards see it, with the world's columns; these may repeat the dataset's values."""
-        found = {name: values[i] for name, values in columns.items()}
-        whole = {**row, **{name: value for name, value in found.items() if value is not None or name not in row}}
-        if self.world is not None or self.environment is not None:
-            whole[LOST_ROW] = found.get(LOST) or None
-        return whole
-
-    def _cut_short(self, step: GenerationStep) -> list[bool]:
-        """Which completions a limit ended."""
-        if step.trajectories is not None:
-            return [t.stop in TRUNCATED for t in step.trajectories]
-        ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
-        return [not len(ids) or int(ids[-1]) not in ends for ids in step.completion_ids]
-
-    def _log_world(self, step: GenerationStep, repaired: list[str]) -> None:
-        names = sorted(set(gather_object(list(step.columns))))  # a rank may lack a column, but not a collective
-        missing = [None] * len(step.truncated)
-        gathered = {name: gather_object(list(step.columns.get(name, missing))) for name in names}
-        self._add_metrics(step.mode, world_metrics(gathered))
-        if everywhere := gather_object(repaired):
-            self._add_metrics(step.mode, {"records/repaired": len(everywhere)})
-            what = f"texts of the world are no valid Unicode, and were repaired: {everywhere[0]}"
-            self.table.say(what, self.state.global_step)
-
     def _correct(self, step: GenerationStep) -> Tensor:
-        return step.correct(self.args.success_reward_threshold, self.correctness)
+        """[B] bool: completions that count as correct."""
+        if self.correctness is None:
+            correct = step.rewards >= self.args.success_reward_threshold
+        else:
+            correct = self.correctness(step.rewards, step.columns).to(step.rewards.device)
+        return correct & ~torch.isnan(step.rewards) & ~torch.tensor(step.truncated, device=correct.device)
 
     def _credit(self, step: GenerationStep, batch: dict[str, Any]) -> None:
-        everyone = credited(self._record, step, self._correct(step), self.num_generations, self.args, self.accelerator)
-        start = self.accelerator.process_index * len(step.rows)
-        batch["advantages"] = everyone[start : start + len(step.rows)]
+        rollouts = (self.num_generations, self.args, self.accelerator)
+        batch["advantages"], everyone = credited(self._record, step, self._correct(step), *rollouts)
         logged = self._logs["advantages"]
-        for _ in range(len(everyone)):
+        for _ in everyone:
             logged.pop()
-        logged.extend(everyone.tolist())
-        self._add_metrics("train", {f"{self.objective}/below_baseline": (everyone < 0).float().mean().item()})
+        logged.extend(everyone)
+        below = sum(a < 0 for a in everyone) / len(everyone)
+        self._add_metrics(True, {f"{self.objective}/below_baseline": below})
 
     # ------------------------------------------------------------------------------------------------ scoring
 
@@ -417,7 +409,9 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
     ) -> Any:
         step = self.generation_step
         choices = None if step.scored else step.choices  # of a loss: `_compute_loss` has set its own
-        with self._among(model, choices), self.replay_passes.old_pass(step, model, attention_mask):
+        passes = self.replay_passes
+        replayed = nullcontext() if passes is None else passes.old_pass(step, model, attention_mask)
+        with self._among(model, choices), replayed:
             return super()._get_per_token_logps_and_entropies(model, input_ids, attention_mask, *args, **kwargs)
 
     # --------------------------------------------------------------------------------------------------- loss
@@ -427,119 +421,41 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
         return nullcontext() if choices is None else scored_among(self._base(model), choices)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        first = self._step % self.current_gradient_accumulation_steps == 0
-        if self.replay_passes.audit_due(inputs, self.state.global_step, first):
-            self._audit(inputs)
-        self.replay_passes.arm(inputs)
+        if (passes := self.replay_passes) is not None and EXPERT_IDS in inputs:
+            first = self._step % self.current_gradient_accumulation_steps == 0
+            if passes.audit_due(self.state.global_step, first):
+                self._audit(passes.replay, inputs)
+            passes.replay.arm(inputs[EXPERT_IDS])
         return super().compute_loss(model, inputs, *args, **kwargs)
 
-    def _audit(self, inputs: dict[str, Any]) -> None:
-        ids, attention, length = _sequences(inputs)
+    def _audit(self, replay: RoutingReplay, inputs: dict[str, Any]) -> None:
+        ids, attention, length = sequences(inputs)
 
         def score() -> Tensor:
             with self._among(self.model, inputs.get("choices")):
                 return self._get_per_token_logps_and_entropies(self.model, ids, attention, length)[0]
 
-        assert self.replay_passes.replay is not None
         clip = (self.epsilon_low, self.epsilon_high)
-        self._add_metrics("train", audited(score, self.replay_passes.replay, inputs, clip, self.accelerator))
+        self._add_metrics(True, audited(score, replay, inputs, clip, self.accelerator))
 
     def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> Tensor:
         with self._among(model, inputs.get("choices")):
-            if self._record.loss is None or "distilled" not in inputs:  # TRL's own, and where there is no teacher
+            if self.loss is None or "distilled" not in inputs:  # TRL's own, and where there is no teacher
                 return super()._compute_loss(model, inputs)
-            mask = _loss_mask(inputs)
-            logp, entropy, divergence, aux_loss = self._policy_forward(model, inputs, mask)
-        old_logp = inputs.get("old_per_token_logps")
-        batch = TokenBatch(
-            logp=logp,
-            old_logp=logp.detach() if old_logp is None else old_logp,
-            mask=mask,
-            advantages=inputs["advantages"],
-            distilled=inputs["distilled"],
-            divergence=divergence,
-            weights=inputs["distillation_weights"],
-            counts=self._counts(inputs, mask.size(0)),
-            sampler_ratio=inputs.get("importance_sampling_ratio"),
-            ref_logp=inputs.get("ref_per_token_logps"),
-            sampler_logp=inputs.get("sampling_per_token_logps"),
-        )
-        output = self._record.loss(batch, self._loss_config)
-        self._log_loss(output, entropy, mask)
-        loss = output.loss
-        if self.aux_loss_enabled:
-            assert aux_loss is not None
-            loss = loss + self.router_aux_loss_coef * aux_loss / self._accumulation
-            self._add_metrics(self._mode, {"aux_loss": self.accelerator.gather(aux_loss.detach()).mean().item()})
-        return loss
-
-    @property
-    def _mode(self) -> str:
-        return "train" if self.model.training else "eval"
-
-    @property
-    def _accumulation(self) -> int:
-        """Micro-batches of an optimiser step."""
-        return self.current_gradient_accumulation_steps if self.model.training else 1
-
-    def _sum_over_ranks(self, values: Tensor) -> Tensor:
-        return self.accelerator.reduce(values, reduction="sum")
-
-    def _counts(self, inputs: dict[str, Any], rows: int) -> Counts:
-        """Denominators of one optimiser step; a generation batch may feed several (`per_step`)."""
-        ranks = self.accelerator.num_processes
-        batches = self.args.steps_per_generation if self.model.training else 1
-        share = partial(per_step, ranks=ranks, accumulation=self._accumulation, steps_per_generation=batches)
-        completions = torch.tensor(float(rows * batches * ranks), device=inputs["distilled"].device)
-        return Counts(share(inputs["num_items_in_batch"]), share(inputs["distilled_tokens"]), share(completions))
-
-    def _policy_forward(
-        self, model: torch.nn.Module, inputs: dict[str, Any], mask: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """One forward of the student: log-probs, entropies, divergences [B, T], and the MoE auxiliary loss."""
-        ids, attention, length = _sequences(inputs)
-        labels = ids.masked_fill(attention == 0, -100)  # completion tokens only, as in TRL
-        labels[:, :-length] = -100
-        distilled = inputs["distilled"]
-        omega = mask.bool() & distilled.unsqueeze(1)
-        extra: dict[str, Any] = {"output_router_logits": True} if self.aux_loss_enabled else {}
-        if self.distiller is not None:
-            extra["targets"] = self.distiller.student_targets(inputs, omega)
-
-            def probe(gradient: Tensor) -> None:
-                squares = gradient.float().square().sum(dim=(1, 2))
-                self._branch_gradients += torch.stack([squares[distilled].sum(), squares[~distilled].sum()])
-
-            extra["gradient_probe"] = probe
-        with self.accelerator.autocast():
-            output = model(input_ids=ids, attention_mask=attention, labels=labels, fused_lm_head=True, **extra)
-        logp, entropy = output.log_probs[:, -length:], output.entropy[:, -length:]
-        divergence = getattr(output, "divergence", None)
-        if "teacher_logps" in inputs and omega.any():
-            divergence = sampled_token_divergence(logp, inputs["teacher_logps"]) * omega
-        return logp, entropy, divergence, output.aux_loss
-
-    def _log_loss(self, output: LossOutput, entropy: Tensor, mask: Tensor) -> None:
-        # The objective's metrics add up over micro-batches; TRL averages what is appended here.
-        if output.metrics:
-            scaled = torch.stack(list(output.metrics.values())).detach() * self._accumulation
-            means = self.accelerator.gather(scaled.unsqueeze(0)).mean(dim=0).tolist()
-            self._add_metrics(self._mode, dict(zip(output.metrics, means, strict=True)))
-        shares = {"entropy": (entropy * mask).sum().detach(), **output.tokens}
-        sums = self._sum_over_ranks(torch.stack([mask.sum(), *shares.values()]).to(entropy.dtype))
-        means = (sums[1:] / sums[0].clamp(min=1)).tolist()
-        self._add_metrics(self._mode, dict(zip(shares, means, strict=True)))
+            training = self.model.training
+            accumulation = self.current_gradient_accumulation_steps if training else 1
+            found, metrics = self.loss(model, inputs, training, accumulation)
+            self._add_metrics(training, metrics)
+            return found
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         try:
             loss = super().training_step(*args, **kwargs)
         finally:
-            self.replay_passes.disarm()  # only now: the backward pass may run layers again
-        if self.teacher is not None and self.accelerator.sync_gradients:
-            norms = self._sum_over_ranks(self._branch_gradients).sqrt()
-            if norms.sum() > 0:
-                self._add_metrics("train", {"srpo/gradient_share": (norms[0] / norms.sum()).item()})
-            self._branch_gradients.zero_()
+            if self.replay_passes is not None:
+                self.replay_passes.replay.disarm()  # only now: the backward pass may run layers again
+        if self.loss is not None and self.teacher is not None and self.accelerator.sync_gradients:
+            self._add_metrics(True, self.loss.gradient_share())
         return loss
 
     # ------------------------------------------------------------------------------------------ start, and the clock
@@ -650,89 +566,26 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
             self.table.write(table, self._logs, step)
         numbers = {name: value for name, value in logs.items() if isinstance(value, float)}
         if self.model.training:
-            self.replay_passes.observe(numbers)
+            if self.replay_passes is not None:
+                self.replay_passes.alarms.observe(numbers)
             self.alarms.observe_step(numbers, self.max_completion_length)
         elif "eval_reward" in numbers:
             self.alarms.observe_evaluation(numbers["eval_reward"])
 
 
-class _OfObjective(SRPOTrainer):
-    """An `SRPOTrainer` whose class says the objective."""
-
-    _objective: str
-
-    def __init__(self, model: Any, reward_funcs: Any = None, args: Any = None, *rest: Any, **kwargs: Any):
-        if args is None:
-            args = SRPOConfig(output_dir=f"{self._objective}-output", objective=self._objective)
-        args = as_srpo_config(args)
-        args.objective = self._objective
-        super().__init__(model, reward_funcs, args, *rest, **kwargs)
-
-
-class GRPOTrainer(_OfObjective):
+class GRPOTrainer(SRPOTrainer):
     """[`SRPOTrainer`] with `objective="grpo"`: TRL's GRPO, any loss type, with this library's world and records."""
 
     _objective = "grpo"
 
 
-class SDPOTrainer(_OfObjective):
+class SDPOTrainer(SRPOTrainer):
     """[`SRPOTrainer`] with `objective="sdpo"`: every completion with teacher information is distilled."""
 
     _objective = "sdpo"
 
 
-class BoPOTrainer(_OfObjective):
+class BoPOTrainer(SRPOTrainer):
     """[`SRPOTrainer`] with `objective="bopo"`: advantages beside two reference policies, every trajectory alike."""
 
     _objective = "bopo"
-
-
-def _sequences(batch: dict[str, Any]) -> tuple[Tensor, Tensor, int]:
-    """Ids and attention mask [B, P + T] of prompt and completion, and T."""
-    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
-    attention = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
-    return ids, attention, batch["completion_ids"].size(1)
-
-
-def _loss_mask(batch: dict[str, Any]) -> Tensor:
-    """[B, T]: completion tokens that the policy sampled and that are trained on."""
-    return batch["completion_mask"] * batch["tool_mask"] if "tool_mask" in batch else batch["completion_mask"]
-
-
-def datasets_of(arguments: Mapping[str, Any]) -> list[Any]:
-    """The datasets among a trainer's arguments; `eval_dataset` may be several."""
-    evaluation = arguments.get("eval_dataset")
-    return [arguments.get("train_dataset"), *(evaluation.values() if isinstance(evaluation, dict) else [evaluation])]
-
-
-def _checked_config(args: GRPOConfig | None) -> SRPOConfig:
-    if args is None:
-        args = SRPOConfig(output_dir="srpo-output")
-    if not isinstance(args, SRPOConfig):
-        args = as_srpo_config(args)
-        if kept := kept_defaults(args):
-            logger.warning(
-                "args is TRL's own config: %s hold, as it says; SRPOConfig has the papers' defaults for %s",
-                ", ".join(kept),
-                args.objective,
-            )
-    args.check()
-    check_precision(args)
-    return args
-
-
-def _checked_rewards(functions: Any) -> Any:
-    if callable(functions) and not isinstance(functions, torch.nn.Module):
-        functions = [functions]
-    if not isinstance(functions, list):
-        return functions
-    plain = (str, torch.nn.Module)
-    return distinct([f if isinstance(f, plain) else checked_reward(f) for f in functions])
-
-
-def _init_kwargs(args: SRPOConfig) -> dict[str, Any]:
-    """How TRL loads a policy that is given by its path."""
-    options = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
-    if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
-        options["device_map"] = None
-    return options

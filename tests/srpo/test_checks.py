@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
-from srpo.checks import BadRows, check_rows, checked_reward
+from srpo.checks import BadRows, check_rows
 from srpo.columns import LOST_ROW
+from srpo.trainer.rewards import checked_reward
 
 
 class Words:

@@ -9,7 +9,7 @@ from test_objectives_divergence import Largest, rand
 from torch import Tensor
 
 from srpo.objectives import Head, entropy_weights, hidden_divergence, topk_divergence
-from srpo.teacher.lm_head import hidden_entropy, hidden_logp
+from srpo.objectives.divergence import hidden_entropy, hidden_logp
 
 TAU = 0.7
 LN2 = math.log(2)

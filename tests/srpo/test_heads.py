@@ -9,14 +9,13 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, GraniteConfig, Granite
 from trl.trainer.utils import add_fused_lm_head
 
 from srpo.objectives import topk_divergence
+from srpo.objectives.divergence import hidden_entropy, hidden_logp
 from srpo.teacher.lm_head import (
     Divergence,
     TeacherTargets,
     add_distillation_head,
     completion_hidden,
     head_of,
-    hidden_entropy,
-    hidden_logp,
 )
 from srpo.teacher.teacher import unpatched_copy
 

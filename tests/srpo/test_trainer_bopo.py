@@ -212,7 +212,8 @@ def test_distilled_decisions_are_compared_among_their_choices(
     batch = made.batch
     mask = batch["completion_mask"] * batch["tool_mask"]
     student, teacher = made.model.eval(), made.teacher.model
-    got = made._policy_forward(student, batch, mask)[2]
+    with made._among(student, batch["choices"]):
+        got = made.loss.forward(student, batch, mask)[2]
     raw, seen = torch.zeros_like(got), 0
     for row, context in made.contexts.items():
         ids, prompt = batch["completion_ids"][row], batch["prompt_ids"][row][batch["prompt_mask"][row].bool()]

@@ -1,0 +1,179 @@
+"""What reward functions are given, and what they return: the world's columns in, one finite number or None out.
+
+A bad reward stops the run and names its function and row: it may not turn into a training signal.
+"""
+
+import functools
+import inspect
+import logging
+import math
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+from torch.nn import Module
+
+from srpo.columns import LOST_ROW, as_list, checked_columns
+from srpo.rollout.loop import as_columns
+from srpo.trainer.generation_step import GenerationStep
+from srpo.trainer.metrics import TRUNCATED
+from srpo.types import LOST, Columns, World
+
+logger = logging.getLogger(__name__)
+
+
+def columns_of(
+    step: GenerationStep, texts: Sequence[str], world: World | None, taken: Collection[str]
+) -> tuple[Columns, list[str]]:
+    """What the episodes of a step, or the world, say of its completions, and which texts had to be repaired.
+
+    Args:
+        texts: of the completions.
+        taken: names of the completions table.
+    """
+    if step.trajectories is not None:
+        columns = as_columns(step.trajectories)
+    else:
+        texts = [opened + text for opened, text in zip(step.opened, texts, strict=True)]
+        columns = {} if world is None else world(step.rows, texts)
+    return checked_columns(columns, step.rows, taken)
+
+
+def cut_short(step: GenerationStep, ends: Collection[int]) -> list[bool]:
+    """Which completions a limit ended; `ends` are the ids that end one by itself."""
+    if step.trajectories is not None:
+        return [t.stop in TRUNCATED for t in step.trajectories]
+    return [not len(ids) or int(ids[-1]) not in ends for ids in step.completion_ids]
+
+
+def rows_with_columns(rows: Sequence[Mapping[str, Any]], columns: Columns, has_world: bool) -> list[dict[str, Any]]:
+    """Dataset rows as the rewards see them: with the world's columns, which may repeat the dataset's values.
+
+    Args:
+        has_world: the rows also say whether they are lost, and why (`srpo.columns.LOST_ROW`).
+    """
+    whole = []
+    for i, row in enumerate(rows):
+        found = {name: values[i] for name, values in columns.items()}
+        seen = {**row, **{name: value for name, value in found.items() if value is not None or name not in row}}
+        whole.append({**seen, LOST_ROW: found.get(LOST) or None} if has_world else seen)
+    return whole
+
+
+def checked_rewards(functions: Any) -> Any:
+    """What TRL takes as `reward_funcs`, with every function checked and named apart."""
+    if callable(functions) and not isinstance(functions, Module):
+        functions = [functions]
+    if not isinstance(functions, list):
+        return functions
+    return distinct([f if isinstance(f, (str, Module)) else checked_reward(f) for f in functions])
+
+
+def checked_reward(func: Callable[..., Any]) -> Callable[..., Any]:
+    """A TRL reward function whose values are checked: a list with one finite number, or None, per completion.
+
+    None means that the reward does not apply to that row, as in TRL. The function never sees lost rows (whose
+    `srpo.columns.LOST_ROW` says why): their reward is None. Synchronous and asynchronous functions are both wrapped,
+    and keep their name (TRL logs rewards under it).
+
+    Raises:
+        ValueError: when called; names function, row, `query_id` where there is one, and the value.
+    """
+    inner = func.func if isinstance(func, functools.partial) else func
+    name = getattr(inner, "__name__", type(inner).__name__)
+    if _is_async(func):
+
+        async def checked_async(*args: Any, **kwargs: Any) -> list[float | None]:
+            rows = _Survivors(args, kwargs)
+            values = await func(*rows.args, **rows.kwargs) if rows.any else []
+            return rows.spread(_checked_values(name, values, rows.args, rows.kwargs))
+
+        return _named_like(checked_async, func, name)
+
+    def checked(*args: Any, **kwargs: Any) -> list[float | None]:
+        rows = _Survivors(args, kwargs)
+        values = func(*rows.args, **rows.kwargs) if rows.any else []
+        return rows.spread(_checked_values(name, values, rows.args, rows.kwargs))
+
+    return _named_like(checked, func, name)
+
+
+def distinct(funcs: list[Any]) -> list[Any]:
+    """Reward functions of which no two log under one name: the second `<lambda>` becomes `<lambda>_2`.
+
+    Those made by `checked_reward` are renamed; reward models and paths stay as they are.
+    """
+    seen: Counter[str] = Counter()
+    for func in funcs:
+        if name := getattr(func, "__name__", None):
+            seen[name] += 1
+            if seen[name] > 1:
+                func.__name__ = f"{name}_{seen[name]}"
+                logger.warning("Two reward functions are named %r; one of them is logged as %r", name, func.__name__)
+    return funcs
+
+
+class _Survivors:
+    """The arguments of a reward function without the lost rows, and its values with them."""
+
+    def __init__(self, args: Sequence[Any], kwargs: Mapping[str, Any]):
+        kwargs = dict(kwargs)
+        lost = kwargs.pop(LOST_ROW, None)
+        self._all = len(lost) if isinstance(lost, list) else None
+        self._kept = [i for i, cause in enumerate(lost or ()) if cause is None]
+        if self._all is None or len(self._kept) == self._all:
+            self._all, self.args, self.kwargs, self.any = None, tuple(args), kwargs, True
+            return
+        self.any = bool(self._kept)
+        self.args = tuple(self._part(value) for value in args)
+        self.kwargs = {name: self._part(value) for name, value in kwargs.items()}
+        if (log := kwargs.get("log_extra")) is not None:
+            self.kwargs["log_extra"] = lambda column, values: log(column, self.spread(as_list(values)))
+
+    def _part(self, value: Any) -> Any:
+        return [value[i] for i in self._kept] if isinstance(value, list) and len(value) == self._all else value
+
+    def spread(self, values: Sequence[Any]) -> list[Any]:
+        if self._all is None or len(values) != len(self._kept):
+            return list(values)
+        rows: list[Any] = [None] * self._all
+        for i, value in zip(self._kept, values, strict=True):
+            rows[i] = value
+        return rows
+
+
+def _named_like(wrapper: Callable[..., Any], func: Callable[..., Any], name: str) -> Callable[..., Any]:
+    functools.update_wrapper(wrapper, func)
+    wrapper.__name__ = name  # callable objects and partials have none of their own
+    return wrapper
+
+
+def _is_async(func: Any) -> bool:
+    while isinstance(func, functools.partial):
+        func = func.func
+    return inspect.iscoroutinefunction(func) or inspect.iscoroutinefunction(func.__call__)  # an object's own method
+
+
+def _checked_values(name: str, values: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[float | None]:
+    if hasattr(values, "tolist"):  # a tensor or an array
+        values = values.tolist()
+    if isinstance(values, (str, bytes)) or not isinstance(values, Sequence):
+        raise ValueError(f"reward function {name!r} returned a {type(values).__name__}, not a list of values")
+    completions = kwargs.get("completions", args[1] if len(args) > 1 else args[0] if args else None)
+    if completions is not None and len(values) != len(completions):
+        raise ValueError(f"reward function {name!r} returned {len(values)} values for {len(completions)} completions")
+    return [_checked_value(name, row, value, kwargs.get("query_id")) for row, value in enumerate(values)]
+
+
+def _checked_value(name: str, row: int, value: Any, query_ids: Sequence[Any] | None) -> float | None:
+    if value is None:
+        return None
+    problem = None
+    if isinstance(value, str) or not hasattr(value, "__float__"):
+        problem = f"{value!r} of type {type(value).__name__}, not a number"
+    elif not math.isfinite(value):
+        problem = f"{float(value)}; return None where the reward does not apply"
+    if problem is not None:
+        where = f"row {row}" if query_ids is None else f"row {row} (query_id {query_ids[row]!r})"
+        raise ValueError(f"reward function {name!r} returned for {where} {problem}")
+    return float(value)
