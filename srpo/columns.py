@@ -154,12 +154,18 @@ def check_word(name: str, value: Any, where: str) -> None:
         )
 
 
-def check_extra(name: Any, count: int, rows: int, taken: Collection[str]) -> None:
-    """ValueError for a column that a reward function logs under a name that is taken, or of another length."""
+def checked_extra(name: Any, values: Any, rows: int, taken: Collection[str]) -> tuple[str, list[Any]]:
+    """A column that a reward function logs, repaired where it comes in.
+
+    Raises:
+        ValueError: its name is one of `taken`, or it has not `rows` values.
+    """
+    name, values = well_formed(name) if isinstance(name, str) else name, as_list(values)
     if not isinstance(name, str) or name.startswith(INTERNAL) or name in taken:
         raise ValueError(f"log_extra: the name {name!r} is taken in the completions table; use another one")
-    if count != rows:
-        raise ValueError(f"log_extra: column {name!r} got {count} values for {rows} completions")
+    if len(values) != rows:
+        raise ValueError(f"log_extra: column {name!r} got {len(values)} values for {rows} completions")
+    return name, [repaired_value(value)[0] for value in values]
 
 
 def check_reward_names(names: Sequence[str]) -> None:

@@ -136,13 +136,11 @@ def references_of(rows: Sequence[Any], args: Any) -> list[tuple[float, float]] |
     return None
 
 
-def reference_guided(
-    rewards: Tensor, references: Tensor | None, success: Tensor, group_size: int, args: Any
-) -> Tensor:
+def reference_guided(rewards: Tensor, references: Tensor | None, success: Tensor, args: Any) -> Tensor:
     """`group_advantages` as the settings of a run say: [B]."""
     return group_advantages(
         rewards,
-        group_size,
+        args.num_generations,
         baseline=args.advantage_baseline,
         scale=args.advantage_scale,
         references=references,

@@ -49,12 +49,12 @@ def loss(batch: TokenBatch, cfg: LossConfig) -> LossOutput:
 
     metrics = {}
     with torch.no_grad():
-        metrics["loss/grpo"] = mean(torch.where(distilled, 0.0, per_token))
-        metrics["loss/sdpo"] = mean(torch.where(distilled, per_token, 0.0))
         low, high = grpo.clipped_tokens(
             grpo.ratio(batch.logp, old_logp, batch.mask, cfg.level), batch.advantages, **eps
         )
         rho = sdpo.importance(batch.logp, batch.old_logp)
+        metrics["loss/grpo"] = mean(torch.where(distilled, 0.0, per_token))
+        metrics["loss/sdpo"] = mean(torch.where(distilled, per_token, 0.0))
         metrics["clip_ratio/low"] = mean(low.to(rho.dtype).expand_as(rho))
         metrics["clip_ratio/high"] = mean(high.to(rho.dtype).expand_as(rho))
         metrics["is_ratio"] = mean(rho)

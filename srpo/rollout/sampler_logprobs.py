@@ -105,6 +105,19 @@ class SampledLogProbs:
         return self._last.gather(-1, ids.to(self._last.device).unsqueeze(-1)).squeeze(-1)
 
 
+def sampled_with_logps(
+    sample: Callable[[], tuple[Any, Any]],
+    model: torch.nn.Module,
+    temperature: float,
+    width: int,
+    masked: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> tuple[Any, Any]:
+    """What `sample` returns, completions and log-probs, with those of `SampledLogProbs` where it has none."""
+    with SampledLogProbs(model, temperature, width, masked) as sampled:
+        completion_ids, logprobs = sample()
+    return completion_ids, sampled.of(completion_ids) if logprobs is None else logprobs
+
+
 def prompt_width(prompt_ids: Sequence[Sequence[int]], multiple: int | None) -> int:
     """Columns of the prompts as TRL pads them for `generate`: the longest one, rounded up to `multiple`."""
     longest = max(map(len, prompt_ids))

@@ -61,13 +61,19 @@ def check_eval_rows(dataset: Any, args: Any, generations: int) -> None:
             )
 
 
-def check_steps_left(folder: Path, max_steps: int) -> None:
-    """Raise NoSteps where a checkpoint is of the last step already, or a later one."""
-    made = checkpoint_step(folder)
-    if 0 < max_steps < made:
+def check_start(rows: Any, args: Any, checkpoint: Any = None) -> None:
+    """Raise NoSteps for training data of less than a batch, or a checkpoint that leaves no step.
+
+    Args:
+        rows: the training data.
+        checkpoint: `resume_from_checkpoint` of a Trainer.
+    """
+    if hasattr(rows, "__len__"):
+        check_rows_of_a_batch(len(rows), args)
+    if isinstance(checkpoint, (str, Path)) and 0 < args.max_steps < (made := checkpoint_step(Path(checkpoint))):
         raise NoSteps(
-            f"{folder} is of step {made} already, and max_steps is {max_steps}: raise max_steps, or resume from an "
-            "earlier checkpoint"
+            f"{checkpoint} is of step {made} already, and max_steps is {args.max_steps}: raise max_steps, or resume "
+            "from an earlier checkpoint"
         )
 
 

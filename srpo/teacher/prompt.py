@@ -84,32 +84,44 @@ def reprompt(prompt: Prompt, demonstration: str | None, feedback: str | None, te
 
 
 def teacher_prompt_ids(
-    prompt: Prompt,
-    demonstration: str | None,
-    feedback: str | None,
+    told: Sequence[tuple[Prompt, str | None, str | None]],
     templates: Templates,
-    tokenize: Callable[[Prompt], list[int]],
+    tokenize: Callable[[list[Prompt]], list[list[int]]],
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
-) -> list[int]:
-    """Token ids of the teacher's prompt, at most `max_length` where cutting demonstration or feedback can achieve it.
+) -> list[list[int]]:
+    """Token ids of the teacher's prompts, each at most `max_length` where a cut can achieve it.
 
-    The end of a demonstration (its answer) and the start of a feedback text survive a cut.
+    Args:
+        told: prompt, demonstration and feedback of each. The end of a demonstration (its answer) and the start of a
+            feedback text survive a cut.
+        tokenize: prompts -> their ids.
     """
     # Some tokenizers name only a few of their control tokens (Llama 3: not its header tokens).
     specials = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     specials.update(tokenizer.all_special_tokens)
-    demonstration = None if demonstration is None else defuse(demonstration, specials)
-    feedback = None if feedback is None else defuse(feedback, specials)
-    while True:
-        ids = tokenize(reprompt(prompt, demonstration, feedback, templates))
-        excess = len(ids) - max_length
-        if excess <= 0 or not (demonstration or feedback):
-            return ids
-        if demonstration:
-            demonstration = _cut(demonstration, excess, tokenizer, keep_end=True)
-        else:
-            feedback = _cut(feedback or "", excess, tokenizer, keep_end=False)
+    rest = [
+        (prompt, *(None if text is None else defuse(text, specials) for text in (demonstration, feedback)))
+        for prompt, demonstration, feedback in told
+    ]
+    found: list[list[int]] = [[] for _ in rest]
+    open_rows = list(range(len(rest)))
+    while open_rows:
+        asked = tokenize([reprompt(*rest[i], templates) for i in open_rows])
+        still = []
+        for i, ids in zip(open_rows, asked, strict=True):
+            found[i], (prompt, demonstration, feedback) = ids, rest[i]
+            excess = len(ids) - max_length
+            if excess <= 0 or not (demonstration or feedback):
+                continue
+            if demonstration:
+                demonstration = _cut(demonstration, excess, tokenizer, keep_end=True)
+            else:
+                feedback = _cut(feedback or "", excess, tokenizer, keep_end=False)
+            rest[i] = (prompt, demonstration, feedback)
+            still.append(i)
+        open_rows = still
+    return found
 
 
 def _cut(text: str, excess: int, tokenizer: PreTrainedTokenizerBase, keep_end: bool) -> str:

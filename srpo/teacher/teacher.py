@@ -115,8 +115,8 @@ class Teacher:
         trust_region with two heads has D' = 2D: [W_first | W_student] on [(1 - tau) h_first ; tau h_student].
         """
         policy = self.accelerator.unwrap_model(self.student)
-        student = head_of(_base(policy))
         if not self.owns_head:
+            student = head_of(_base(policy))
             return _snapshot(student) if self.snapshots_head else student
         if self.weights is not None:
             with self.weights.put_into(policy):
@@ -125,6 +125,7 @@ class Teacher:
             own = head_of(_base(self.accelerator.unwrap_model(self.model)))
         if self.kind != "trust_region":
             return own
+        student = head_of(_base(policy))
         with own.gather(), student.gather():
             weight = torch.cat([own.weight, student.weight.to(own.weight.dtype)], dim=1).detach()
             bias = None

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import is_peft_model
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -81,6 +82,12 @@ class Checkpoints:
             self.distiller.restore_head(rest["head"])
         return rest["batches"]
 
+    def load_experts(self, model: Any, folder: str) -> None:
+        """What TRL leaves out of a checkpoint's weights (`load_renamed_weights`)."""
+        # Sharded weights have their own format, under the model's own names.
+        if self.accelerator.distributed_type not in ("DEEPSPEED", "FSDP") and not is_peft_model(model):
+            load_renamed_weights(model, folder)
+
     def refuse_other_world_size(self, folder: str) -> None:
         """ValueError for a checkpoint of another number of processes.
 
@@ -109,6 +116,13 @@ class Clock(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._end()
+
+
+def wind(sampler: Any, epochs: int) -> None:
+    """Bring TRL's sampler to where it is after `epochs`: it draws one permutation in each."""
+    if sampler is not None and sampler.shuffle:
+        for _ in range(epochs):
+            torch.randperm(sampler.num_samples, generator=sampler.generator)
 
 
 # Nested dicts and lists of tensors, numbers, texts and None in one file: tensors under their path in the structure,

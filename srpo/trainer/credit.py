@@ -1,5 +1,6 @@
 """Credit in place of TRL's group advantages, where the objective has its own."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,22 +10,34 @@ from torch import Tensor
 from srpo.objectives import Objective
 from srpo.objectives.advantages import references_of
 from srpo.trainer.generation_step import GenerationStep
+from srpo.types import Columns
+
+Correctness = Callable[[Tensor, Columns], Tensor]
+"""(rewards [B] summed with their weights, columns) -> correct [B] bool."""
+
+
+def correct(step: GenerationStep, args: Any, rule: Correctness | None) -> Tensor:
+    """[B] bool: completions that count as correct, by `rule` or by their reward; never those that were cut short."""
+    rewards = step.rewards
+    found = (
+        rewards >= args.success_reward_threshold if rule is None else rule(rewards, step.columns).to(rewards.device)
+    )
+    return found & ~torch.isnan(rewards) & ~torch.tensor(step.truncated, device=rewards.device)
 
 
 def credited(
-    objective: Objective, step: GenerationStep, correct: Tensor, group: int, args: Any, accelerator: Accelerator
+    objective: Objective, step: GenerationStep, success: Tensor, args: Any, accelerator: Accelerator
 ) -> tuple[Tensor, list[float]]:
-    """Advantages [B] of this rank's completions and, for the records, those of all ranks.
+    """Advantages [B] of this rank's completions and, for the records, those of all ranks: a group may straddle ranks.
 
     Args:
-        correct: [B] bool, of this rank.
-        group: rollouts of one prompt, which may straddle ranks.
+        success: [B] bool, of this rank.
     """
     assert objective.credit is not None
     rewards, found = step.rewards, references_of(step.references, args)
     references = None
     if found is not None:
         references = accelerator.gather(torch.tensor(found, dtype=torch.float32, device=rewards.device))
-    everyone = objective.credit(accelerator.gather(rewards), references, accelerator.gather(correct), group, args)
+    everyone = objective.credit(accelerator.gather(rewards), references, accelerator.gather(success), args)
     start = accelerator.process_index * len(rewards)
     return everyone[start : start + len(rewards)], everyone.tolist()

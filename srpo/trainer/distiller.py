@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
+from transformers import PreTrainedModel
 from trl.trainer.utils import pad
 
 from srpo.objectives import Head, Objective, entropy_weights
@@ -47,34 +48,35 @@ class Distiller:
 
     Args:
         objective: says who is distilled, and whether tokens weigh by the teacher's entropy.
-        tokenize: a prompt -> its ids, as the trainer makes them.
-        group: rollouts of one prompt.
-        temperature: of the sampling.
+        student, twin: as in `srpo.teacher.teacher.Teacher`.
+        tokenize: prompts -> their ids, as the trainer makes them.
         metrics: of training; name -> values until the next log.
     """
 
     def __init__(
         self,
         objective: Objective,
-        teacher: Teacher,
+        student: torch.nn.Module,
+        twin: PreTrainedModel | None,
         args: Any,
         accelerator: Accelerator,
         tokenizer: Any,
-        tokenize: Callable[[Any], list[int]],
-        group: int,
-        temperature: float,
+        tokenize: Callable[[list[Any]], list[list[int]]],
         metrics: Any,
     ) -> None:
-        self.objective, self.teacher, self.args = objective, teacher, args
+        self.objective, self.args = objective, args
+        batches = args.steps_per_generation * args.num_iterations
+        rate, snapshot = args.teacher_update_rate, batches > args.gradient_accumulation_steps
+        self.teacher = Teacher(args.teacher_model_kind, student, twin, rate, accelerator, snapshot)
         self.accelerator, self.metrics = accelerator, metrics
-        self.group, self.temperature = group, temperature
+        self.temperature = args.temperature
         self._tokenizer, self._tokenize = tokenizer, tokenize
         self._templates = Templates(args.reprompt_template, args.solution_template, args.feedback_template)
         self._divergence = Divergence(
             alpha=args.distillation_alpha,
             top_k=args.distillation_topk if args.distillation_mode == "topk_logits" else None,
             tail=args.distillation_add_tail,
-            temperature=temperature,
+            temperature=args.temperature,
         )
         self._head: Head | None = None
         """The teacher's, of the batch that is being trained on."""
@@ -83,7 +85,7 @@ class Distiller:
         """Decide on all ranks' completions together, since a group may straddle ranks; keep this rank's part."""
         args, n = self.args, mask.size(0)
         texts = self._tokenizer.batch_decode(step.completion_ids, skip_special_tokens=True)
-        texts = [unfinished(opened, text) for opened, text in zip(step.opened, texts, strict=True)]
+        texts = [unfinished(tag, text) if tag else text for tag, text in zip(step.opened, texts, strict=True)]
         feedback = step.columns.get(FEEDBACK) or [""] * n
         rollouts = gather_object(
             [
@@ -93,7 +95,9 @@ class Distiller:
                 )
             ]
         )
-        chosen = choose_demonstrations(rollouts, self.group, args.demonstration, f"{args.seed}:{step.number}")
+        chosen = choose_demonstrations(
+            rollouts, args.num_generations, args.demonstration, f"{args.seed}:{step.number}"
+        )
         start = self.accelerator.process_index * n
         demonstrations, notes = [], []
         for i in range(start, start + n):
@@ -131,18 +135,10 @@ class Distiller:
         choices = batch.get("choices")
         hidden: list[Tensor | None] = [None] * mask.size(0)
 
-        contexts = {
-            i: teacher_prompt_ids(
-                prompts[i],
-                plan.demonstrations[i],
-                plan.feedback[i],
-                self._templates,
-                self._tokenize,
-                self._tokenizer,
-                self.args.max_reprompt_len,
-            )
-            for i in rows
-        }
+        told = [(prompts[i], plan.demonstrations[i], plan.feedback[i]) for i in rows]
+        room = self.args.max_reprompt_len
+        asked = teacher_prompt_ids(told, self._templates, self._tokenize, self._tokenizer, room) if rows else []
+        contexts = dict(zip(rows, asked, strict=True))
         head = None
         for chunk in self._chunks(rows):
             real = [i for i in chunk if i in contexts]

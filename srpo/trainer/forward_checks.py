@@ -176,20 +176,18 @@ class ForwardChecks(TrainerCallback):
 
     Args:
         model: the policy as the trainer calls it.
-        base: the transformers model in it.
-        others: the transformers models of reference and teacher.
+        models: the transformers model in it, and those of reference and teacher.
         args: has `disable_dropout` and `gradient_checkpointing_kwargs`.
         autocast: makes the context that the trainer's passes run in.
     """
 
-    def __init__(
-        self, model: nn.Module, base: Any, others: Sequence[Any], args: Any, autocast: Callable[[], Any]
-    ) -> None:
-        self.model, self.base, self.others, self.args, self.autocast = model, base, list(others), args, autocast
+    def __init__(self, model: nn.Module, models: Sequence[Any], args: Any, autocast: Callable[[], Any]) -> None:
+        self.model, self.args, self.autocast = model, args, autocast
+        self.base, *self.others = models
         # Weights that are still to be handed out or that lie in parts take the engine's help: when training begins.
         self.settled = not any(hasattr(p, "ds_id") or p.is_meta or isinstance(p, DTensor) for p in model.parameters())
         if self.settled:
-            settle_positions(model, base, self.others)
+            settle_positions(model, self.base, self.others)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         with self.autocast():

@@ -19,11 +19,6 @@ def sequences(batch: dict[str, Any]) -> tuple[Tensor, Tensor, int]:
     return ids, attention, batch["completion_ids"].size(1)
 
 
-def loss_mask(batch: dict[str, Any]) -> Tensor:
-    """[B, T]: completion tokens that the policy sampled and that are trained on."""
-    return batch["completion_mask"] * batch["tool_mask"] if "tool_mask" in batch else batch["completion_mask"]
-
-
 def constants(args: Any) -> LossConfig:
     """Those of the per-token losses, as a configuration says them."""
     return LossConfig(
@@ -67,7 +62,7 @@ class Loss:
     ) -> tuple[Tensor, dict[str, float]]:
         """The loss, with gradient, and metrics over all ranks."""
         assert self.objective.loss is not None
-        mask = loss_mask(inputs)
+        mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
         logp, entropy, divergence, router_loss = self.forward(model, inputs, mask)
         old_logp = inputs.get("old_per_token_logps")
         batch = TokenBatch(

@@ -11,6 +11,8 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.nn import Module
 
 from srpo.columns import LOST_ROW, as_list, checked_columns
@@ -44,6 +46,12 @@ def cut_short(step: GenerationStep, ends: Collection[int]) -> list[bool]:
     if step.trajectories is not None:
         return [t.stop in TRUNCATED for t in step.trajectories]
     return [not len(ids) or int(ids[-1]) not in ends for ids in step.completion_ids]
+
+
+def summed(rewards: Tensor, weights: Tensor) -> Tensor:
+    """[B, functions] -> [B], with their weights; NaN where no function has scored."""
+    total = (rewards * weights.to(rewards.device)).nansum(dim=1)
+    return total.masked_fill(torch.isnan(rewards).all(dim=1), torch.nan)
 
 
 def rows_with_columns(rows: Sequence[Mapping[str, Any]], columns: Columns, has_world: bool) -> list[dict[str, Any]]:

@@ -54,7 +54,6 @@ class Rollouts:
         args: the configuration.
         tokenizer: of the policy.
         group: rollouts of one prompt, in training.
-        mask_truncated: train on no token of a trajectory that a limit cut short.
 
     Attributes:
         losses: of batches in a row.
@@ -62,11 +61,10 @@ class Rollouts:
     """
 
     def __init__(
-        self, environment: Environment, args: Any, accelerator: Accelerator, tokenizer: Any, group: int,
-        mask_truncated: bool,
-    ) -> None:  # fmt: skip
+        self, environment: Environment, args: Any, accelerator: Accelerator, tokenizer: Any, group: int
+    ) -> None:
         self.environment, self.args, self.accelerator, self.tokenizer = environment, args, accelerator, tokenizer
-        self.group, self._mask_truncated = group, mask_truncated
+        self.group = group
         self.losses = Losses(args.max_lost_share, args.max_lost_batches)
         self.stop_because: str | None = None
         self._loop: EpisodeLoop | None = None
@@ -122,7 +120,7 @@ class Rollouts:
         if step.training and (summary := self.losses.observe(everyone)) is not None:
             logger.warning("%s", summary)
         metrics = self._metrics(everyone, kept)
-        if self._mask_truncated:
+        if args.mask_truncated_completions:
             kept = [k and row.stop not in TRUNCATED for k, row in zip(kept, everyone, strict=True)]
         start = self.accelerator.process_index * len(mine)
         kept = kept[start : start + len(mine)]

@@ -31,18 +31,7 @@ from transformers.utils import logging
 from trl import GRPOConfig
 from trl import GRPOTrainer as TRLGRPOTrainer
 
-from srpo.columns import (
-    LOST_ROW,
-    TABLE_COLUMNS,
-    as_list,
-    check_extra,
-    check_no_pictures,
-    check_reward_names,
-    checked_metric,
-    repaired_value,
-    well_formed,
-    without_pictures,
-)
+from srpo import columns
 from srpo.config import SRPOConfig
 from srpo.hub.hub import HubMixin
 from srpo.objectives import objective_of
@@ -50,42 +39,32 @@ from srpo.objectives.advantages import REFERENCES
 from srpo.replay.metrics import audited
 from srpo.replay.passes import EXPERT_IDS, engine_that_replay_needs, replay_passes
 from srpo.replay.replay import RoutingReplay
-from srpo.rollout.sampler_logprobs import SampledLogProbs, batch_mismatch, prompt_width, settle_ends
+from srpo.rollout.sampler_logprobs import batch_mismatch, prompt_width, sampled_with_logps, settle_ends
 from srpo.rollout.sampling_rules import own_settings_aside
 from srpo.rollout.thinking import opened_by
 from srpo.rollout.vllm_settings import vllm_of
-from srpo.run.steps import check_eval_rows, check_rows_of_a_batch, check_steps_left, check_steps_made
+from srpo.run.steps import check_eval_rows, check_start, check_steps_made
+from srpo.teacher import masked_decisions as masked
 from srpo.teacher.lm_head import add_distillation_head
-from srpo.teacher.masked_decisions import (
-    AllowedTokens,
-    MaskedLogits,
-    add_choice_head,
-    gathered_choices,
-    sampled_among,
-    scored_among,
-)
-from srpo.teacher.teacher import Teacher, unpatched_copy
+from srpo.teacher.teacher import unpatched_copy
 from srpo.trainer.adapters import prepare_adapter
 from srpo.trainer.arguments import checked_config, datasets_of, init_kwargs, refuse_contradictions
-from srpo.trainer.checkpoint import Checkpoints, Clock, load_renamed_weights
-from srpo.trainer.credit import credited
+from srpo.trainer.checkpoint import Checkpoints, Clock, wind
+from srpo.trainer.credit import Correctness, correct, credited
 from srpo.trainer.distiller import Distiller, nothing_distilled
 from srpo.trainer.engines import saved_whole
 from srpo.trainer.forward_checks import ForwardChecks, still
 from srpo.trainer.generation_step import GenerationStep
 from srpo.trainer.limits import RunLimits, without_trl_warning
-from srpo.trainer.loss import Loss, loss_mask, sequences
+from srpo.trainer.loss import Loss, sequences
 from srpo.trainer.metrics import Alarms, CompletionsTable, gathered_metrics
 from srpo.trainer.precision import engine_keeps_masters, train_in_fp32
 from srpo.trainer.reference import Reference, reference_of
-from srpo.trainer.rewards import checked_rewards, columns_of, cut_short, rows_with_columns
+from srpo.trainer.rewards import checked_rewards, columns_of, cut_short, rows_with_columns, summed
 from srpo.trainer.rollouts import Rollouts
-from srpo.types import FEEDBACK, Columns, Environment, World
+from srpo.types import FEEDBACK, Environment, World
 
 logger = logging.get_logger(__name__)
-
-Correctness = Callable[[Tensor, Columns], Tensor]
-"""(rewards [B] summed with their weights, columns) -> correct [B] bool."""
 
 
 class SRPOTrainer(HubMixin, TRLGRPOTrainer):
@@ -128,7 +107,7 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
         correctness: Correctness | None = None,
         recipe: dict[str, Any] | None = None,
         save_beside: Callable[[Path], object] | None = None,
-        allowed_tokens: AllowedTokens | None = None,
+        allowed_tokens: masked.AllowedTokens | None = None,
         **kwargs: Any,
     ):
         args = checked_config(args, self._objective)
@@ -163,9 +142,8 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
         self.reference = Reference(self.model, self.ref_model, own_reference, self.accelerator)
         refused = self._is_vlm or bool(getattr(self, "tools", None))
         self.replay_passes = replay_passes(self.model, args, refused, engine)
-        if not self._is_vlm:
-            for data in datasets_of(given.arguments):
-                check_no_pictures(data)
+        for data in [] if self._is_vlm else datasets_of(given.arguments):
+            columns.check_no_pictures(data)
         train_in_fp32(self.model, args)
         if is_peft_model(self.model):
             prepare_adapter(self.model, self.accelerator)
@@ -173,27 +151,34 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
         if engine is None:
             pad = self._tokenizer.pad_token_id
             self.generation_kwargs.update(eos_token_id=self.eos_token_ids, pad_token_id=pad)
-        check_reward_names(self.reward_func_names)
+        columns.check_reward_names(self.reward_func_names)
         self.table = CompletionsTable(args)
         self.alarms = Alarms(args.diagnostics_warning_interval, logger.warning)
 
         self.rollouts: Rollouts | None = None
         if environment is not None:
-            tokenizer, masked = self._tokenizer, self.mask_truncated_completions
             self.mask_truncated_completions = False  # TRL looks at the last token; here the stop reason says it
-            self.rollouts = Rollouts(environment, args, self.accelerator, tokenizer, self.num_generations, masked)
+            self.rollouts = Rollouts(environment, args, self.accelerator, self._tokenizer, self.num_generations)
             self.add_callback(RunLimits(self.rollouts))
         if environment is not None or allowed_tokens is not None:
             for scored in filter(None, (self.model, self.ref_model)):
-                add_choice_head(self._base(scored), self.temperature)
+                masked.add_choice_head(self._base(scored), self.temperature)
         self.add_callback(Clock(self._begin_training, self._end_step))
-        self.teacher: Teacher | None = None
         self.distiller: Distiller | None = None
         if distils and not self._is_vlm:
-            self._set_up_teacher(args, twin)
+            words = (self._tokenizer, lambda prompts: self._tokenize_prompts(prompts)[0])
+            student, metrics = (self.model, twin), self._metrics["train"]
+            self.distiller = Distiller(self._record, *student, args, self.accelerator, *words, metrics)
+        self.teacher = None if self.distiller is None else self.distiller.teacher
         self.loss = None if self._record.loss is None else self._set_up_loss(args)
         self.checkpoints = Checkpoints(self.accelerator, self.reference, self.distiller, self.rollouts)
-        self._check_forwards(args)
+        if args.disable_dropout:
+            for noisy in filter(None, (self.model, self.ref_model)):
+                still(noisy)
+        if not self._is_vlm:
+            others = [self.ref_model, None if self.teacher is None else self.teacher.model]
+            models = [self._base(m) for m in (self.model, *others) if m is not None]
+            self.add_callback(ForwardChecks(self.model, models, args, self.accelerator.autocast))
 
     def _set_up_loss(self, args: SRPOConfig) -> Loss:
         """What TRL's own loss has no use for."""
@@ -204,34 +189,6 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
         add_distillation_head(self._base(self.model))
         router_loss = self.router_aux_loss_coef if self.aux_loss_enabled else None
         return Loss(self._record, self.accelerator, args, self.distiller, router_loss)
-
-    def _set_up_teacher(self, args: SRPOConfig, twin: PreTrainedModel | None) -> None:
-        snapshot = self._generate_every > args.gradient_accumulation_steps
-        self.teacher = Teacher(
-            args.teacher_model_kind, self.model, twin, args.teacher_update_rate, self.accelerator, snapshot
-        )
-        self.distiller = Distiller(
-            self._record,
-            self.teacher,
-            args,
-            self.accelerator,
-            self._tokenizer,
-            lambda prompt: self._tokenize_prompts([prompt])[0][0],
-            self.num_generations,
-            self.temperature,
-            self._metrics["train"],
-        )
-
-    def _check_forwards(self, args: SRPOConfig) -> None:
-        """At the end of construction: every model of the trainer exists."""
-        if args.disable_dropout:
-            for model in filter(None, (self.model, self.ref_model)):
-                still(model)
-        if not self._is_vlm:
-            teacher = None if self.teacher is None else self.teacher.model
-            others = [self._base(m) for m in (self.ref_model, teacher) if m is not None]
-            base, autocast = self._base(self.model), self.accelerator.autocast
-            self.add_callback(ForwardChecks(self.model, base, others, args, autocast))
 
     def _base(self, model: torch.nn.Module) -> PreTrainedModel:
         """The transformers model inside."""
@@ -244,10 +201,8 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
         for name, value in values.items():
             kept[name].append(float(value))
 
-    # ---------------------------------------------------------------------------------------- one generation batch
-
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        rows = inputs if self._is_vlm else without_pictures(inputs)
+        rows = inputs if self._is_vlm else columns.without_pictures(inputs)
         step = self.generation_step = GenerationStep(rows, self.model.training, self.state.global_step)
         own_reference = self.reference.weights is not None
         beta, self.beta = self.beta, 0.0 if own_reference else self.beta  # TRL's is the model without its adapter
@@ -265,12 +220,12 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
             batch["choices"] = step.choices
         if self.replay_passes is not None:
             batch |= self.replay_passes.batch(step, batch)
-        mask = loss_mask(batch)
+        mask = batch["completion_mask"] * batch.get("tool_mask", 1)
         if step.training and self._record.credit is not None:
             self._credit(step, batch)
         branches: list[str | None] = ["grpo"] * len(rows)
         if step.training and self.distiller is not None:
-            plan = self.distiller.plan(step, self._correct(step), mask)
+            plan = self.distiller.plan(step, correct(step, self.args, self.correctness), mask)
             batch |= self.distiller.targets(batch, mask, plan, step.prompts)
             rewarded = "grpo" if self._record.rewards_others else None
             branches = ["sdpo" if z else rewarded for z in plan.distilled.tolist()]
@@ -285,8 +240,8 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
             output, recorder = super()._generate(prompts), None
             prompt_ids = output[0]
             if self.allowed_tokens is not None:
-                rows = [[tuple(ids or ()) for ids in self.allowed_tokens(list(one))] for one in output[1]]
-                step.choices = gathered_choices(rows, self.pad_to_multiple_of, self.accelerator.device)
+                found = [self.allowed_tokens(list(ids)) for ids in output[1]]
+                step.choices = masked.gathered_choices(found, self.pad_to_multiple_of, self.accelerator.device)
         else:
             prompt_ids = self._tokenize_prompts(prompts)[0]
             in_training = getattr(self, "is_in_train", False)
@@ -328,20 +283,14 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
 
     def _sampled_here(self, sample: Callable[[], tuple[Any, Any]], prompt_ids: Any) -> tuple[Any, Any]:
         """By transformers, with log-probs where something reads them."""
-        wanted = self._record.sampler_logps or self.args.routing_replay != "off"
-        wanted = wanted and self.model.training and not self.args.use_transformers_continuous_batching
-        if not wanted and self.allowed_tokens is None:
+        read = self._record.sampler_logps or self.args.routing_replay != "off"
+        read = read and self.model.training and not self.args.use_transformers_continuous_batching
+        if not read and self.allowed_tokens is None:
             return sample()
         base, width = self._base(self.model), prompt_width(prompt_ids, self.pad_to_multiple_of)
-        masked = None if self.allowed_tokens is None else MaskedLogits(self.allowed_tokens, width)
-        with sampled_among(base, masked):
-            if not wanted:
-                return sample()
-            with SampledLogProbs(base, self.temperature, width, masked) as sampled:
-                completion_ids, logprobs = sample()
-        return completion_ids, sampled.of(completion_ids) if logprobs is None else logprobs
-
-    # ------------------------------------------------------------------------------------------------ rewards
+        among = None if self.allowed_tokens is None else masked.MaskedLogits(self.allowed_tokens, width)
+        with masked.sampled_among(base, among):
+            return sampled_with_logps(sample, base, self.temperature, width, among) if read else sample()
 
     def _calculate_rewards(
         self, inputs: list[dict[str, Any]], prompts: list[Any], completions: list[Any], completion_ids_list: list[Any]
@@ -350,59 +299,43 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
         texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
         step.opened = step.opened or [""] * len(texts)
         step.rows = inputs
-        taken = {*self.reward_func_names, *TABLE_COLUMNS}
+        taken = {*self.reward_func_names, *columns.TABLE_COLUMNS}
         step.columns, repaired = columns_of(step, texts, self.world, taken)
         has_world = self.world is not None or self.environment is not None
         rows = rows_with_columns(inputs, step.columns, has_world)
         step.references = [row.get(REFERENCES) for row in rows]
-        lost = [row.get(LOST_ROW) is not None for row in rows]
+        lost = [row.get(columns.LOST_ROW) is not None for row in rows]
         with without_trl_warning() if any(lost) else nullcontext():
             rewards_per_func = super()._calculate_rewards(rows, prompts, completions, completion_ids_list)
-        if has_world:
-            # A lost rollout has no reward, whatever a reward model says of it.
+        if has_world:  # a lost rollout has no reward, whatever a reward model says of it
             everyone = torch.tensor(gather_object(lost), device=rewards_per_func.device)
             rewards_per_func = rewards_per_func.masked_fill(everyone.unsqueeze(1), torch.nan)
-        # A reward function may give feedback too, through TRL's `log_extra`; it wins over the world's.
-        if FEEDBACK in self._pending_extra_logs:
-            step.columns[FEEDBACK] = list(self._pending_extra_logs[FEEDBACK])
-        for name, values in step.columns.items():
-            self._pending_extra_logs[name] = list(values)
-        for name in {*self._logs["extra"]} - {*self._pending_extra_logs, "branch"}:
-            self._pending_extra_logs[name] = [None] * len(texts)  # else the table would show an earlier batch's
-
+        extra = self._pending_extra_logs
+        if FEEDBACK in extra:  # a reward function may give it too, through TRL's `log_extra`; it wins over the world's
+            step.columns[FEEDBACK] = list(extra[FEEDBACK])
+        extra |= {name: list(values) for name, values in step.columns.items()}
+        for name in {*self._logs["extra"]} - {*extra, "branch"}:
+            extra[name] = [None] * len(texts)  # else the table would show an earlier batch's
         step.prompts = prompts  # as the policy saw them: an environment may have added its first observation
         step.completion_ids = completion_ids_list
         step.truncated = cut_short(step, {*self.eos_token_ids, self._tokenizer.pad_token_id})
         start = self.accelerator.process_index * len(prompts)
-        local = rewards_per_func[start : start + len(prompts)]
-        total = (local * self.reward_weights.to(local.device)).nansum(dim=1)
-        step.rewards = total.masked_fill(torch.isnan(local).all(dim=1), torch.nan)
+        step.rewards = summed(rewards_per_func[start : start + len(prompts)], self.reward_weights)
         self._add_metrics(step.training, gathered_metrics(step.columns, len(texts)))
         if repaired := gather_object(repaired):
             self._add_metrics(step.training, {"records/repaired": len(repaired)})
-            what = f"texts of the world are no valid Unicode, and were repaired: {repaired[0]}"
-            self.table.say(what, self.state.global_step)
+            self.table.say(f"texts of the world are no valid Unicode, and were repaired: {repaired[0]}", step.number)
         return rewards_per_func
 
-    def _correct(self, step: GenerationStep) -> Tensor:
-        """[B] bool: completions that count as correct."""
-        if self.correctness is None:
-            correct = step.rewards >= self.args.success_reward_threshold
-        else:
-            correct = self.correctness(step.rewards, step.columns).to(step.rewards.device)
-        return correct & ~torch.isnan(step.rewards) & ~torch.tensor(step.truncated, device=correct.device)
-
     def _credit(self, step: GenerationStep, batch: dict[str, Any]) -> None:
-        rollouts = (self.num_generations, self.args, self.accelerator)
-        batch["advantages"], everyone = credited(self._record, step, self._correct(step), *rollouts)
+        success = correct(step, self.args, self.correctness)
+        batch["advantages"], everyone = credited(self._record, step, success, self.args, self.accelerator)
         logged = self._logs["advantages"]
         for _ in everyone:
             logged.pop()
         logged.extend(everyone)
         below = sum(a < 0 for a in everyone) / len(everyone)
         self._add_metrics(True, {f"{self.objective}/below_baseline": below})
-
-    # ------------------------------------------------------------------------------------------------ scoring
 
     def _get_per_token_logps_and_entropies(
         self, model: Any, input_ids: Tensor, attention_mask: Tensor, *args: Any, **kwargs: Any
@@ -414,11 +347,9 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
         with self._among(model, choices), replayed:
             return super()._get_per_token_logps_and_entropies(model, input_ids, attention_mask, *args, **kwargs)
 
-    # --------------------------------------------------------------------------------------------------- loss
-
     def _among(self, model: torch.nn.Module, choices: Tensor | None) -> Any:
         """A context: passes of the model score their tokens among `choices`, where there are any."""
-        return nullcontext() if choices is None else scored_among(self._base(model), choices)
+        return nullcontext() if choices is None else masked.scored_among(self._base(model), choices)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         if (passes := self.replay_passes) is not None and EXPERT_IDS in inputs:
@@ -458,15 +389,10 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
             self._add_metrics(True, self.loss.gradient_share())
         return loss
 
-    # ------------------------------------------------------------------------------------------ start, and the clock
-
     def train(self, resume_from_checkpoint: str | bool | None = None, *rest: Any, **kwargs: Any) -> Any:
-        if hasattr(self.train_dataset, "__len__"):
-            check_rows_of_a_batch(len(self.train_dataset), self.args)
+        check_start(self.train_dataset, self.args, resume_from_checkpoint)
         if self.args.eval_strategy != "no":
             check_eval_rows(self.eval_dataset, self.args, self.num_generations_eval)
-        if isinstance(resume_from_checkpoint, (str, Path)):
-            check_steps_left(Path(resume_from_checkpoint), self.args.max_steps)
         output = super().train(resume_from_checkpoint, *rest, **kwargs)
         check_steps_made(self.state.global_step)
         return output
@@ -492,17 +418,11 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
             self.teacher.begin()
         # TRL counts micro-steps from 0 in each process; a resumed run must know where in a generation batch it is.
         self._step = state.global_step * self.args.gradient_accumulation_steps
-        # TRL's sampler draws one permutation per epoch; a resumed run must not start with the first epoch's again.
-        sampler = self._train_sampler
-        if sampler is not None and sampler.shuffle:
-            for _ in range(int(state.epoch or 0)):
-                torch.randperm(sampler.num_samples, generator=sampler.generator)
+        wind(self._train_sampler, int(state.epoch or 0))
 
     def _end_step(self) -> None:
         if self.teacher is not None and self._step % self._generate_every == 0:
             self.teacher.update()
-
-    # ------------------------------------------------------------------------------------------------ checkpoints
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         with saved_whole(self.accelerator):
@@ -521,17 +441,12 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self._load_experts(resume_from_checkpoint)
+        self.checkpoints.load_experts(self.model, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
-        self._load_experts(self.state.best_model_checkpoint)
+        self.checkpoints.load_experts(self.model, self.state.best_model_checkpoint)
         self._last_loaded_step = -1  # of vLLM: these are not the weights of this step any more
-
-    def _load_experts(self, folder: str) -> None:
-        # Sharded weights have their own format, under the model's own names.
-        if self.accelerator.distributed_type not in ("DEEPSPEED", "FSDP") and not is_peft_model(self.model):
-            load_renamed_weights(self.model, folder)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
@@ -540,18 +455,16 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
         if checkpoint is not None and (batches := self.checkpoints.load(checkpoint)) is not None:
             self._buffered_inputs = batches
 
-    # ------------------------------------------------------------------------------------------------ records
-
     def _log_completion_extra(self, column: str, values: Any) -> None:
         """A column that a reward function logs: checked and repaired where it comes in."""
         step = self.generation_step
-        column, values = well_formed(column) if isinstance(column, str) else column, as_list(values)
-        taken = {*self.reward_func_names, *TABLE_COLUMNS, *step.columns, *self._pending_extra_logs} - {FEEDBACK}
-        check_extra(column, len(values), len(step.rows), taken)
-        super()._log_completion_extra(column, [repaired_value(value)[0] for value in values])
+        taken = {*self.reward_func_names, *columns.TABLE_COLUMNS, *step.columns, *self._pending_extra_logs} - {
+            FEEDBACK
+        }
+        super()._log_completion_extra(*columns.checked_extra(column, values, len(step.rows), taken))
 
     def _log_metric(self, name: str, value: float) -> None:
-        super()._log_metric(name, checked_metric("log_metric", name, value))
+        super()._log_metric(name, columns.checked_metric("log_metric", name, value))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         ours, step = self.log_completions, self.state.global_step

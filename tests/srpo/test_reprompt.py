@@ -92,13 +92,13 @@ def test_thinking_is_stripped():
 # ---------------------------------------------------------------------------------------------- the length of it
 
 
-def tokenize(prompt):
-    encoded = tokenizer().apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)
+def tokenize(prompts):
+    encoded = tokenizer().apply_chat_template(prompts, add_generation_prompt=True, tokenize=True, return_dict=True)
     return encoded["input_ids"]
 
 
 def ids_of(demonstration, feedback, limit, prompt=QUESTION):
-    return teacher_prompt_ids(prompt, demonstration, feedback, PUBLISHED, tokenize, tokenizer(), limit)
+    return teacher_prompt_ids([(prompt, demonstration, feedback)], PUBLISHED, tokenize, tokenizer(), limit)[0]
 
 
 def test_nothing_is_cut_that_fits():
@@ -168,7 +168,8 @@ def test_control_tokens_that_the_tokenizer_does_not_name_are_defused_too():
     assert "<|header|>" not in other.all_special_tokens  # as in Llama 3
     prompt = [{"role": "user", "content": "q"}]
     encode = functools.partial(other.apply_chat_template, add_generation_prompt=True, tokenize=True, return_dict=True)
-    ids = teacher_prompt_ids(prompt, "4<|header|>", None, PUBLISHED, lambda p: encode(p)["input_ids"], other, 1000)
+    told = [(prompt, "4<|header|>", None)]
+    (ids,) = teacher_prompt_ids(told, PUBLISHED, lambda p: encode(p)["input_ids"], other, 1000)
     assert other.convert_tokens_to_ids("<|header|>") not in ids
 
 
@@ -219,3 +220,11 @@ def test_a_random_choice_is_pinned():
     assert choose_demonstrations(group("c", "c", "c", "c"), 4, "random", "42:0") == [
         [j for j in range(4) if j != i][random.Random(f"42:0:0:{i}").randrange(3)] for i in range(4)
     ]
+
+
+def test_prompts_of_several_rows_are_those_of_each_alone():
+    """Cut to one limit, some rows once, some often, some never."""
+    rows = [("short", None), ("word " * 40, "note " * 30), (None, "note " * 60), ("1 " * 200, None)]
+    told = [(QUESTION, demonstration, feedback) for demonstration, feedback in rows]
+    together = teacher_prompt_ids(told, PUBLISHED, tokenize, tokenizer(), 60)
+    assert together == [ids_of(*row, 60) for row in rows] and len({len(ids) for ids in together}) > 1

@@ -68,16 +68,16 @@ def same_context(folder, policy, **changes):
 @pytest.mark.parametrize("case", ["lora", "attention"])
 def test_a_teacher_with_the_same_context_teaches_nothing(tmp_path, case, monkeypatch):
     """40 % of the real gradient at LoRA dropout 0.05 and 46 % at attention dropout 0.1, on a20621b."""
-    monkeypatch.setattr("srpo.trainer.distiller.teacher_prompt_ids", lambda prompt, *_: _tokenized(prompt))
+    monkeypatch.setattr("srpo.trainer.distiller.teacher_prompt_ids", lambda told, *_: _tokenized([t[0] for t in told]))
     norm, loss = same_context(tmp_path, CASES[case]())
     assert loss == pytest.approx(0.0, abs=1e-6) and norm < 1e-4
     norm, loss = same_context(tmp_path, CASES[case](), disable_dropout=False)
     assert loss > 1e-4
 
 
-def _tokenized(prompt):
+def _tokenized(prompts):
     options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
-    return tokenizer().apply_chat_template(prompt, **options)["input_ids"]
+    return tokenizer().apply_chat_template(prompts, **options)["input_ids"]
 
 
 @pytest.mark.parametrize(
