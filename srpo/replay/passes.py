@@ -166,7 +166,7 @@ class ReplayPasses:
             return
         recorded: list[Tensor] = []
         if self.mode == "R3":
-            step.expert_ids = _laid_out(step, attention_mask)
+            step.expert_ids = laid_out(step, attention_mask)
         with self._every_forward(model, step.expert_ids, recorded):
             yield
         if self.mode == "R2":
@@ -177,7 +177,7 @@ class ReplayPasses:
         if not step.training:
             return {}
         if step.expert_ids is None:  # R3 without a pass over the old policy
-            step.expert_ids = _laid_out(step, torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1))
+            step.expert_ids = laid_out(step, torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1))
         return {EXPERT_IDS: step.expert_ids}
 
     @contextmanager
@@ -216,7 +216,8 @@ class ReplayPasses:
         return every > 0 and first and steps % every == 0
 
 
-def _laid_out(step: GenerationStep, attention_mask: Tensor) -> Tensor:
+def laid_out(step: GenerationStep, attention_mask: Tensor) -> Tensor:
+    """Expert ids of a rollout [B, S, L, k] in the padding of `attention_mask` [B, S]."""
     assert step.expert_rows is not None
     # Fewer tokens than rows where truncated completions are masked: their prompt is all that is left to attend to.
     tokens = attention_mask.sum(dim=1).tolist()

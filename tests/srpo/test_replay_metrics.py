@@ -2,7 +2,6 @@
 
 import math
 import re
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from srpo.replay.metrics import ReplayAlarms, audit
 from srpo.rollout.sampler_logprobs import SampledLogProbs, mismatch_metrics, mismatch_sums
 
 SPEC = RouterSpec(layers=(1, 3), num_layers=4, top_k=2, num_experts=8)
-CLIP = SimpleNamespace(epsilon_low=0.2, epsilon_high=0.27)
+CLIP = (0.2, 0.27)
 
 
 def test_mismatch_by_hand():

@@ -6,6 +6,7 @@ from core_helpers import distance, equal, logged, weights
 from peft import LoraConfig
 from replay_cases import Spy, agreement, config, made, moe, reward
 
+from srpo.replay import passes
 from srpo.replay.passes import generation_mask
 from srpo.replay.settings import has_old_logprobs, replay_mode
 
@@ -252,18 +253,18 @@ def test_masked_truncated_completions_keep_their_prompt(tmp_path):
 # ------------------------------------------------------------------------------------------- planted misalignment
 
 
-def test_routes_of_other_tokens_raise_the_alarm(tmp_path, caplog):
+def test_routes_of_other_tokens_raise_the_alarm(tmp_path, monkeypatch):
     """Every sequence's routes one token late: what an engine that drops a row would deliver."""
     said = []
     run = made(tmp_path, routing_replay_metrics_steps=1)
     run.replay_passes.alarms._once._warn = run.replay_passes.alarms._trend._warn = said.append
-    lay_out = run._lay_out
+    lay_out = passes.laid_out
 
-    def late(mask):
-        run._rows = [torch.cat([row[1:-1], row[:1], row[-1:]]) for row in run._rows]
-        return lay_out(mask)
+    def late(step, mask):
+        step.expert_rows = [torch.cat([row[1:-1], row[:1], row[-1:]]) for row in step.expert_rows]
+        return lay_out(step, mask)
 
-    run._lay_out = late
+    monkeypatch.setattr(passes, "laid_out", late)
     run.train()
     assert any("misaligned" in text for text in said), said
     assert logged(run, "router/flip_rate")[0] > 0.8
