@@ -430,7 +430,7 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
-        if self.save_beside is not None:
+        if self.save_beside is not None and self.args.should_save:
             self.save_beside(Path(output_dir or self.args.output_dir))
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:

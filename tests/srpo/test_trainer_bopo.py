@@ -75,6 +75,7 @@ def corridors(lengths: Sequence[int] = (3, 5, 8, 13), cap: float = 2.0) -> Datas
 def bopo_trainer(folder: Any, network: Any = None, data: Dataset | None = None, **changes: Any) -> Any:
     environment = world(Budget(2))
     environment.labels = {"small": "a", "large": "b"}
+    environment.names = {"a": "small", "b": "large"}
     args = core.config(
         folder, **{"objective": "bopo", "max_turns": 10, "max_completion_length": 100, "temperature": 0.7, **changes}
     )
