@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import FuncFormatter, PercentFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, PercentFormatter
 
 from routers.evaluation.episodes import Episodes, Kind
 from routers.evaluation.statistics import METRICS, PER_ITEMS, Estimate, Paired, pareto_hull, sets
@@ -118,6 +118,7 @@ def _panel(axes: Axes, paired: Paired) -> list[_Mark]:
     logarithmic = len(positive) == len(costs) and positive.max() / positive.min() >= _DECADE
     if logarithmic:
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.set_xlim(0.8 * min(max(m.x.low, m.x.value / 2) for m in marks), 1.25 * max(m.x.high for m in marks))
     else:

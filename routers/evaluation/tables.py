@@ -164,19 +164,27 @@ def _frontiers(paired: Paired) -> Section:
     if not curves or not routers:
         return Section("")
     cells = [cell for curve in curves for cell in (f"beyond {curve}", INTERVAL)]
-    rows = [(f"{header(score, paired)} at equal cost", *cells, *(["cost of the dearest", "AUC"] if areas else []))]
+    rows = [
+        (
+            f"{header(score, paired)} at equal cost",
+            *cells,
+            *(["cost of the dearest", "score of the dearest", "AUC"] if areas else []),
+        )
+    ]
     dearest = max(paired.of_kind("member"), key=lambda name: paired.mean(name, "usd"), default="")
     for name in routers:
         gains = [paired.beyond_mixing(name, points) for points in curves.values()]
         cells = [name, *(c for g in gains for c in (score.show_difference(g.value), interval(g, score, True)))]
         if areas:
             auc = paired.auc([name])
-            cells += [f"{paired.ratio(name, dearest, 'usd').value:.1%}" if dearest else ""]
+            cells += [f"{paired.ratio(name, dearest, of).value:.1%}" if dearest else "" for of in ("usd", "score")]
             cells += ["" if auc is None else f"{auc:.3f}"]
         rows.append(tuple(cells))
     lines = []
     if areas:
         found = {curve: paired.auc(points) for curve, points in curves.items()}
+        ends = [paired.mean(name, "score") for name in paired.of_kind("member")]
+        found["a coin per episode (chance)"] = (ends[0] + ends[-1]) / 2 if len(ends) > 1 else None
         lines = ["AUC of rules: " + ", ".join(f"{n} {auc:.3f}" for n, auc in found.items() if auc is not None)]
     return Section("Beyond mixing", rows, lines)
 

@@ -145,7 +145,7 @@ names = plot._names
 
 def test_costs_that_span_a_decade_are_on_a_log_axis(monkeypatch: pytest.MonkeyPatch) -> None:
     panels: list[Any] = []
-    monkeypatch.setattr(plot, "_names", lambda axes, marks: panels.append(axes))
+    monkeypatch.setattr(plot, "_names", lambda axes, marks: (names(axes, marks), panels.append(axes)))
     near = {("a", "member"): [1, 0], ("b", "member"): [1, 1], "ours": [1, 1]}
     for usd in ({"a": 1e-6, "b": 2e-6, "ours": 2e-6}, {"a": 1e-6, "b": 2e-5, "ours": 2e-6}):
         plot.picture(episodes(near, usd=usd))
