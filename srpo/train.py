@@ -131,6 +131,7 @@ def main(argv: Sequence[str] | None = None) -> Evaluation:
     if args.push_to_hub:
         trainer.push_to_hub()
     finish(output)
+    phase("done", f"policy, evaluation and report are in {output}")
     return evaluation
 
 
