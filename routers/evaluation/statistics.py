@@ -179,7 +179,8 @@ class Paired:
     def one_reward(self, router: str, other: str) -> bool:
         """Whether both were paid by one rule: at other price sensitivities rewards do not compare."""
         rules = self.header.get("rule", {})
-        return bool(rules.get(router, rules.get("baselines")) == rules.get(other, rules.get("baselines")))
+        told = [rules.get(name, rules.get("baselines")) for name in (router, other)]
+        return None in told or told[0] == told[1]
 
     def estimate(self, router: str, metric: str, cap: float = math.inf) -> Estimate:
         return self.draws.estimate(self.values(router, metric, cap))

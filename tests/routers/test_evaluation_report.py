@@ -74,6 +74,14 @@ def test_gains_by_hand() -> None:
     assert start[4] == "-0.0025"
 
 
+def test_rewards_by_other_rules_are_not_subtracted() -> None:
+    found = by_hand()
+    rules = {"ours": {"cost_weight": 0.2}, "baselines": {"cost_weight": 0.4}, "start": {"cost_weight": 0.2}}
+    rows = table_of(Episodes(found.frame, {**found.header, "rule": rules}), 1)
+    assert [row[0] for row in rows.values()] == ["reward", "+0.325", ""]
+    assert list(rows.values())[2][2] == "+25.0 pt"
+
+
 def test_text_and_markdown_say_the_same() -> None:
     found = by_hand()
     text, markdown = render(found), render(found, "Title", markdown=True)
@@ -109,7 +117,7 @@ def test_what_step_routing_adds() -> None:
     assert ("bopo", "100.0%", "100.0%") in parts["By difficulty"]
     frontier = {row[0]: row[1:] for row in parts["Beyond mixing"]}
     # at cost 3 between small (.5 at 1) and the setting (.75 at 4); cost 3 of 11; AUC .2 x .5 + .8
-    assert frontier["bopo"][0] == "+33.3 pt" and frontier["bopo"][2:] == ("27.3%", "0.900")
+    assert frontier["bopo"][0] == "+33.3 pt" and frontier["bopo"][2:] == ("27.3%", "100.0%", "0.900")
     assert "AUC of rules: mixing" in text
 
 
