@@ -132,7 +132,8 @@ async def in_thread(job: Callable[[], T]) -> T:
             done.set_exception(error)
 
     def run() -> None:
-        result, error = None, None
+        result: Any = None
+        error: BaseException | None = None
         try:
             result = job()
         except StopIteration as raised:  # cannot pass through a future, nor through a coroutine

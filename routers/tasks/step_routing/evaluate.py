@@ -87,7 +87,13 @@ class Record:
 
     def episodes(self) -> Episodes:
         task = self._world.arguments
-        header = {"task": "step_routing", "split": "heldout", "item": "task", "score": "success", "note": NOTE}
+        header: dict[str, Any] = {
+            "task": "step_routing",
+            "split": "heldout",
+            "item": "task",
+            "score": "success",
+            "note": NOTE,
+        }
         header["rule"] = {
             name: getattr(task, name) for name in ("cost_weight", "hard_bonus", "cost_norm", "gate_cost_on_success")
         }

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from routers.environments.protocol import AgentEnvironment, Executor
 from routers.environments.react import ReActExecutor
@@ -35,7 +35,7 @@ from srpo.rollout.shared import Batches, load_checkpoint
 from srpo.rollout.special_tokens import end_ids
 from srpo.rollout.untrusted import LockedTokenizer, without_control_tokens
 from srpo.rollout.worker_loop import EpisodeLoop, Failure
-from srpo.types import LOST, Row, Stop, Trajectory
+from srpo.types import LOST, Environment, Row, Stop, Trajectory
 
 GRACE_SECONDS = 15.0
 """An executor that does not keep its own deadline is left behind after so much more."""
@@ -266,8 +266,8 @@ class StepRouter(Router):
         if not episode.situation.affordable:
             return PlayedEpisode(environment.score, environment.won, "budget", None, (), 0.0, 0.0, False, ())
         prompt = how.start_ids(episode.situation, self._tokenizer, self._clean)
-        turns = _Turns(self._batches, number)
-        [played] = play(_Begun(episode), [{}], [prompt], [seed], turns, self._tokenizer, limits, self._loop)
+        turns, begun = _Turns(self._batches, number), cast(Environment, _Begun(episode))
+        [played] = play(begun, [{}], [prompt], [seed], turns, self._tokenizer, limits, self._loop)
         return self._told(episode, environment, played)
 
     def _told(self, episode: StepRoutingEpisode, environment: AgentEnvironment, played: Trajectory) -> PlayedEpisode:
@@ -318,7 +318,7 @@ class _Turns:
 
 
 class _Begun:
-    """An `Environment` of the one episode that has begun already, because its prompt is made of it."""
+    """All that `play` asks an `Environment` for: the one episode that has begun, because its prompt is made of it."""
 
     def __init__(self, episode: StepRoutingEpisode) -> None:
         self._episode = episode
