@@ -68,6 +68,8 @@ class Decision:
     """That the policy read and wrote."""
     text: str = ""
     """What the policy wrote, where it writes."""
+    error: str = ""
+    """Why there is no member, where there is none."""
 
     @property
     def member(self) -> str | None:

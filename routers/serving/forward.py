@@ -72,7 +72,7 @@ class Forwarder:
             scores=decision.scores,
         )
         if decision.member is None:
-            return replace(found, stop="lost", error="the router chose no member")
+            return replace(found, stop="lost", error=f"the router chose no member: {decision.error}")
         if self.pool is None:
             return found
         number = f"query {next(self._numbers)}"

@@ -60,7 +60,8 @@ def told(found: Decision | Answer) -> str:
     scores = ", ".join(f"{m} {p:.3f}" for m, p in sorted(found.scores.items(), key=lambda item: -item[1]))
     if isinstance(found, Decision):
         call = "unknown" if found.usd is None else f"${found.usd:.6f}"
-        lines = [found.text, "", f"member: {found.member or 'none'}", f"probabilities: {scores or 'none'}"]
+        member = found.member or f"none. {found.error}"
+        lines = [found.text, "", f"member: {member}", f"probabilities: {scores or 'none'}"]
         return "\n".join([*lines, f"cost: {call} expected for the call, ${found.policy_usd:.6f} for the decision"])
     lines = [text if owner == "policy" else text.strip() for owner, text in found.turns]
     lines += ["", f"answer: {found.answer}"] + ([f"probabilities: {scores}"] if scores else [])

@@ -191,6 +191,8 @@ def _training(recipe: Mapping[str, Any] | None, command: Sequence[str] | None) -
 
 def _own_command() -> list[str]:
     launched = any(name.startswith("ACCELERATE_") for name in os.environ)
+    if sys.argv[0].startswith("srpo "):
+        return [*sys.argv[0].split(), *sys.argv[1:]]
     script = os.path.relpath(sys.argv[0]) if sys.argv[0] else "-"
     if script.startswith(os.pardir):  # somewhere else on this machine, which is nobody's business
         script = os.path.basename(script)

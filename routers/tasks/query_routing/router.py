@@ -174,7 +174,8 @@ class QueryRouter(Router):
             chosen = max(members, key=lambda name: scores[name])  # of equals the one that is shown first
             turn = [*turn[:length], *mask.spelling(tree, chosen)]
         text = opened_by(self._tokenizer, prompt) + text_of(self._tokenizer, turn)
-        chosen = parse(text, members, self.settings.grammar).member
+        action = parse(text, members, self.settings.grammar)  # a broken turn routes nobody, as in training
+        chosen = action.member
         return Decision(
             members=() if chosen is None else (chosen,),
             scores=scores,
@@ -183,6 +184,7 @@ class QueryRouter(Router):
             prompt_tokens=len(prompt),
             completion_tokens=len(turn),
             text=text,
+            error=action.error,
         )
 
 

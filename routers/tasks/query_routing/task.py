@@ -119,7 +119,7 @@ class QueryRouting:
         return len(self.queries), [f"{len(self.table.members)} members by recorded replies: no calls"]
 
     def save(self, folder: Path) -> None:
-        self.settings.save(folder, {name: str(value) for name, value in self.made_from()[0].items()})
+        self.settings.save(folder, self.made_from()[0])
 
     def world(self) -> World:
         from routers.tasks.query_routing.world import RecordedWorld

@@ -178,6 +178,7 @@ class RouterAgent(Router):
             prompt_tokens=len(prompt),
             completion_tokens=len(turn.ids),
             text=text,
+            error=action.error or ("" if action.member else "The agent answered by itself."),
         )
 
     def answer(

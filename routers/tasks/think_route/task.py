@@ -133,7 +133,7 @@ class ThinkRoute:
         return [encode(one, tokenizer, settings) for one in (*episodes, *drills)]
 
     def save(self, folder: Path) -> None:
-        self.settings.save(folder, {name: str(value) for name, value in self.made_from()[0].items()})
+        self.settings.save(folder, self.made_from()[0])
 
     def world(self) -> None:
         return None
