@@ -244,7 +244,11 @@ class Outcomes:
 
     @classmethod
     def of_table(
-        cls, table: ReplyTable, rule: RewardRule, split: str = "heldout", chosen: Sequence[int] | None = None
+        cls,
+        table: ReplyTable,
+        rule: RewardRule,
+        split: str = "heldout",
+        chosen: Sequence[int] | np.ndarray | None = None,
     ) -> Outcomes:
         """Of the queries of a split; `chosen`: of these, by place in `table.queries(split)`."""
         queries, rows = table.queries(split), slice(None) if chosen is None else np.asarray(chosen, dtype=int)

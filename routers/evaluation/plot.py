@@ -203,12 +203,16 @@ def _names(axes: Axes, marks: Sequence[_Mark]) -> None:
     lines += [_along(to_pixels([(m.x.value, m.y.low), (m.x.value, m.y.high)])) for m in marks]
     ink = np.concatenate(lines)
     for mark in sorted(marks, key=lambda m: m.kind not in _STRONG):  # the policy's name has the first choice
-        style = {"fontsize": 9, "color": "#222222", "weight": "bold" if mark.kind in _STRONG else "normal"}
+        style: dict[str, Any] = {
+            "fontsize": 9,
+            "color": "#222222",
+            "weight": "bold" if mark.kind in _STRONG else "normal",
+        }
         text = axes.text(0, 0, mark.name, **style)
         box = text.get_window_extent(renderer)
         text.remove()
         (x, y), best = points[mark.name], (np.inf, (0.0, 0.0, 0.0, 0.0), 0.0)
-        for distance in (10, 16, 24, 34, 48, 66, 90, 120):
+        for distance in (10.0, 16.0, 24.0, 34.0, 48.0, 66.0, 90.0, 120.0):
             for angle in range(0, 360, 20):
                 dx, dy = (distance * unit * f(np.radians(angle)) for f in (np.cos, np.sin))
                 left, bottom = x + dx - (dx < 0) * box.width, y + dy - (1 - np.sin(np.radians(angle))) / 2 * box.height
@@ -234,7 +238,7 @@ def _along(line: np.ndarray) -> np.ndarray:
     return np.concatenate([line, *parts])
 
 
-def _within(place: tuple[float, ...], frame: np.ndarray) -> bool:
+def _within(place: tuple[float, ...], frame: Sequence[float] | np.ndarray) -> bool:
     x0, y0, x1, y1 = frame
     return x0 + 4 <= place[0] and y0 + 4 <= place[1] and place[2] <= x1 and place[3] <= y1
 

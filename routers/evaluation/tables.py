@@ -191,7 +191,7 @@ def _frontiers(paired: Paired) -> Section:
 
 def _caps(paired: Paired) -> Section:
     score = METRICS[0]
-    rows = [("", "cap", header(score, paired), INTERVAL, "used of the cap", "violations")]
+    rows: list[tuple[str, ...]] = [("", "cap", header(score, paired), INTERVAL, "used of the cap", "violations")]
     for name in paired.of_kind("policy", "start", "rule"):
         for cap in paired.caps(name):
             found = paired.estimate(name, "score", cap)
