@@ -39,6 +39,9 @@ def loss(batch: TokenBatch, cfg: LossConfig) -> LossOutput:
     reward = grpo.token_loss(
         batch.logp, old_logp, batch.advantages, batch.mask, **eps, delta=cfg.delta, level=cfg.level
     )
+    with torch.no_grad():
+        ratio = grpo.ratio(batch.logp, old_logp, batch.mask, cfg.level)
+        low, high = grpo.clipped_tokens(ratio, batch.advantages, **eps)
     # [B,1] at sequence level; spread over the tokens as late as TRL does it, which fixes the bits of the gradient.
     per_token = reward if batch.sampler_ratio is None else reward * batch.sampler_ratio
     if batch.divergence is not None:
@@ -49,9 +52,6 @@ def loss(batch: TokenBatch, cfg: LossConfig) -> LossOutput:
 
     metrics = {}
     with torch.no_grad():
-        low, high = grpo.clipped_tokens(
-            grpo.ratio(batch.logp, old_logp, batch.mask, cfg.level), batch.advantages, **eps
-        )
         rho = sdpo.importance(batch.logp, batch.old_logp)
         metrics["loss/grpo"] = mean(torch.where(distilled, 0.0, per_token))
         metrics["loss/sdpo"] = mean(torch.where(distilled, per_token, 0.0))

@@ -1,6 +1,5 @@
 """Credit in place of TRL's group advantages, where the objective has its own."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,19 +9,6 @@ from torch import Tensor
 from srpo.objectives import Objective
 from srpo.objectives.advantages import references_of
 from srpo.trainer.generation_step import GenerationStep
-from srpo.types import Columns
-
-Correctness = Callable[[Tensor, Columns], Tensor]
-"""(rewards [B] summed with their weights, columns) -> correct [B] bool."""
-
-
-def correct(step: GenerationStep, args: Any, rule: Correctness | None) -> Tensor:
-    """[B] bool: completions that count as correct, by `rule` or by their reward; never those that were cut short."""
-    rewards = step.rewards
-    found = (
-        rewards >= args.success_reward_threshold if rule is None else rule(rewards, step.columns).to(rewards.device)
-    )
-    return found & ~torch.isnan(rewards) & ~torch.tensor(step.truncated, device=rewards.device)
 
 
 def credited(

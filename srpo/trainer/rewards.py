@@ -54,6 +54,19 @@ def summed(rewards: Tensor, weights: Tensor) -> Tensor:
     return total.masked_fill(torch.isnan(rewards).all(dim=1), torch.nan)
 
 
+Correctness = Callable[[Tensor, Columns], Tensor]
+"""(rewards [B] summed with their weights, columns) -> correct [B] bool."""
+
+
+def correct(step: GenerationStep, args: Any, rule: Correctness | None) -> Tensor:
+    """[B] bool: completions that count as correct, by `rule` or by their reward; never those that were cut short."""
+    rewards = step.rewards
+    found = (
+        rewards >= args.success_reward_threshold if rule is None else rule(rewards, step.columns).to(rewards.device)
+    )
+    return found & ~torch.isnan(rewards) & ~torch.tensor(step.truncated, device=rewards.device)
+
+
 def rows_with_columns(rows: Sequence[Mapping[str, Any]], columns: Columns, has_world: bool) -> list[dict[str, Any]]:
     """Dataset rows as the rewards see them: with the world's columns, which may repeat the dataset's values.
 

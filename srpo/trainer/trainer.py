@@ -8,9 +8,9 @@
          -> backward                                                               [training_step]
          -> teacher moves, once per generation batch
 
-Every hook of TRL's is overridden here, once; what one hook learns of a generation batch the next finds in a
-`GenerationStep`. An objective is a record (`srpo.objectives.OBJECTIVES`); `grpo` runs TRL's own loss untouched. Each
-hook has a test that fails when TRL moves it (tests/srpo/test_trl_hooks.py).
+Every hook of TRL's is overridden here, once, with a test that fails when TRL moves it (tests/srpo/test_trl_hooks.py).
+What one hook learns of a generation batch the next finds in a `GenerationStep`; an objective is a record
+(`srpo.objectives.OBJECTIVES`), and `grpo` runs TRL's own loss untouched.
 """
 
 import inspect
@@ -47,10 +47,11 @@ from srpo.run.steps import check_eval_rows, check_start, check_steps_made
 from srpo.teacher import masked_decisions as masked
 from srpo.teacher.lm_head import add_distillation_head
 from srpo.teacher.teacher import unpatched_copy
+from srpo.trainer import rewards
 from srpo.trainer.adapters import prepare_adapter
 from srpo.trainer.arguments import checked_config, datasets_of, init_kwargs, refuse_contradictions
 from srpo.trainer.checkpoint import Checkpoints, Clock, wind
-from srpo.trainer.credit import Correctness, correct, credited
+from srpo.trainer.credit import credited
 from srpo.trainer.distiller import Distiller, nothing_distilled
 from srpo.trainer.engines import saved_whole
 from srpo.trainer.forward_checks import ForwardChecks, still
@@ -60,7 +61,6 @@ from srpo.trainer.loss import Loss, sequences
 from srpo.trainer.metrics import Alarms, CompletionsTable, gathered_metrics
 from srpo.trainer.precision import engine_keeps_masters, train_in_fp32
 from srpo.trainer.reference import Reference, reference_of
-from srpo.trainer.rewards import checked_rewards, columns_of, cut_short, rows_with_columns, summed
 from srpo.trainer.rollouts import Rollouts
 from srpo.types import FEEDBACK, Environment, World
 
@@ -104,7 +104,7 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
         *rest: Any,
         world: World | None = None,
         environment: Environment | None = None,
-        correctness: Correctness | None = None,
+        correctness: rewards.Correctness | None = None,
         recipe: dict[str, Any] | None = None,
         save_beside: Callable[[Path], object] | None = None,
         allowed_tokens: masked.AllowedTokens | None = None,
@@ -114,8 +114,8 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
         self.objective, self._record = args.objective, objective_of(args)
         self.recipe, self.save_beside = recipe, save_beside
         self.heldout_table: str | None = None
-        self.world, self.environment, self.correctness = world, environment, correctness
-        self.allowed_tokens = allowed_tokens
+        self.world, self.environment = world, environment
+        self.correctness, self.allowed_tokens = correctness, allowed_tokens
         self.generation_step = GenerationStep()
         self._train_sampler: Any = None
 
@@ -136,7 +136,7 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
             engine_that_replay_needs(args),
             reference_of(model, peft_config, args) as own_reference,
         ):
-            super().__init__(model, checked_rewards(reward_funcs), args, train_dataset, *rest, **kwargs)
+            super().__init__(model, rewards.checked_rewards(reward_funcs), args, train_dataset, *rest, **kwargs)
         self.beta = args.beta
         engine = self.vllm_generation if self.use_vllm else None
         self.reference = Reference(self.model, self.ref_model, own_reference, self.accelerator)
@@ -225,7 +225,7 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
             self._credit(step, batch)
         branches: list[str | None] = ["grpo"] * len(rows)
         if step.training and self.distiller is not None:
-            plan = self.distiller.plan(step, correct(step, self.args, self.correctness), mask)
+            plan = self.distiller.plan(step, rewards.correct(step, self.args, self.correctness), mask)
             batch |= self.distiller.targets(batch, mask, plan, step.prompts)
             rewarded = "grpo" if self._record.rewards_others else None
             branches = ["sdpo" if z else rewarded for z in plan.distilled.tolist()]
@@ -300,9 +300,9 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
         step.opened = step.opened or [""] * len(texts)
         step.rows = inputs
         taken = {*self.reward_func_names, *columns.TABLE_COLUMNS}
-        step.columns, repaired = columns_of(step, texts, self.world, taken)
+        step.columns, repaired = rewards.columns_of(step, texts, self.world, taken)
         has_world = self.world is not None or self.environment is not None
-        rows = rows_with_columns(inputs, step.columns, has_world)
+        rows = rewards.rows_with_columns(inputs, step.columns, has_world)
         step.references = [row.get(REFERENCES) for row in rows]
         lost = [row.get(columns.LOST_ROW) is not None for row in rows]
         with without_trl_warning() if any(lost) else nullcontext():
@@ -318,9 +318,9 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
             extra[name] = [None] * len(texts)  # else the table would show an earlier batch's
         step.prompts = prompts  # as the policy saw them: an environment may have added its first observation
         step.completion_ids = completion_ids_list
-        step.truncated = cut_short(step, {*self.eos_token_ids, self._tokenizer.pad_token_id})
+        step.truncated = rewards.cut_short(step, {*self.eos_token_ids, self._tokenizer.pad_token_id})
         start = self.accelerator.process_index * len(prompts)
-        step.rewards = summed(rewards_per_func[start : start + len(prompts)], self.reward_weights)
+        step.rewards = rewards.summed(rewards_per_func[start : start + len(prompts)], self.reward_weights)
         self._add_metrics(step.training, gathered_metrics(step.columns, len(texts)))
         if repaired := gather_object(repaired):
             self._add_metrics(step.training, {"records/repaired": len(repaired)})
@@ -328,7 +328,7 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
         return rewards_per_func
 
     def _credit(self, step: GenerationStep, batch: dict[str, Any]) -> None:
-        success = correct(step, self.args, self.correctness)
+        success = rewards.correct(step, self.args, self.correctness)
         batch["advantages"], everyone = credited(self._record, step, success, self.args, self.accelerator)
         logged = self._logs["advantages"]
         for _ in everyone:
@@ -340,9 +340,8 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
     def _get_per_token_logps_and_entropies(
         self, model: Any, input_ids: Tensor, attention_mask: Tensor, *args: Any, **kwargs: Any
     ) -> Any:
-        step = self.generation_step
+        step, passes = self.generation_step, self.replay_passes
         choices = None if step.scored else step.choices  # of a loss: `_compute_loss` has set its own
-        passes = self.replay_passes
         replayed = nullcontext() if passes is None else passes.old_pass(step, model, attention_mask)
         with self._among(model, choices), replayed:
             return super()._get_per_token_logps_and_entropies(model, input_ids, attention_mask, *args, **kwargs)
@@ -457,10 +456,8 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
 
     def _log_completion_extra(self, column: str, values: Any) -> None:
         """A column that a reward function logs: checked and repaired where it comes in."""
-        step = self.generation_step
-        taken = {*self.reward_func_names, *columns.TABLE_COLUMNS, *step.columns, *self._pending_extra_logs} - {
-            FEEDBACK
-        }
+        step, taken = self.generation_step, {*self.reward_func_names, *columns.TABLE_COLUMNS}
+        taken |= {*step.columns, *self._pending_extra_logs} - {FEEDBACK}
         super()._log_completion_extra(*columns.checked_extra(column, values, len(step.rows), taken))
 
     def _log_metric(self, name: str, value: float) -> None:
@@ -468,8 +465,7 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         ours, step = self.log_completions, self.state.global_step
-        writes = ours and self.accelerator.is_main_process
-        table = self.table.take(self._logs, step, logs) if writes else {}
+        table = self.table.take(self._logs, step, logs) if ours and self.accelerator.is_main_process else {}
         self.log_completions = False  # TRL's own part of this
         try:
             super().log(logs, start_time)  # adds the averaged metrics to `logs`
