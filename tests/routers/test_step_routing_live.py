@@ -106,8 +106,8 @@ def spent(folder: Path, output: str = "out") -> float:
 
 @pytest.mark.slow
 def test_the_papers_recipe_end_to_end(tmp_path: Path, servers: dict[str, OpenAIServer], capsys: Any) -> None:
-    # None that may be billed without an answer, such as a call that hangs: it is not made again, its step is wasted, and
-    # the second run below would ask what the first one never heard.
+    # None that may be billed without an answer, such as a call that hangs: it is not made again, its step is wasted,
+    # and the second run below would ask what the first one never heard.
     faults = [Fault(status=500), Fault.retry_after_seconds(0.1), Fault(reset=True)]
     for server in servers.values():
         for fault in faults:
