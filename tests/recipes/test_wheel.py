@@ -90,15 +90,23 @@ SMALL = """--max_steps 2 --train_limit 24 --heldout_limit 6 --sft_limit 24 --sft
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("recipe", "more"),
+    ("recipe", "more", "used"),
     [
-        ("quickstart/srpo", []),
-        ("quickstart/think_route", ["--sft_drills", "8", "--max_turns", "2"]),
-        ("quickstart/bopo", ["--train_limit", "8", "--heldout_limit", "4", "--sft_sweep", "1"]),
+        ("quickstart/srpo", [], ["route", "{}", "Calculate 12 - 8"]),
+        (
+            "quickstart/think_route",
+            ["--sft_drills", "8", "--max_turns", "2"],
+            ["route", "{}", "Calculate 12 - 8", "--table", "quickstart"],
+        ),
+        (
+            "quickstart/bopo",
+            ["--train_limit", "8", "--heldout_limit", "4", "--sft_sweep", "1"],
+            ["play", "{}", "--count", "1"],
+        ),
     ],
 )
-def test_the_installed_command_trains_and_evaluates(
-    srpo: Callable[..., subprocess.CompletedProcess[str]], recipe: str, more: list[str]
+def test_the_installed_command_trains_evaluates_and_routes(
+    srpo: Callable[..., subprocess.CompletedProcess[str]], recipe: str, more: list[str], used: list[str]
 ) -> None:
     output = f"outputs/{recipe}"
     trained = srpo("train", recipe, "--output_dir", output, *SMALL, *more)
@@ -107,3 +115,6 @@ def test_the_installed_command_trains_and_evaluates(
         assert srpo("-c", f"open('{output}/{name}')", program="python").returncode == 0, name
     again = srpo("evaluate", output, "--output_dir", f"{output}_again", "--heldout_limit", "4")
     assert again.returncode == 0, again.stderr[-3000:]
+    routed = srpo(*(word.format(output) for word in used))
+    # 1: no answer. Two steps teach nothing; what is promised is that it runs and says what it did.
+    assert routed.returncode in (0, 1) and "Traceback" not in routed.stderr and routed.stdout, routed.stderr[-3000:]
