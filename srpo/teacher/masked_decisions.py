@@ -154,16 +154,18 @@ def scored_among(model: PreTrainedModel, choices: Tensor | None) -> Iterator[Non
         model.scored_choices = outer
 
 
-def gathered_choices(rows: Sequence[Sequence[tuple[int, ...]]], multiple: int | None, device: Any) -> Tensor | None:
+def gathered_choices(
+    found: Sequence[Sequence[Sequence[int] | None]], multiple: int | None, device: Any
+) -> Tensor | None:
     """[B, T, A] of the allowed ids of each token, as `padded_choices`; None where no rank has a restricted token.
 
     A rank without restricted tokens scores choices too where another has some, as it gathers a sharded head in step.
 
     Args:
-        rows: a completion each, one entry per token; () where there was no restriction.
+        found: a completion each, one entry per token; None or () where there was no restriction.
         multiple: what T is rounded up to, as TRL pads completions.
     """
-    multiple = multiple or 1
+    multiple, rows = multiple or 1, [[tuple(allowed or ()) for allowed in row] for row in found]
     length = -(-max(map(len, rows)) // multiple) * multiple
     choices = padded_choices(rows, length, max(gather_object([most_choices(rows)])))
     return None if choices is None else choices.to(device)

@@ -100,10 +100,11 @@ def teacher_prompt_ids(
     # Some tokenizers name only a few of their control tokens (Llama 3: not its header tokens).
     specials = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     specials.update(tokenizer.all_special_tokens)
-    rest = [
-        (prompt, *(None if text is None else defuse(text, specials) for text in (demonstration, feedback)))
-        for prompt, demonstration, feedback in told
-    ]
+
+    def safe(text: str | None) -> str | None:
+        return None if text is None else defuse(text, specials)
+
+    rest = [(prompt, safe(demonstration), safe(feedback)) for prompt, demonstration, feedback in told]
     found: list[list[int]] = [[] for _ in rest]
     open_rows = list(range(len(rest)))
     while open_rows:
