@@ -190,6 +190,9 @@ class Task(Protocol):
 
     def environment(self, tokenizer: PreTrainedTokenizerBase) -> Environment | None: ...
 
+    def allowed_tokens(self, tokenizer: PreTrainedTokenizerBase) -> Callable[[list[int]], Any] | None:
+        """Which ids a completion of a world may hold at each place (`allowed_tokens` of `SRPOTrainer`); None: any."""
+
     def rewards(self) -> tuple[list[Any], list[float]]:
         """Reward functions and their weights."""
 

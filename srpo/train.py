@@ -106,9 +106,9 @@ def main(argv: Sequence[str] | None = None) -> Evaluation:
         environment=task.environment(tokenizer),
         correctness=task.correctness,
         recipe=resolved_recipe(recipe),
+        save_beside=task.save,
+        allowed_tokens=task.allowed_tokens(tokenizer),
     )
-    if state.is_main_process:  # transformers calls `_save` on all of them
-        trainer.save_beside = lambda folder: task.save(Path(folder))
     for callback in task.callbacks():
         trainer.add_callback(callback)
     show_progress(trainer, "train")

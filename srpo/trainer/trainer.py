@@ -240,7 +240,7 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
             output, recorder = super()._generate(prompts), None
             prompt_ids = output[0]
             if self.allowed_tokens is not None:
-                found = [self.allowed_tokens(list(ids)) for ids in output[1]]
+                found = [[tuple(some or ()) for some in self.allowed_tokens(list(ids))] for ids in output[1]]
                 step.choices = masked.gathered_choices(found, self.pad_to_multiple_of, self.accelerator.device)
         else:
             prompt_ids = self._tokenize_prompts(prompts)[0]

@@ -73,6 +73,9 @@ class Colours:
     def environment(self, tokenizer):
         return None
 
+    def allowed_tokens(self, tokenizer):
+        return None
+
     def rewards(self):
         return [lambda completions, correct, **columns: correct], [1.0]
 

@@ -129,6 +129,9 @@ class QueryRouting:
     def environment(self, tokenizer: PreTrainedTokenizerBase) -> None:
         return None
 
+    def allowed_tokens(self, tokenizer: PreTrainedTokenizerBase) -> Any:
+        return self.settings.mask(tokenizer) if self.arguments.mask_routes else None
+
     def rewards(self) -> tuple[list[Any], list[float]]:
         facts = Facts(self.table.max_cost, per_prompt=self.arguments.cost_weights is not None)
         return make_rewards(self.arguments.reward_weights(), facts)

@@ -195,6 +195,9 @@ class StepRouting:
         self._environment = self.tasks.environment()
         return self._environment
 
+    def allowed_tokens(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        return None
+
     def rewards(self) -> tuple[list[Any], list[float]]:
         return [make_boundary_reward(self.arguments.reward())], [1.0]
 

@@ -147,6 +147,9 @@ class ThinkRoute:
         priced = self.run.policy_price_in > 0 or self.run.policy_price_out > 0
         return make_world(self.arguments, self.settings, pool, names, tokenizer, priced)
 
+    def allowed_tokens(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        return None
+
     def rewards(self) -> tuple[list[Any], list[float]]:
         return self._rewards
 
