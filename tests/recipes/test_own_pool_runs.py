@@ -20,7 +20,10 @@ SMALL = {
     "disable_tqdm": "true", "report_to": "none", "train_limit": 16, "heldout_limit": 4, "sft_batch_size": 8,
     "sft_epochs": 1, "sft_limit": 8, "lora_r": 2,
 }  # fmt: skip
-OWN: dict[str, dict[str, Any]] = {"srpo": {"mask_routes": "true"}, "think_route": {"sft_drills": 0, "members": ["a", "b"]}}
+OWN: dict[str, dict[str, Any]] = {
+    "srpo": {"mask_routes": "true"},
+    "think_route": {"sft_drills": 0, "members": ["a", "b"]},
+}
 
 
 @pytest.mark.slow
