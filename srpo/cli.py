@@ -67,7 +67,8 @@ def _dispatch(words: list[str]) -> Any:
         if name == "evaluate" and {"-h", "--help"} & {*rest}:
             print(EVALUATE)
             return 0
-    module, processes = COMMANDS[name][0], (None, None)
+    module = COMMANDS[name][0]
+    processes: tuple[Path | None, int | None] = (None, None)
     if name in _LAUNCHED:
         from srpo.launch import launch, launch_options
 
