@@ -24,7 +24,7 @@ from srpo.scratch_lm import tiny_causal_lm, tiny_moe_lm, train_tokenizer
 from srpo.task import Corpus
 from srpo.trainer.precision import loading_options
 
-TINY = {"tiny": tiny_causal_lm, "tiny_moe": tiny_moe_lm}
+TINY: dict[str, Callable[..., PreTrainedModel]] = {"tiny": tiny_causal_lm, "tiny_moe": tiny_moe_lm}
 BASE = "base"
 """Folder of an output directory: what an adapter of a shipped policy is for."""
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
     from srpo.config import SRPOConfig
+    from srpo.teacher.masked_decisions import AllowedTokens
 
 GROUP = "srpo.tasks"
 START = "start"
@@ -190,7 +191,7 @@ class Task(Protocol):
 
     def environment(self, tokenizer: PreTrainedTokenizerBase) -> Environment | None: ...
 
-    def allowed_tokens(self, tokenizer: PreTrainedTokenizerBase) -> Callable[[list[int]], Any] | None:
+    def allowed_tokens(self, tokenizer: PreTrainedTokenizerBase) -> AllowedTokens | None:
         """Which ids a completion of a world may hold at each place (`allowed_tokens` of `SRPOTrainer`); None: any."""
 
     def rewards(self) -> tuple[list[Any], list[float]]:

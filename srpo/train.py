@@ -149,9 +149,9 @@ def together(act: Callable[[], Result]) -> list[Result]:
     told = gather_object([(mine[0], None if mine[1] is None else f"{type(mine[1]).__name__}: {mine[1]}")])
     if mine[1] is not None:
         raise mine[1]
-    for rank, (_, error) in enumerate(told):
-        if error is not None:
-            raise Stopped(f"process {rank}: {error}")
+    for rank, (_, words) in enumerate(told):
+        if words is not None:
+            raise Stopped(f"process {rank}: {words}")
     return [result for result, _ in told]
 
 

@@ -97,8 +97,8 @@ class OneOf:
 
     def spelling(self, tree: Node, alternative: str) -> list[int]:
         """The shortest way through a tree to an alternative."""
-        paths = [path for path, found in _leaves(tree) if found == alternative]
-        return list(min(paths, key=lambda path: len(path)))
+        paths: list[tuple[int, ...]] = [path for path, found in _leaves(tree) if found == alternative]
+        return list(min(paths, key=len))
 
     def _state(self, ids: tuple[int, ...]) -> _State:
         if not ids:

@@ -50,7 +50,7 @@ def evaluate_policy(
     Raises:
         ValueError: the split has no queries.
     """
-    chosen = spread_of(table, split, limit)
+    chosen = spread_of(table, split, limit).tolist()
     known = Outcomes.of_table(table, rule, split, chosen if share is None else share.of(chosen))
     with routing(model, tokenizer, settings) as router:
         decisions = router.route_all([query["query"] for query in known.items], cost_weight=cost_weight)

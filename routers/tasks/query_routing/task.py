@@ -162,7 +162,7 @@ class QueryRouting:
                 rule=self._rule(weight),
                 cost_weight=weight,
             )
-            for weight in (weights or [None])
+            for weight in (weights or (None,))
         ]
         return Episodes.merged(parts)
 

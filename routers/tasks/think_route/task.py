@@ -99,7 +99,7 @@ class ThinkRoute:
         of_start = "members unseen_members replies prompt forward_empty cost_weights sft_drills"
         of_evaluation = """question_seed pool agent_prompt failed_call metric reward cost_weight format_weight
             cost_scale_usd"""
-        start = {"table": source(task.table), "catalogue": source(task.catalogue)}
+        start: dict[str, Any] = {"table": source(task.table), "catalogue": source(task.catalogue)}
         start |= {name: getattr(task, name) for name in of_start.split()}
         start["max_observation_tokens"] = self.config.max_observation_tokens
         return start, {name: getattr(task, name) for name in of_evaluation.split()}
@@ -195,7 +195,7 @@ class ThinkRoute:
         from routers.tasks.think_route.evaluate import agent_baselines
         from routers.tasks.think_route.world import with_cost_weight
 
-        if self.arguments.pool != "recorded":
+        if self.arguments.pool != "recorded" or self.table is None:
             return None
         return agent_baselines(
             self.table,
@@ -203,7 +203,7 @@ class ThinkRoute:
             share.of([with_cost_weight(row, self.settings) for row in self.heldout]),
             self.train,
             self._rewards,
-            metric=self.arguments.metric,
+            metric=self.arguments.metric,  # type: ignore[arg-type]  # checked by ThinkRoute
         )
 
     def report(self, evaluation: Episodes, output: Path) -> str:
