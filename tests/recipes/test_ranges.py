@@ -12,7 +12,7 @@ import pytest
 from core_helpers import config
 
 from rewards.boundary import BoundaryReward
-from routers.evaluation.statistics import RewardRule
+from routers.evaluation.episodes import RewardRule
 from routers.tasks.query_routing.arguments import QueryRoutingArguments
 from routers.tasks.step_routing.arguments import DifficultyRule, StepRoutingArguments, Synthesis
 from routers.tasks.step_routing.budget import Budget

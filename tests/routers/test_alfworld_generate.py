@@ -5,12 +5,13 @@ import hashlib
 from collections import Counter
 
 import pytest
+from alfworld_problem import play
 
 from routers.environments.alfworld.environment import AlfWorld
 from routers.environments.alfworld.facts import TASK_TYPES, Game
 from routers.environments.alfworld.generate import generate, generate_games, generated
 from routers.environments.alfworld.memory import read_goal
-from routers.environments.protocol import NOTHING_HAPPENS, Executor, GameError, play
+from routers.environments.protocol import NOTHING_HAPPENS, Executor, GameError
 from routers.environments.scripted import Explorer, Planner
 
 

@@ -3,13 +3,13 @@
 import asyncio
 
 import pytest
-from alfworld_problem import game
+from alfworld_problem import game, play
 from openai_server import Fault, OpenAIServer
 from scripted import Scripted
 
 from routers.data.catalogue import Member
 from routers.environments.alfworld.environment import AlfWorld
-from routers.environments.protocol import Act, Session, play
+from routers.environments.protocol import Act, Session
 from routers.environments.react import FREE_INSTRUCTION, INSTRUCTION, ReActExecutor, read_action
 from routers.pool import Pool, Retry, live_pool
 

@@ -108,7 +108,7 @@ def test_a_start_is_of_its_model_table_and_settings(task: str, tmp_path: Path) -
 
 def step_routing(folder: Path, **fields: Any) -> StepRouting:
     run = RunArguments("step_routing", train_limit=2, heldout_limit=1)
-    args = SRPOConfig(output_dir=str(folder / "out"), use_cpu=True, bf16=False, max_observation_tokens=600)
+    args = SRPOConfig(output_dir=str(folder / "out"), use_cpu=True, bf16=False, max_observation_tokens=600, seed=0)
     return StepRouting(StepRouting.Arguments(**fields), run, args)
 
 
@@ -162,7 +162,7 @@ def test_a_start_policy_that_was_told_something_else_is_refused(tmp_path: Path) 
     def settings(**fields: Any) -> Any:
         return step_routing(tmp_path, **fields).settings
 
-    settings().save(tmp_path)
+    settings().save(write(tmp_path / "config.json").parent)
     _check_told_alike(settings(step_limit=9, tail_calls=1), str(tmp_path))
     _check_told_alike(settings(), str(write(tmp_path / "foreign" / "config.json").parent))
     for fields, name in (

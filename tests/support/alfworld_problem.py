@@ -1,6 +1,9 @@
-"""A small problem in ALFWorld's domain, written by hand, and where the real data lies."""
+"""A small problem in ALFWorld's domain, written by hand, how executors play it, and where the real data lies."""
 
 import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -8,6 +11,7 @@ import pytest
 from routers.environments.alfworld.environment import AlfWorld
 from routers.environments.alfworld.facts import Game
 from routers.environments.alfworld.pddl import parse_problem
+from routers.environments.protocol import AgentEnvironment, Executor, Session, Step, View
 
 _GOALS = {
     "place": "(inReceptacle ?o ?r) (objectType ?o {thing}Type) (receptacleType ?r {place}Type)",
@@ -83,6 +87,39 @@ def world(goal_text: str = COOK, limit: int = 50, extra: str = "") -> AlfWorld:
     environment = AlfWorld(game(goal_text, extra=extra), limit)
     environment.reset()
     return environment
+
+
+@dataclass(frozen=True)
+class Played:
+    """An episode that executors played to its end."""
+
+    won: bool
+    steps: tuple[Step, ...]
+    calls: tuple[int, ...]
+    """Index of the executor of each step."""
+    costs: tuple[float, ...]
+    """USD of each step."""
+
+    @property
+    def cost(self) -> float:
+        return sum(self.costs)
+
+
+async def play(
+    environment: AgentEnvironment, executors: Sequence[Executor], choose: Callable[[View], int], seed: str
+) -> Played:
+    """Executors alone, without a policy's prompts and budget; `choose` picks that of every step."""
+    session = Session(environment, seed)
+    session.start()
+    calls: list[int] = []
+    costs: list[float] = []
+    while not environment.done:
+        view = session.view
+        calls.append(choose(view))
+        act = await executors[calls[-1]].act(view, 60.0)
+        costs.append(act.cost)
+        await session.advance(partial(session.take, act.action))
+    return Played(environment.won, session.view.steps, tuple(calls), tuple(costs))
 
 
 def data(name: str) -> Path:
