@@ -25,7 +25,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .batch import LossConfig, LossOutput, Objective, TokenBatch
+from .batch import LossConfig, LossOutput, Objective, TokenBatch, token_mean
 from .grpo import clipped_tokens
 from .names import LOSS_TYPES
 
@@ -60,7 +60,7 @@ def surrogate(
     advantages: Tensor,
     mask: Tensor,
     *,
-    normaliser: float | Tensor,
+    normaliser: Tensor,
     epsilon_low: float = 0.2,
     epsilon_high: float = 0.27,
     cap: float = 5.0,
@@ -91,7 +91,8 @@ def surrogate(
             "clip_high": (high & trained).sum(),
             "truncated": ((ratio > cap) & trained).sum(),
         }
-    return LossOutput(-(coefficient * torch.where(trained, logp, 0.0)).sum() / normaliser, {}, tokens)
+    per_token = -coefficient * torch.where(trained, logp, 0.0)
+    return LossOutput(token_mean(per_token, trained, normaliser), {}, tokens)
 
 
 OBJECTIVE = Objective(

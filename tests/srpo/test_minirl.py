@@ -9,7 +9,7 @@ from core_helpers import binary_reward, config, distance, logged, model, trainer
 from srpo.objectives import minirl
 from srpo.objectives.grpo import token_loss
 
-NORMALISER = 8.0  # two responses, fixed length 4
+NORMALISER = torch.tensor(8.0)  # two responses, fixed length 4
 
 
 def logs(rows):
@@ -58,7 +58,7 @@ def test_the_band_is_inclusive_and_one_sided():
     for sign, kept in ((1.0, [True, True, True, False]), (-1.0, [False, True, True, True])):
         leaf = logp.clone().requires_grad_()
         advantages = torch.tensor([sign], dtype=torch.float64)
-        minirl.surrogate(leaf, old, old, advantages, torch.ones(1, 4), normaliser=1.0).loss.backward()
+        minirl.surrogate(leaf, old, old, advantages, torch.ones(1, 4), normaliser=torch.tensor(1.0)).loss.backward()
         assert (leaf.grad != 0).tolist() == [kept]
 
 
@@ -79,7 +79,7 @@ def test_with_the_sampler_equal_to_pi_old_the_gradient_is_dr_grpo_s():
     old = torch.randn(6, 9, dtype=torch.float64) - 2
     logp = (old + 0.4 * torch.randn_like(old)).requires_grad_()
     advantages, mask = torch.randn(6, dtype=torch.float64), (torch.rand(6, 9) > 0.2).long()
-    ours = minirl.surrogate(logp, old, old, advantages, mask, normaliser=54.0)
+    ours = minirl.surrogate(logp, old, old, advantages, mask, normaliser=torch.tensor(54.0))
     (grad,) = torch.autograd.grad(ours.loss, logp)
     surrogate = token_loss(logp, old, advantages, mask, epsilon_low=0.2, epsilon_high=0.27)  # bitwise TRL's
     (theirs,) = torch.autograd.grad((surrogate * mask).sum() / 54.0, logp)

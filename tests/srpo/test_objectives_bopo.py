@@ -86,7 +86,7 @@ def test_it_is_srpo_with_the_mean_over_trajectories() -> None:
     assert bopo.loss(case.batch(), case.cfg).loss.item() == pytest.approx(
         srpo.loss(case.batch(), replace(case.cfg, aggregation="sequence_mean")).loss.item(), abs=0
     )
-    assert OBJECTIVES["bopo"] is bopo.loss
+    assert OBJECTIVES["bopo"].loss is bopo.loss
 
 
 # ------------------------------------------------------------------------------------------------------- the toy

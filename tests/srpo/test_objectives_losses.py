@@ -16,6 +16,8 @@ from srpo.objectives import OBJECTIVES, LossConfig, TokenBatch, entropy_weights,
 from srpo.objectives.batch import per_step, sequence_mean, token_mean
 
 D = torch.float64
+LOSSES = {name: record.loss for name, record in OBJECTIVES.items() if record.loss is not None}  # not TRL's own
+DISTILLING = [name for name in LOSSES if OBJECTIVES[name].branch is not None]
 ONE_ROW = torch.ones(1, 3, dtype=torch.long)
 
 
@@ -223,8 +225,8 @@ SEEDS = range(60)
 
 
 def run(case: Case, objective: str = "srpo") -> tuple[Tensor, Tensor]:
-    (grad,) = torch.autograd.grad(OBJECTIVES[objective](case.batch(), case.cfg).loss, case.logits)
-    return OBJECTIVES[objective](case.batch(), case.cfg).loss.detach(), grad
+    (grad,) = torch.autograd.grad(LOSSES[objective](case.batch(), case.cfg).loss, case.logits)
+    return LOSSES[objective](case.batch(), case.cfg).loss.detach(), grad
 
 
 def test_everything_distilled_with_unit_weights_is_sdpo() -> None:
@@ -285,7 +287,7 @@ def test_a_group_that_matches_its_teacher_has_no_gradient() -> None:
         assert grad.abs().max() <= 1e-13
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("objective", LOSSES)
 def test_the_order_of_the_completions_does_not_matter(objective: str) -> None:
     for seed in SEEDS:
         case = ragged(seed, objective)
@@ -296,7 +298,7 @@ def test_the_order_of_the_completions_does_not_matter(objective: str) -> None:
         assert torch.allclose(grad[order], shuffled_grad, atol=1e-14)
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("objective", LOSSES)
 def test_masked_tokens_have_exactly_no_gradient(objective: str) -> None:
     """Padding and text of others, whatever stands there."""
     for seed in SEEDS:
@@ -308,14 +310,14 @@ def test_masked_tokens_have_exactly_no_gradient(objective: str) -> None:
         assert torch.equal(run(case, objective)[0], loss)
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("objective", DISTILLING)
 def test_gradcheck_of_the_divergence_path(objective: str) -> None:
     b = batch()
     fixed = b.logp.detach()
 
     def value(divergence: Tensor, logp: Tensor) -> Tensor:
         # is_clip None: with it the ratio is a constant by definition, which finite differences cannot see
-        return OBJECTIVES[objective](
+        return LOSSES[objective](
             replace(b, divergence=divergence, logp=logp, old_logp=fixed - 0.1), LossConfig(is_clip=None)
         ).loss
 
@@ -335,7 +337,7 @@ def rows(case: Case, index: Tensor | slice) -> Case:
     return replace(case, logits=case.logits.detach()[index].requires_grad_(), sampler_ratio=tis, **cut)
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("objective", LOSSES)
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_the_split_into_micro_batches_and_ranks_does_not_matter(objective: str, ranks: int) -> None:
     """Sum over micro-batches, mean over ranks: loss, gradient and every metric are those of one big batch."""
@@ -347,12 +349,12 @@ def test_the_split_into_micro_batches_and_ranks_does_not_matter(objective: str, 
             continue
         omega = case.mask * case.distilled.unsqueeze(1)
         case.counts = counts(float(case.mask.sum()), float(omega.sum()), size)
-        whole = OBJECTIVES[objective](case.batch(), case.cfg)
+        whole = LOSSES[objective](case.batch(), case.cfg)
         (grad,) = torch.autograd.grad(whole.loss, case.logits)
 
         case.counts = counts(float(case.mask.sum()) / ranks, float(omega.sum()) / ranks, size / ranks)
         parts = [rows(case, slice(i, i + 1)) for i in range(size)]  # micro-batches of one, some without any token
-        outputs = [OBJECTIVES[objective](part.batch(), part.cfg) for part in parts]
+        outputs = [LOSSES[objective](part.batch(), part.cfg) for part in parts]
         for out in outputs:
             out.loss.backward()  # works for every part, also where nothing is trained
         assert torch.allclose(sum(out.loss for out in outputs) / ranks, whole.loss, atol=1e-13)
@@ -360,6 +362,8 @@ def test_the_split_into_micro_batches_and_ranks_does_not_matter(objective: str, 
         assert torch.allclose(split_grad, grad, atol=1e-13)
         for name, value in whole.metrics.items():
             assert torch.allclose(sum(out.metrics[name] for out in outputs) / ranks, value, atol=1e-12), name
+        for name, value in whole.tokens.items():
+            assert sum(out.tokens[name] for out in outputs) == value, name
         compared += 1
     assert compared >= 100
 
@@ -367,7 +371,7 @@ def test_the_split_into_micro_batches_and_ranks_does_not_matter(objective: str, 
 # --- hostile inputs --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("objective", LOSSES)
 @pytest.mark.parametrize("aggregation", ["token", "sequence_mean"])
 def test_a_batch_without_a_trained_token_is_a_connected_zero(objective: str, aggregation: str) -> None:
     cfg = LossConfig(aggregation=aggregation)
@@ -377,7 +381,7 @@ def test_a_batch_without_a_trained_token_is_a_connected_zero(objective: str, agg
         batch(mask=torch.zeros(2, 2), counts=counts(0, 0, 2), divergence=None, distilled=torch.tensor([False, False])),
         batch(mask=torch.zeros(2, 2), counts=counts(9, 9, 2), divergence=None),  # truncated and masked out
     ):
-        out = OBJECTIVES[objective](b, cfg)
+        out = LOSSES[objective](b, cfg)
         out.loss.backward()
         assert out.loss.item() == 0.0
         assert torch.equal(b.logp.grad, torch.zeros(2, 2, dtype=D))
@@ -406,23 +410,23 @@ def test_an_exploding_ratio_in_a_distilled_row_stays_out_of_the_reward_branch() 
 def test_a_negative_infinite_log_ratio_is_finite() -> None:
     b = batch()
     b = replace(b, old_logp=b.logp.detach() + 800.0)
-    for name in OBJECTIVES:
-        out = OBJECTIVES[name](b, LossConfig())
+    for name in LOSSES:
+        out = LOSSES[name](b, LossConfig())
         (grad,) = torch.autograd.grad(out.loss, b.logp)
         assert torch.isfinite(out.loss)
         assert torch.isfinite(grad).all()
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("objective", LOSSES)
 def test_bfloat16_log_probs(objective: str) -> None:
     exact, rough = batch(), batch()
     for name in ("logp", "old_logp"):
         rough = replace(rough, **{name: getattr(rough, name).detach().bfloat16()})
     rough = replace(rough, logp=rough.logp.requires_grad_())
-    out = OBJECTIVES[objective](rough, LossConfig())
+    out = LOSSES[objective](rough, LossConfig())
     out.loss.backward()
     assert torch.isfinite(rough.logp.grad).all()
-    assert out.loss.item() == pytest.approx(OBJECTIVES[objective](exact, LossConfig()).loss.item(), abs=1e-2)
+    assert out.loss.item() == pytest.approx(LOSSES[objective](exact, LossConfig()).loss.item(), abs=1e-2)
 
 
 # --- mistakes are refused --------------------------------------------------------------------------------------------

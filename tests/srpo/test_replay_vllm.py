@@ -56,7 +56,7 @@ def test_answers_of_another_request_are_refused():
 
 def test_an_engine_without_the_flag_is_named():
     outputs = answers()
-    del outputs[1].outputs[0].distilled_experts
+    del outputs[1].outputs[0].routed_experts
     with pytest.raises(ValueError, match="enable_return_routed_experts"):
         engine(outputs).rows(PROMPTS, COMPLETIONS)
 

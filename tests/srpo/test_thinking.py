@@ -94,7 +94,7 @@ def test_worlds_and_demonstrations_of_the_trainer(tmp_path, monkeypatch, chat_te
     made = tokenizer(chat_template)
     seen, demonstrations = [], []
     monkeypatch.setattr(
-        "srpo.trainer.trainer.strip_thinking", lambda text: demonstrations.append(text) or strip_thinking(text)
+        "srpo.trainer.distiller.strip_thinking", lambda text: demonstrations.append(text) or strip_thinking(text)
     )
 
     def world(rows, texts):
