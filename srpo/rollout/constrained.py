@@ -98,7 +98,8 @@ class OneOf:
     def spelling(self, tree: Node, alternative: str) -> list[int]:
         """The shortest way through a tree to an alternative."""
         paths: list[tuple[int, ...]] = [path for path, found in _leaves(tree) if found == alternative]
-        return list(min(paths, key=len))
+        shortest = min(paths, key=len)
+        return list(shortest)
 
     def _state(self, ids: tuple[int, ...]) -> _State:
         if not ids:
