@@ -1,6 +1,6 @@
 """What routing replay costs and what it removes, on a small mixture of experts, in one run.
 
-    python scripts/benchmark_replay.py --policy outputs/quickstart/moe-off-seed0/warm_start
+    python scripts/benchmark_replay.py --policy outputs/quickstart/moe-off-seed0/start
 
 Off, R2 and R3 train the same policy in one process, a rollout each in turn, so that a slow moment of the machine hits
 all of them. A step is a quarter of a rollout with its four optimiser steps: generation, old log-probs, updates, and

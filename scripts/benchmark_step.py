@@ -1,10 +1,10 @@
 """Seconds per training step beside TRL's own trainers: same model, prompts, sampling, rewards and batch, in one run.
 
-    python scripts/benchmark_step.py --policy outputs/quickstart/srpo/warm_start --steps 5 --repeats 2
+    python scripts/benchmark_step.py --policy outputs/quickstart/srpo/start --steps 5 --repeats 2
 
 Trainers take turns, so that a slow moment of the machine hits all of them; the table gives medians over all steps but
 the first two of each turn, and ratios to TRL's GRPOTrainer. A step is generation, rewards, teacher, loss and update.
-The policy should end its completions, such as the quickstart's warm start: a truncated one is never distilled. Rewards
+The policy should end its completions, such as the quickstart's start: a truncated one is never distilled. Rewards
 are drawn from the text, 0.4 of them 1; the share of completions that were distilled is printed with every turn.
 """
 

@@ -1,4 +1,4 @@
-"""Rows of the supervised warm start, made from training queries only."""
+"""Rows of the supervised start, made from training queries only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Demonstrations for the supervised warm start of a think/route agent, made from recorded replies of training queries.
+"""Demonstrations for the supervised start of a think/route agent, made from recorded replies of training queries.
 
 They show the form of an episode and how a reply is read, and nothing about who is good: members are drawn uniformly,
 and no outcome is looked at. Whom to ask, and when to ask again, is left to reinforcement learning.
@@ -139,7 +139,7 @@ def copy_drills(
 ) -> Iterator[Demonstration]:
     """Exercises without a question: an observation and the answer that repeats it.
 
-    Reading a reply is copying, and copying is what costs a small model most of its warm start; an exercise has a fifth
+    Reading a reply is copying, and copying is what costs a small model most of its supervised start; an exercise has a fifth
     of an episode's tokens. Half of the texts are recorded replies, half are words drawn at random, so that whatever
     the policy can write it can also repeat.
 
