@@ -15,13 +15,11 @@ from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-import yaml
-
 from srpo.ranges import OutOfRange
 from srpo.redact import holds_secret, redacted
 from srpo.settings import Settings, check_choices
 from srpo.shipped import find_recipe, shipped_path
-from srpo.strict_yaml import YamlError, read_yaml_lines
+from srpo.strict_yaml import YamlError, read_yaml_lines, read_yaml_text
 
 if TYPE_CHECKING:
     from srpo.task import Task
@@ -280,8 +278,8 @@ def _read_words(words: list[str], hint: Any) -> Any:
     readings = []
     for word in words:
         try:
-            readings.append(yaml.safe_load(word))
-        except (yaml.YAMLError, ValueError):
+            readings.append(read_yaml_text(word, "command line")[0])
+        except YamlError:
             readings.append(word)
     whole: list[Any] = [readings[0], words[0]] if len(words) == 1 else []
     for reading in [*whole, readings, words]:

@@ -33,6 +33,11 @@ def read_yaml_lines(path: str | Path) -> tuple[Any, dict[Any, int]]:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise YamlError(f"{path}:{line}: not valid YAML: byte {error.start} is not UTF-8; save it as UTF-8") from None
+    return read_yaml_text(text, path)
+
+
+def read_yaml_text(text: str, path: str | Path) -> tuple[Any, dict[Any, int]]:
+    """`read_yaml_lines` of a text; `path`: what messages call it."""
     try:
         loader = _Strict(text, str(path))
     except yaml.YAMLError as error:  # a character that YAML does not allow

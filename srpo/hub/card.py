@@ -96,8 +96,8 @@ def model_card(
         base_model: Hub id of the model that was trained; None when it was made from nothing or is a local folder.
         adapter: the weights are a PEFT adapter and need `base_model`.
         repo_id: where it is pushed to, for the example of its use; None: that example loads the card's own folder.
-        router: what `router.yaml` beside the policy says: its kind and settings. None: there is no such file, and the
-            example loads weights alone.
+        router: what `router.yaml` beside the policy says: its kind and settings. None, or of a kind that is not ours:
+            the example loads weights alone.
         recipe: the keys that were set; secrets are redacted here once more.
         command: words of the command line; None: this process's, with paths below the working directory relative.
         heldout_table: a markdown table of held-out results.
@@ -122,6 +122,7 @@ def model_card(
         metadata["datasets"] = dataset_name
 
     cites = ", ".join(f"[{name}, arXiv:{_PAPERS[name]}](https://arxiv.org/abs/{_PAPERS[name]})" for name in papers)
+    router = router if router and router.get("kind") in _USES else None  # a task of another package says its own
     kind = router["kind"] if router else None
     origin = f"Trained from `{base_model}`." if base_model else "Trained from local weights."
     parts = [

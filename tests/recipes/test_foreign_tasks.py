@@ -126,7 +126,7 @@ def launch(processes: int, environment: dict[str, str], output: Path) -> "subpro
 def test_a_package_brings_a_task(environment: dict[str, str], tmp_path: Path) -> None:
     done = launch(1, environment, tmp_path / "out")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "10 marks"
+    assert "10 marks" in done.stdout.splitlines()
     marks = json.loads((tmp_path / "out" / "evaluation.parquet").read_text())
     assert marks == [[name, i] for name in ("start", "srpo") for i in range(5)]
     for folder in ("out", "out/start"):

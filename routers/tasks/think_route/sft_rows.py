@@ -139,9 +139,9 @@ def copy_drills(
 ) -> Iterator[Demonstration]:
     """Exercises without a question: an observation and the answer that repeats it.
 
-    Reading a reply is copying, and copying is what costs a small model most of its supervised start; an exercise has a fifth
-    of an episode's tokens. Half of the texts are recorded replies, half are words drawn at random, so that whatever
-    the policy can write it can also repeat.
+    Reading a reply is copying, and copying is what costs a small model most of its supervised start; an exercise has a
+    fifth of an episode's tokens. Half of the texts are recorded replies, half are words drawn at random, so that
+    whatever the policy can write it can also repeat.
 
     Args:
         replies: texts to draw from.
