@@ -25,6 +25,7 @@ _TICK = 0.05
 _GRACE = 0.5
 _PATIENCE = 3
 """After so many interrupts without an answer a step blocks for good."""
+_CLOSED = "the loop of these episodes is closed"
 
 Job = Callable[[], Awaitable[Any]]
 
@@ -46,6 +47,7 @@ class EpisodeLoop:
     def __init__(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
+        self._closed = False
         self._interrupted = 0.0
         self._lock = threading.Lock()
 
@@ -57,7 +59,8 @@ class EpisodeLoop:
 
     def start(self) -> None:
         """Start its thread now: before several threads call `run`. Else its first call does."""
-        self._started()
+        with self._lock:
+            self._started()
 
     def run(self, jobs: Sequence[Job], seconds: float) -> list[Any]:
         """Results of all jobs; a `Failure` for each that raised, took more than `seconds`, or computed for so long.
@@ -65,17 +68,22 @@ class EpisodeLoop:
         After `start` several threads may call it at the same time: their jobs share the loop.
 
         Raises:
-            RuntimeError: a job blocks the loop in a call that cannot be interrupted.
+            RuntimeError: a job blocks the loop in a call that cannot be interrupted; the loop is closed, or was
+                closed meanwhile: a thread that still plays ends here.
         """
         if not jobs:
             return []
         beat = [time.monotonic(), 0.0]  # when the loop last ran, and how often it was interrupted since
-        future = asyncio.run_coroutine_threadsafe(_all(jobs, seconds, beat), self._started())
+        with self._lock:
+            loop = self._started()
+            future = asyncio.run_coroutine_threadsafe(_all(jobs, seconds, beat), loop)
         try:
             while True:
                 try:
                     return future.result(_TICK)
                 except TimeoutError:
+                    if self._closed:
+                        raise RuntimeError(_CLOSED) from None
                     if time.monotonic() - beat[0] > seconds:
                         self._interrupt(seconds, beat)
         except _Blocked:  # it met our own code; the step that blocked is among these
@@ -99,9 +107,11 @@ class EpisodeLoop:
             )
 
     def close(self) -> None:
-        """Cancel what is left and end the thread; one that is blocked for good is left behind."""
-        loop, thread = self._loop, self._thread
-        self._loop = self._thread = None
+        """Cancel what is left and end the thread, for good; one that is blocked for ever is left behind."""
+        with self._lock:
+            loop, thread = self._loop, self._thread
+            self._loop = self._thread = None
+            self._closed = True
         if loop is None or thread is None:
             return
         cancelled = asyncio.run_coroutine_threadsafe(_cancel_all(), loop)
@@ -111,6 +121,9 @@ class EpisodeLoop:
             loop.close()
 
     def _started(self) -> asyncio.AbstractEventLoop:
+        """Its event loop; called with the lock held."""
+        if self._closed:
+            raise RuntimeError(_CLOSED)
         if self._loop is None:
             self._loop = loop = asyncio.new_event_loop()
             self._thread = threading.Thread(target=_serve, args=(loop,), name="srpo-episodes", daemon=True)

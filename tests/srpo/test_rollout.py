@@ -348,3 +348,26 @@ def test_a_shared_loop_stays_until_it_is_closed():
         rollout(ScriptedEnvironment(script), 2, loop=loop)
         assert len(leftovers()) == 1
     assert len(set(loops)) == 1 and not leftovers() and loops[0].is_closed()
+
+
+def test_a_closed_loop_is_not_started_again_by_a_thread_that_still_plays():
+    loop, raised, turns, may_go_on = EpisodeLoop(), [], threading.Event(), threading.Event()
+
+    class Slow(ScriptedPolicy):
+        def generate(self, requests):
+            turns.set()
+            assert may_go_on.wait(5.0)
+            return super().generate(requests)
+
+    def other():
+        with pytest.raises(RuntimeError) as caught:
+            rollout(ScriptedEnvironment(lambda *_: Observation("a")), 2, Slow(), loop=loop)
+        raised.append(str(caught.value))
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    assert turns.wait(5.0)
+    loop.close()
+    may_go_on.set()
+    thread.join(5.0)
+    assert raised == ["the loop of these episodes is closed"] and not leftovers()
