@@ -16,6 +16,8 @@ import torch
 from accelerate import PartialState
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations import deepspeed, is_deepspeed_zero3_enabled
+from transformers.integrations.fsdp import is_fsdp_enabled
 
 from srpo.config import SRPOConfig
 from srpo.policy_name import check_policy_name, named_policy
@@ -155,6 +157,15 @@ def _plain(folder: Path, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokeniz
     return model, AutoTokenizer.from_pretrained(folder, padding_side="left")
 
 
+def whole_start(model: PreTrainedModel, name: str, args: SRPOConfig) -> PreTrainedModel:
+    """The model that `load_policy` returned for `name` with whole weights on every process, to be played with.
+
+    With ZeRO-3, and with FSDP's loading by one process, what transformers loads is in parts (or empty) from the start.
+    """
+    in_parts = is_deepspeed_zero3_enabled() or is_fsdp_enabled()
+    return _loaded_whole(name, args) if in_parts and not _made_here(name) else model
+
+
 @contextmanager
 def whole_policy(trainer: Any, folder: str | Path) -> Iterator[PreTrainedModel]:
     """The trainer's policy with whole weights on every process, to be played with. All ranks enter and leave.
@@ -168,18 +179,20 @@ def whole_policy(trainer: Any, folder: str | Path) -> Iterator[PreTrainedModel]:
         yield accelerator.unwrap_model(trainer.model)
         return
     accelerator.wait_for_everyone()
-    with _unsharded_loading():
-        kind = AutoPeftModelForCausalLM if Path(folder, "adapter_config.json").exists() else AutoModelForCausalLM
-        model = kind.from_pretrained(folder, dtype="bfloat16" if trainer.args.bf16 else "auto")
-    yield model.to(accelerator.device)
+    yield _loaded_whole(folder, trainer.args)
     accelerator.wait_for_everyone()
+
+
+def _loaded_whole(name: str | Path, args: SRPOConfig) -> PreTrainedModel:
+    kind = AutoPeftModelForCausalLM if Path(name, "adapter_config.json").exists() else AutoModelForCausalLM
+    with _unsharded_loading():
+        model: PreTrainedModel = kind.from_pretrained(name, dtype="bfloat16" if args.bf16 else "auto")
+    return model.to(args.device).eval()
 
 
 @contextmanager
 def _unsharded_loading() -> Iterator[None]:
     """Inside, transformers loads plain models, also in a process that trains with ZeRO-3 or FSDP."""
-    from transformers.integrations import deepspeed
-
     held = deepspeed._hf_deepspeed_config_weak_ref
     switches = {name: os.environ.pop(name, None) for name in ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING")}
     deepspeed.unset_hf_deepspeed_config()

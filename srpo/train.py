@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from srpo.checks import check_rows
 from srpo.cli import run
 from srpo.config import SRPOConfig
-from srpo.policy import check_loads, check_policy, load_policy, whole_policy, with_adapter
+from srpo.policy import check_loads, check_policy, load_policy, whole_policy, whole_start, with_adapter
 from srpo.recipe import load_run, resolved_recipe
 from srpo.rollout.special_tokens import settle_special_tokens
 from srpo.run.derived import check_made_from, is_made_from, made_from, mark, source, unmark
@@ -93,7 +93,8 @@ def main(argv: Sequence[str] | None = None) -> Evaluation:
             tokenizer.save_pretrained(start)
             task.save(start)
             mark(start, began_from)
-    before = _evaluated_once(task, model, tokenizer, start / EVALUATION, {**scored, START: source(start)})
+    whole = whole_start(model, name, args)
+    before = _evaluated_once(task, whole, tokenizer, start / EVALUATION, {**scored, START: source(start)})
 
     functions, args.reward_weights = task.rewards()
     trainer = SRPOTrainer(

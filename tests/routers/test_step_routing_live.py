@@ -209,5 +209,5 @@ def test_two_processes_pay_for_their_own_rollouts_and_once_for_the_rest(
     books = [json.loads((tmp_path / f"out/spending_{process}.json").read_text()) for process in (0, 1)]
     assert all(book["spent"] > 0 for book in books)
     assert sum(book["spent"] + book["overrun"] for book in books) == pytest.approx(billed(servers))
-    last = re.findall(r"process 0: rules: .* has spent \$([0-9.]+) of", done.stdout)
+    last = re.findall(r"In all, the run has spent \$([0-9.]+) of", done.stdout)
     assert float(last[0]) == pytest.approx(billed(servers), abs=1e-4)  # the other process's share is counted

@@ -106,6 +106,14 @@ class Money:
         if ledger is not None and (ledger.exhausted or ledger.account.available <= 0):
             raise PhaseStopped(f"max_cost_usd is reached: ${ledger.spent_usd + self._others:.4f} are spent. {kept}")
 
+    def total(self) -> str | None:
+        """What the run has spent, by the books of all processes on disk, after their last phase; None: play money."""
+        if self._ledger is None:
+            return None
+        books = [json.loads(path.read_text()) for path in sorted(self._path.parent.glob("spending_*.json"))]
+        spent = sum(book["spent"] + book["overrun"] for book in books)
+        return f"In all, the run has spent ${spent:.4f}{'' if self._cap is None else f' of ${self._cap:g}'}"
+
     def _save_until(self, ended: threading.Event) -> None:
         while True:
             last = ended.wait(_SAVED_EVERY)

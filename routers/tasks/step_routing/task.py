@@ -267,6 +267,8 @@ class StepRouting:
     def report(self, evaluation: Episodes, output: Path) -> str:
         from routers.evaluation.report import report
 
+        if total := self._money.total():
+            print(total, flush=True)
         return report(evaluation, output, title=f"Step routing: {self.arguments.environment}")
 
 
