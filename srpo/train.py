@@ -93,8 +93,9 @@ def main(argv: Sequence[str] | None = None) -> Evaluation:
             tokenizer.save_pretrained(start)
             task.save(start)
             mark(start, began_from)
-    whole = whole_start(model, name, args)
-    before = _evaluated_once(task, whole, tokenizer, start / EVALUATION, {**scored, START: source(start)})
+    before = _evaluated_once(
+        task, lambda: whole_start(model, name, args), tokenizer, start / EVALUATION, {**scored, START: source(start)}
+    )
 
     functions, args.reward_weights = task.rewards()
     trainer = SRPOTrainer(
@@ -163,12 +164,19 @@ def evaluated(play: Callable[[Share], Any]) -> Any:
     return None if parts[0] is None else type(parts[0]).merged(parts)
 
 
-def _evaluated_once(task: Task, model: Any, tokenizer: Any, path: Path, values: dict[str, Any]) -> Any:
-    """The evaluation of the policy that RL starts from; a run that goes on reads what was paid for before."""
+def _evaluated_once(
+    task: Task, load: Callable[[], Any], tokenizer: Any, path: Path, values: dict[str, Any]
+) -> Any:
+    """The evaluation of the policy that RL starts from; a run that goes on reads what was paid for before.
+
+    `load` gives the policy with whole weights. It is called only if something is played, and what it loaded is free
+    again before the training begins.
+    """
     PartialState().wait_for_everyone()
     if all(together(lambda: is_made_from(path, values))):
         return task.episodes.read(path)
     phase("evaluate", "the policy that RL starts from")
+    model = load()
     found = evaluated(lambda share: task.evaluate(model, tokenizer, START, share))
     if PartialState().is_main_process:
         path.parent.mkdir(parents=True, exist_ok=True)
