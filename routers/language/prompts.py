@@ -18,6 +18,8 @@ from routers.language.grammar import ROUTER_R1, Grammar
 from routers.language.observations import neutralise
 
 Messages = list[dict[str, str]]
+COST_WEIGHT = "cost_weight"
+"""Column: the price sensitivity that a row's prompt states and its reward takes."""
 Clean = Callable[[str], str]
 
 
@@ -138,6 +140,13 @@ def short_think_route_prompt(
         f"Question: {_safe(question, grammar, clean)}",
     ]
     return [{"role": "user", "content": "\n".join(lines)}]
+
+
+def weighed(row: Mapping[str, Any], weights: Sequence[float], weight: float | None = None) -> dict[str, Any]:
+    """A row with its price sensitivity, where prompts state one: `weight`, or drawn of `weights` by the query's id."""
+    if not weights:
+        return dict(row)
+    return {**row, COST_WEIGHT: drawn_cost_weight(row["query_id"], weights) if weight is None else weight}
 
 
 def drawn_cost_weight(query_id: str, weights: Sequence[float]) -> float:

@@ -14,7 +14,7 @@ from routers.data.billing import cost, token_usd
 from routers.data.catalogue import Member
 from routers.data.table import ReplyTable
 from routers.language.grammar import DEFAULT, Grammar
-from routers.language.prompts import Clean, Messages, drawn_cost_weight, policy_prompt
+from routers.language.prompts import Clean, Messages, policy_prompt
 from routers.router import plain_settings, write_router
 from srpo.ranges import Ranges, at_least, between, check_numbers
 
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from srpo.rollout.constrained import OneOf
 
 KIND = "query_routing"
-COST_WEIGHT = "cost_weight"
-"""Column of a row whose prompt states a price sensitivity; the cost reward reads it."""
 
 
 @dataclass(frozen=True)
@@ -69,12 +67,6 @@ class QuerySettings:
             if any(both):  # else the table counts no tokens
                 means[name] = (both[0] / len(ids), both[1] / len(ids))
         return replace(self, typical=means, typical_usd=dict(zip(table.members, map(float, usd), strict=True)))
-
-    def weighed(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """A row with its price sensitivity, drawn by the query's id, where prompts state one."""
-        if not self.cost_weights:
-            return dict(row)
-        return {**row, COST_WEIGHT: drawn_cost_weight(row["query_id"], self.cost_weights)}
 
     def messages(
         self,

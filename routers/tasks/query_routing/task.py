@@ -12,9 +12,9 @@ from rewards.registry import Facts, make_rewards
 from routers.data.table import ReplyTable, check_split, replies_of, spread
 from routers.evaluation.episodes import Episodes, RewardRule
 from routers.language.grammar import Grammar, render
-from routers.language.prompts import Clean, Messages, family_phrase, price
+from routers.language.prompts import COST_WEIGHT, Clean, Messages, family_phrase, price, weighed
 from routers.tasks.query_routing.arguments import QueryRoutingArguments
-from routers.tasks.query_routing.settings import COST_WEIGHT, QuerySettings
+from routers.tasks.query_routing.settings import QuerySettings
 from srpo.run.derived import source
 from srpo.run.steps import check_rows_of_a_batch
 from srpo.task import Corpus, Ids, RunArguments, Share
@@ -80,7 +80,7 @@ class QueryRouting:
         from srpo.rollout.untrusted import without_control_tokens
 
         clean = without_control_tokens(tokenizer)
-        rows = [self.settings.weighed(row) for row in self.queries]
+        rows = [weighed(row, self.settings.cost_weights) for row in self.queries]
         return [{"prompt": self._prompt(row, clean), **row} for row in rows]
 
     def _prompt(self, row: Mapping[str, Any], clean: Clean | None = None) -> Messages:
@@ -105,7 +105,7 @@ class QueryRouting:
         templates = Templates(args.reprompt_template, args.solution_template, args.feedback_template)
         some = spread(len(self.queries), self.run.sft_limit)
         turns = sft_turns(
-            [self.settings.weighed(self.queries[i]) for i in some],
+            [weighed(self.queries[i], self.settings.cost_weights) for i in some],
             self.table.correct_matrix("train")[self.chosen][some],
             lambda row: self._prompt(row, clean),
             self.table.members,

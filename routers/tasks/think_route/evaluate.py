@@ -16,10 +16,11 @@ from routers.evaluation.answers import Metric, exact_match, f1, score
 from routers.evaluation.baselines import play_baselines
 from routers.evaluation.episodes import LOST as LOST_STOP
 from routers.evaluation.episodes import THEN, Episodes, Outcomes, named_as
+from routers.language.prompts import COST_WEIGHT
 from routers.pool.reasoning import split_reasoning
 from routers.tasks.think_route.environment import ThinkRoute
 from routers.tasks.think_route.settings import AgentSettings
-from routers.tasks.think_route.world import COST_WEIGHT, prompt_of
+from routers.tasks.think_route.world import prompt_of
 from srpo.rollout.generator import TransformersGenerator
 from srpo.rollout.loop import Limits, as_columns, play
 from srpo.rollout.sampling import Sampling

@@ -10,7 +10,7 @@ import numpy as np
 
 from routers.data.table import spread
 from routers.evaluation.episodes import Episodes
-from routers.language.prompts import family_phrase, price
+from routers.language.prompts import family_phrase, price, weighed
 from routers.tasks.think_route.arguments import ThinkRouteArguments
 from srpo.run.derived import source
 from srpo.run.steps import check_rows_of_a_batch
@@ -55,7 +55,7 @@ class ThinkRoute:
         self.names = world.seen_members(task, self.pool)
         self.settings = world.make_settings(task, args, [self.pool.members[name] for name in self.names])
         self._rewards = world.make_rewards(task, self.settings.members)
-        self.train = [world.with_cost_weight(row, self.settings) for row in train]
+        self.train = [weighed(row, self.settings.cost_weights) for row in train]
         args.stop_strings = list(self.settings.grammar.stops)
 
     def corpus(self) -> Corpus:
@@ -185,7 +185,7 @@ class ThinkRoute:
             tokenizer,
             self._world(tokenizer, pool, names),
             self.settings,
-            share.of([world.with_cost_weight(row, self.settings, weight) for row in self.heldout]),
+            share.of([weighed(row, self.settings.cost_weights, weight) for row in self.heldout]),
             self._rewards,
             name=name,
         )
@@ -193,14 +193,13 @@ class ThinkRoute:
     def baselines(self, share: Share) -> Episodes | None:
         """Members asked once, and rules over them; of recorded replies only: live members would be paid for all."""
         from routers.tasks.think_route.evaluate import agent_baselines
-        from routers.tasks.think_route.world import with_cost_weight
 
         if self.arguments.pool != "recorded" or self.table is None:
             return None
         return agent_baselines(
             self.table,
             self.names,
-            share.of([with_cost_weight(row, self.settings) for row in self.heldout]),
+            share.of([weighed(row, self.settings.cost_weights) for row in self.heldout]),
             self.train,
             self._rewards,
             metric=self.arguments.metric,  # type: ignore[arg-type]  # checked by ThinkRoute

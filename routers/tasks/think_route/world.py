@@ -9,7 +9,7 @@ from routers.data.catalogue import Member, load_catalogue
 from routers.data.questions import load_qa, without_duplicates
 from routers.data.table import ReplyTable, replies_of, spread
 from routers.evaluation.answers import gold_problem
-from routers.language.prompts import Clean, Messages, drawn_cost_weight
+from routers.language.prompts import COST_WEIGHT, Clean, Messages
 from routers.pool import Ledger, Pool, ReplyCache, live_pool, recorded_pool
 from routers.tasks.think_route.arguments import ThinkRouteArguments
 from routers.tasks.think_route.environment import ThinkRoute, cost_scale
@@ -18,9 +18,6 @@ from routers.tasks.think_route.sft_rows import restricted, result_of
 from srpo.config import SRPOConfig
 from srpo.quarantine import Quarantine
 from srpo.task import RunArguments
-
-COST_WEIGHT = "cost_weight"
-"""Column: the price sensitivity that a row's prompt states and its reward takes."""
 
 
 def load_replies(task: ThinkRouteArguments, run: RunArguments, folder: Path) -> ReplyTable | None:
@@ -158,14 +155,6 @@ def make_rewards(task: ThinkRouteArguments, members: Sequence[Member]) -> tuple[
     if task.reward == "xrouter":
         return xrouter_rewards(scale, task.cost_weight)
     return additive_rewards(scale, weight, task.format_weight)
-
-
-def with_cost_weight(row: dict[str, Any], settings: AgentSettings, weight: float | None = None) -> dict[str, Any]:
-    """A question with its price sensitivity, where the policy has one: `weight`, or drawn by the question's id."""
-    if not settings.cost_weights:
-        return row
-    drawn = drawn_cost_weight(row["query_id"], settings.cost_weights)
-    return {**row, COST_WEIGHT: drawn if weight is None else weight}
 
 
 def prompt_of(
