@@ -114,6 +114,8 @@ class Router:
 
     kind: str = ""
     name: str = "router"
+    cost_weights: Sequence[float] = ()
+    """Price sensitivities that it was trained with; `route` takes any between the lowest and the highest of them."""
 
     def route(
         self,

@@ -1,4 +1,4 @@
-r"""Serve a trained router on an OpenAI-compatible endpoint: a query router over its members, or a think/route agent.
+r"""Serve a trained router on an OpenAI-compatible endpoint: a router of queries over its members, or a think/route agent.
 
     srpo serve outputs/quickstart/srpo --catalogue pool.yaml          # replies of the members that it chooses
     srpo serve outputs/quickstart/srpo                                # its decisions alone
@@ -57,12 +57,16 @@ def make_router(args: argparse.Namespace) -> Any:
         )
     cache = ReplyCache(args.reply_cache) if args.reply_cache else None
     price = (args.policy_price_in, args.policy_price_out)
-    if file.kind == "query_routing":
+    if file.kind != "think_route":  # decides once per query, and has it carried out
         router = load_router(args.model, members=args.members, catalogue=args.catalogue)
-        trained = router.settings.policy_price
-        own = tuple(old if new is None else new for new, old in zip(price, trained, strict=True))
-        router.settings = replace(router.settings, policy_price=own)
-        ledger = Ledger(args.max_total_usd, router.settings.policy_price)
+        own = (0.0, 0.0)
+        if file.kind == "query_routing":
+            trained = router.settings.policy_price
+            own = tuple(old if new is None else new for new, old in zip(price, trained, strict=True))
+            router.settings = replace(router.settings, policy_price=own)
+        elif any(price):
+            raise ValueError(f"a router of kind {file.kind} reads and writes no tokens: leave --policy-price-* out")
+        ledger = Ledger(args.max_total_usd, own)
         names = [member.name for member in router.members]
         pool = recorded(args, names, ledger) if args.table else forwarding_pool(router.members, ledger, cache)
         return Forwarder(router, pool)

@@ -1,4 +1,4 @@
-"""A query router that has its decisions carried out: the query goes to the member, whose reply is the answer."""
+"""A router of queries, trained or fitted, that has its decisions carried out: the query goes to the member, whose reply is the answer."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Forwarder:
     """Routes queries and asks the chosen members. Safe in many tasks at once; closes its router and pool.
 
     Args:
-        router: decides (`routers.tasks.query_routing.router.QueryRouter`).
+        router: decides: `route` of one query, `members`.
         pool: who is asked; None: nobody, and the answer is the member's name.
         call_seconds: deadline of one call of a member, retries included.
         max_concurrent: decisions that wait for the policy at once; it makes them in batches.
@@ -35,7 +35,7 @@ class Forwarder:
     ) -> None:
         self.router = router
         self.pool = pool
-        self.settings = router.settings
+        self.cost_weights = router.cost_weights
         self._seconds = call_seconds
         self._numbers = itertools.count()
         self._threads = ThreadPoolExecutor(max_concurrent, thread_name_prefix="query-router")

@@ -105,7 +105,7 @@ def create_app(agent: Any, *, name: str = "router", api_key: str | None = None, 
     @app.post("/v1/chat/completions", response_model=None)
     async def chat(request: Request) -> Response:
         _authorise(request, api_key)
-        asked = read_request(await _body(request), name, agent.settings.cost_weights)
+        asked = read_request(await _body(request), name, agent.cost_weights)
         if metrics.in_flight >= max_waiting:
             raise RequestError(429, "too many requests are waiting; try again later", code="rate_limit_exceeded")
         if asked.stream:

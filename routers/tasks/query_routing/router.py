@@ -56,7 +56,7 @@ class QueryRouter(Router):
         name: str = "router",
         made_from: Mapping[str, Any] | None = None,
     ) -> None:
-        self.settings = settings
+        self.settings, self.cost_weights = settings, settings.cost_weights
         self.members = tuple(settings.members if members is None else members)
         self.name = name
         self._made_from = made_from

@@ -73,7 +73,7 @@ class RouterAgent(Router):
         made_from: Mapping[str, Any] | None = None,
     ) -> None:
         self.pool = pool
-        self.settings = settings
+        self.settings, self.cost_weights = settings, settings.cost_weights
         self.name = name
         self.members = tuple(pool.members.values() if pool else settings.members if members is None else members)
         self._made_from = made_from
