@@ -1,4 +1,4 @@
-r"""Serve a trained router on an OpenAI-compatible endpoint: a router of queries over its members, or a think/route agent.
+r"""Serve a trained router on an OpenAI-compatible endpoint: its decisions carried out, or a think/route agent.
 
     srpo serve outputs/quickstart/srpo --catalogue pool.yaml          # replies of the members that it chooses
     srpo serve outputs/quickstart/srpo                                # its decisions alone

@@ -1,4 +1,4 @@
-"""A router of queries, trained or fitted, that has its decisions carried out: the query goes to the member, whose reply is the answer."""
+"""A router of queries, trained or fitted, whose decisions are carried out: the chosen member's reply is the answer."""
 
 from __future__ import annotations
 
