@@ -1,8 +1,9 @@
-"""Which files of the library one training step enters, in order: python scripts/benchmark_trace.py [OBJECTIVE]
+"""Which files of the library one training step enters, in order: python scripts/benchmark_trace.py [RECIPE]
 
-A step of a model of a few thousand parameters on a CPU, with rollouts of transformers. Prints the files in the order
-in which they are entered first, how often the step moves from one file to another (TRL's trainer counts as one), and
-how many files of the library it enters.
+The step is the first of a shipped recipe (quickstart/srpo, quickstart/think_route, quickstart/bopo ...), made small,
+without its supervised start: rollout, rewards, credit, teacher, loss, backward. Prints the files in the order in which
+they are entered first, how many there are, and how often the step moves from one to another (TRL's trainer counts as
+one).
 """
 
 import sys
@@ -12,32 +13,31 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import datasets
 from transformers import TrainerCallback
 
-from srpo import SRPOConfig, SRPOTrainer
-from srpo.scratch_lm import tiny_causal_lm, train_tokenizer
+from srpo import train
 
 ROOT = f"{Path(__file__).resolve().parents[1]}/"
+SMALL = """--max_steps 1 --train_limit 16 --heldout_limit 2 --num_generations 4 --per_device_train_batch_size 8
+    --gradient_accumulation_steps 1 --use_cpu true --disable_tqdm true --report_to none --log_completions false"""
+SMALLER = {"think_route": "--sft_epochs 0 --max_turns 2", "query_routing": "--sft_epochs 0"}
+"""Per task, beside `SMALL`. Step routing profiles its tasks with its own small numbers."""
+SMALL_STEPS = "--sft_epochs 0.1 --sft_sweep 1 --profile_runs 1 --step_limit 4 --train_caps inf --heldout_caps inf"
 
 
 class Trace(TrainerCallback):
-    """Files entered from the first optimiser step on, until it ends."""
+    """Files entered between begin and end of the first step, moves between them in order."""
 
     def __init__(self) -> None:
         self.files: list[str] = []
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        """transformers prepares the batch, the rollout, before it calls this: see `watch`."""
+        threading.setprofile(self._enter)
+        sys.setprofile(self._enter)
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         sys.setprofile(None)
         threading.setprofile(None)
-
-    def watch(self) -> None:
-        """From now on."""
-        threading.setprofile(self._enter)
-        sys.setprofile(self._enter)
 
     def _enter(self, frame: FrameType, event: str, _arg: Any) -> None:
         file = frame.f_code.co_filename
@@ -45,7 +45,7 @@ class Trace(TrainerCallback):
             return
         if file.endswith("trl/trainer/grpo_trainer.py"):
             name = "TRL"
-        elif file.startswith(ROOT) and "site-packages" not in file and "benchmark_trace" not in file:
+        elif file.startswith(ROOT) and "site-packages" not in file and not file.endswith("benchmark_trace.py"):
             name = file.removeprefix(ROOT)
         else:
             return
@@ -53,55 +53,34 @@ class Trace(TrainerCallback):
             self.files.append(name)
 
 
-def traced(objective: str, folder: str, **settings: Any) -> list[str]:
-    """The files of one step, moves between them in order; a file may come several times."""
-    texts = [f"say {a} and {b}" for a in ("red", "green", "blue") for b in ("cat", "dog", "sun")]
-    tokenizer = train_tokenizer(texts, vocab_size=290)
-    args = SRPOConfig(
-        output_dir=folder,
-        objective=objective,
-        use_cpu=True,
-        bf16=False,
-        per_device_train_batch_size=8,
-        num_generations=4,
-        max_completion_length=8,
-        max_steps=1,
-        report_to=[],
-        disable_tqdm=True,
-        save_strategy="no",
-        logging_strategy="no",
-        gradient_checkpointing=False,
-        **settings,
-    )
-    trace = Trace()
-    trainer = SRPOTrainer(
-        tiny_causal_lm(tokenizer, hidden=32, layers=1, heads=2, intermediate=64, seed=0),
-        lambda completions, **_: [float(i % 4 == 0) for i in range(len(completions))],
-        args,
-        datasets.Dataset.from_list([{"prompt": [{"role": "user", "content": text}]} for text in texts]),
-        processing_class=tokenizer,
-        callbacks=[trace],
-    )
-    prepare = trainer._prepare_inputs
+def traced(recipe: str, folder: str) -> list[str]:
+    """The files of one step of a recipe, moves between them in order; a file may come several times."""
+    trace, trainer = Trace(), train.SRPOTrainer
 
-    def watched(batch: Any) -> Any:
-        trace.watch()
-        return prepare(batch)
+    class Traced(trainer):  # type: ignore[misc, valid-type]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.add_callback(trace)
 
-    trainer._prepare_inputs = watched
-    trainer.train()
+    task = train.load_run([recipe, "--output_dir", folder])[1][1].task
+    train.SRPOTrainer = Traced  # type: ignore[misc]
+    try:
+        small = f"{SMALL} {SMALLER.get(task, SMALL_STEPS)}".split()
+        train.main([recipe, "--output_dir", folder, "--overwrite", "true", *small])
+    finally:
+        train.SRPOTrainer = trainer  # type: ignore[misc]
     return trace.files
 
 
 def main() -> None:
     """See the module's docstring."""
     with tempfile.TemporaryDirectory() as folder:
-        files = traced(sys.argv[1] if len(sys.argv) > 1 else "srpo", folder)
+        files = traced(sys.argv[1] if len(sys.argv) > 1 else "quickstart/srpo", folder)
     own = [name for name in dict.fromkeys(files) if name != "TRL"]
     print("\n".join(own))
     lines = sum(len(Path(ROOT, name).read_text(encoding="utf-8").splitlines()) for name in own)
     print(f"{len(own)} files of {lines:,} lines, {len(files)} moves between files")
-    print(" > ".join(Path(name).stem for name in files))
+    print(" > ".join(Path(name).stem for name in files[:400]))
 
 
 if __name__ == "__main__":
