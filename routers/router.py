@@ -40,6 +40,7 @@ KINDS = {
     "query_routing": "routers.tasks.query_routing.router:QueryRouter",
     "think_route": "routers.tasks.think_route.agent:RouterAgent",
     "step_routing": "routers.tasks.step_routing.router:StepRouter",
+    "fitted": "routers.baselines.base:Fitted",
 }
 """Kind -> its class, a `Router` with `load(name, file, members=, catalogue=, **options)`. Named, not imported: the
 tasks import this module."""

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from routers.baselines.play import table_baselines
 from routers.data.catalogue import Member
 from routers.data.table import ReplyTable
-from routers.evaluation.baselines import table_baselines
 from routers.evaluation.episodes import Episodes, RewardRule
 from routers.evaluation.statistics import Paired
 from routers.language.grammar import Grammar, parse

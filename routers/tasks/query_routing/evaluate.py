@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from routers.baselines.play import spread_of, table_header
 from routers.data.billing import token_usd
 from routers.data.table import ReplyTable
-from routers.evaluation.baselines import spread_of, table_header
 from routers.evaluation.episodes import Episodes, Outcomes, RewardRule, named_as
 from routers.tasks.query_routing.router import routing
 from routers.tasks.query_routing.settings import QuerySettings

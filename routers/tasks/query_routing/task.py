@@ -174,7 +174,7 @@ class QueryRouting:
         return RewardRule(self.table.max_cost, weight, weights.get("format", 0.0))
 
     def baselines(self, share: Share) -> Episodes:
-        from routers.evaluation.baselines import table_baselines
+        from routers.baselines.play import table_baselines
 
         return table_baselines(self.table, self._rule(None), share=share, limit=self.run.heldout_limit)
 

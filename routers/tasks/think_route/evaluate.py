@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from routers.baselines.play import play_baselines
 from routers.data.table import ReplyTable
 from routers.evaluation.answers import Metric, exact_match, f1, score
-from routers.evaluation.baselines import play_baselines
 from routers.evaluation.episodes import LOST as LOST_STOP
 from routers.evaluation.episodes import THEN, Episodes, Outcomes, named_as
 from routers.language.prompts import COST_WEIGHT

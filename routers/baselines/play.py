@@ -1,0 +1,134 @@
+"""Plays baselines on the items of an evaluation, beside every single member."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from routers.baselines import BASELINES, Baseline
+from routers.baselines.base import Data, Fitted, Told
+from routers.data.table import ReplyTable, check_split, spread
+from routers.evaluation.episodes import Episodes, Outcomes, RewardRule
+
+SWEEP = (0.0, 0.02, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
+"""Cost weights over which frontiers are drawn."""
+
+
+def play_baselines(
+    items: Outcomes,
+    train: Outcomes | None,
+    header: Mapping[str, Any] | None = None,
+    *,
+    names: Collection[str] | None = None,
+    sweep: Sequence[float] = (),
+    seed: int = 0,
+) -> Episodes:
+    """Every single member and those of `BASELINES` for which enough is known, on the same items.
+
+    Args:
+        items: to route.
+        train: training items; None: nothing is fitted.
+        header: of the evaluation; `train_reward` is added: of every baseline but the oracle its mean reward on the
+            training items, of fitted ones out of fold.
+        names: of `BASELINES`; None: all that are not slow.
+        sweep: cost weights at which fitted ones are played besides, as `NAME, price sensitivity WEIGHT` (curve NAME).
+        seed: of fitted ones.
+    """
+    rewards: dict[str, float] = {}
+    if train is not None:
+        rewards = dict(zip(items.members, map(float, train.reward.mean(axis=0)), strict=True))
+    singles = zip(items.members, np.eye(len(items.members)), strict=True)
+    parts = [items.play(name, "member", np.tile(row, (len(items.items), 1))) for name, row in singles]
+    data = Data.of(train) if train is not None and train.items else None
+    queries = None if data is None else Data(list(items.items), data.features)
+    for name, one in BASELINES.items():
+        if (one.slow if names is None else name not in names) or not _possible(one, items, train):
+            continue
+        if not isinstance(one.how, type):
+            routes = one.how(train, items)
+            parts.append(items.play(name, one.kind, _chances(routes, items)))
+            if train is not None and one.kind != "oracle":
+                rewards[name] = float((_chances(one.how(train, train), train) * train.reward).sum(axis=1).mean())
+            continue
+        assert data is not None and queries is not None and train is not None
+        settings, left_out = out_of_fold(one.how(), data, seed)
+        told = one.how().fit(data, seed=seed, settings=settings).foretell(queries)
+        weights = {name: (data.cost_weight, "")}
+        if not told.draws and train.rule is not None:
+            weights |= {f"{name}, price sensitivity {weight:g}": (weight, name) for weight in sweep}
+        for label, (weight, curve) in weights.items():
+            parts.append(items.play(label, one.kind, told.chances(weight), curve=curve))
+            earned = sum((t.chances(weight) * train.reward[rows]).sum() for rows, t in left_out)
+            rewards[label] = float(earned / sum(len(rows) for rows, _ in left_out))
+    told_rewards = {"train_reward": {name: round(value, 6) for name, value in rewards.items()}} if rewards else {}
+    return Episodes(Episodes.merged(parts).frame, {**(header or {}), **told_rewards})
+
+
+def out_of_fold(router: Fitted, data: Data, seed: int = 0) -> tuple[Mapping[str, Any], list[tuple[np.ndarray, Told]]]:
+    """The settings that are chosen for a baseline, and what it foretells of each fold, learned from the others."""
+    router.seed = seed
+    settings = router.tuned(data)
+    folds = data.folds
+    return settings, [(rows, router.learn_with(known, settings).foretell(fold)) for rows, known, fold in folds]
+
+
+def table_header(rule: RewardRule, split: str, name: str = "baselines") -> dict[str, Any]:
+    """Of an evaluation on a table; `name`: whose rewards `rule` makes."""
+    return {
+        "task": "query_routing",
+        "split": split,
+        "item": "query",
+        "score": "right answers",
+        "rule": {name: asdict(rule)},
+    }
+
+
+def table_baselines(
+    table: ReplyTable,
+    rule: RewardRule,
+    *,
+    share: Any = None,
+    limit: int | None = None,
+    split: str = "heldout",
+    **how: Any,
+) -> Episodes:
+    """`play_baselines` on the queries of a table, fitted on its training split.
+
+    Args:
+        table: recorded replies.
+        rule: the training reward.
+        share: `srpo.task.Share` of the queries; None: all of them.
+        limit: this many queries, spread evenly over the split; None: all.
+        split: whose queries are routed.
+        how: `names`, `sweep` and `seed` of `play_baselines`.
+
+    Raises:
+        ValueError: the split has no queries.
+    """
+    chosen = spread_of(table, split, limit)
+    items = Outcomes.of_table(table, rule, split, chosen if share is None else share.of(chosen))
+    train = Outcomes.of_table(table, rule, "train") if table.queries("train") else None
+    return play_baselines(items, train, table_header(rule, split), **how)
+
+
+def spread_of(table: ReplyTable, split: str, limit: int | None) -> np.ndarray:
+    """Places of the queries of a split that an evaluation takes."""
+    check_split(table, split)
+    return spread(len(table.queries(split)), limit)
+
+
+def _possible(one: Baseline, items: Outcomes, train: Outcomes | None) -> bool:
+    """Whether enough is known: a fitted baseline needs two training items, for a fold and its rest."""
+    if isinstance(one.how, type) and (train is None or len(train.items) < 2):
+        return False
+    known = [*items.items, *(train.items if train is not None else ())]
+    if one.reads and not all(str(item.get("query") or "").strip() for item in known):
+        return False
+    return not one.told or any(item.get("family") for item in known)
+
+
+def _chances(routes: np.ndarray, items: Outcomes) -> np.ndarray:
+    return routes if routes.ndim == 2 else np.eye(len(items.members))[routes]
