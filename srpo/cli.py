@@ -27,6 +27,7 @@ COMMANDS = {
     "play": ("routers.tasks.step_routing.play", "watch a step router act in an environment"),
     "push": ("srpo.hub.push", "a finished OUTPUT folder to the Hugging Face Hub: policy, router.yaml, card"),
     "record": ("routers.pool.record", "ask every member of your pool every query once, into a table"),
+    "convert": ("routers.data.converters.command", "a published routing data set into a table"),
     "plan": ("srpo.plan", "what a recipe would do: steps, rows, processes, checkpoints, bounds of cost"),
     "recipes": ("srpo.shipped", "list the shipped recipes, copy one, print all keys"),
 }

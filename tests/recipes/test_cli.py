@@ -163,6 +163,7 @@ MISTAKES = {
     "evaluate": ("evaluate", "", "name the policy first"),
     "copy": ("recipes copy quickstart/srop", "", "there is no shipped recipe quickstart/srop"),
     "push": ("push out someone/router", "", "out: there is no such folder"),
+    "convert": ("convert llmrouter no/folder --output t.parquet", "", "no/folder: not found; download llmrouter from"),
     "plan": ("plan r.yaml", "objective: x", "already written in line 2"),
 }
 

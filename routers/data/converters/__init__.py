@@ -1,0 +1,104 @@
+"""Turns published routing data sets into the table format of ``routers.data.table``: `srpo convert NAME SOURCE`.
+
+None of the data ships with this package; ``SETS`` says where each comes from. Where a set lacks what our table needs,
+the choice is made here, once:
+
+* token counts: estimated as one token per ``CHARS_PER_TOKEN`` characters of the query or the reply; a reply that was
+  not published counts as ``UNKNOWN_REPLY_TOKENS``, one of multiple choice as 1;
+* prices: USD per call where the set has them, else its price list, else list prices as we remember them, else 0;
+* split: the set's own (its validation part is trained on), else ``routers.data.table.split_of``;
+* repeated queries (by normalised text): the first one stays;
+* entries that are not as the set has them are left out with their reasons, up to a share of them.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from routers.data.converters.build import Converted
+
+_PICKLES = (".pkl", ".pickle", ".pt")
+
+
+@dataclass(frozen=True)
+class PublishedSet:
+    """A set that `convert` reads."""
+
+    reader: str
+    """Module of this package, and the function in it: ``(source, TableBuilder)``."""
+    source: str
+    licence: str
+    has: str
+    lacks: str
+    prices: str
+    evaluation_only: bool = False
+
+
+_GITHUB, _HUB = "github.com/", "huggingface.co/datasets/"
+SETS: dict[str, PublishedSet] = {
+    "routellm_mmlu": PublishedSet(
+        "routellm:mmlu", f"{_GITHUB}lm-sys/RouteLLM", "Apache-2.0",
+        "2 models, 57 subjects", "replies, tokens, split, prices", "list prices of 2023, from memory",
+    ),
+    "routellm_gsm8k": PublishedSet(
+        "routellm:gsm8k", f"{_GITHUB}lm-sys/RouteLLM", "Apache-2.0",
+        "2 models, replies", "tokens, split, prices", "list prices of 2023, from memory",
+    ),
+    "llmrouter": PublishedSet(
+        "ulab:llmrouter", f"{_GITHUB}ulab-uiuc/LLMRouter", "MIT",
+        "9 models, 14 tasks, split, prices", "nothing", "the set's price list",
+    ),
+    "llmrouter_nq6": PublishedSet(
+        "ulab:llmrouter_nq6", f"{_GITHUB}ulab-uiuc/LLMRouter", "MIT",
+        "the 6 models of Router-R1, replies, costs", "split", "those that explain the set's costs",
+    ),
+    "routeprofile": PublishedSet(
+        "ulab:routeprofile", f"{_GITHUB}ulab-uiuc/RouteProfile", "MIT",
+        "8 models, 12 tasks, replies, tokens, prices", "split", "the set's price list",
+    ),
+    "gsm8k_4models": PublishedSet(
+        "gsm8k:gsm8k_4models", f"{_GITHUB}openai/grade-school-math", "MIT",
+        "4 models of 2021, replies", "tokens, split, prices", "list prices of 2022, from memory",
+    ),
+    "xroutebench": PublishedSet(
+        "ulab:xroutebench", f"{_HUB}ulab-ai/xRouteBench", "none stated",
+        "18 models, 7 sets, replies, tokens, split, prices", "nothing", "the set's price list",
+    ),
+}  # fmt: skip
+
+
+def convert(name: str, source: str | Path, members: list[str] | None = None) -> Converted:
+    """Convert the set ``name`` (a key of ``SETS``).
+
+    Args:
+        source: the file, or a folder above what was downloaded from the official place.
+        members: the pool; None: the one that keeps most replies.
+
+    Raises:
+        ValueError: unknown name or member, a pickle, or a file that is not as the set has it.
+        FileNotFoundError: the set is not there; the message says where to get it.
+    """
+    if name not in SETS:
+        raise ValueError(f"no data set {name!r}; known are {', '.join(SETS)}")
+    found, path = SETS[name], Path(source).expanduser()
+    if path.suffix.lower() in _PICKLES:
+        raise ValueError(
+            f"{path}: pickles are not read, because loading one runs its code. If you trust it, save it as parquet: "
+            f"python -c \"import pandas; pandas.read_pickle('{path.name}').to_parquet('{path.stem}.parquet')\""
+        )
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: not found; download {name} from {found.source}")
+    from routers.data.converters.build import TableBuilder
+
+    module, _, function = found.reader.partition(":")
+    table = TableBuilder(name)
+    try:
+        getattr(importlib.import_module(f"{__name__}.{module}"), function)(path, table)
+    except FileNotFoundError as error:
+        told = f"{error.filename}: {error.strerror}"
+        raise FileNotFoundError(f"{told}; download {name} from {found.source}") from error
+    return table.finish(members, found.evaluation_only)
