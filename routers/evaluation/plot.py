@@ -16,7 +16,8 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, LogLocator, PercentFormatter
 
 from routers.evaluation.episodes import Episodes, Kind
-from routers.evaluation.statistics import METRICS, PER_ITEMS, Estimate, Paired, pareto_hull, sets
+from routers.evaluation.frontier import pareto_hull
+from routers.evaluation.statistics import METRICS, PER_ITEMS, Estimate, Paired, sets
 from routers.evaluation.tables import header, items_of, named
 
 # Okabe and Ito's palette: told apart with any colour vision. Kinds differ in marker too, for print in grey.
@@ -34,7 +35,6 @@ _STYLES: Mapping[Kind, tuple[str, str, int, str]] = {
     "policy": (_RED, "D", 75, "trained policy"),
 }
 _STRONG = ("policy", "start")
-_LINES = ((_ORANGE, "-"), (_PURPLE, "--"), (_SKY, ":"), (_YELLOW, "-."))
 _DECADE = 10.0
 _SIZE = (8.0, 5.4)
 _DPI = 150
@@ -110,7 +110,7 @@ def _panel(axes: Axes, paired: Paired) -> list[_Mark]:
     marks = [
         _Mark(named(paired, name), kind, _scaled(paired.estimate(name, "usd")), paired.estimate(name, "score"), label)
         for name, kind in paired.routers.items()
-        for label in [not (kind == "rule" and paired.curves[name])]
+        for label in [name in paired.listed(kind) and not (kind == "rule" and paired.curves[name])]
         if paired.played(name)
     ]
     costs = np.array([mark.x.value for mark in marks])
@@ -159,13 +159,17 @@ def _curves(axes: Axes, paired: Paired, logarithmic: bool) -> None:
         # On a log axis a mixture runs along a bent line.
         at = np.geomspace(x[0], x[-1], 200) if logarithmic else np.linspace(x[0], x[-1], 200)
         axes.plot(at, np.interp(at, x, y), color=_GREY, linestyle="--", linewidth=1.2, label="mixing members")
-    own = {curve: [n for n in paired.routers if paired.curves[n] == curve and paired.played(n)] for curve in
-           dict.fromkeys(paired.curves.values()) if curve}  # fmt: skip
-    for (curve, names), (colour, style) in zip(own.items(), _LINES * 3, strict=False):
-        rule = paired.routers[names[0]] == "rule"
-        ends = members if rule and len(members) == 2 else []
+    looks = itertools.cycle(itertools.product(("-", "--", ":", "-."), (_ORANGE, _PURPLE, _SKY, _YELLOW, _BLUE)))
+    for curve in dict.fromkeys(paired.curves.values()):
+        names = [name for name in paired.routers if curve in (name, paired.curves[name]) and paired.played(name)]
+        if not curve or not names:
+            continue
+        policy = paired.routers[names[0]] == "policy"
+        style, colour = ("-", _RED) if policy else next(looks)
+        ends = members if paired.routers[names[0]] == "rule" and len(members) == 2 else []
         points = sorted((paired.mean(n, "usd") * PER_ITEMS, paired.mean(n, "score")) for n in [*names, *ends])
-        axes.plot(*zip(*points, strict=True), style, color=colour if rule else _RED, marker=".", lw=1.3, label=curve)
+        width = 2.0 if policy else 1.0
+        axes.plot(*zip(*points, strict=True), style, color=colour, marker=".", lw=width, label=curve)
     for name in paired.of_kind("oracle"):
         axes.axhline(paired.mean(name, "score"), color=_GREEN, linewidth=1.0, linestyle=":")
 

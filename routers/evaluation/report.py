@@ -99,7 +99,7 @@ def page(episodes: Episodes, title: str, drawn: bytes, records: Sequence[Mapping
             if section.title == FAMILIES:  # the heat map shows them, and all routers
                 continue
             parts.append(f"<h3>{escape(section.title)}</h3>" if section.title else "")
-            parts.append(_sent(paired) if section.title == SENT else _table(section.rows, strong))
+            parts.append(_sent(paired) if section.title == SENT else _table(section.rows, strong, bold=section.bold))
             parts.append(_list(section.lines))
         parts.append(_heat_map(paired))
         parts += [_examples(paired, policy) for policy in paired.policies]
@@ -114,13 +114,19 @@ def page(episodes: Episodes, title: str, drawn: bytes, records: Sequence[Mapping
     return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}\n</body></html>\n'
 
 
-def _table(rows: Sequence[Sequence[str]], strong: Collection[str] = (), kind: str = "") -> str:
+def _table(
+    rows: Sequence[Sequence[str]],
+    strong: Collection[str] = (),
+    kind: str = "",
+    bold: Collection[tuple[int, int]] = (),
+) -> str:
     if len(rows) < 2:
         return ""
     lines = ["<tr>" + "".join(f"<th>{escape(cell)}</th>" for cell in rows[0]) + "</tr>"]
-    for row in rows[1:]:
+    for i, row in enumerate(rows[1:], start=1):
         mark = ' class="policy"' if row[0] in strong else ""
-        lines.append(f"<tr{mark}>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>")
+        cells = (f"<u>{escape(cell)}</u>" if (i, j) in bold else escape(cell) for j, cell in enumerate(row))
+        lines.append(f"<tr{mark}>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
     return f'<div class="wide"><table class="{kind}">\n' + "\n".join(lines) + "\n</table></div>"
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 
 from routers.evaluation.episodes import LOST, THEN, Episodes, Kind
+from routers.evaluation.frontier import Point, aiq, mixing_score, normalised_auc, pareto_hull, recovery
 
 RESAMPLES = 2000
 PER_ITEMS = 1000
@@ -39,6 +40,7 @@ class Metric:
     """A column of the frame as tables show it: times `factor`, formatted by `spec`, with an interval or without.
 
     `compared`: differences between routers are shown, too, in percentage points where `spec` is of a percentage.
+    `better`: 1 the more, the better; -1 the less; 0 neither.
     """
 
     column: str
@@ -47,6 +49,7 @@ class Metric:
     factor: float = 1.0
     interval: bool = False
     compared: bool = True
+    better: int = 0
 
     def show(self, value: float) -> str:
         return format(value * self.factor, self.spec)
@@ -57,11 +60,11 @@ class Metric:
 
 
 METRICS = (
-    Metric("score", "{score}", ".1%", interval=True),
-    Metric("em", "EM", ".1%"),
-    Metric("f1", "F1", ".1%"),
-    Metric("usd", "$ / 1k {items}", ".4f", PER_ITEMS),
-    Metric("reward", "reward", ".3f", interval=True),
+    Metric("score", "{score}", ".1%", interval=True, better=1),
+    Metric("em", "EM", ".1%", better=1),
+    Metric("f1", "F1", ".1%", better=1),
+    Metric("usd", "$ / 1k {items}", ".4f", PER_ITEMS, better=-1),
+    Metric("reward", "reward", ".3f", interval=True, better=1),
     Metric("valid", "valid", ".1%", compared=False),
     Metric("calls", "calls", ".2f"),
     Metric("large_calls", "expensive calls", ".2f", compared=False),
@@ -133,6 +136,8 @@ class Paired:
         self.curves: dict[str, str] = dict(zip(frame["router"], frame["curve"], strict=True))
         self.draws = Bootstrap(len(self.items), count=resamples)
         self._groups = dict(iter(frame.groupby(["router", "cap"], sort=False)))
+        self._drawn: dict[tuple[str, str], np.ndarray] = {}
+        self._areas: dict[str, np.ndarray] = {}
 
     def __len__(self) -> int:
         return len(self.items)
@@ -142,9 +147,12 @@ class Paired:
 
     @property
     def policies(self) -> list[str]:
-        """Trained routers without a cap; settings of a policy (its curve) only where it was not played without one."""
-        names = [name for name in self.of_kind("policy") if self.played(name)]
-        return [name for name in names if self.curves[name] not in names]
+        """Trained routers without a cap (`listed`)."""
+        return [name for name in self.listed("policy") if self.played(name)]
+
+    def listed(self, *kinds: Kind) -> list[str]:
+        """Routers of these kinds, without the settings of those that were played without a setting, too."""
+        return [name for name in self.of_kind(*kinds) if self.curves[name] not in self.routers]
 
     def caps(self, router: str) -> list[float]:
         """Finite caps that a router was played at."""
@@ -221,17 +229,21 @@ class Paired:
 
     def beyond_mixing(self, router: str, points: Sequence[str]) -> Estimate:
         """Score minus what drawing one of `points` per item reaches at the same mean cost (their hull); paired."""
-        score = np.stack([self.values(name, "score").mean(axis=0) for name in points])
-        usd = np.stack([self.values(name, "usd").mean(axis=0) for name in points])
-        own, paid = self.values(router, "score"), self.values(router, "usd")
-        drawn = zip(
-            self.draws.means(own), self.draws.means(paid), self.draws.items @ score.T, self.draws.items @ usd.T,
-            strict=True,
-        )  # fmt: skip
-        gains = [one - mixing_score(costs, scores, at) for one, at, scores, costs in drawn]
-        low, high = np.quantile(gains, [0.025, 0.975])
-        value = own.mean() - mixing_score(usd.mean(axis=1), score.mean(axis=1), paid.mean())
-        return Estimate(float(value), float(low), float(high))
+        own, paid = (self.drawn(router, metric) for metric in ("score", "usd"))
+        gains = [s - mixing_score(*plane, at) for s, at, plane in zip(own, paid, self._planes(points), strict=True)]
+        return _estimate(np.array(gains))
+
+    def drawn(self, router: str, metric: str) -> np.ndarray:
+        """[1 + B]: the mean, and the mean of each draw."""
+        if (router, metric) not in self._drawn:
+            values = self.values(router, metric)
+            self._drawn[router, metric] = np.concatenate([[values.mean()], self.draws.means(values)])
+        return self._drawn[router, metric]
+
+    def _planes(self, routers: Sequence[str]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Costs and scores of routers, as they are and in every draw."""
+        usd, score = (np.stack([self.drawn(name, m) for name in routers], axis=1) for m in ("usd", "score"))
+        return zip(usd, score, strict=True)
 
     @cached_property
     def frontiers(self) -> dict[str, list[str]]:
@@ -242,15 +254,59 @@ class Paired:
                 found.setdefault(curve, list(members)).append(name)
         return found or ({"mixing members": members} if members else {})
 
-    def auc(self, routers: Sequence[str]) -> float | None:
-        """`normalised_auc` of these routers at all their caps, with the first and the last member as its ends."""
+    @cached_property
+    def ends(self) -> tuple[str, str] | None:
+        """The members at the ends of `auc`: small and large of a pair; of more the cheapest and the dearest."""
         members = self.of_kind("member")
-        if len(members) < 2:
+        if len(members) > 2:
+            members.sort(key=lambda name: self.mean(name, "usd"))
+        return (members[0], members[-1]) if len(members) > 1 else None
+
+    @cached_property
+    def curves_of(self) -> dict[str, list[str]]:
+        """Name -> settings of a router (with itself), or itself alone; of rules, with the members (`frontiers`)."""
+        found: dict[str, list[str]] = {}
+        for name, kind in self.routers.items():
+            if self.played(name) and kind != "member" and not (kind == "rule" and self.curves[name]):
+                found.setdefault(self.curves[name] or name, []).append(name)
+        members = self.of_kind("member")
+        return {**found, **{"mixing members": members, **self.frontiers}} if members else found
+
+    def aiq(self, name: str, other: str = "") -> Estimate:
+        """AIQ of a curve of `curves_of` between the cheapest and the dearest member; minus another's; paired."""
+        return _estimate(self._aiq(name) - (self._aiq(other) if other else 0.0))
+
+    def _aiq(self, name: str) -> np.ndarray:
+        if name not in self._areas:
+            planes = zip(self._planes(self.of_kind("member")), self._planes(self.curves_of[name]), strict=True)
+            self._areas[name] = np.array([aiq(*own, all_usd.min(), all_usd.max()) for (all_usd, _), own in planes])
+        return self._areas[name]
+
+    def recovery(self, name: str) -> list[Point]:
+        """`frontier.recovery` of a curve, from the cheapest to the best-scoring member."""
+        members = [(self.mean(m, "usd"), self.mean(m, "score")) for m in self.of_kind("member")]
+        if not members:
+            return []
+        weak, strong = min(members), max(members, key=lambda point: (point[1], -point[0]))
+        usd, score = (np.array([self.mean(n, m) for n in self.curves_of[name]]) for m in ("usd", "score"))
+        if self.routers[self.curves_of[name][0]] == "member":  # who draws lots leaves out dominated members
+            hull = pareto_hull(usd, score)
+            usd, score = usd[hull], score[hull]
+        return recovery(usd, score, weak, strong)
+
+    def regret(self, name: str, metric: str) -> Estimate | None:
+        """The best oracle's mean minus a router's; None: no oracle was played."""
+        oracles = self.of_kind("oracle")
+        best = max(oracles, key=lambda oracle: self.mean(oracle, metric), default="")
+        return self.difference(best, name, metric) if best else None
+
+    def auc(self, routers: Sequence[str]) -> float | None:
+        """`normalised_auc` of these routers at all their caps, and of its two `ends`."""
+        if self.ends is None:
             return None
-        ends = (members[0], members[-1])
-        played = [key for key in self._groups if key[0] in {*ends, *routers}]
+        played = [key for key in self._groups if key[0] in {*self.ends, *routers}]
         points = [tuple(float(self.values(name, m, cap).mean()) for m in ("usd", "score")) for name, cap in played]
-        return normalised_auc(points, *(self.mean(name, "usd") for name in ends))
+        return normalised_auc(points, *(self.mean(name, "usd") for name in self.ends))
 
     @cached_property
     def references(self) -> list[Reference]:
@@ -261,7 +317,7 @@ class Paired:
             "the best learned baseline": ("learned",),
             "the strongest baseline of all": everybody,
         }
-        best = [self._best(label, names) for label, kinds in wanted.items() if (names := self.of_kind(*kinds))]
+        best = [self._best(label, names) for label, kinds in wanted.items() if (names := self.listed(*kinds))]
         found: dict[str, Reference] = {}
         for one in best:  # who is several of them is compared with once
             known = found.pop(one.router, None)
@@ -289,46 +345,10 @@ def sets(episodes: Episodes) -> dict[str, Paired]:
     return {str(name): Paired(episodes.of(set=name)) for name in episodes.frame["set"].unique()}
 
 
-def pareto_hull(cost: np.ndarray, score: np.ndarray) -> list[int]:
-    """Points that random mixing cannot beat: the upper concave hull from the cheapest to the best point.
-
-    Args:
-        cost, score: ``[N]``. Of equal points the first counts.
-
-    Returns:
-        Indices in order of rising cost; the score rises along them, and the slope falls.
-    """
-    hull: list[int] = []
-    for i in sorted(range(len(cost)), key=lambda j: (cost[j], -score[j], j)):
-        if hull and score[i] <= score[hull[-1]]:
-            continue
-        while len(hull) > 1:
-            a, b = hull[-2], hull[-1]
-            if (score[b] - score[a]) * (cost[i] - cost[a]) > (score[i] - score[a]) * (cost[b] - cost[a]):
-                break
-            hull.pop()
-        hull.append(i)
-    return hull
-
-
-def mixing_score(cost: np.ndarray, score: np.ndarray, at: float) -> float:
-    """Score on the points' mixing line at cost ``at``; below the cheapest, on the way from asking nobody (0, 0)."""
-    hull = pareto_hull(cost, score)
-    if cost[hull[0]] > 0:
-        return float(np.interp(at, [0.0, *cost[hull]], [0.0, *score[hull]]))
-    return float(np.interp(at, cost[hull], score[hull]))
-
-
-def normalised_auc(points: Sequence[tuple[float, ...]], small: float, large: float) -> float:
-    """Area under the step-wise upper envelope of (cost, score) points, on an axis where `small` is 0 and `large` 1.
-
-    Costs beyond the ends are clipped; where small is not cheaper than large the axis is cost / max(small, large).
-    INFERRED: the BoPO paper speaks of an efficiency frontier and defines no number.
-    """
-    start, width = (small, large - small) if large > small else (0.0, max(small, large) or 1.0)
-    scaled = sorted((min(max((cost - start) / width, 0.0), 1.0), score) for cost, score in points)
-    area, best, at = 0.0, 0.0, 0.0
-    for cost, score in scaled:
-        area += (cost - at) * best
-        best, at = max(best, score), cost
-    return area + (1.0 - at) * best
+def _estimate(drawn: np.ndarray) -> Estimate:
+    """Of a number as it is and in every draw, ``[1 + B]``; draws in which it is not defined are left out."""
+    defined = drawn[1:][np.isfinite(drawn[1:])]
+    if not np.isfinite(drawn[0]) or not len(defined):
+        return Estimate(math.nan, math.nan, math.nan)
+    low, high = np.quantile(defined, [0.025, 0.975])
+    return Estimate(float(drawn[0]), float(low), float(high))

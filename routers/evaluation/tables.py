@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import re
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from routers.evaluation.episodes import LOST, Episodes
+from routers.evaluation.frontier import apgr, brier, calibration_error, cpt
 from routers.evaluation.statistics import METRICS, Estimate, Metric, Paired, Reference, sets
 
 INTERVAL = "95 % interval"
 NOTE = (
     "Intervals are 95 %, over items and seeds; differences are paired by item and seed. Costs hold the policy's own "
     "tokens where they have a price."
+)
+CPT = (0.5, 0.8, 0.95)
+FRONTIER = (
+    "AIQ: mean score over all costs from the cheapest to the dearest member, of the best mixture of its settings. "
+    "APGR: mean share of the way from the cheapest to the best member's score over the way in cost; 0.5 is a "
+    "coin. CPT: share of that cost at which so much of the score's way is gone. AUC: area under the steps. Regret: "
+    "to the oracle. ECE and Brier score: of the score that was foretold. ms: of a decision. A dash: not defined."
 )
 FAMILIES, SENT = "By family", "Sent where"
 """Titles of sections that the page shows as pictures."""
@@ -26,11 +37,13 @@ class Section:
     title: str
     rows: Sequence[tuple[str, ...]] = ()
     lines: Sequence[str] = ()
+    bold: Collection[tuple[int, int]] = ()
+    """Cells (row, column) that hold the best of their column."""
 
 
 def sections(paired: Paired) -> list[Section]:
     """Everything about one set of items, the most important first."""
-    parts = [_main(paired), _gains(paired), _frontiers(paired), _caps(paired)]
+    parts = [_main(paired), _gains(paired), _beyond_mixing(paired), _frontier(paired), _caps(paired)]
     parts += [_groups(paired, "By difficulty", paired.difficulty), _groups(paired, FAMILIES, paired.families)]
     parts.append(_sent(paired))
     return [part for part in parts if len(part.rows) > 1 or part.lines]
@@ -47,16 +60,23 @@ def render(episodes: Episodes, title: str = "", markdown: bool = False) -> str:
             if section.title:
                 text.append(f"**{section.title}**" if markdown else section.title)
             if section.rows:
-                text.append(aligned(section.rows, markdown))
+                text.append(aligned(section.rows, markdown, section.bold))
             text += ["\n".join(f"- {line}" if markdown else line for line in section.lines)] if section.lines else []
     note = str(episodes.header.get("note", ""))
     return "\n\n".join([*text, f"{NOTE} {note}".strip()]) + "\n"
 
 
-def aligned(rows: Sequence[tuple[str, ...]], markdown: bool) -> str:
-    """A table with its header in the first row; the first column is left-aligned, the others right-aligned."""
+def aligned(rows: Sequence[tuple[str, ...]], markdown: bool, bold: Collection[tuple[int, int]] = ()) -> str:
+    """A table with its header in the first row; the first column is left-aligned, the others right-aligned.
+
+    `bold`: cells (row, column) that Markdown shows so.
+    """
     if markdown:
+        strong = "**{}**".format
         rows = [tuple(cell.replace("|", "\\|") for cell in row) for row in rows]
+        rows = [
+            tuple(strong(cell) if (i, j) in bold else cell for j, cell in enumerate(row)) for i, row in enumerate(rows)
+        ]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
     for row in rows:
@@ -70,10 +90,11 @@ def aligned(rows: Sequence[tuple[str, ...]], markdown: bool) -> str:
 def shown(paired: Paired) -> list[str]:
     """Routers as the table lists them: the strongest baseline, policies and their starts, the rest by reward, oracle.
 
-    Settings of a rule are not listed, but for the strongest; the picture shows them all.
+    Settings of a rule are not listed, but for the strongest, nor those of a router that was played without one, too;
+    the picture shows them all.
     """
     strongest = [reference.router for reference in paired.references[-1:]]
-    policies, oracle = [*paired.of_kind("policy"), *paired.of_kind("start")], paired.of_kind("oracle")
+    policies, oracle = [*paired.listed("policy"), *paired.listed("start")], paired.listed("oracle")
     first = [*strongest, *(name for name in policies if name not in strongest)]
     rest = [name for name in paired.routers if name not in {*first, *oracle} and not paired.curves[name]]
     everybody = [*first, *sorted(rest, key=lambda name: -paired.mean(name, "reward")), *oracle]
@@ -128,7 +149,18 @@ def _main(paired: Paired) -> Section:
             seeds = paired.values(name, "reward").mean(axis=1)
             cells.append(" ".join(f"{value:.3f}" for value in seeds) if len(seeds) > 1 else "")
         rows.append(tuple(cells))
-    return Section("", rows)
+    better = [0, *(value for metric in metrics for value in (metric.better, *([0] * metric.interval)))]
+    return Section("", rows, bold=_best(rows, better, paired))
+
+
+def _best(rows: Sequence[tuple[str, ...]], better: Sequence[int], paired: Paired) -> set[tuple[int, int]]:
+    """Cells with the best number of their column as it is shown (1: the highest, -1: the lowest), oracles left out."""
+    found: set[tuple[int, int]] = set()
+    for column, sign in enumerate(better):
+        cells = {i: row[column] for i, row in enumerate(rows) if i and row[0] not in paired.of_kind("oracle")}
+        values = {i: sign * float(one[0]) for i, cell in cells.items() if (one := re.match(r"[+-]?[\d.]+", cell))}
+        found |= {(i, column) for i, value in values.items() if sign and value == max(values.values())}
+    return found
 
 
 def _gains(paired: Paired) -> Section:
@@ -155,38 +187,72 @@ def _gains(paired: Paired) -> Section:
     return Section("Gains", rows if len(rows) > 1 and metrics else [])
 
 
-def _frontiers(paired: Paired) -> Section:
-    """What policies reach beyond drawing lots at their own cost; areas where rules with settings were played."""
-    score = METRICS[0]
-    routers = [*paired.of_kind("policy"), *paired.of_kind("start"), *paired.of_kind("learned")]
-    routers = [name for name in routers if paired.played(name)]
-    curves, areas = paired.frontiers, any(paired.curves[name] for name in paired.of_kind("rule"))
+def _beyond_mixing(paired: Paired) -> Section:
+    """What policies reach beyond drawing lots at their own cost."""
+    score, curves = METRICS[0], paired.frontiers
+    routers = [name for name in paired.listed("policy", "start", "learned") if paired.played(name)]
     if not curves or not routers:
         return Section("")
+    rules = any(paired.curves[name] for name in paired.of_kind("rule"))
     cells = [cell for curve in curves for cell in (f"beyond {curve}", INTERVAL)]
-    rows = [
-        (
-            f"{header(score, paired)} at equal cost",
-            *cells,
-            *(["cost of the dearest", "score of the dearest", "AUC"] if areas else []),
-        )
-    ]
+    ratios = ["cost of the dearest", "score of the dearest"] if rules else []
+    rows = [(f"{header(score, paired)} at equal cost", *cells, *ratios)]
     dearest = max(paired.of_kind("member"), key=lambda name: paired.mean(name, "usd"), default="")
     for name in routers:
         gains = [paired.beyond_mixing(name, points) for points in curves.values()]
         cells = [name, *(c for g in gains for c in (score.show_difference(g.value), interval(g, score, True)))]
-        if areas:
-            auc = paired.auc([name])
+        if rules:
             cells += [f"{paired.ratio(name, dearest, of).value:.1%}" if dearest else "" for of in ("usd", "score")]
-            cells += ["" if auc is None else f"{auc:.3f}"]
         rows.append(tuple(cells))
-    lines = []
-    if areas:
-        found = {curve: paired.auc(points) for curve, points in curves.items()}
-        ends = [paired.mean(name, "score") for name in paired.of_kind("member")]
-        found["a coin per episode (chance)"] = (ends[0] + ends[-1]) / 2 if len(ends) > 1 else None
-        lines = ["AUC of rules: " + ", ".join(f"{n} {auc:.3f}" for n, auc in found.items() if auc is not None)]
-    return Section("Beyond mixing", rows, lines)
+    return Section("Beyond mixing", rows)
+
+
+def _frontier(paired: Paired) -> Section:
+    """Every router over all its settings, between the cheapest and the dearest member (see `evaluation.frontier`)."""
+    kinds = {name: paired.routers[points[0]] for name, points in paired.curves_of.items()}
+    if not paired.ends or not {"policy", "learned", "rule"} & {*kinds.values()}:
+        return Section("")
+    area = {name: paired.aiq(name).value for name in kinds}
+    names = sorted(kinds, key=lambda name: (kinds[name] == "oracle", -area[name] if area[name] == area[name] else 0.0))
+    best = next((name for name in names if kinds[name] == "policy"), "")
+    score, reward = METRICS[0], next(metric for metric in METRICS if metric.column == "reward")
+    rows = [
+        (
+            "", "settings", f"AIQ ({header(score, paired)})", INTERVAL, "above mixing members", INTERVAL,
+            *([f"above {best}", INTERVAL] if best else []), "APGR", *(f"CPT {share:.0%}" for share in CPT), "AUC",
+            f"regret ({header(score, paired)})", "regret (reward)", "ECE", "Brier", "ms",
+        )
+    ]  # fmt: skip
+    for name in names:
+        points, own = paired.curves_of[name], name if name in paired.routers else ""
+        found, curve = paired.aiq(name), paired.recovery(name)
+        cells = [name, str(len(points)), _or_dash(score.show, found.value), _or_dash(interval, found, score)]
+        for other in ("mixing members", *([best] if best else [])):
+            gain = paired.aiq(name, other) if other != name else Estimate(math.nan, 0.0, 0.0)
+            cells += [_or_dash(score.show_difference, gain.value), _or_dash(interval, gain, score, True)]
+        cells.append(_or_dash("{:.3f}".format, apgr(curve)))
+        cells += [_or_dash("{:.0%}".format, cpt(curve, share)) for share in CPT]
+        cells.append(_or_dash("{:.3f}".format, paired.auc(points) or math.nan))
+        for metric in (score, reward):
+            lost = paired.regret(own, metric.column) if own else None
+            cells.append(_or_dash(metric.show_difference, lost.value if lost else math.nan).lstrip("+"))
+        told = own and paired.has("expected", [own])
+        pair = (paired.values(own, "expected"), paired.values(own, "score")) if told else None
+        cells += [f"{error(*pair):.3f}" if pair else "-" for error in (calibration_error, brier)]
+        seconds = paired.mean(own, "seconds") if own else 0.0
+        cells.append(_or_dash("{:.2f}".format, 1000 * seconds or math.nan))
+        rows.append(tuple(cells))
+    kept = [j for j in range(len(rows[0])) if not j or any(row[j] != "-" for row in rows[1:])]
+    better = {"AIQ": 1, "APGR": 1, "AUC": 1, "CPT": -1, "regret": -1, "ECE": -1, "Brier": -1, "ms": -1}
+    rows = [tuple(row[j] for j in kept) for row in rows]
+    signs = [better.get(cell.split(" ")[0], 0) for cell in rows[0]]
+    return Section("Frontier", rows, [FRONTIER], _best(rows, signs, paired))
+
+
+def _or_dash(show: Callable[..., str], value: Any, *args: Any) -> str:
+    """What is not defined is a dash."""
+    number = value.value if isinstance(value, Estimate) else value
+    return "-" if math.isnan(number) else show(value, *args)
 
 
 def _caps(paired: Paired) -> Section:

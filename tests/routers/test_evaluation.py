@@ -8,14 +8,8 @@ import pandas as pd
 import pytest
 
 from routers.evaluation.episodes import LOST, Episodes
-from routers.evaluation.statistics import (
-    Bootstrap,
-    Paired,
-    mixing_score,
-    normalised_auc,
-    pareto_hull,
-    sets,
-)
+from routers.evaluation.frontier import mixing_score, normalised_auc, pareto_hull
+from routers.evaluation.statistics import Bootstrap, Paired, sets
 
 
 def episodes(played: dict[str, Any], header: dict[str, Any] | None = None, **columns: Any) -> Episodes:
