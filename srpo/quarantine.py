@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 MAX_BAD_SHARE = 0.05
 """The share of bad rows up to which a file is used without them, where nobody says otherwise."""
 _SHOWN_ROWS = 5
-_EXCERPT = 200
+EXCERPT = 200
 
 
 class BadRows(ValueError):
@@ -105,4 +105,4 @@ class Quarantine:
 
 def _entry(row: int | None, reason: str, detail: str, content: Any) -> dict[str, Any]:
     excerpt = content if isinstance(content, str) else repr(content)
-    return {"row": row, "reason": reason, "detail": detail, "content": excerpt[:_EXCERPT]}
+    return {"row": row, "reason": reason, "detail": detail, "content": excerpt[:EXCERPT]}

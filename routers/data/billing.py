@@ -24,6 +24,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from srpo.types import Usage
 
 if TYPE_CHECKING:
@@ -94,6 +96,19 @@ def cost(
     if reasoning_tokens:
         usd += token_usd(0, reasoning_tokens, 0.0, _or(prices.price_reasoning, prices.price_out))
     return float(usd + member.price_request)
+
+
+def costs(member: Member, prompt_tokens: np.ndarray, completion_tokens: np.ndarray) -> np.ndarray:
+    """`cost` of many plain requests: USD, float64 ``[requests]``.
+
+    Raises:
+        ValueError: the member has no prices.
+    """
+    usd = np.empty(len(prompt_tokens))
+    for tier in (_base(member), *sorted(member.price_tiers, key=lambda tier: tier.above)):
+        reached = slice(None) if tier.above == 0 else prompt_tokens > tier.above
+        usd[reached] = token_usd(prompt_tokens[reached], completion_tokens[reached], tier.price_in, tier.price_out)
+    return usd + member.price_request
 
 
 def price(member: Member, usage: Usage) -> float:

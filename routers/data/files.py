@@ -11,6 +11,7 @@ import codecs
 import csv
 import gzip
 import io
+import itertools
 import json
 import lzma
 import re
@@ -26,6 +27,7 @@ _SAME = {".pq": ".parquet", ".ndjson": ".jsonl", ".tab": ".tsv"}
 _PACKED: dict[str, Callable[[bytes], bytes]] = {".gz": gzip.decompress, ".xz": lzma.decompress, ".bz2": bz2.decompress}
 _OTHER_FILES = tuple(".txt .arrow .feather .xls .xlsx .zip .zst .yaml .yml .pkl .sqlite .db".split())
 _SEPARATORS = (",", ";", "\t", "|")
+ROWS_AT_ONCE = 1 << 17
 _ESCAPED = re.compile("[\udc80-\udcff]")  # a byte that is no UTF-8, after decoding with surrogateescape
 
 
@@ -65,6 +67,56 @@ def names_a_file(source: str | Path) -> bool:
     return known or "\\" in text or len(path.parts) > 2 or (len(path.parts) == 2 and path.parent.is_dir())
 
 
+@dataclass
+class Chunk:
+    """Rows of a table, by column: what is read a hundred thousand rows at a time."""
+
+    numbers: Sequence[int]
+    """Of the rows, as in `Row`."""
+    columns: dict[str, Any]
+    """Arrow arrays, or lists of cells in which None also stands for a cell that a row lacks."""
+    rows: Sequence[Mapping[str, Any]] | None = None
+    """The same by row, where they were read so."""
+    bad: Sequence[Row] = ()
+    """Rows between them that are none."""
+
+    def row(self, i: int) -> Mapping[str, Any]:
+        """The cells of a row."""
+        if self.rows is not None:
+            return self.rows[i]
+        return {name: column[i].as_py() for name, column in self.columns.items()}
+
+
+def chunks_of(rows: Iterable[Row]) -> Iterator[Chunk]:
+    """Rows, many at a time."""
+    rest = iter(rows)
+    while some := list(itertools.islice(rest, ROWS_AT_ONCE)):
+        good = [row for row in some if isinstance(row.value, Mapping)]
+        names = dict.fromkeys(name for shape in dict.fromkeys(tuple(row.value) for row in good) for name in shape)
+        columns: dict[str, Any] = {name: [row.value.get(name) for row in good] for name in names}
+        bad = [row for row in some if not isinstance(row.value, Mapping)]
+        yield Chunk([row.number for row in good], columns, [row.value for row in good], bad)
+
+
+def read_chunks(*paths: str | Path) -> Iterator[Chunk]:
+    """The rows of files and folders, as one table; parquet, which stores columns, is not taken apart into rows.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_rows`.
+    """
+    files, count = [file for path in paths for file in files_of(path)], 0
+    for file in files:
+        if format_of(file) == ".parquet":
+            chunks = _parquet_chunks(file, count)
+        elif len(files) > 1:
+            chunks = chunks_of(Row(number, row.value) for number, row in enumerate(_rows_of(file), start=count + 1))
+        else:
+            chunks = chunks_of(_rows_of(file))
+        for chunk in chunks:
+            count += len(chunk.numbers) + len(chunk.bad)
+            yield chunk
+
+
 def read_rows(path: str | Path) -> list[Row]:
     """All rows of a file, or of the files in a folder; a row that cannot be read has a `BadRow` for its value.
 
@@ -75,49 +127,69 @@ def read_rows(path: str | Path) -> list[Row]:
         FileNotFoundError: no such file.
         ValueError: the file as a whole cannot be read; the message names it.
     """
+    files = files_of(path)
+    if files == [Path(path).expanduser()]:
+        return list(_rows_of(files[0]))
+    return [Row(number, row.value) for number, row in enumerate((row for f in files for row in _rows_of(f)), start=1)]
+
+
+def files_of(path: str | Path) -> list[Path]:
+    """A file, or the tables in a folder.
+
+    Raises:
+        FileNotFoundError, ValueError: there is none, or none of a known format.
+    """
     path = Path(path).expanduser()
     if path.is_dir():
         files = [file for file in sorted(path.iterdir()) if file.is_file() and format_of(file)]
         if not files:
             raise ValueError(f"{path}: this folder holds no {', '.join(FORMATS)} file")
-        rows = [row.value for file in files for row in read_rows(file)]
-        return [Row(number, value) for number, value in enumerate(rows, start=1)]
+        return files
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file")
-    kind = format_of(path)
-    if kind is None:
+    if format_of(path) is None:
         packed = " or ".join(_PACKED)
         raise ValueError(f"{path}: its name says no format; there are {', '.join(FORMATS)}, packed as {packed} or not")
-    data = _unpacked(path)
+    return [path]
+
+
+def _rows_of(path: Path) -> Iterator[Row]:
+    kind = format_of(path)
     if kind == ".parquet":
-        return [Row(number, value) for number, value in enumerate(_parquet(path, data), start=1)]
-    text, broken = _decoded(path, data)
-    reader = {".jsonl": _json_lines, ".json": _json_rows}.get(kind, _separated)
+        for chunk in _parquet_chunks(path, 0):
+            cells = zip(*(column.to_pylist() for column in chunk.columns.values()), strict=True)
+            for number, values in zip(chunk.numbers, cells, strict=True):
+                yield Row(number, dict(zip(chunk.columns, values, strict=True)))
+        return
+    text, broken = _decoded(path, _unpacked(path))
+    reader = {".jsonl": _json_lines, ".json": _json_rows}.get(kind or "", _separated)
     rows_read = reader(path, text)
-    return list(rows_read) if broken is None else [_checked_bytes(row, broken) for row in rows_read]
+    yield from rows_read if broken is None else (_checked_bytes(row, broken) for row in rows_read)
 
 
-def _unpacked(path: Path) -> bytes | None:
-    """The file's content; None for a plain parquet file, which is read in place."""
-    unpack = _PACKED.get(path.suffix.lower())
-    if unpack is None and format_of(path) == ".parquet":
-        return None
-    data = path.read_bytes()
+def _unpacked(path: Path) -> bytes:
+    unpack, data = _PACKED.get(path.suffix.lower()), path.read_bytes()
     try:
         return data if unpack is None else unpack(data)
     except (OSError, EOFError, zlib.error, lzma.LZMAError, ValueError) as error:
         raise ValueError(f"{path}: is not a whole {path.suffix.lower()} file ({error})") from None
 
 
-def _parquet(path: Path, data: bytes | None) -> list[dict[str, Any]]:
+def _parquet_chunks(path: Path, count: int) -> Iterator[Chunk]:
     import pyarrow as pa  # here, because reading rows from memory should not need arrow
     import pyarrow.parquet as pq
 
+    packed = path.suffix.lower() in _PACKED
+    source = pa.BufferReader(_unpacked(path)) if packed else path
     try:
-        rows: list[dict[str, Any]] = pq.read_table(path if data is None else pa.BufferReader(data)).to_pylist()
-    except (pa.ArrowException, OSError, ValueError) as error:
+        with pq.ParquetFile(source, memory_map=not packed) as file:
+            for batch in file.iter_batches(ROWS_AT_ONCE):
+                batch.validate(full=True)  # texts that are no UTF-8
+                columns = dict(zip(batch.schema.names, batch.columns, strict=True))
+                yield Chunk(range(count + 1, count + batch.num_rows + 1), columns)
+                count += batch.num_rows
+    except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path}: cannot be read as parquet: {error}") from None
-    return rows
 
 
 _WIDE_MARKS = {
@@ -128,9 +200,8 @@ _WIDE_MARKS = {
 }
 
 
-def _decoded(path: Path, data: bytes | None) -> tuple[str, str | None]:
+def _decoded(path: Path, data: bytes) -> tuple[str, str | None]:
     """The text of a file; and, where bytes are no UTF-8, words that name the first, for the rows that hold one."""
-    data = data or b""
     if encoding := next((_WIDE_MARKS[mark] for mark in _WIDE_MARKS if data.startswith(mark)), None):
         try:
             return data.decode(encoding, "surrogatepass"), None

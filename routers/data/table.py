@@ -13,11 +13,8 @@ stands in both splits. Bad rows are left out with their reasons, and their queri
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import unicodedata
-from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
@@ -26,16 +23,18 @@ from typing import Any
 
 import numpy as np
 
-from routers.data.catalogue import Member, cost, load_catalogue
-from routers.data.cells import HELDOUT_SPLITS
-from routers.data.files import BadRow, Row, names_a_file, read_rows
-from routers.data.table_rows import TOKENS, BadCell, incomplete_message, query_id_of, read_row, readers
+from routers.data.catalogue import Member, load_catalogue
+from routers.data.columns import SPLITS, Columns, check
+from routers.data.files import Row, chunks_of, names_a_file
+from routers.data.stored import columns_of
+from routers.data.table_rows import incomplete_message
+from routers.data.table_rows import normalise_query as normalise_query  # the public names
+from routers.data.table_rows import split_of as split_of
 from srpo.quarantine import MAX_BAD_SHARE, BadRows, Quarantine
 
 logger = logging.getLogger(__name__)
 
-SPLITS = ("train", "heldout")
-HELDOUT_ONE_IN = 4
+_SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -48,17 +47,6 @@ class Recorded:
     seconds: float
     correct: float
     cost: float
-
-
-def normalise_query(query: str) -> str:
-    """The text by which two queries are 'the same': NFKC, lower case, single spaces, no closing punctuation."""
-    return " ".join(unicodedata.normalize("NFKC", query).casefold().split()).rstrip(" ?.!")
-
-
-def split_of(query: str) -> str:
-    """Split by the hash of the normalised text: about one query in four is held out, the same on every machine."""
-    digest = hashlib.sha256(normalise_query(query).encode("utf-8")).digest()
-    return "heldout" if int.from_bytes(digest[:8], "big") % HELDOUT_ONE_IN == 0 else "train"
 
 
 class ReplyTable:
@@ -77,6 +65,7 @@ class ReplyTable:
         has_replies: whether there is a column ``reply``; without it every reply reads "".
         bad_rows: what was left out, as ``srpo.quarantine`` writes it.
         incomplete: ids of the queries that were left out, by bad rows or for want of a member.
+        repeated: ids of those left out because an earlier query of their split has the same text, and its id.
 
     Raises:
         ValueError: names the source, the rows (from 1), the fields and what is wrong.
@@ -84,7 +73,7 @@ class ReplyTable:
 
     def __init__(
         self,
-        rows: Iterable[Mapping[str, Any] | Row],
+        rows: Iterable[Mapping[str, Any] | Row] | Columns,
         catalogue: Mapping[str, Member],
         source: str = "rows",
         *,
@@ -92,127 +81,49 @@ class ReplyTable:
         drop_incomplete: bool = False,
         quarantine_path: str | Path | None = None,
     ) -> None:
-        self._queries: dict[str, dict[str, Any]] = {}
-        self._gold: dict[str, tuple[str, ...]] = {}
-        self._replies: dict[tuple[str, str], Recorded] = {}
-        self._catalogue = catalogue
-        numbered = [row if isinstance(row, Row) else Row(n, row) for n, row in enumerate(rows, start=1)]
-        if not numbered:
-            raise ValueError(f"{source}: the table has no rows")
-        columns = readers(numbered, catalogue, source)
-        self.has_replies = "reply" in columns
+        columns = rows if isinstance(rows, Columns) else check(chunks_of(_numbered(rows)), catalogue, source)
         bad = Quarantine(f"rows of {source}", quarantine_path, max_bad_share, label=f"{Path(source).name}: ")
-        touched: set[str] = set()
-        anonymous, members = 0, set()
-        for number, raw in numbered:
-            try:
-                row = read_row(raw, columns)
-                self._add(row)
-                members.add(row["member"])
-            except BadCell as problem:
-                bad.add(number, problem.reason, problem.detail, raw.content if isinstance(raw, BadRow) else raw)
-                query_id = query_id_of(raw)
-                anonymous += query_id is None
-                touched.add(query_id or "")
-        touched |= self._mixed_splits(numbered, bad)
-        self.bad_rows = bad.entries
-        self.catalogue: dict[str, Member] = {name: m for name, m in catalogue.items() if name in members}
-        self.members: list[str] = list(self.catalogue)
-        _warn_of_splits(numbered, source)
-        missing = self._missing()
-        unexplained = [query_id for query_id in missing if query_id not in touched]
-        self.incomplete = list(missing)
-        for query_id in missing:
-            bad.note("incomplete query", f"query {query_id!r} has no reply of {missing[query_id]}")
+        for row in columns.bad:
+            bad.add(*row)
+        missing, repeated, count = columns.missing, columns.repeated, len(columns.queries)
+        for query_id, names in missing.items():
+            bad.note("incomplete query", f"query {query_id!r} has no reply of {names}")
+        for query_id, other in repeated.items():
+            bad.note("repeated query", f"query {query_id!r} has the text of {other!r}, which stays")
+        unexplained = {query_id: missing[query_id] for query_id in columns.unexplained}
         refused = ""
-        if len(unexplained) > anonymous and not drop_incomplete:
-            refused = incomplete_message(source, {name: missing[name] for name in unexplained}, len(self))
+        if len(unexplained) > columns.anonymous and not drop_incomplete:
+            refused = incomplete_message(source, unexplained, count + len(repeated) + len(missing))
+        for warning in columns.warnings:
+            logger.warning("%s: %s", source, warning)
         try:
-            bad.settle(len(numbered))
+            bad.settle(columns.total)
         except BadRows as error:  # all that is wrong in one run
             raise BadRows(f"{error}. {refused}" if refused else str(error)) from None
         if refused:
             raise ValueError(refused)
-        self._drop(missing)
-        if not self._queries:
-            raise ValueError(f"{source}: no query has a reply of every member ({', '.join(self.members)})")
+        if not count:
+            raise ValueError(f"{source}: no query has a reply of every member ({', '.join(columns.members)})")
         if missing:
             logger.warning(
                 "%s: %d of %d queries are left out, because they lack a row of some member (%d of them had bad rows)",
-                source, len(missing), len(missing) + len(self), len(missing) - max(0, len(unexplained) - anonymous),
+                source, len(missing), len(missing) + count + len(repeated),
+                len(missing) - max(0, len(unexplained) - columns.anonymous),
             )  # fmt: skip
-
-    def _add(self, row: dict[str, Any]) -> None:
-        query_id, name = row["query_id"], row["member"]
-        member = self._catalogue.get(name)
-        if member is None:
-            known = ", ".join(sorted(self._catalogue))
-            raise BadCell("member without a price", f"member {name!r} has no price; add it to the catalogue ({known})")
-        if row["split"] is None:
-            row["split"] = split_of(row["query"])
-        if row["cost"] is None and not member.priced:
-            told = f"field 'cost' is missing, and member {name!r} has no price_in and price_out in the catalogue"
-            raise BadCell("neither cost nor price", f"{told}; give one of them")
-        if row["cost"] is None and not member.free_tokens:
-            for field in TOKENS:
-                if row[field] is None:
-                    told = f"field {field!r} is None; it must be an integer >= 0 where the reply has no cost"
-                    raise BadCell(f"missing {field}", told)
-        known_query = self._queries.get(query_id)
-        if (query_id, name) in self._replies:
-            raise BadCell("repeated row", f"query {query_id!r} has two rows for member {name!r}; keep one")
-        if known_query is not None:
-            for field in ("query", "family", "split"):
-                if known_query[field] != row[field]:
-                    told = (
-                        f"{field} {row[field]!r} differs from {known_query[field]!r} in an earlier row of {query_id!r}"
-                    )
-                    raise BadCell("contradicts an earlier row", told)
-            if self._gold[query_id] != row["gold"]:
-                told = f"gold {row['gold']!r} differs from an earlier row of query {query_id!r}"
-                raise BadCell("contradicts an earlier row", told)
-        else:
-            self._queries[query_id] = {name: row[name] for name in ("query_id", "query", "family", "split")}
-            self._gold[query_id] = row["gold"]
-        prompt, completion = row["prompt_tokens"] or 0, row["completion_tokens"] or 0
-        usd = cost(member, prompt, completion) if row["cost"] is None else row["cost"]
-        self._replies[(query_id, name)] = Recorded(
-            row["reply"], prompt, completion, row["seconds"], row["correct"], usd
-        )
-
-    def _missing(self) -> dict[str, list[str]]:
-        """Queries that lack members -> those members."""
-        lacking = {}
-        for query_id in self._queries:
-            if names := [name for name in self.members if (query_id, name) not in self._replies]:
-                lacking[query_id] = names
-        return lacking
-
-    def _mixed_splits(self, rows: Iterable[Row], bad: Quarantine) -> set[str]:
-        """Drop training queries whose text is held out too, for nothing is trained on and tested on."""
-        first: dict[str, dict[str, Any]] = {}
-        dropped: dict[str, str] = {}
-        for query in self._queries.values():
-            other = first.setdefault(normalise_query(query["query"]), query)
-            if other["split"] != query["split"]:
-                train, heldout = sorted((other, query), key=lambda each: each["split"] == "heldout")
-                first[normalise_query(query["query"])] = heldout
-                dropped[train["query_id"]] = heldout["query_id"]
-        if dropped:
-            for number, raw in rows:
-                query_id = query_id_of(raw)
-                if query_id in dropped:
-                    both = f"queries {query_id!r} and {dropped[query_id]!r}"
-                    told = f"{both} have the same text but stand in different splits; drop one"
-                    bad.add(number, "same text in both splits", told, raw)
-            self._drop(dropped)
-        return set(dropped)
-
-    def _drop(self, query_ids: Collection[str]) -> None:
-        if query_ids:
-            self._queries = {key: query for key, query in self._queries.items() if key not in query_ids}
-            self._replies = {key: reply for key, reply in self._replies.items() if key[0] not in query_ids}
-            self._gold = {key: gold for key, gold in self._gold.items() if key not in query_ids}
+        if repeated:
+            logger.warning(
+                "%s: %d queries are left out, because an earlier one of their split has the same text: %s", source,
+                len(repeated), ", ".join(f"{i!r} ({other!r})" for i, other in [*repeated.items()][:_SHOWN]),
+            )  # fmt: skip
+        self._columns = columns
+        self.members: list[str] = columns.members
+        self.catalogue: dict[str, Member] = {name: catalogue[name] for name in self.members}
+        self.has_replies = columns.replies is not None
+        self._replies = None if columns.replies is None else columns.replies["reply"]
+        self.bad_rows, self.incomplete, self.repeated = bad.entries, list(missing), repeated
+        self._queries = columns.queries.select(["query_id", "query", "family", "split"]).to_pylist()
+        self._row = {query["query_id"]: i for i, query in enumerate(self._queries)}
+        self._column = {name: j for j, name in enumerate(self.members)}
 
     def __len__(self) -> int:
         """Number of queries."""
@@ -224,13 +135,17 @@ class ReplyTable:
         Raises:
             ValueError: unknown split.
         """
+        return [dict(self._queries[i]) for i in self._rows(split)]
+
+    def _rows(self, split: str | None) -> np.ndarray:
         if split is not None and split not in SPLITS:
             raise ValueError(f"split {split!r} is unknown; use one of {SPLITS} or None")
-        return [dict(query) for query in self._queries.values() if split in (None, query["split"])]
+        chosen = [split in (None, query["split"]) for query in self._queries]
+        return np.flatnonzero(chosen)
 
     def gold(self, query_id: str) -> tuple[str, ...]:
         """Accepted answers of a query (empty when the table has none). KeyError for an unknown query."""
-        return self._gold[query_id]
+        return tuple(self._columns.queries["gold"][self._row[query_id]].as_py())
 
     def lookup(self, query_id: str, member: str) -> Recorded:
         """The reply recorded for this pair.
@@ -239,22 +154,32 @@ class ReplyTable:
             KeyError: unknown query or member.
         """
         try:
-            return self._replies[(query_id, member)]
+            at = (self._row[query_id], self._column[member])
         except KeyError:
             raise KeyError(f"no reply of member {member!r} to query {query_id!r}; members: {self.members}") from None
+        found = self._columns
+        return Recorded(
+            "" if self._replies is None else self._replies[int(found.reply_row[at])].as_py(),
+            int(found.prompt_tokens[at]),
+            int(found.completion_tokens[at]),
+            float(found.seconds[at]),
+            float(found.correct[at]),
+            float(found.cost[at]),
+        )
+
+    def matrix(self, field: str, split: str | None = None) -> np.ndarray:
+        """A field of `Recorded` that is a number, ``[queries, members]``; rows as ``queries(split)``, columns as
+        ``members``; float64, tokens int32."""
+        found: np.ndarray = getattr(self._columns, field)[self._rows(split)]
+        return found
 
     def correct_matrix(self, split: str | None = None) -> np.ndarray:
-        """Correctness, float64 ``[queries, members]``; rows as ``queries(split)``, columns as ``members``."""
-        return self._matrix(split, "correct")
+        """Correctness, float64 ``[queries, members]``; as `matrix`."""
+        return self.matrix("correct", split)
 
     def cost_matrix(self, split: str | None = None) -> np.ndarray:
-        """Cost in USD, float64 ``[queries, members]``; rows as ``queries(split)``, columns as ``members``."""
-        return self._matrix(split, "cost")
-
-    def _matrix(self, split: str | None, field: str) -> np.ndarray:
-        ids = [query["query_id"] for query in self.queries(split)]
-        values = [[getattr(self._replies[(i, name)], field) for name in self.members] for i in ids]
-        return np.array(values, dtype=np.float64).reshape(len(ids), len(self.members))
+        """Cost in USD, float64 ``[queries, members]``; as `matrix`."""
+        return self.matrix("cost", split)
 
     @cached_property
     def max_cost(self) -> float:
@@ -305,7 +230,7 @@ def load_table(
             raise ValueError(f"{source}: no prices; pass catalogue=... or put a catalogue.yaml beside the table")
         prices = load_catalogue(beside if catalogue is None else catalogue)
     return ReplyTable(
-        read_rows(path) if local else _hub_rows(str(source)),
+        columns_of([path], prices, str(source)) if local else _hub_rows(str(source)),
         prices,
         source=str(source),
         max_bad_share=max_bad_share,
@@ -348,14 +273,11 @@ def spread(count: int, limit: int | None) -> np.ndarray:
     return np.unique(np.linspace(0, count - 1, min(limit or count, count)).astype(int))
 
 
-def _warn_of_splits(rows: Iterable[Row], source: str) -> None:
-    """Say it where parts of several names are put together: they are evaluated on as one."""
-    names = Counter(str(row.value.get("split")).strip().lower() for row in rows if isinstance(row.value, Mapping))
-    if len(merged := sorted(names.keys() & HELDOUT_SPLITS)) > 1:
-        logger.warning("%s: the splits %s are held out together, as one", source, " and ".join(merged))
+def _numbered(rows: Iterable[Any]) -> Iterator[Row]:
+    return (row if isinstance(row, Row) else Row(n, row) for n, row in enumerate(rows, start=1))
 
 
-def _hub_rows(name: str) -> list[dict[str, Any]]:
+def _hub_rows(name: str) -> Iterator[dict[str, Any]]:
     from datasets import load_dataset
 
     try:
@@ -365,4 +287,4 @@ def _hub_rows(name: str) -> list[dict[str, Any]]:
         raise FileNotFoundError(
             f"{name}: is no file here, and cannot be read from the Hub ({type(error).__name__}: {first})"
         ) from None
-    return [{**({"split": part} if len(parts) > 1 else {}), **row} for part, rows in parts.items() for row in rows]
+    return ({**({"split": part} if len(parts) > 1 else {}), **row} for part, rows in parts.items() for row in rows)

@@ -3,22 +3,36 @@
 from __future__ import annotations
 
 import difflib
-import logging
+import hashlib
+import math
+import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any
 
 from routers.data import cells
 from routers.data.catalogue import Member
-from routers.data.files import BadRow, Row
-
-logger = logging.getLogger(__name__)
+from routers.data.files import BadRow
 
 HIGHEST_USD = 1_000.0
 """Of one reply; above it a cost is in another unit."""
 TOKENS = ("prompt_tokens", "completion_tokens")
 REQUIRED = ("query_id", "query", "member", "correct")
+
+
+HELDOUT_ONE_IN = 4
+
+
+def normalise_query(query: str) -> str:
+    """The text by which two queries are 'the same': NFKC, lower case, single spaces, no closing punctuation."""
+    return " ".join(unicodedata.normalize("NFKC", query).casefold().split()).rstrip(" ?.!")
+
+
+def split_of(query: str) -> str:
+    """Split by the hash of the normalised text: about one query in four is held out, the same on every machine."""
+    digest = hashlib.sha256(normalise_query(query).encode("utf-8")).digest()
+    return "heldout" if int.from_bytes(digest[:8], "big") % HELDOUT_ONE_IN == 0 else "train"
 
 
 class BadCell(Exception):
@@ -27,11 +41,13 @@ class BadCell(Exception):
         self.reason, self.detail = reason, detail
 
 
+UPPER = {"correct": 1.0, **dict.fromkeys(TOKENS, float(cells.HIGHEST_COUNT)), "seconds": math.inf, "cost": HIGHEST_USD}
+"""The columns of numbers, each from 0 to this."""
 _READERS: dict[str, Callable[[Any], Any]] = {
     "query_id": cells.name,
     "query": partial(cells.name, strip=False),
     "member": cells.name,
-    "correct": partial(cells.number, upper=1.0, truth=True),
+    "correct": partial(cells.number, upper=UPPER["correct"], truth=True),
     "reply": cells.words,
     **dict.fromkeys(TOKENS, cells.count),
     "family": cells.name,
@@ -40,26 +56,23 @@ _READERS: dict[str, Callable[[Any], Any]] = {
     "seconds": cells.number,
     "cost": partial(cells.number, upper=HIGHEST_USD),
 }
+FIELDS = tuple(_READERS)
 _NEEDED = (*REQUIRED, "reply")
 """Columns whose cells must hold something where the column is there."""
-_DEFAULTS: dict[str, Any] = {
+DEFAULTS: dict[str, Any] = {
     "reply": "", **dict.fromkeys(TOKENS), "family": "", "split": None, "gold": (), "seconds": 0.0, "cost": None,
 }  # fmt: skip
 
 
-def readers(rows: Iterable[Row], catalogue: Mapping[str, Member], source: str) -> dict[str, Callable[[Any], Any]]:
-    """The table's columns that are used -> what reads their cells. Those that are not used are named in a warning.
+def check_columns(found: Collection[str], catalogue: Mapping[str, Member], source: str) -> list[str]:
+    """The columns that are not used.
 
     Raises:
         ValueError: names all columns that are missing.
     """
-    shapes = dict.fromkeys(tuple(row.value) for row in rows if isinstance(row.value, Mapping))
-    found = dict.fromkeys(name for shape in shapes for name in shape)
-    if not found:  # every row is bad
-        return _READERS
     free = all(member.free_tokens for member in catalogue.values())
     required = REQUIRED if "cost" in found or free else (*REQUIRED, *TOKENS)
-    unused = [str(name) or "(one without a name)" for name in found if name not in _READERS]
+    unused = [str(name) or "(one without a name)" for name in found if name not in FIELDS]
     if missing := [name for name in required if name not in found]:
         folded = {name.strip().casefold(): name for name in unused}
         close = {name: [folded[n] for n in difflib.get_close_matches(name, folded, 1)] for name in missing}
@@ -69,13 +82,27 @@ def readers(rows: Iterable[Row], catalogue: Mapping[str, Member], source: str) -
             f"column{'s' * (len(missing) > 1)} {', '.join(map(repr, missing))} {'are' if len(missing) > 1 else 'is'}"
         )
         raise ValueError(f"{source}: {named} missing; there are {', '.join(map(str, found))}{hint}")
-    if unused:
-        logger.warning("%s: columns that are not used: %s", source, ", ".join(unused))
-    return {name: read for name, read in _READERS.items() if name in found}
+    return unused
 
 
-def read_row(raw: Any, readers: Mapping[str, Callable[[Any], Any]]) -> dict[str, Any]:
-    """The values of a row, with defaults for what may be missing; tokens and split that are missing are None.
+def read_cell(field: str, value: Any) -> Any:
+    """The value that a cell holds, or the column's default where it may hold nothing: tokens, split and cost are None.
+
+    Raises:
+        BadCell: says what it must be.
+    """
+    try:
+        return _READERS[field](value)
+    except ValueError as error:
+        if not cells.missing(value) or (field == "cost" and isinstance(value, float)):
+            raise BadCell(f"bad {field}", f"field {field!r} is {_shown(value)}; {error}") from None
+        if field in _NEEDED:
+            raise BadCell(f"missing {field}", f"field {field!r} is {value!r}; {error}") from None
+    return DEFAULTS[field]
+
+
+def check_row(raw: Any, fields: Collection[str], catalogue: Mapping[str, Member]) -> None:
+    """Whether a row can be used, whatever else stands in the table.
 
     Raises:
         BadCell: the first cell that is wrong.
@@ -84,21 +111,25 @@ def read_row(raw: Any, readers: Mapping[str, Callable[[Any], Any]]) -> dict[str,
         raise BadCell(raw.reason, raw.detail)
     if not isinstance(raw, Mapping):
         raise BadCell("no mapping", f"is {type(raw).__name__}, not a mapping of columns")
-    row = dict(_DEFAULTS)
-    for field, read in readers.items():
-        if field not in raw:
-            if field in _NEEDED:
-                raise BadCell(f"missing {field}", f"field {field!r} is missing")
-            continue
-        value = raw[field]
-        try:
-            row[field] = read(value)
-        except ValueError as error:
-            if not cells.missing(value) or (field == "cost" and isinstance(value, float)):
-                raise BadCell(f"bad {field}", f"field {field!r} is {_shown(value)}; {error}") from None
-            if field in _NEEDED:
-                raise BadCell(f"missing {field}", f"field {field!r} is {value!r}; {error}") from None
-    return row
+    row = dict(DEFAULTS)
+    for field in fields:
+        if field in raw:
+            row[field] = read_cell(field, raw[field])
+        elif field in _NEEDED:
+            raise BadCell(f"missing {field}", f"field {field!r} is missing")
+    name = row["member"]
+    member = catalogue.get(name)
+    if member is None:
+        known = ", ".join(sorted(catalogue))
+        raise BadCell("member without a price", f"member {name!r} has no price; add it to the catalogue ({known})")
+    if row["cost"] is None and not member.priced:
+        told = f"field 'cost' is missing, and member {name!r} has no price_in and price_out in the catalogue"
+        raise BadCell("neither cost nor price", f"{told}; give one of them")
+    if row["cost"] is None and not member.free_tokens:
+        for field in TOKENS:
+            if row[field] is None:
+                told = f"field {field!r} is None; it must be an integer >= 0 where the reply has no cost"
+                raise BadCell(f"missing {field}", told)
 
 
 def _shown(value: Any) -> str:

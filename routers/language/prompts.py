@@ -183,18 +183,18 @@ def measured(members: Sequence[Member], table: ReplyTable) -> list[Member]:
 
     What the catalogue states already stays; a member that the table does not hold stays as it is.
     """
-    queries, correct = table.queries("train"), table.correct_matrix("train")
+    queries, correct, seconds = table.queries("train"), table.correct_matrix("train"), table.matrix("seconds", "train")
     rows: dict[str, list[int]] = {}
     for i, query in enumerate(queries):
         rows.setdefault(query["family"] or "all", []).append(i)
     found = []
     for member in members:
         if member.name in table.members and queries:
-            scores = correct[:, table.members.index(member.name)]
-            seconds = [table.lookup(query["query_id"], member.name).seconds for query in queries]
+            column = table.members.index(member.name)
+            scores = correct[:, column]
             member = replace(
                 member,
-                latency=sum(seconds) / len(seconds) if member.latency is None else member.latency,
+                latency=float(seconds[:, column].mean()) if member.latency is None else member.latency,
                 examples=member.examples or {family: float(scores[i].mean()) for family, i in rows.items()},
             )
         found.append(member)

@@ -32,10 +32,10 @@ class RecordedMember:
         self._table = table
         self._member = member
         self._ids = {normalise_query(q["query"]): q["query_id"] for q in table.queries()} if by == "query" else None
-        replies = [table.lookup(q["query_id"], member) for q in table.queries()]
-        self._longest_prompt = max(reply.prompt_tokens for reply in replies)
-        self._longest_reply = max(reply.completion_tokens for reply in replies)
-        self._highest_usd = max(reply.cost for reply in replies)
+        column = table.members.index(member)
+        self._longest_prompt = int(table.matrix("prompt_tokens")[:, column].max())
+        self._longest_reply = int(table.matrix("completion_tokens")[:, column].max())
+        self._highest_usd = float(table.cost_matrix()[:, column].max())
 
     @property
     def max_tokens(self) -> int:

@@ -59,14 +59,14 @@ class QuerySettings:
     def seen_in(self, table: ReplyTable) -> QuerySettings:
         """The same with the typical tokens and costs of a table's training split (of all of it if there is none)."""
         split = "train" if table.queries("train") else None
-        ids, usd = [query["query_id"] for query in table.queries(split)], table.cost_matrix(split).mean(axis=0)
-        means: dict[str, tuple[float, float]] = {}
-        for name in table.members:
-            found = [table.lookup(i, name) for i in ids]
-            both = (sum(r.prompt_tokens for r in found), sum(r.completion_tokens for r in found))
-            if any(both):  # else the table counts no tokens
-                means[name] = (both[0] / len(ids), both[1] / len(ids))
-        return replace(self, typical=means, typical_usd=dict(zip(table.members, map(float, usd), strict=True)))
+        usd = table.cost_matrix(split).mean(axis=0)
+        tokens = [table.matrix(name, split).mean(axis=0).tolist() for name in ("prompt_tokens", "completion_tokens")]
+        typical = dict(zip(table.members, zip(*tokens, strict=True), strict=True))
+        return replace(
+            self,
+            typical={name: both for name, both in typical.items() if any(both)},  # else the table counts no tokens
+            typical_usd=dict(zip(table.members, map(float, usd), strict=True)),
+        )
 
     def messages(
         self,
