@@ -41,6 +41,7 @@ KINDS = {
     "think_route": "routers.tasks.think_route.agent:RouterAgent",
     "step_routing": "routers.tasks.step_routing.router:StepRouter",
     "fitted": "routers.baselines.base:Fitted",
+    "encoder_routing": "routers.tasks.query_routing.encoder.router:EncoderRouter",
 }
 """Kind -> its class, a `Router` with `load(name, file, members=, catalogue=, **options)`. Named, not imported: the
 tasks import this module."""

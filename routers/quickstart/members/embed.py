@@ -18,14 +18,20 @@ def _encoder() -> Any:
     return SentenceTransformer(str(folder), device="cpu", local_files_only=True)
 
 
+def embeddings(texts: list[str]) -> np.ndarray:
+    """``[texts, 384]``, float32, each of length 1."""
+    found: np.ndarray = _encoder().encode(texts, normalize_embeddings=True, show_progress_bar=False)
+    return found
+
+
 @cache
 def _embedded(texts: tuple[str, ...]) -> np.ndarray:
-    embeddings: np.ndarray = _encoder().encode(list(texts), normalize_embeddings=True, show_progress_bar=False)
-    return embeddings
+    return embeddings(list(texts))
 
 
 def nearest(queries: list[str], texts: tuple[str, ...], count: int) -> list[list[int]]:
     """Per query the indices of the ``count`` texts nearest by cosine, nearest first, ties by position."""
-    vectors = _encoder().encode(queries, normalize_embeddings=True, show_progress_bar=False)
-    order: list[list[int]] = np.argsort(-(vectors @ _embedded(texts).T), axis=1, kind="stable")[:, :count].tolist()
+    order: list[list[int]] = np.argsort(-(embeddings(queries) @ _embedded(texts).T), axis=1, kind="stable")[
+        :, :count
+    ].tolist()
     return order

