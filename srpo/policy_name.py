@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+FROM_NOTHING = ("tiny", "tiny_moe")
+"""Policies that are made here (`srpo.policy.TINY`), with a tokenizer of the task's texts."""
 _PARTS = ("config.json", "adapter_config.json")
 
 

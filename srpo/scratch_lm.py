@@ -37,7 +37,8 @@ def train_tokenizer(
     Args:
         texts: what the model will read and write; training texts only.
         vocab_size: tokens in all; fewer if the texts hold fewer merges. At least the bytes and specials must fit.
-        whole: strings that are always one token (the tags of a grammar). They are not special: decoding keeps them.
+        whole: strings that are always one token (tags, names; those of letters or digits where they are whole words).
+            They are not special: decoding keeps them.
         digits: a number is cut from the left into groups of at most this many digits. A group that occurs often in the
             texts is one token, which makes numbers short that a policy has to repeat.
 
@@ -63,7 +64,13 @@ def train_tokenizer(
     )
     # The frame of the template occurs once per message: make its words cheap.
     tokenizer.train_from_iterator((part for text in texts for part in ("user\n", text, "assistant\n")), trainer)
-    tokenizer.add_tokens([AddedToken(text, normalized=False, special=False) for text in whole])
+    tokenizer.add_tokens(
+        [
+            # A member's name inside another word is no name.
+            AddedToken(text, single_word=text[0].isalnum() and text[-1].isalnum(), normalized=False, special=False)
+            for text in whole
+        ]
+    )
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token=PAD, bos_token=START, eos_token=END, padding_side="left"
     )

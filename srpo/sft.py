@@ -3,6 +3,9 @@
     loss = mean over trained tokens                              mean "tokens", as TRL's SFTTrainer
          = mean over rows of the mean over a row's tokens        mean "rows": an episode of 20 decisions weighs as
                                                                  much as one of 2
+
+A token of a row is an id to imitate, or (`soft`, mean "rows") a distribution over ids: - sum_i p_i log pi(i), over the
+whole vocabulary.
 """
 
 from __future__ import annotations
@@ -12,9 +15,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+from accelerate.utils import is_peft_model
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from srpo.config import SRPOConfig
 from srpo.rollout.special_tokens import settle_special_tokens
@@ -22,19 +28,45 @@ from srpo.rollout.thinking import inside, opened_by
 from srpo.rollout.untrusted import encode_frame
 from srpo.run.steps import check_steps_made
 from srpo.task import Ids, RunArguments
+from srpo.teacher.lm_head import capture_hidden, head_of
 from srpo.trainer.precision import train_in_fp32
 from srpo.trainer.progress import show_progress
 
 Mean = Literal["tokens", "rows"]
 
 
+class _Collator(DataCollatorForLanguageModeling):  # type: ignore[misc]
+    """Adds `soft` [N, 4]: row, position, id and its probability."""
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch: dict[str, Any] = super().torch_call(examples)
+        soft = [(row, *each) for row, example in enumerate(examples) for each in example.get("soft") or ()]
+        return {**batch, "soft": torch.tensor(soft, dtype=torch.float64).view(-1, 4)}
+
+
 class _RowsSFT(SFTTrainer):
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        self._signature_columns = [*{*self._signature_columns, "soft"}]
+
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        output = model(**inputs, use_cache=False, fused_lm_head=True)  # log-probs are 0 on masked positions
-        rows = -output.log_probs.sum(dim=1) / output.label_mask.sum(dim=1).clamp(min=1)
-        loss = rows.mean()
+        soft = inputs.pop("soft")
+        base = self.accelerator.unwrap_model(model)
+        base = base.get_base_model() if is_peft_model(base) else base
+        with capture_hidden(base) as captured:
+            output = model(**inputs, use_cache=False, fused_lm_head=True)  # log-probs are 0 on masked positions
+        rows, tokens = -output.log_probs.sum(dim=1), output.label_mask.sum(dim=1)
+        if len(soft):
+            places, which = soft[:, :2].long().unique(dim=0, return_inverse=True)
+            row, position = places.T
+            with (head := head_of(base)).gather():
+                logp = head.logits(captured[0][row, position - 1]).log_softmax(dim=-1)
+            cross = -soft[:, 3].to(logp) * logp[which, soft[:, 2].long()]
+            rows = rows.to(cross).index_add(0, soft[:, 0].long(), cross)
+            tokens = tokens.index_add(0, row, torch.ones_like(row).to(tokens))
+        loss = (rows / tokens.clamp(min=1)).mean()
         if num_items_in_batch is not None:  # the Trainer then leaves the accumulation to the loss
             loss = loss / self.current_gradient_accumulation_steps
         return (loss, output) if return_outputs else loss
@@ -84,7 +116,8 @@ def sft(
     Args:
         model: trained in place (with ``peft_config``: wrapped in a new adapter, which is what is trained).
         tokenizer: gets an end and a pad token where it lacks them (`srpo.rollout.special_tokens`).
-        rows: ``input_ids``, and ``labels`` of the same length: -100 wherever the token is not the policy's.
+        rows: ``input_ids``, and ``labels`` of the same length: -100 wherever the token is not the policy's, or one of
+            ``soft``: (position, id, probability) of each id that may stand there, in rows of mean "rows".
         mean: how rows weigh, see above.
 
     Raises:
@@ -102,6 +135,7 @@ def sft(
         train_dataset=Dataset.from_list([dict(row) for row in rows]),
         processing_class=tokenizer,
         peft_config=peft_config,
+        data_collator=_Collator(tokenizer.pad_token_id) if mean == "rows" else None,
     )
     zero3 = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
     if zero3 or trainer.accelerator.distributed_type == "FSDP":

@@ -33,8 +33,9 @@ GROUP = "srpo.tasks"
 START = "start"
 """Folder of an output directory: the policy that RL started from. Also the name of its evaluation."""
 
-Ids = dict[str, list[int]]
-"""An episode to imitate: `input_ids`, and `labels` of the same length, -100 where a token is not the policy's."""
+Ids = dict[str, list[Any]]
+"""An episode to imitate: `input_ids`, `labels` of the same length, -100 where a token is not the policy's, and perhaps
+`soft`: distributions in place of labels (`srpo.sft.sft`)."""
 Item = TypeVar("Item")
 
 

@@ -101,6 +101,20 @@ class OneOf:
         shortest = min(paths, key=len)
         return list(shortest)
 
+    def targets(self, ids: Sequence[int], probabilities: Mapping[str, float]) -> list[tuple[int, int, float]]:
+        """Where `ids` choose an alternative: (position, id, probability) of each id that could follow there, if the
+        alternatives had these probabilities. Along a path that is drawn from them, the cross-entropies to these sum up
+        to that of the alternatives in expectation; where each is one token, exactly."""
+        found: list[tuple[int, int, float]] = []
+        begun = self.inside(ids)
+        place, node = begun or (0, "")
+        while isinstance(node, dict):
+            below = {i: sum(probabilities[name] for name in _names(child)) for i, child in node.items()}
+            if len(node) > 1:
+                found += [(place, i, mass / sum(below.values())) for i, mass in below.items()]
+            node, place = node[ids[place]], place + 1
+        return found
+
     def _state(self, ids: tuple[int, ...]) -> _State:
         if not ids:
             return _State()
@@ -208,6 +222,10 @@ def _forks(node: Node, path: tuple[int, ...] = ()) -> Iterator[tuple[tuple[int, 
 def _leaves(node: Node, path: tuple[int, ...] = ()) -> Iterator[tuple[tuple[int, ...], str]]:
     for i, below in node.items():
         yield from [((*path, i), below)] if isinstance(below, str) else _leaves(below, (*path, i))
+
+
+def _names(node: Node | str) -> set[str]:
+    return {node} if isinstance(node, str) else {name for _, name in _leaves(node)}
 
 
 def _products(tree: Node, steps: Mapping[tuple[int, ...], Mapping[int, float]]) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """The tiny model, its supervised start, and the evaluation of what comes out."""
 
+import math
 import random
 import re
 from pathlib import Path
@@ -19,7 +20,7 @@ from routers.language.prompts import policy_prompt
 from routers.tasks.query_routing.evaluate import evaluate_policy
 from routers.tasks.query_routing.router import routing
 from routers.tasks.query_routing.settings import QuerySettings
-from routers.tasks.query_routing.sft_rows import sft_turns
+from routers.tasks.query_routing.sft_rows import drawn, sft_turns, soft_labels
 from srpo.rollout.shared import load_checkpoint
 from srpo.scratch_lm import tiny_causal_lm, train_tokenizer
 from srpo.task import Share
@@ -57,9 +58,10 @@ def rows() -> list[dict[str, Any]]:
 
 
 def made_rows(queries: Any, correct: np.ndarray, rng: np.random.Generator, **how: Any) -> Any:
-    return sft_turns(
-        queries, correct, lambda query: policy_prompt(query["query"], MEMBERS), list(CATALOGUE), GRAMMAR, rng, **how
-    )
+    right = correct if correct.shape[1] == 3 else correct.T
+    utility = (right - 0.2 * np.array([1, 2, 3]) / 3).reshape(correct.shape)
+    prompt = lambda query: policy_prompt(query["query"], MEMBERS)  # noqa: E731
+    return sft_turns(queries, correct, utility, prompt, list(CATALOGUE), GRAMMAR, rng, **how)
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +140,17 @@ def test_the_chat_template(tokenizer: Any) -> None:
     assert whole == prompt + "Yo<|im_end|>\n"
 
 
+def test_a_members_name_is_one_token_where_it_is_a_word() -> None:
+    names = ["chat", "chat-4.1 pro", "a"]
+    tokenizer = train_tokenizer(["chats about a banana"], vocab_size=300, whole=[*TAGS, *names])
+    for name in names:
+        assert tokenizer.tokenize(f"<route>{name}</route>") == ["<route>", name, "</route>"]
+    text = "chats, a chat about a banana"
+    ids = tokenizer(text)["input_ids"]
+    assert tokenizer.decode(ids) == text
+    assert [token for token in tokenizer.convert_ids_to_tokens(ids) if token in names] == ["a", "chat", "a"]
+
+
 def test_the_vocabulary_must_hold_the_bytes() -> None:
     with pytest.raises(ValueError, match="too small"):
         train_tokenizer(["x"], vocab_size=259, whole=["<think>"])
@@ -165,40 +178,71 @@ def mark(prompt: list[dict[str, str]], demonstration: str | None, feedback: str 
     return [{**prompt[0], "content": f"{prompt[0]['content']}|{demonstration}|{feedback}"}]
 
 
-def test_targets_are_drawn_uniformly_among_the_right_members() -> None:
-    counts: dict[str, dict[str, int]] = {}
-    for seed in range(600):
-        made = made_rows(QUERIES, CORRECT, np.random.default_rng(seed))
-        assert [row["prompt"][0]["content"][-1] for row in made] == ["0", "1", "3"]  # nobody is right on query 2
-        for row in made:
+def test_soft_labels_by_hand() -> None:
+    """Two right members a tenth apart, e^(0.1 / T) : 1; nobody right, only cost differs; a fractional score."""
+    utility = np.array([[0.9, 0.8, -0.2], [-0.02, -0.2, -0.2], [0.5, 0.5, 0.5]])
+    e = math.e
+    first = np.array([1, e**-1, e**-11])
+    second = np.array([e**1.8, 1, 1])
+    expected = [first / first.sum(), second / second.sum(), [1 / 3] * 3]
+    np.testing.assert_allclose(soft_labels(utility, 0.1), expected, rtol=1e-9)
+    np.testing.assert_allclose(soft_labels(utility, 0.001)[0], [1, 0, 0], atol=1e-12)  # no overflow
+    assert soft_labels(utility, 10.0)[0].max() < 0.38, "a high temperature is uniform"
+
+
+def test_draws_have_their_probabilities_and_share_them_out() -> None:
+    probabilities = np.array([[0.5, 0.25, 0.25], [0.6, 0.3, 0.1]])
+    found = np.concatenate([drawn(probabilities, 4, np.random.default_rng(seed)) for seed in range(500)])
+    assert all(sorted(row) == [0, 0, 1, 2] for row in found[::2].tolist()), "2, 1 and 1 of 4, whatever the draw"
+    shares = np.bincount(found[1::2].ravel(), minlength=3) / 2000
+    np.testing.assert_allclose(shares, [0.6, 0.3, 0.1], atol=0.02)
+    assert drawn(np.array([[0.0, 1.0]]), 3, np.random.default_rng(0)).tolist() == [[1, 1, 1]]
+
+
+def test_targets_are_drawn_from_the_soft_labels_and_nobodys_queries_teach_what_is_cheap() -> None:
+    counts = np.zeros((4, 3))
+    for seed in range(500):
+        made = made_rows(QUERIES, CORRECT, np.random.default_rng(seed), draws=4)
+        assert [row["prompt"][0]["content"][-1] for row in made] == [str(i) for i in range(4) for _ in range(4)]
+        for i, row in enumerate(made):
             action = parse(row["completion"][0]["content"], list(CATALOGUE))
             assert action.think == "word sums"
-            per_query = counts.setdefault(row["prompt"][0]["content"][-1], {})
-            per_query[str(action.member)] = per_query.get(str(action.member), 0) + 1
-    assert counts["1"] == {"lookup": 600} and counts["3"] == {"chat": 600}  # half right is not right
-    assert counts["0"].keys() == {"chat", "calculator"} and 240 < counts["0"]["chat"] < 360
+            counts[i // 4, list(CATALOGUE).index(str(action.member))] += 1 / 2000
+    # Costs 1/15, 2/15 and 3/15 at T = 0.1: each step in price is a factor e^(2/3).
+    dear = math.e ** (-2 / 3)
+    assert counts[0] == pytest.approx([1 / (1 + dear), dear / (1 + dear), 0], abs=0.02)
+    assert counts[1] == pytest.approx([0, 0, 1], abs=0.01)
+    nobody = np.array([1, dear, dear**2]) / (1 + dear + dear**2)
+    assert list(made[8]["label"].values()) == pytest.approx(nobody)
+    assert counts[2] == pytest.approx(nobody, abs=0.02)
+    assert counts[3] == pytest.approx([1 / (1 + dear * math.e**-5), 0, 0], abs=0.02), "half right is worth half"
 
 
 def test_rows_are_reproducible_and_prompts_are_the_policys() -> None:
     made = [made_rows(QUERIES, CORRECT, np.random.default_rng(5), reprompt=mark) for _ in range(2)]
     assert made[0] == made[1]
     plain = made_rows(QUERIES, CORRECT, np.random.default_rng(5), reprompt=mark, reprompt_share=0.0)
-    assert [row["prompt"] for row in plain] == [policy_prompt(QUERIES[i]["query"], MEMBERS) for i in (0, 1, 3)]
+    assert [row["prompt"] for row in plain] == [policy_prompt(query["query"], MEMBERS) for query in QUERIES]
 
 
 def test_reprompted_rows_agree_with_what_they_show() -> None:
-    """A demonstration is the target itself; feedback is on a member that was not fully right, never the target."""
+    """A demonstration is the target itself, and right; feedback is on a member that was not fully right, never the
+    target. Where nobody is right there is nothing to demonstrate."""
     shown = {"demonstration": 0, "feedback": 0}
     for seed in range(200):
         for row in made_rows(QUERIES, CORRECT, np.random.default_rng(seed), reprompt=mark, reprompt_share=1.0):
-            prompt, demonstration, feedback = row["prompt"][0]["content"].split("|")
-            turn = row["completion"][0]["content"]
-            if feedback == "None":
-                assert demonstration == turn
+            prompt, *told = row["prompt"][0]["content"].split("|")
+            query, turn = int(prompt[-1]), row["completion"][0]["content"]
+            if not told:
+                assert query == 2
+            elif told[1] == "None":
+                assert told[0] == turn and query != 2
+                assert [name for name, p in row["label"].items() if p] == [parse(turn, list(CATALOGUE)).member]
                 shown["demonstration"] += 1
             else:
-                member = list(CATALOGUE).index(re.match(r"The route to (\w+) gave", feedback)[1])  # type: ignore[index]
-                assert demonstration == "None" and CORRECT[int(prompt[-1]), member] < 1
+                failed = re.match(r"The route to (\w+) gave", told[1])[1]  # type: ignore[index]
+                assert told[0] == "None" and CORRECT[query, list(CATALOGUE).index(failed)] < 1
+                assert failed != parse(turn, list(CATALOGUE)).member
                 shown["feedback"] += 1
     assert min(shown.values()) > 200
 

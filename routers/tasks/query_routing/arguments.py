@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from rewards.registry import check_rewards
-from srpo.ranges import Ranges, at_least, between, check_numbers
+from srpo.ranges import Ranges, above, at_least, between, check_numbers
 
 
 @dataclass
@@ -17,6 +17,7 @@ class QueryRoutingArguments:
         "cost_weight": between(0, 1, open_high=True),  # at 1 a cheap wrong answer could win
         "cost_weights": between(0, 1, open_high=True),
         "format_weight": at_least(0),
+        "sft_temperature": above(0),
     }
 
     table: str = field(
@@ -30,11 +31,26 @@ class QueryRoutingArguments:
     drop_incomplete: bool = field(
         default=False, metadata={"help": "Leave out queries of the table that lack a row of some member."}
     )
-    mask_routes: bool = field(
-        default=False,
+    mask_routes: bool | None = field(
+        default=None,
         metadata={
             "help": "Sample and score the route among the members' names only, so that none can be invented. "
-            "Evaluating and serving always do."
+            "Default: yes, but where vLLM or continuous batching sample, which cannot. Evaluating and serving always "
+            "do."
+        },
+    )
+    show_members: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Begin every prompt with the pool's names, prices and descriptors. Default: yes, but for a policy "
+            "made from nothing (tiny), which learns each name as a token of its own."
+        },
+    )
+    sft_temperature: float = field(
+        default=0.1,
+        metadata={
+            "help": "Members to imitate are drawn from softmax(utility / sft_temperature), utility = the reward of "
+            "asking that member; higher: a start that is less sharp."
         },
     )
     cost_weight: float = field(

@@ -36,6 +36,7 @@ class QuerySettings:
         "completion_tokens": at_least(1),
         "cost_weights": between(0, 1),
         "policy_price": at_least(0),
+        "query_chars": at_least(1),
     }
 
     members: tuple[Member, ...]
@@ -48,6 +49,10 @@ class QuerySettings:
     """Price sensitivities that prompts of the training stated, one each; empty: prompts state none."""
     policy_price: tuple[float, float] = (0.0, 0.0)
     """USD per million tokens that the policy reads and writes."""
+    show_members: bool = True
+    """Whether prompts list the pool."""
+    query_chars: int | None = None
+    """A longer query is shown by its beginning and its end, so many characters together; None: always whole."""
     typical: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     """Mean tokens of a member's prompt and reply in the training data."""
     typical_usd: Mapping[str, float] = field(default_factory=dict)
@@ -78,7 +83,11 @@ class QuerySettings:
     ) -> Messages:
         """The policy's prompt; `members`: None for the pool of the training; `clean` breaks its control tokens."""
         chosen = self.members if members is None else members
-        return policy_prompt(query, chosen, self.grammar, cost_weight=cost_weight, clean=clean)
+        if self.query_chars is not None and len(query) > self.query_chars:
+            half = self.query_chars // 2
+            query = f"{query[:half]} ... {query[-half:]}"
+        how: Any = {"cost_weight": cost_weight, "clean": clean, "show_members": self.show_members}
+        return policy_prompt(query, chosen, self.grammar, **how)
 
     def mask(self, tokenizer: Any, members: Sequence[Member] | None = None) -> OneOf:
         """Which ids may follow in a turn, so that its route names a member: for sampling, and for scoring samples.

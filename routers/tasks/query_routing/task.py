@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,10 +12,11 @@ import numpy as np
 from rewards.registry import Facts, make_rewards
 from routers.data.table import ReplyTable, check_split, replies_of, spread
 from routers.evaluation.episodes import Episodes, RewardRule
-from routers.language.grammar import Grammar, render
+from routers.language.grammar import Grammar
 from routers.language.prompts import COST_WEIGHT, Clean, Messages, family_phrase, price, weighed
 from routers.tasks.query_routing.arguments import QueryRoutingArguments
 from routers.tasks.query_routing.settings import QuerySettings
+from srpo.policy_name import FROM_NOTHING
 from srpo.run.derived import source
 from srpo.run.steps import check_rows_of_a_batch
 from srpo.task import Corpus, Ids, RunArguments, Share
@@ -25,6 +27,11 @@ if TYPE_CHECKING:
 
     from srpo.config import SRPOConfig
 
+THOUGHT = "question"
+"""The reasoning of a policy made from nothing, which has nothing to say: part of one token (`QueryRouting.corpus`)."""
+QUERY_CHARS = 600
+"""What such a policy is shown of a query (`QuerySettings.query_chars`)."""
+
 
 class QueryRouting:
     """`srpo.task.Task` for recorded replies."""
@@ -32,12 +39,19 @@ class QueryRouting:
     Arguments = QueryRoutingArguments
     episodes = Episodes
     correctness = None
-    sft_options: Mapping[str, Any] = {}
 
     def __init__(self, arguments: QueryRoutingArguments, run: RunArguments, config: SRPOConfig):
         self.arguments, self.run, self.config = arguments, run, config
         self.grammar = Grammar()
         self.table: ReplyTable
+        self.made_here = run.model_name_or_path in FROM_NOTHING
+        # Every pass of the start has labels of its own.
+        self.sft_draws = max(1, math.ceil(run.sft_epochs))
+        self.sft_options: Mapping[str, Any] = {
+            "mean": "rows",
+            "num_train_epochs": run.sft_epochs / self.sft_draws,
+            "train_sampling_strategy": "group_by_length",
+        }
 
     def load(self, notes: Path) -> None:
         task = self.arguments
@@ -60,21 +74,22 @@ class QueryRouting:
             chat_template_kwargs=self.config.chat_template_kwargs or {},
             cost_weights=tuple(task.cost_weights or ()),
             policy_price=(self.run.policy_price_in, self.run.policy_price_out),
+            show_members=not self.made_here if task.show_members is None else task.show_members,
+            query_chars=QUERY_CHARS if self.made_here else None,
         ).seen_in(self.table)
 
     def corpus(self) -> Corpus:
-        """Prompts and turns on the training queries, and the templates of the self-teacher."""
-        args, members = self.config, self.settings.members
-        queries = self.table.queries("train")
-        texts = [self._prompt(row)[0]["content"] for row in queries]
-        thoughts = [str(row["family"] or family_phrase(row)) for row in queries]
-        texts += [render(thought, name, self.grammar) for thought in thoughts for name in self.table.members]
+        """Prompts of the training queries, and the templates of the self-teacher. A turn is four tokens: its frame, a
+        member's name, the closing tag and the end."""
+        args, members, grammar = self.config, self.settings.members, self.grammar
+        texts = [self._prompt(row)[0]["content"] for row in self.table.queries("train")]
         texts += [args.reprompt_template, args.solution_template, args.feedback_template]
-        names, pair = (self.grammar.think, self.grammar.route), (self.grammar.open, self.grammar.close)
+        names, pair = (grammar.think, grammar.route), (grammar.open, grammar.close)
         tags = [tag(name) for name in names for tag in pair]
+        frame = f"{grammar.open(names[0])}{THOUGHT}{grammar.close(names[0])}{grammar.open(names[1])}"
         # Digits are tokens of their own, so the prices would be a fifth of every prompt.
         prices = sorted({price(member) for member in members if member.priced})
-        return Corpus(texts, [*tags, *prices])
+        return Corpus(texts, [frame, *tags, *prices, *self.table.members])
 
     def rows(self, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
         from srpo.rollout.untrusted import without_control_tokens
@@ -89,14 +104,16 @@ class QueryRouting:
     def made_from(self) -> tuple[dict[str, Any], dict[str, Any]]:
         task = self.arguments
         start = {"table": source(task.table), "catalogue": source(task.catalogue)}
-        start |= {name: getattr(task, name) for name in ("drop_incomplete", "cost_weights")}
-        return start, {"cost_weight": task.cost_weight, "format_weight": task.format_weight, "rewards": task.rewards}
+        names = "drop_incomplete cost_weight cost_weights rewards show_members sft_temperature"
+        start |= {name: getattr(task, name) for name in names.split()}
+        start["success_reward_threshold"] = self.config.success_reward_threshold
+        return start, {"format_weight": task.format_weight}
 
     def prepare(self, output: Path, rows: list[Row]) -> list[Row]:
         return rows
 
     def sft_rows(self, tokenizer: PreTrainedTokenizerBase, ends: Sequence[int]) -> list[Ids]:
-        from routers.tasks.query_routing.sft_rows import sft_turns
+        from routers.tasks.query_routing.sft_rows import sft_turns, with_soft_label
         from srpo.rollout.untrusted import without_control_tokens
         from srpo.sft import encode_turn
         from srpo.teacher.prompt import Templates, reprompt
@@ -104,16 +121,30 @@ class QueryRouting:
         args, clean = self.config, without_control_tokens(tokenizer)
         templates = Templates(args.reprompt_template, args.solution_template, args.feedback_template)
         some = spread(len(self.queries), self.run.sft_limit)
+        rows = [weighed(self.queries[i], self.settings.cost_weights) for i in some]
+        places = self.chosen[some]
+        correct, usd = self.table.correct_matrix("train")[places], self.table.cost_matrix("train")[places]
+        rules = [self._rule(row.get(COST_WEIGHT)) for row in rows]
+        utility = np.stack([rule(*outcome) for rule, *outcome in zip(rules, correct, usd, strict=True)])
         turns = sft_turns(
-            [weighed(self.queries[i], self.settings.cost_weights) for i in some],
-            self.table.correct_matrix("train")[self.chosen][some],
+            rows,
+            correct,
+            utility,
             lambda row: self._prompt(row, clean),
             self.table.members,
             self.grammar,
             np.random.default_rng(args.seed),
+            temperature=self.arguments.sft_temperature,
+            draws=self.sft_draws,
+            success=args.success_reward_threshold,
+            think=(lambda row: THOUGHT) if self.made_here else family_phrase,
             reprompt=lambda prompt, demonstration, feedback: reprompt(prompt, demonstration, feedback, templates),
         )
-        return [encode_turn(turn, tokenizer, ends, args.chat_template_kwargs) for turn in turns]
+        mask = self.settings.mask(tokenizer)
+        return [
+            with_soft_label(encode_turn(turn, tokenizer, ends, args.chat_template_kwargs), mask, turn["label"])
+            for turn in turns
+        ]
 
     def plan(self) -> tuple[int, list[str]]:
         return len(self.queries), [f"{len(self.table.members)} members by recorded replies: no calls"]
@@ -130,7 +161,10 @@ class QueryRouting:
         return None
 
     def allowed_tokens(self, tokenizer: PreTrainedTokenizerBase) -> Any:
-        return self.settings.mask(tokenizer) if self.arguments.mask_routes else None
+        mask, config = self.arguments.mask_routes, self.config
+        if mask is None:
+            mask = not (config.use_vllm or config.use_transformers_continuous_batching)
+        return self.settings.mask(tokenizer) if mask else None
 
     def rewards(self) -> tuple[list[Any], list[float]]:
         facts = Facts(self.table.max_cost, per_prompt=self.arguments.cost_weights is not None)
