@@ -99,7 +99,10 @@ class Member:
 
     @property
     def token_prices(self) -> str:
-        """What prompts show, ``$0.1/0.4``: USD per million tokens, in and out; empty where there are none."""
+        """What prompts show, ``$0.1/0.4``: USD per million tokens, in and out; ``$0.01/call`` where only calls cost;
+        empty where there are none."""
+        if self.free_tokens and self.price_request:
+            return f"${self.price_request:g}/call"
         return f"${self.price_in:g}/{self.price_out:g}" if self.priced else ""
 
 
@@ -109,7 +112,7 @@ def describe(member: Member) -> str:
     Router-R1 claims that these are what lets a policy route to members that it never saw, but leaves them out of its
     shipped prompts. Tasks stand in alphabetical order, so that a catalogue's line order changes no prompt.
     """
-    facts = [f"{member.token_prices} per 1M tokens"] if member.priced else []
+    facts = [f"{member.token_prices} per 1M tokens"] if member.priced and "/call" not in member.token_prices else []
     if member.price_request:
         facts.append(f"${member.price_request:g} per call")
     if member.latency is not None:

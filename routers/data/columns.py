@@ -17,15 +17,16 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from routers.data import billing
 from routers.data.catalogue import Member
 from routers.data.cells import HELDOUT_SPLITS
+from routers.data.distinct import distinct, first_of
 from routers.data.files import BadRow, Chunk
 from routers.data.table_rows import (
     DEFAULTS,
     FIELDS,
+    NUMBERS,
     REQUIRED,
     TOKENS,
     UPPER,
@@ -37,12 +38,11 @@ from routers.data.table_rows import (
     read_cell,
     split_of,
 )
+from routers.data.wide import Layout, fields_of, layout, long, unused
 from srpo.quarantine import EXCERPT
 
 TEXTS = ("query_id", "query", "family", "split", "gold", "member")
 SPLITS = ("train", "heldout")
-NUMBERS = ("correct", "cost", "seconds", *TOKENS)
-_SEPARATOR = "\x1f"
 _Bad = tuple[int, str, str, str]
 """Number of a row, reason, detail, content."""
 
@@ -130,43 +130,6 @@ def _write(path: Path, tables: Iterable[pa.Table]) -> None:
 
 def _mapped(path: Path) -> pa.Table:
     return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-
-
-def distinct(column: Any) -> tuple[np.ndarray, list[Any]]:
-    """The distinct cells of a column: ``[rows]`` places in a list of them, and that list."""
-    if isinstance(column, pa.Array) and (keys := _keys(column)) is not None:
-        codes = keys.dictionary_encode(null_encoding="encode").indices.to_numpy()
-        return codes, column.take(pa.array(_first(codes, int(codes.max(initial=-1)) + 1))).to_pylist()
-    cells = column.to_pylist() if isinstance(column, pa.Array) else column
-    seen: dict[Any, int] = {}
-    found = [seen.setdefault(one if type(one) is str else (type(one), _shape(one)), len(seen)) for one in cells]
-    codes = np.array(found, dtype=np.int32)
-    return codes, [cells[i] for i in _first(codes, len(seen))]
-
-
-def _shape(cell: Any) -> str:
-    return repr(cell.tolist() if hasattr(cell, "tolist") else cell)  # numpy shortens long arrays
-
-
-def _keys(column: pa.Array) -> pa.Array | None:
-    """What is equal where the cells are, and can be told apart by arrow; None: nothing of the kind."""
-    kind = column.type
-    if pa.types.is_dictionary(kind):
-        return column.dictionary_decode()
-    if (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and pa.types.is_string(kind.value_type):
-        texts = column.flatten()
-        if texts.null_count or pc.any(pc.match_substring(texts, _SEPARATOR)).as_py():
-            return None
-        lengths = pc.list_value_length(column).cast(pa.string())  # [] is not [""]
-        return pc.binary_join_element_wise(lengths, pc.binary_join(column, _SEPARATOR), _SEPARATOR)
-    return None if pa.types.is_nested(kind) else column
-
-
-def _first(codes: np.ndarray, count: int) -> np.ndarray:
-    """Where each code stands first; -1: nowhere."""
-    first = np.full(count, -1, dtype=np.int64)
-    first[codes[::-1]] = np.arange(len(codes))[::-1]
-    return first
 
 
 def _text_codes(name: str, column: Any, known: dict[Any, int]) -> np.ndarray:
@@ -268,6 +231,8 @@ class _Reader:
         self.priced = np.array([*(member.priced for member in members), False])  # the last: of who is not in it
         self.free = np.array([*(member.free_tokens for member in members), False])
         self.found: dict[str, None] = {}
+        self.unused: dict[str, None] = {}
+        self.wide: Layout | None = None
         kinds = {**dict.fromkeys((*TEXTS, *TOKENS), np.int32), "number": np.int64, "reply_row": np.int64}
         self.parts = {name: [np.empty(0, kinds.get(name))] for name in (*TEXTS, *NUMBERS, "number", "reply_row")}
         self.bad: list[_Bad] = []
@@ -278,7 +243,8 @@ class _Reader:
     def add_bad(self, number: int, problem: BadCell, raw: Any) -> None:
         content = raw.content if isinstance(raw, BadRow) else raw
         text = content if isinstance(content, str) else repr(content)
-        self.bad.append((int(number), problem.reason, problem.detail, text[:EXCERPT]))
+        whose = f"member {raw['member']!r}: " if self.wide and isinstance(raw, Mapping) else ""
+        self.bad.append((int(number), problem.reason, whose + problem.detail, text[:EXCERPT]))
         query_id = query_id_of(raw)
         self.anonymous += query_id is None
         self.touched.add(query_id or "")
@@ -294,15 +260,24 @@ class _Reader:
 
     def read(self, chunks: Iterable[Chunk]) -> Iterator[pa.Table]:
         """The replies of each chunk that has any."""
-        for chunk in chunks:
-            self.total += len(chunk.numbers) + len(chunk.bad)
-            self.found |= dict.fromkeys(chunk.columns)
+        for number, chunk in enumerate(chunks):
+            if not number:
+                self.wide = layout(chunk.columns, self.catalogue, self.source)
+            if self.wide:
+                self.unused |= dict.fromkeys(unused(chunk.columns, self.wide))
+            self.found |= dict.fromkeys(fields_of(chunk.columns, self.wide) if self.wide else chunk.columns)
             if chunk.rows is None:  # its columns are those of the whole file
-                check_columns(self.found, self.catalogue, self.source)
-            for number, raw in chunk.bad:
-                self.judge(number, raw, FIELDS)
-            if len(chunk.numbers):
-                yield from self.read_chunk(chunk)
+                self.check_columns()
+            for part in long(chunk, self.wide) if self.wide else (chunk,):
+                self.total += len(part.numbers) + len(part.bad)
+                for row in part.bad:
+                    self.judge(*row, FIELDS)
+                if len(part.numbers):
+                    yield from self.read_chunk(part)
+
+    def check_columns(self) -> list[str]:
+        members = {name: self.catalogue[name] for name in self.wide or self.catalogue}
+        return [*check_columns(self.found, members, self.source), *self.unused]
 
     def read_chunk(self, chunk: Chunk) -> Iterator[pa.Table]:
         count, columns = len(chunk.numbers), chunk.columns
@@ -348,8 +323,8 @@ class _Reader:
     def columns(self, replies: pa.Table | None) -> Columns:
         if not self.total:
             raise ValueError(f"{self.source}: the table has no rows")
-        unused = check_columns(self.found, self.catalogue, self.source) if self.found else []
-        warnings = [f"columns that are not used: {', '.join(unused)}"] if unused else []
+        not_used = self.check_columns() if self.found else []
+        warnings = [f"columns that are not used: {', '.join(not_used)}"] if not_used else []
         if len(merged := sorted(self.split_names & HELDOUT_SPLITS)) > 1:
             warnings.append(f"the splits {' and '.join(merged)} are held out together, as one")
         rows = {name: np.concatenate(parts) for name, parts in self.parts.items()}
@@ -397,7 +372,7 @@ class _Reader:
     def cells_of(self, rows: Mapping[str, np.ndarray], present: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(the first row of each query, the row of each query and member, -1: none). Rows that contradict the first of
         their query, or repeat one, are bad."""
-        first = _first(rows["query_id"], len(self.said["query_id"]))
+        first = first_of(rows["query_id"], len(self.said["query_id"]))
         ids = np.flatnonzero(first >= 0)
         ids = ids[np.argsort(first[ids])]
         place = np.zeros(len(first), dtype=np.int64)
@@ -406,7 +381,7 @@ class _Reader:
         good = np.logical_and.reduce(list(same.values()))
         pair = place[rows["query_id"]] * len(present) + np.searchsorted(present, rows["member"])
         usable = np.flatnonzero(good)
-        at = _first(pair[usable], len(ids) * len(present))
+        at = first_of(pair[usable], len(ids) * len(present))
         at[at >= 0] = usable[at[at >= 0]]
 
         def problem(i: int) -> BadCell:

@@ -84,7 +84,8 @@ class Chunk:
         """The cells of a row."""
         if self.rows is not None:
             return self.rows[i]
-        return {name: column[i].as_py() for name, column in self.columns.items()}
+        cells = {name: column[i] for name, column in self.columns.items()}
+        return {name: cell.as_py() if hasattr(cell, "as_py") else cell for name, cell in cells.items()}
 
 
 def chunks_of(rows: Iterable[Row]) -> Iterator[Chunk]:

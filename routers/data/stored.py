@@ -16,7 +16,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from routers.data import billing, catalogue, cells, columns, files, table_rows
+from routers.data import billing, catalogue, cells, columns, distinct, files, table_rows, wide
 from routers.data.catalogue import Member
 from routers.data.columns import Columns, check
 from routers.data.files import files_of, read_chunks
@@ -69,8 +69,8 @@ def _store(found: Sequence[Path], members: Mapping[str, Member], source: str, fo
 
 def _key(found: Sequence[Path], members: Mapping[str, Member]) -> str:
     digest = hashlib.blake2b(repr(members).encode(), digest_size=16)
-    rules = [Path(str(module.__file__)) for module in (billing, catalogue, cells, columns, files, table_rows)]
-    for path in (*rules, *found):
+    modules = (billing, catalogue, cells, columns, distinct, files, table_rows, wide)
+    for path in (*(Path(str(module.__file__)) for module in modules), *found):
         with path.open("rb") as file:
             digest.update(f"{path.name}{hashlib.file_digest(file, 'blake2b').hexdigest()}".encode())
     return digest.hexdigest()

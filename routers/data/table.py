@@ -1,20 +1,22 @@
 """A table of recorded replies: what each pool member answered to each query, and what it cost.
 
 One row per (query, member). Required columns: ``query_id, query, member, correct``, and ``prompt_tokens`` and
-``completion_tokens`` unless every reply has a cost or is free. Optional: ``reply`` (a table without it trains a
-router, but nothing that reads replies), ``family`` (default ""), ``split`` ("train" or "heldout"; test, validation,
+``completion_tokens`` unless every reply has a cost or a price per call. Optional: ``reply`` (a table without it trains
+a router, but nothing that reads replies), ``family`` (default ""), ``split`` ("train" or "heldout"; test, validation,
 val, dev and eval are held out; default: ``split_of``), ``gold`` (accepted answers: a list or one; default empty),
 ``seconds`` (default 0.0), ``cost`` (USD of the reply as its source states it, as RouterBench publishes; without it the
-catalogue's prices count). Values may be written as files of any format hold them (``routers.data.cells``).
+catalogue's prices count). A table without a column ``member`` may be wide: one row per query, one column per member
+(``routers.data.wide``). Values may be written as files of any format hold them (``routers.data.cells``).
 
 A table that loads is complete and consistent: every query has exactly one reply of every member, and no query text
-stands in both splits. Bad rows are left out with their reasons, and their queries with them; too many are an error.
+stands twice. Bad rows are left out with their reasons, and their queries with them; too many are an error. Of queries
+with one text (``normalise_query``) in one split the first complete one stays, and the others are named in a warning.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
@@ -112,8 +114,8 @@ class ReplyTable:
             )  # fmt: skip
         if repeated:
             logger.warning(
-                "%s: %d queries are left out, because an earlier one of their split has the same text: %s", source,
-                len(repeated), ", ".join(f"{i!r} ({other!r})" for i, other in [*repeated.items()][:_SHOWN]),
+                "%s: left out, because an earlier query of their split has the same text: %d, such as %s", source,
+                len(repeated), ", ".join(f"{i!r} (of {other!r})" for i, other in [*repeated.items()][:_SHOWN]),
             )  # fmt: skip
         self._columns = columns
         self.members: list[str] = columns.members
@@ -195,7 +197,7 @@ class ReplyTable:
 
 
 def load_table(
-    source: str | Path,
+    source: str | Path | Sequence[str | Path],
     catalogue: str | Path | Mapping[str, Member] | None = None,
     *,
     max_bad_share: float = MAX_BAD_SHARE,
@@ -206,10 +208,10 @@ def load_table(
 
     Args:
         source: a ``.parquet``, ``.jsonl``, ``.json``, ``.csv`` or ``.tsv`` file (packed or not;
-        ``routers.data.files``), a
-            folder of them, or a Hub id such as ``"user/replies"``, of which all splits are read: the ``split`` column
-            decides, else the Hub's own where there are several. What exists here is never looked for on the Hub.
-        catalogue: prices, as a YAML file or loaded. ``None`` reads ``catalogue.yaml`` beside the file, or in
+            ``routers.data.files``), a folder of them, several of these as one table, or a Hub id such as
+            ``"user/replies"``, of which all splits are read: the ``split`` column decides, else the Hub's own where
+            there are several. What exists here is never looked for on the Hub.
+        catalogue: prices, as a YAML file or loaded. ``None`` reads ``catalogue.yaml`` beside the (first) file, or in
             the folder.
         max_bad_share, drop_incomplete, quarantine_path: see ``ReplyTable``.
 
@@ -217,22 +219,25 @@ def load_table(
         FileNotFoundError: no such file, or nothing on the Hub.
         ValueError: bad rows or a missing catalogue; see ``ReplyTable``.
     """
-    path = Path(source).expanduser()
-    local = names_a_file(source)
-    if local and not path.exists():
-        raise FileNotFoundError(f"{source}: no such table")
+    sources = [source] if isinstance(source, (str, Path)) else list(source)
+    if not sources:
+        raise ValueError("give the files of the table")
+    paths, name = [Path(each).expanduser() for each in sources], ", ".join(map(str, sources))
+    local = names_a_file(sources[0]) or len(sources) > 1
+    if missing := [each for each, path in zip(sources, paths, strict=True) if local and not path.exists()]:
+        raise FileNotFoundError(f"{missing[0]}: no such table")
     if isinstance(catalogue, Mapping):
         prices = catalogue
     else:
-        own = path / "catalogue.yaml"  # in a folder of files
-        beside = own if own.is_file() else path.with_name("catalogue.yaml")
+        own = paths[0] / "catalogue.yaml"  # in a folder of files
+        beside = own if own.is_file() else paths[0].with_name("catalogue.yaml")
         if catalogue is None and not (local and beside.is_file()):
-            raise ValueError(f"{source}: no prices; pass catalogue=... or put a catalogue.yaml beside the table")
+            raise ValueError(f"{name}: no prices; pass catalogue=... or put a catalogue.yaml beside the table")
         prices = load_catalogue(beside if catalogue is None else catalogue)
     return ReplyTable(
-        columns_of([path], prices, str(source)) if local else _hub_rows(str(source)),
+        columns_of(paths, prices, name) if local else _hub_rows(name),
         prices,
-        source=str(source),
+        source=name,
         max_bad_share=max_bad_share,
         drop_incomplete=drop_incomplete,
         quarantine_path=quarantine_path,

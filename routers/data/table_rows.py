@@ -57,6 +57,7 @@ _READERS: dict[str, Callable[[Any], Any]] = {
     "cost": partial(cells.number, upper=HIGHEST_USD),
 }
 FIELDS = tuple(_READERS)
+NUMBERS = tuple(UPPER)
 _NEEDED = (*REQUIRED, "reply")
 """Columns whose cells must hold something where the column is there."""
 DEFAULTS: dict[str, Any] = {
@@ -81,6 +82,12 @@ def check_columns(found: Collection[str], catalogue: Mapping[str, Member], sourc
         named = (
             f"column{'s' * (len(missing) > 1)} {', '.join(map(repr, missing))} {'are' if len(missing) > 1 else 'is'}"
         )
+        if "member" in missing:
+            known = ", ".join(list(catalogue)[:5])
+            hint += f"; or give one row per query and one column of scores per member of the catalogue ({known}, ...)"
+        if set(missing) <= set(TOKENS):
+            per_call = "members with a price per call (price_in: 0, price_out: 0, price_request: USD)"
+            hint += f"; without tokens give a column cost, or {per_call}"
         raise ValueError(f"{source}: {named} missing; there are {', '.join(map(str, found))}{hint}")
     return unused
 
