@@ -27,6 +27,7 @@ import numpy as np
 
 from routers.data.catalogue import Member, load_catalogue
 from routers.data.columns import SPLITS, Columns, check
+from routers.data.converters import refuse_training
 from routers.data.files import Row, chunks_of, names_a_file
 from routers.data.stored import columns_of
 from routers.data.table_rows import incomplete_message
@@ -256,6 +257,7 @@ def replies_of(
     """Recorded replies: `quickstart`, or a table of the user's own, whose bad rows are written into `folder`."""
     if table == "quickstart":
         return quickstart_table()
+    refuse_training(table)
     return load_table(
         table,
         catalogue,

@@ -14,6 +14,7 @@ the choice is made here, once:
 from __future__ import annotations
 
 import importlib
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +22,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from routers.data.converters.build import Converted
 
+EVALUATION_ONLY = b"srpo.evaluation_only"
+"""Key in a parquet file's metadata: the name of a set that must not be trained on."""
 _PICKLES = (".pkl", ".pickle", ".pt")
 
 
@@ -38,6 +41,7 @@ class PublishedSet:
     evaluation_only: bool = False
 
 
+_UNPRICED = "none: all members are free, until you write price_in and price_out into catalogue.yaml"
 _GITHUB, _HUB = "github.com/", "huggingface.co/datasets/"
 SETS: dict[str, PublishedSet] = {
     "routellm_mmlu": PublishedSet(
@@ -67,6 +71,39 @@ SETS: dict[str, PublishedSet] = {
     "xroutebench": PublishedSet(
         "ulab:xroutebench", f"{_HUB}ulab-ai/xRouteBench", "none stated",
         "18 models, 7 sets, replies, tokens, split, prices", "nothing", "the set's price list",
+    ),
+    "routerbench": PublishedSet(
+        "wide:routerbench", f"{_HUB}withmartian/routerbench", "none stated (code MIT)",
+        "11 models of 2023, replies, USD per call", "split, tokens (estimated)", "USD per call",
+    ),
+    "llmrouterbench": PublishedSet(
+        "llmrouterbench:llmrouterbench", f"{_HUB}NPULH/LLMRouterBench", "MIT (code)",
+        "33 models in two pools, 21 datasets, replies, tokens, USD per call", "split", "USD per call",
+    ),
+    "embedllm": PublishedSet(
+        "matrix:embedllm", f"{_HUB}RZ412/EmbedLLM", "Apache-2.0",
+        "112 models, right or wrong, split", "replies, tokens, prices", _UNPRICED,
+    ),
+    "routereval": PublishedSet(
+        "matrix:routereval", f"{_HUB}linggm/RouterEval", "MIT",
+        "pools of 3 to 1,000 models, scores, split", "replies, tokens, prices (a pickle: save it as JSON)", _UNPRICED,
+    ),
+    "sprout": PublishedSet(
+        "wide:sprout", f"{_HUB}CARROT-LLM-Routing/SPROUT", "none stated",
+        "13 models, judged scores, tokens, split", "nothing", "those of the authors' code (somerstep/CARROT)",
+    ),
+    "routerarena": PublishedSet(
+        "routerarena:routerarena", f"{_GITHUB}RouteWorks/RouterArena", "Apache-2.0",
+        "the models that submitted routers asked, replies, USD per call", "models that all queries have",
+        "USD per call", evaluation_only=True,
+    ),
+    "bfcl": PublishedSet(
+        "bfcl:bfcl", f"{_GITHUB}ShishirPatil/gorilla (pip install bfcl-eval)", "Apache-2.0",
+        "your own models' result and score folders, tokens, seconds", "split, prices", _UNPRICED,
+    ),
+    "wide": PublishedSet(
+        "wide:wide", "any table with columns NAME and NAME|cost per model", "yours",
+        "scores and USD per call", "what it has no column for", "USD per call",
     ),
 }  # fmt: skip
 
@@ -102,3 +139,21 @@ def convert(name: str, source: str | Path, members: list[str] | None = None) -> 
         told = f"{error.filename}: {error.strerror}"
         raise FileNotFoundError(f"{told}; download {name} from {found.source}") from error
     return table.finish(members, found.evaluation_only)
+
+
+def refuse_training(table: str | Path) -> None:
+    """ValueError for a table that was converted from a set which is for evaluation only."""
+    path = Path(table).expanduser()
+    if path.suffix != ".parquet" or not path.is_file():
+        return
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    metadata = None
+    with suppress(pa.ArrowException):  # its reader says what is wrong with it
+        metadata = pq.read_schema(path).metadata
+    if name := (metadata or {}).get(EVALUATION_ONLY, b"").decode():
+        raise ValueError(
+            f"{table}: {name} is for evaluation only, and nothing is trained on it: train on another table, and let "
+            "the set's own rules judge the router (srpo export)"
+        )

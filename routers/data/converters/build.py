@@ -24,14 +24,13 @@ import yaml
 
 from routers.data import cells
 from routers.data.catalogue import Member
+from routers.data.converters import EVALUATION_ONLY
 from routers.data.files import BadRow, Row, format_of, read_rows
 from routers.data.table import ReplyTable, normalise_query, split_of
 from srpo.quarantine import Quarantine
 
 CHARS_PER_TOKEN = 4
 UNKNOWN_REPLY_TOKENS = 128
-EVALUATION_ONLY = b"srpo.evaluation_only"
-"""Key in a parquet file's metadata: the set that must not be trained on."""
 _AT_ONCE = 64 << 20
 """Bytes; larger files are read row by row."""
 _BATCH = 20_000
@@ -185,11 +184,11 @@ class TableBuilder:
 
         Args:
             values: `reply` (None: it was not published), `prompt_tokens` and `completion_tokens` (estimated where
-                absent), `seconds`, `cost` (USD).
+                absent), `seconds`, `cost` (USD; not None where it is given: then a price is needed).
         """
         if number is None:
             return
-        row = {"correct": correct, **{name: value for name, value in values.items() if not cells.missing(value)}}
+        row = {"correct": correct, **{name: v for name, v in values.items() if name == "cost" or not cells.missing(v)}}
         for name, value in row.items():
             try:
                 row[name] = _READERS[name](value)
