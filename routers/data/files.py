@@ -110,9 +110,9 @@ def read_chunks(*paths: str | Path) -> Iterator[Chunk]:
         if format_of(file) == ".parquet":
             chunks = _parquet_chunks(file, count)
         elif len(files) > 1:
-            chunks = chunks_of(Row(number, row.value) for number, row in enumerate(_rows_of(file), start=count + 1))
+            chunks = chunks_of(Row(number, row.value) for number, row in enumerate(rows_of(file), start=count + 1))
         else:
-            chunks = chunks_of(_rows_of(file))
+            chunks = chunks_of(rows_of(file))
         for chunk in chunks:
             count += len(chunk.numbers) + len(chunk.bad)
             yield chunk
@@ -130,8 +130,8 @@ def read_rows(path: str | Path) -> list[Row]:
     """
     files = files_of(path)
     if files == [Path(path).expanduser()]:
-        return list(_rows_of(files[0]))
-    return [Row(number, row.value) for number, row in enumerate((row for f in files for row in _rows_of(f)), start=1)]
+        return list(rows_of(files[0]))
+    return [Row(number, row.value) for number, row in enumerate((row for f in files for row in rows_of(f)), start=1)]
 
 
 def files_of(path: str | Path) -> list[Path]:
@@ -154,7 +154,8 @@ def files_of(path: str | Path) -> list[Path]:
     return [path]
 
 
-def _rows_of(path: Path) -> Iterator[Row]:
+def rows_of(path: Path) -> Iterator[Row]:
+    """The rows of one file, one after the other; parquet is never in memory as a whole."""
     kind = format_of(path)
     if kind == ".parquet":
         for chunk in _parquet_chunks(path, 0):

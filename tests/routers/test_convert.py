@@ -146,7 +146,9 @@ def test_the_pool_is_the_one_that_keeps_most_replies_or_the_one_asked_for():
         pools = ["ab"] * 5 + ["abcd"] * 3 + ["cdef"] * 2  # ab: 8 queries, 16 replies; abcd: 12; cdef: 8
         for number, pool in enumerate(pools):
             for member in pool:
-                table.reply(table.query(f"text {number}", key=number), member, 1, cost=0.5 if member in "cd" else None)
+                table.reply(
+                    table.query(f"text {number}", key=number), member, 1, **({"cost": 0.5} if member in "cd" else {})
+                )
         return table
 
     converted = built().finish()

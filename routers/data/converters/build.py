@@ -24,15 +24,16 @@ import yaml
 
 from routers.data import cells
 from routers.data.catalogue import Member
+from routers.data.columns import check
 from routers.data.converters import EVALUATION_ONLY
-from routers.data.files import BadRow, Row, format_of, read_rows
+from routers.data.files import BadRow, Chunk, Row, files_of, rows_of
 from routers.data.table import ReplyTable, normalise_query, split_of
 from srpo.quarantine import Quarantine
 
 CHARS_PER_TOKEN = 4
 UNKNOWN_REPLY_TOKENS = 128
 _AT_ONCE = 64 << 20
-"""Bytes; larger files are read row by row."""
+"""Bytes; larger files of text are read row by row, and only as their suffix says."""
 _BATCH = 20_000
 _READERS = {
     "correct": lambda value: cells.number(value, 1.0, truth=True),
@@ -69,17 +70,15 @@ def find(source: Path, *patterns: str) -> list[Path]:
 
 
 def entries(path: Path) -> Iterator[Row]:
-    """The rows of a file as `read_rows` has them; those of large files are never all in memory."""
-    kind, large = format_of(path), path.stat().st_size > _AT_ONCE
-    if not large or path.suffix.lower() in (".gz", ".xz", ".bz2") or kind == ".json":
-        yield from read_rows(path)
-    elif kind == ".parquet":
-        batches = pq.ParquetFile(path).iter_batches(1000)
-        yield from (Row(n, row) for n, row in enumerate((row for batch in batches for row in batch.to_pylist()), 1))
-    elif kind in (".csv", ".tsv"):
+    """The rows of a file as `routers.data.files` has them; large ones of text are never in memory as a whole."""
+    suffix = path.suffix.lower()
+    if path.stat().st_size <= _AT_ONCE or suffix not in (".csv", ".tsv", ".jsonl"):
+        for one in files_of(path):
+            yield from rows_of(one)
+    elif suffix != ".jsonl":
         csv.field_size_limit(sys.maxsize)
         with path.open(encoding="utf-8-sig", newline="") as file:
-            for number, row in enumerate(csv.DictReader(file, delimiter="\t" if kind == ".tsv" else ","), start=1):
+            for number, row in enumerate(csv.DictReader(file, delimiter="\t" if suffix == ".tsv" else ","), start=1):
                 torn = None in row or None in row.values()
                 yield Row(number, BadRow("wrong number of cells", "has not the header's cells") if torn else row)
     else:
@@ -107,6 +106,8 @@ class TableBuilder:
         self._texts: dict[bytes, int] = {}
         self._keys: dict[Hashable, int | None] = {}
         self._unpriced: set[int] = set()
+        self._told = {"prompt_tokens", "completion_tokens"}
+        """What any reply has."""
         self._columns: dict[str, list[Any]] = {name: [] for name in _CELLS.names}
         self._spill = tempfile.TemporaryFile()  # noqa: SIM115 (gone with this object)
         self._writer = pa.ipc.new_stream(self._spill, _CELLS)
@@ -199,6 +200,7 @@ class TableBuilder:
             self.drop("repeated reply", f"of {member} to: {self._queries[number][0]}")
             return
         self._answered[number] |= 1 << code
+        self._told |= row.keys()
         if "cost" not in row:
             self._unpriced.add(code)
         row.setdefault("prompt_tokens", estimated_tokens(self._queries[number][0]))
@@ -299,17 +301,19 @@ class Converted:
             if table.num_rows:
                 facts, who = self._facts.take(table["number"]), names.take(table["member"].combine_chunks())
                 columns = dict(zip(facts.column_names, facts.columns, strict=True)) | {"member": who}
-                yield pa.table(columns | {name: table[name] for name in _CELLS.names[2:]})
+                yield pa.table(columns | {name: table[name] for name in _CELLS.names if name in self._built._told})
 
     def rows(self) -> list[dict[str, Any]]:
-        """The rows as dicts, without what no reply of the set has."""
-        rows = [row for table in self.batches() for row in table.to_pylist()]
-        empty = [name for name in ("cost", "seconds", "reply") if all(row[name] is None for row in rows)]
-        return [{name: value for name, value in row.items() if name not in empty} for row in rows]
+        """The rows as dicts."""
+        return [row for table in self.batches() for row in table.to_pylist()]
 
     def table(self) -> ReplyTable:
         """Checked and ready for use."""
-        return ReplyTable(self.rows(), self.catalogue)
+        chunks = (
+            Chunk(range(table.num_rows), {name: table[name].combine_chunks() for name in table.column_names})
+            for table in self.batches()
+        )
+        return ReplyTable(check(chunks, self.catalogue, self._built.name), self.catalogue, self._built.name)
 
     def write(self, path: Path) -> list[Path]:
         """Write the table as parquet; beside it `catalogue.yaml`, and what was left out as JSON lines.
@@ -318,12 +322,8 @@ class Converted:
             The files.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
-        empty = {"cost", "seconds", "reply"}
-        for table in self.batches():
-            empty -= {name for name in empty if table[name].null_count < table.num_rows}
         writer = None
         for table in self.batches():
-            table = table.drop_columns(sorted(empty))
             if self.evaluation_only:
                 table = table.replace_schema_metadata({EVALUATION_ONLY: self._built.name})
             writer = writer or pq.ParquetWriter(path, table.schema, compression="zstd")

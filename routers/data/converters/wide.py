@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Mapping
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -88,23 +88,28 @@ def sprout(source: Path, table: TableBuilder) -> None:
 
 
 def _add(table: TableBuilder, item: Mapping[str, Any]) -> None:
-    facts = {name for names in _FACTS.values() for name in names}
-    beside = (name.removesuffix(suffix) for suffix in PARTS["cost"] for name in item if name.endswith(suffix))
-    members = [name for name in dict.fromkeys(beside) if name in item and name not in facts]
+    facts, members = _columns(tuple(item))
+    text, family, gold, split = (None if name is None else item[name] for name in facts)
+    number = table.query(text, family, () if gold is None else gold, split)
+    for member, parts in members.items():
+        table.reply(number, member, item[member], **{part: item[column] for part, column in parts.items()})
+
+
+@lru_cache(maxsize=8)
+def _columns(names: tuple[str, ...]) -> tuple[list[str | None], dict[str, dict[str, str]]]:
+    """The columns of `_FACTS`; and members with those of their `PARTS`."""
+    facts = [next((name for name in some if name in names), None) for some in _FACTS.values()]
+    beside = (name.removesuffix(suffix) for suffix in PARTS["cost"] for name in names if name.endswith(suffix))
+    members = [name for name in dict.fromkeys(beside) if name in names and name not in facts]
     if not members:
         raise ValueError("no column NAME|total_cost, NAME|cost or NAME_cost beside a column NAME, so none is a member")
-    text, family, gold, split = (
-        next((item[name] for name in names if name in item), None) for names in _FACTS.values()
-    )
-    if text is None:
+    if facts[0] is None:
         raise ValueError(f"no column of queries: call it {', '.join(_FACTS['text'])}")
-    number = table.query(text, family, () if gold is None else gold, split)
-    for member in members:
-        values = {
-            part: next((item[member + suffix] for suffix in suffixes if member + suffix in item), None)
-            for part, suffixes in PARTS.items()
-        }
-        table.reply(number, member, item[member], **values)
+    found = {
+        member: {part: member + end for part, ends in PARTS.items() for end in reversed(ends) if member + end in names}
+        for member in members
+    }
+    return facts, found
 
 
 def _text(value: Any) -> Any:
