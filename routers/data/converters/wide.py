@@ -1,8 +1,8 @@
 """Tables with a row per query and columns per model: RouterBench, SPROUT, and any of that form.
 
-A member is a column of scores with a column of USD per call beside it: `NAME|total_cost`, `NAME|cost` or `NAME_cost`.
-Its replies and tokens may stand in `NAME|model_response`, `NAME|response`, `NAME_response`, `NAME|prompt_tokens` and
-`NAME|completion_tokens` (or with `_`).
+A member is a column of scores with a column of USD per call beside it: `NAME:cost` (as in `routers.data.wide`, whose
+tables need no converting), `NAME|total_cost`, `NAME|cost` or `NAME_cost`. Replies and tokens may stand in columns of
+the same form: reply or response, prompt_tokens, completion_tokens.
 
 RouterBench publishes pickles of such a frame (routerbench_0shot.pkl and others: sample_id, prompt, eval_name, MODEL,
 MODEL|model_response, MODEL|total_cost, oracle_model_to_route_to), whose texts are lists of Python as text.
@@ -22,10 +22,10 @@ from routers.data.catalogue import Member
 from routers.data.converters.build import TableBuilder, find
 
 PARTS = {
-    "cost": ("|total_cost", "|cost", "_cost"),
-    "reply": ("|model_response", "|response", "_response"),
-    "prompt_tokens": ("|prompt_tokens", "_prompt_tokens"),
-    "completion_tokens": ("|completion_tokens", "_completion_tokens"),
+    "cost": (":cost", "|total_cost", "|cost", "_cost"),
+    "reply": (":reply", "|model_response", "|response", "_response"),
+    "prompt_tokens": (":prompt_tokens", "|prompt_tokens", "_prompt_tokens"),
+    "completion_tokens": (":completion_tokens", "|completion_tokens", "_completion_tokens"),
 }
 _FACTS = {
     "text": ("query", "prompt", "question"),
@@ -102,7 +102,9 @@ def _columns(names: tuple[str, ...]) -> tuple[list[str | None], dict[str, dict[s
     beside = (name.removesuffix(suffix) for suffix in PARTS["cost"] for name in names if name.endswith(suffix))
     members = [name for name in dict.fromkeys(beside) if name in names and name not in facts]
     if not members:
-        raise ValueError("no column NAME|total_cost, NAME|cost or NAME_cost beside a column NAME, so none is a member")
+        raise ValueError(
+            "no column NAME:cost, NAME|total_cost, NAME|cost or NAME_cost is beside a column NAME: none is a member"
+        )
     if facts[0] is None:
         raise ValueError(f"no column of queries: call it {', '.join(_FACTS['text'])}")
     found = {
