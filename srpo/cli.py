@@ -22,6 +22,7 @@ COMMANDS = {
     "train": ("srpo.train", "train a policy from a recipe: SFT start, RL, evaluation, report"),
     "evaluate": ("srpo.evaluate", "play a trained router's held-out items again"),
     "compare": ("routers.evaluation.compare", "evaluations of several runs in one table and one cost plane"),
+    "frontier": ("routers.tasks.query_routing.frontier", "every baseline and the encoder policy on one table"),
     "route": ("routers.serving.route", "send one query or a file of them through a trained router"),
     "serve": ("routers.serving.commands", "a trained router as an OpenAI-compatible server"),
     "play": ("routers.tasks.step_routing.play", "watch a step router act in an environment"),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -13,6 +14,8 @@ from routers.baselines.base import Data, Fitted, Told
 from routers.data.table import ReplyTable, check_split, spread
 from routers.evaluation.episodes import Episodes, Outcomes, RewardRule
 
+TIMED = 20
+"""Decisions whose median time a frontier shows."""
 SWEEP = (0.0, 0.02, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
 """Cost weights over which frontiers are drawn."""
 
@@ -25,6 +28,7 @@ def play_baselines(
     names: Collection[str] | None = None,
     sweep: Sequence[float] = (),
     seed: int = 0,
+    tell: Callable[[str], object] | None = None,
 ) -> Episodes:
     """Every single member and those of `BASELINES` for which enough is known, on the same items.
 
@@ -36,6 +40,7 @@ def play_baselines(
         names: of `BASELINES`; None: all that are not slow.
         sweep: cost weights at which fitted ones are played besides, as `NAME, price sensitivity WEIGHT` (curve NAME).
         seed: of fitted ones.
+        tell: is told the name of each before it is played.
     """
     rewards: dict[str, float] = {}
     if train is not None:
@@ -47,6 +52,8 @@ def play_baselines(
     for name, one in BASELINES.items():
         if (one.slow if names is None else name not in names) or not _possible(one, items, train):
             continue
+        if tell:
+            tell(name)
         if not isinstance(one.how, type):
             routes = one.how(train, items)
             parts.append(items.play(name, one.kind, _chances(routes, items)))
@@ -55,16 +62,29 @@ def play_baselines(
             continue
         assert data is not None and queries is not None and train is not None
         settings, left_out = out_of_fold(one.how(), data, seed)
-        told = one.how().fit(data, seed=seed, settings=settings).foretell(queries)
+        router = one.how().fit(data, seed=seed, settings=settings)
+        told = router.foretell(queries)
+        own: dict[str, Any] = {"expected": told.score if train.rule else None}
+        own["seconds"] = seconds_of(router, items.items) if sweep else 0.0
         weights = {name: (data.cost_weight, "")}
         if not told.draws and train.rule is not None:
             weights |= {f"{name}, price sensitivity {weight:g}": (weight, name) for weight in sweep}
         for label, (weight, curve) in weights.items():
-            parts.append(items.play(label, one.kind, told.chances(weight), curve=curve))
+            parts.append(items.play(label, one.kind, told.chances(weight), curve=curve, **own))
             earned = sum((t.chances(weight) * train.reward[rows]).sum() for rows, t in left_out)
             rewards[label] = float(earned / sum(len(rows) for rows, _ in left_out))
     told_rewards = {"train_reward": {name: round(value, 6) for name, value in rewards.items()}} if rewards else {}
     return Episodes(Episodes.merged(parts).frame, {**(header or {}), **told_rewards})
+
+
+def seconds_of(router: Any, queries: Sequence[Any]) -> float:
+    """Median time of a decision on one query alone."""
+    spent = []
+    for query in queries[:TIMED]:
+        start = time.perf_counter()
+        router.route_all([query])
+        spent.append(time.perf_counter() - start)
+    return float(np.median(spent))
 
 
 def out_of_fold(router: Fitted, data: Data, seed: int = 0) -> tuple[Mapping[str, Any], list[tuple[np.ndarray, Told]]]:
@@ -103,7 +123,7 @@ def table_baselines(
         share: `srpo.task.Share` of the queries; None: all of them.
         limit: this many queries, spread evenly over the split; None: all.
         split: whose queries are routed.
-        how: `names`, `sweep` and `seed` of `play_baselines`.
+        how: `names`, `sweep`, `seed` and `tell` of `play_baselines`.
 
     Raises:
         ValueError: the split has no queries.

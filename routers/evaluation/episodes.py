@@ -263,6 +263,8 @@ class Outcomes:
         routes: Sequence[str | None] | np.ndarray,
         *,
         own_usd: np.ndarray | None = None,
+        expected: np.ndarray | None = None,
+        seconds: float = 0.0,
         seed: int = 0,
         curve: str = "",
         header: Mapping[str, Any] | None = None,
@@ -274,6 +276,8 @@ class Outcomes:
             routes: per item a member's name or None (no valid action: asks nobody, scores 0); or probabilities
                 ``[items, members]``, of which exact expectations are taken.
             own_usd: ``[items]`` USD for the router's own tokens, paid for invalid actions too; None: free.
+            expected: ``[items, members]`` scores that the router foretells, for its calibration; None: it does not.
+            seconds: that it takes to decide.
             seed: of the router's training.
             header: of the episodes.
 
@@ -305,10 +309,12 @@ class Outcomes:
             "usd": (weights * self.usd).sum(axis=1) + own,
             "reward": (weights * reward).sum(axis=1) + (1 - valid) * silent,
             "policy_usd": own,
+            "seconds": seconds,
             "calls": valid,
             "valid": valid,
             "member": [self.members[i] if one else "" for i, one in zip(weights.argmax(1), single, strict=True)],
             **{metric: (weights * values).sum(axis=1) for metric, values in self.extra.items()},
+            **({} if expected is None else {"expected": (weights * expected).sum(axis=1)}),
         }
         import pandas as pd
 

@@ -22,6 +22,8 @@ from routers.evaluation.frontier import Point, aiq, mixing_score, normalised_auc
 RESAMPLES = 2000
 PER_ITEMS = 1000
 """Costs are shown in USD per this many items."""
+LEFT_OUT = "{} (each member left out)"
+"""Name of a router that each member in turn was new to, with the mean over them."""
 START_OF = "{}: start{}"
 """Name of a policy's start (and its setting), where several policies began from different ones."""
 
@@ -299,6 +301,15 @@ class Paired:
         oracles = self.of_kind("oracle")
         best = max(oracles, key=lambda oracle: self.mean(oracle, metric), default="")
         return self.difference(best, name, metric) if best else None
+
+    def gained(self, router: str, of: str = "") -> Estimate:
+        """Share of the way from the best single member's reward to the best oracle's; over another router's share."""
+        best = self._best("", self.of_kind("member")).router
+        oracle = max(self.of_kind("oracle"), key=lambda name: self.mean(name, "reward"))
+        single, most = self.drawn(best, "reward"), self.drawn(oracle, "reward")
+        own = self.drawn(router, "reward") - single
+        whole = self.drawn(of, "reward") - single if of else most - single
+        return _estimate(np.divide(own, whole, out=np.full_like(own, math.nan), where=whole > 0))
 
     def auc(self, routers: Sequence[str]) -> float | None:
         """`normalised_auc` of these routers at all their caps, and of its two `ends`."""

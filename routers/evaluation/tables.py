@@ -10,7 +10,7 @@ from typing import Any
 
 from routers.evaluation.episodes import LOST, Episodes
 from routers.evaluation.frontier import apgr, brier, calibration_error, cpt
-from routers.evaluation.statistics import METRICS, Estimate, Metric, Paired, Reference, sets
+from routers.evaluation.statistics import LEFT_OUT, METRICS, Estimate, Metric, Paired, Reference, sets
 
 INTERVAL = "95 % interval"
 NOTE = (
@@ -23,6 +23,10 @@ FRONTIER = (
     "APGR: mean share of the way from the cheapest to the best member's score over the way in cost; 0.5 is a "
     "coin. CPT: share of that cost at which so much of the score's way is gone. AUC: area under the steps. Regret: "
     "to the oracle. ECE and Brier score: of the score that was foretold. ms: of a decision. A dash: not defined."
+)
+LEFT_OUT_NOTE = (
+    "Gain: reward above the best single member's, of the oracle's. Left out: fitted without a member, which is then "
+    "described by its outcomes on some training queries; mean over the members."
 )
 FAMILIES, SENT = "By family", "Sent where"
 """Titles of sections that the page shows as pictures."""
@@ -43,7 +47,7 @@ class Section:
 
 def sections(paired: Paired) -> list[Section]:
     """Everything about one set of items, the most important first."""
-    parts = [_main(paired), _gains(paired), _beyond_mixing(paired), _frontier(paired), _caps(paired)]
+    parts = [make(paired) for make in (_main, _gains, _beyond_mixing, _frontier, _left_out, _caps)]
     parts += [_groups(paired, "By difficulty", paired.difficulty), _groups(paired, FAMILIES, paired.families)]
     parts.append(_sent(paired))
     return [part for part in parts if len(part.rows) > 1 or part.lines]
@@ -247,6 +251,23 @@ def _frontier(paired: Paired) -> Section:
     rows = [tuple(row[j] for j in kept) for row in rows]
     signs = [better.get(cell.split(" ")[0], 0) for cell in rows[0]]
     return Section("Frontier", rows, [FRONTIER], _best(rows, signs, paired))
+
+
+def _left_out(paired: Paired) -> Section:
+    """What routers keep when each member in turn is seen for the first time."""
+    names = [name for name in paired.routers if LEFT_OUT.format(name) in paired.routers and paired.played(name)]
+    if not names or not paired.of_kind("oracle"):
+        return Section("")
+    share = Metric("reward", "", ".1%")
+    rows = [("share of the oracle's gain", "fitted on all", INTERVAL, "each left out", INTERVAL, "kept", INTERVAL)]
+    for name in names:
+        new = LEFT_OUT.format(name)
+        found = (paired.gained(name), paired.gained(new), paired.gained(new, of=name))
+        cells = ((_or_dash(share.show, one.value), _or_dash(interval, one, share)) for one in found)
+        rows.append((name, *(cell for pair in cells for cell in pair)))
+    unable = paired.header.get("need_every_member", [])
+    told = f"{len(unable)} cannot route to a member that they were not fitted on: {', '.join(unable)}"
+    return Section("Members left out", rows, [LEFT_OUT_NOTE, *([told] if unable else [])])
 
 
 def _or_dash(show: Callable[..., str], value: Any, *args: Any) -> str:
