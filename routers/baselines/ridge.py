@@ -27,7 +27,7 @@ def solve(x: Any, y: np.ndarray, strength: float, tolerance: float = 1e-4, most:
     residual = x.T @ y.astype(x.dtype)
     found, step = np.zeros_like(residual), residual.copy()
     square = (residual**2).sum(axis=0)
-    enough = tolerance**2 * square
+    enough = np.maximum(tolerance**2 * square, 1e-12)  # a column that is constant, as prices per call are, is noise
     for _ in range(most):
         if (square <= enough).all():
             break

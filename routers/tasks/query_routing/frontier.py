@@ -86,7 +86,8 @@ def frontier(table: ReplyTable, how: argparse.Namespace) -> Episodes:
 
     tell(f"{len(train.items)} training and {len(items.items)} held-out queries, {len(items.members)} members")
     names, header = list(BASELINES) if how.baselines is None else how.baselines, table_header(rule, "heldout")
-    parts = [play_baselines(items, train, header, names=names, sweep=how.cost_weights, tell=tell)]
+    parts = [_runs(how.runs, rule, {str(item["query_id"]) for item in items.items})] if how.runs else []
+    parts.append(play_baselines(items, train, header, names=names, sweep=how.cost_weights, tell=tell))
     encoders = {f"encoder {objective}": _encoder(table, how, rule, objective) for objective in how.objectives}
     for name, fit in encoders.items():
         for seed in range(how.seeds):
@@ -101,8 +102,6 @@ def frontier(table: ReplyTable, how: argparse.Namespace) -> Episodes:
             seeds = [lambda part, fit=fit, seed=seed: fit(part, seed) for seed in range(how.seeds)]
             parts.append(left_out(items, train, name, "policy", seeds, tell, table.catalogue))
         parts.append(Episodes(parts[0].frame, {"need_every_member": [name for name in new if name not in able]}))
-    if how.runs:
-        parts.append(_runs(how.runs, rule, {str(item["query_id"]) for item in items.items}))
     return Episodes.merged(parts)
 
 
@@ -179,8 +178,9 @@ def _runs(folders: Sequence[Path], rule: RewardRule, items: set[str]) -> Episode
                 f"{folder} was not evaluated on {len(missing)} of these {len(items)} held-out queries: evaluate it "
                 "again (srpo evaluate) on this table, without heldout_limit"
             )
-        read[folder] = Episodes(found.frame[found.frame["item"].isin(items)], {})
-    frame = compared(read).of(kind=["policy", "start"]).frame
+        trained = found.of(kind=["policy", "start"]).frame
+        read[folder] = Episodes(trained[trained["item"].isin(items)])
+    frame = compared(read).frame
     return Episodes(frame.assign(reward=rule(frame["score"], frame["usd"], frame["valid"])))
 
 
