@@ -48,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--catalogue", type=Path, help="the pool as it is now: names of models, prices, endpoints (YAML)"
     )
     parser.add_argument("--cost-weight", type=ranged(at_least(0)), help="price sensitivity, where it was trained")
+    parser.add_argument("--fallback", metavar="MEMBER", help="for queries where the router abstains, else an error")
     args = parser.parse_args(argv)
     kind = read_router(args.router).kind
     if kind in _TURNS:
@@ -62,7 +63,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         items: list[Any] = [query["query"] for query in queries] if arena or kind != "fitted" else list(queries)
         found = router.route_all(items, cost_weight=args.cost_weight)
         members: Sequence[Member] = router.members
-    chosen = [one_member(query["query_id"], decision) for query, decision in zip(queries, found, strict=True)]
+    if args.fallback not in (None, *(member.name for member in members)):
+        raise ValueError(f"--fallback {args.fallback}: the members are {', '.join(member.name for member in members)}")
+    pairs = zip(queries, found, strict=True)
+    chosen = [one_member(query["query_id"], decision, args.fallback) for query, decision in pairs]
+    if abstained := sum(not decision.members for decision in found):
+        print(f"{abstained} of {len(found)} queries, on which the router abstains, go to {args.fallback}")
     args.output.parent.mkdir(parents=True, exist_ok=True)
     if arena:
         print(*write_arena(args.output, queries, chosen, members), sep="\n")
@@ -75,11 +81,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     print("add listeners, and backend_refs where there are none, and check it: vllm-sr validate --config FILE")
 
 
-def one_member(query_id: str, decision: Decision) -> str:
-    """The member chosen. ValueError where it is not one."""
+def one_member(query_id: str, decision: Decision, fallback: str | None = None) -> str:
+    """The member chosen, or the fallback of a router that abstains. ValueError where it is not one."""
+    if not decision.members and fallback:
+        return fallback
     if len(decision.members) != 1:
-        told = f"{len(decision.members)} members" if decision.members else "no member"
-        raise ValueError(f"the router chooses {told} for query {query_id!r}; it must be one to be exported")
+        told = "several members" if decision.members else "no member (--fallback MEMBER sends such queries there)"
+        raise ValueError(f"for query {query_id!r} the router chooses {told}; exported is one per query")
     return decision.members[0]
 
 
