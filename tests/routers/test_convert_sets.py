@@ -137,9 +137,7 @@ def test_wide_tables_of_other_names(tmp_path):
     with pytest.raises(ValueError, match=r"mine\.csv: row 2: cost of large is ''; it must be a number >= 0"):
         convert("wide", path)
     write(path, frame.drop(columns=["small_cost", "large_cost"]))
-    with pytest.raises(
-        ValueError, match=r"row 1: no column NAME:cost, .* or NAME_cost is beside a column NAME"
-    ):
+    with pytest.raises(ValueError, match=r"row 1: no column NAME:cost, .* or NAME_cost is beside a column NAME"):
         convert("wide", path)
 
 
@@ -158,6 +156,8 @@ def test_sprout_as_published(tmp_path):
     table = convert("sprout", tmp_path).table()
     assert [q["query"] for q in table.queries("train")] == ["one", "two"]
     assert [q["query"] for q in table.queries("heldout")] == ["three"]
+    with pytest.raises(FileNotFoundError, match=r"parquet: is one file; give the folder that holds the parts.*SPROUT"):
+        convert("sprout", tmp_path / "data" / "test-00000-of-00001.parquet")
     costs = [(100 * 2.5 + 10 * 10) / 1e6, (100 * 0.06 + 10 * 0.06) / 1e6]
     assert table.cost_matrix("heldout").tolist() == [pytest.approx(costs)]
     assert table.correct_matrix("heldout").tolist() == [[0.5, 1.0]]

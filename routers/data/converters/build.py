@@ -55,13 +55,18 @@ def estimated_tokens(text: str) -> int:
     return max(1, math.ceil(len(text) / CHARS_PER_TOKEN))
 
 
-def find(source: Path, *patterns: str) -> list[Path]:
+def find(source: Path, *patterns: str, parts: bool = False) -> list[Path]:
     """The source itself, if it is a file; else what the first pattern with any match finds beneath it, sorted.
+
+    Args:
+        parts: the set's split is in the names of its files, so that one alone will not do.
 
     Raises:
         FileNotFoundError: nothing.
     """
     if source.is_file():
+        if parts:
+            raise FileNotFoundError(2, "is one file; give the folder that holds the parts train and test", str(source))
         return [source]
     for pattern in patterns:
         if found := sorted(source.rglob(pattern)):

@@ -33,7 +33,7 @@ def embedllm(source: Path, table: TableBuilder) -> None:
         table.reply(number, str(item.get("model_name") or item["model_id"]), item["label"])
 
     for split, part in _PARTS:
-        for path in find(source, f"{part}.csv"):
+        for path in find(source, f"{part}.csv", parts=True):
             table.read(path, partial(add, split=split, part=part))
 
 

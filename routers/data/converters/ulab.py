@@ -42,19 +42,22 @@ def llmrouter(source: Path, table: TableBuilder) -> None:
             table.reply(number, member, score, completion_tokens=tokens)
 
     try:
-        parts = _parts(source, "llmrouter/train.jsonl", "train.jsonl"), _parts(source, "test_dedup.jsonl")
+        parts = (
+            find(source, "llmrouter/train.jsonl", "train.jsonl", parts=True),
+            find(source, "test_dedup.jsonl", parts=True),
+        )
         for paths, split in zip(parts, ("train", "test"), strict=True):
             table.read(paths[0], partial(add, split=split))
     except FileNotFoundError:
-        _long(table, _parts(source, "*routing*train*.jsonl", "*routing*train*.csv"), "train")
-        _long(table, _parts(source, "*routing*test*.jsonl", "*routing*test*.csv"), "test")
+        _long(table, find(source, "*routing*train*.jsonl", "*routing*train*.csv", parts=True), "train")
+        _long(table, find(source, "*routing*test*.jsonl", "*routing*test*.csv", parts=True), "test")
     table.prices = _prices(_candidates(source))
 
 
 def xroutebench(source: Path, table: TableBuilder) -> None:
     """The sets beneath a folder, each with its own split; pairwise preferences (personalized) have no scores."""
     for split in ("train", "test"):
-        paths = _parts(source, f"routing_data_{split}.jsonl", f"{split}*.parquet")
+        paths = find(source, f"routing_data_{split}.jsonl", f"{split}*.parquet", parts=True)
         queries = [path for path in paths if not path.parent.name.endswith(("_queries", *_OTHER_SETS))]
         _long(table, queries, split)
     table.prices = _prices(_candidates(source))
@@ -110,12 +113,6 @@ def _long(table: TableBuilder, paths: Iterable[Path], split: str) -> None:
 
     for path in paths:
         table.read(path, add)
-
-
-def _parts(source: Path, *patterns: str) -> list[Path]:
-    if source.is_file():
-        raise FileNotFoundError(2, "give the folder that holds the parts train and test", str(source))
-    return find(source, *patterns)
 
 
 def _candidates(source: Path) -> Mapping[str, Any]:

@@ -83,7 +83,7 @@ def sprout(source: Path, table: TableBuilder) -> None:
                 table.reply(number, member, found["score"], reply=found.get("response"), **tokens)
 
     for split, part in (("train", "train"), ("train", "validation"), ("test", "test")):
-        for path in find(source, f"{part}*.parquet"):
+        for path in find(source, f"{part}*.parquet", parts=True):
             table.read(path, partial(add, split=split))
 
 
