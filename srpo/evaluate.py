@@ -16,6 +16,7 @@ from accelerate import PartialState
 from transformers import set_seed
 
 from srpo.cli import run
+from srpo.own_policy import own_policy
 from srpo.policy import load_policy
 from srpo.recipe import RecipeError, load_run
 from srpo.run.derived import made_from, mark, source, unmark
@@ -45,8 +46,11 @@ def main(argv: Sequence[str]) -> Evaluation:
     output.mkdir(parents=True, exist_ok=True)
     task.load(output)
     set_seed(args.seed)
-    model, tokenizer = load_policy(name, args, 0, task.corpus)
-    model = model.to(args.device)
+    if own := own_policy(task, name):
+        model, tokenizer = own.load(), None
+    else:
+        model, tokenizer = load_policy(name, args, 0, task.corpus)
+        model = model.to(args.device)
     task.prepare(output, [])  # no training follows
     label = Path(name).name or name
     found = [evaluated(lambda share: task.evaluate(model, tokenizer, label, share)), evaluated(task.baselines)]

@@ -165,6 +165,9 @@ class Task(Protocol):
     def made_from(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Of the task's own: what the supervised start depends on, and what an evaluation depends on besides."""
 
+    # Optional: `own_policy(self, name) -> OwnPolicy | None`, where the task has policies that it trains itself
+    # (srpo/own_policy.py).
+
     def prepare(self, output: Path, rows: list[Row]) -> list[Row]:
         """What costs money or time and needs the output folder, which is the run's now: profiles, demonstrations.
         Returns the rows, completed or fewer. Called by all ranks; pays once."""

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from srpo.checks import check_rows
 from srpo.cli import run
 from srpo.config import SRPOConfig
+from srpo.own_policy import own_policy, train_own
 from srpo.policy import check_loads, check_policy, load_policy, whole_policy, whole_start, with_adapter
 from srpo.recipe import load_run, resolved_recipe
 from srpo.rollout.special_tokens import settle_special_tokens
@@ -49,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> Evaluation:
     check_report_to(args.report_to)
     state, resume = PartialState(), args.resume_from_checkpoint
     task: Task = task_class(arguments, how, args)
+    if own := own_policy(task, how.model_name_or_path):
+        return train_own(task, own, recipe)
 
     # Look at everything that can be wrong, before anything is written or paid.
     supervised = how.sft_epochs > 0 and how.start_from is None

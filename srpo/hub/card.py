@@ -40,6 +40,8 @@ _OBJECTIVES = {
 _TASKS = {
     "query_routing": "A query router: it reads a query and the descriptions and prices of a pool of models, and names "
     "the one that answers it.",
+    "encoder_routing": "A query router: it encodes a query, and what the models of a pool can do and cost, and "
+    "gives the probability that each shall answer.",
     "think_route": "A think/route agent: it thinks, asks models of a pool, reads their replies, and answers.",
     "step_routing": "A step router: at each step of an agent it decides which executor acts, under a hard budget.",
     None: "A policy trained for routing.",
@@ -62,6 +64,7 @@ with load_router({name}) as router, router.session("put a clean mug in coffeemac
     print(executor)  # make its call, then tell what it cost and what it did
     session.paid(bounds[executor], "look")""",
 }
+_USES["encoder_routing"] = _USES["query_routing"]
 _FIRST = (
     "You are in the middle of a room. Looking quickly around you, you see a cabinet 1, and a coffeemachine 1.\n\n"
     "Your task is to: put a clean mug in coffeemachine."
@@ -116,6 +119,8 @@ def model_card(
         "pipeline_tag": "text-generation",
         "tags": list(dict.fromkeys(all_tags)),
     }
+    if router and router.get("kind") == "encoder_routing":
+        metadata["pipeline_tag"] = "text-classification"
     if base_model:
         metadata["base_model"] = base_model
     if dataset_name:

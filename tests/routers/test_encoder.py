@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from routers.data.catalogue import Member
-from routers.evaluation.episodes import Outcomes, RewardRule
+from routers.evaluation.episodes import Episodes, Outcomes, RewardRule
 from routers.router import load_router
 from routers.tasks.query_routing.encoder.training import (
     EncoderTraining,
@@ -21,6 +21,7 @@ from routers.tasks.query_routing.encoder.training import (
     step_loss,
     train_encoder,
 )
+from routers.tasks.query_routing.evaluate import ABSTAIN, OUT_OF_DOMAIN, guarded, with_abstaining
 
 REWARD = torch.tensor([[1.0, 0.8, 0.0], [-0.1, 0.9, -0.2]], dtype=torch.float64)
 DRAWN = torch.tensor([[0, 2, 2, 1], [0, 2, 0, 2]])
@@ -189,3 +190,47 @@ def test_the_same_seed_gives_the_same_policy() -> None:
     one, two, other = tiny(objective="srpo")[0], tiny(objective="srpo")[0], tiny(objective="srpo", seed=1)[0]
     assert all(torch.equal(a, b) for a, b in zip(one.model.parameters(), two.model.parameters(), strict=True))
     assert any(not torch.equal(a, b) for a, b in zip(one.model.parameters(), other.model.parameters(), strict=True))
+
+
+RECIPE = ["quickstart/encoder", "--max_steps", "20", "--cost_weights", "0.2", "0.6", "--heldout_limit", "60"]
+
+
+def test_a_recipe_trains_evaluates_and_describes_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from srpo.evaluate import main as evaluate
+    from srpo.recipe import RecipeError
+    from srpo.train import main as train
+
+    output = tmp_path / "encoder"
+    evaluation = train([*RECIPE, "--output_dir", str(output)])
+    names = [f"{name}, price sensitivity {weight:g}" for name in ("start", "grpo") for weight in (0.2, 0.6)]
+    assert set(names) < set(evaluation.routers) and "TF-IDF ridge" in evaluation.routers
+    rewards = evaluation.frame.groupby("router")["reward"].mean()
+    assert rewards["grpo, price sensitivity 0.2"] > rewards["python"] + 0.1  # the best single member
+    card = (output / "README.md").read_text()
+    assert "text-classification" in card and "load_router" in card and "[`grpo" not in card
+    with load_router(output) as router:
+        assert router.settings.cost_weights == (0.2, 0.6) and router.route("What is 17 + 25?").usd > 0
+    again = evaluate([str(output), "--output_dir", str(tmp_path / "again")]).frame
+    first = evaluation.frame
+    first, again = (f[f.router.str.endswith(", price sensitivity 0.6")] for f in (first, again))
+    assert again["reward"].mean() == pytest.approx(first[first.router.str.startswith("grpo")]["reward"].mean())
+    with pytest.raises(
+        RecipeError, match="beta, max_completion_length: means nothing for model_name_or_path"
+    ):
+        train([*RECIPE, "--output_dir", str(tmp_path / "b"), "--beta", "0.1", "--max_completion_length", "9"])
+    with pytest.raises(ValueError, match="exact_credit and abstain_reward are of model_name_or_path: encoder"):
+        train(["quickstart/grpo", "--output_dir", str(tmp_path / "c"), "--abstain_reward", "0.1"])
+    assert not (tmp_path / "b").exists() and not (tmp_path / "c" / "model.safetensors").exists()
+
+
+def test_guarded_routing_is_the_harmonic_mean_in_and_out_of_domain() -> None:
+    score, usd, rule = np.array([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]), np.full((3, 2), 0.5), RewardRule(1.0, 0.2)
+    items = [{"query_id": str(i), "query": "q", "family": f} for i, f in enumerate(["a", "a", OUT_OF_DOMAIN])]
+    known = with_abstaining(Outcomes(items, ["x", "y"], score, usd, rule(score, usd), rule=rule), 0.3)
+    np.testing.assert_allclose(known.reward[:, 2], 0.3)
+    played = Episodes.merged([known.play("x", "member", ["x"] * 3), known.play("p", "policy", ["x", "x", ABSTAIN])])
+    assert guarded(played).splitlines()[2:4] == [
+        "- x: in domain 50.0%, out of domain 0.0%, harmonic mean 0.0%",
+        "- p: in domain 50.0%, out of domain 100.0%, harmonic mean 66.7%",
+    ]
+    assert played.frame.query("router == 'p'")["usd"].sum() == 1.0

@@ -18,6 +18,7 @@ class QueryRoutingArguments:
         "cost_weights": between(0, 1, open_high=True),
         "format_weight": at_least(0),
         "sft_temperature": above(0),
+        "abstain_reward": between(-1, 1),
     }
 
     table: str = field(
@@ -61,6 +62,17 @@ class QueryRoutingArguments:
         metadata={
             "help": "Several weights for one checkpoint: each training query draws one, which its prompt states and "
             "its reward takes. The policy is evaluated at each. Instead of cost_weight."
+        },
+    )
+    abstain_reward: float | None = field(
+        default=None,
+        metadata={"help": "encoder: what it earns by asking nobody; default: it always asks somebody."},
+    )
+    exact_credit: bool = field(
+        default=False,
+        metadata={
+            "help": "encoder, objective: grpo: the expected reward over all members, which the table knows, in place "
+            "of num_generations that are drawn."
         },
     )
     format_weight: float = field(default=0.2, metadata={"help": "Penalty for a completion without a valid route."})

@@ -16,6 +16,7 @@ from routers.language.grammar import Grammar
 from routers.language.prompts import COST_WEIGHT, Clean, Messages, family_phrase, price, weighed
 from routers.tasks.query_routing.arguments import QueryRoutingArguments
 from routers.tasks.query_routing.settings import QuerySettings
+from srpo.own_policy import OwnPolicy
 from srpo.policy_name import FROM_NOTHING
 from srpo.run.derived import source
 from srpo.run.steps import check_rows_of_a_batch
@@ -55,6 +56,8 @@ class QueryRouting:
 
     def load(self, notes: Path) -> None:
         task = self.arguments
+        if (task.exact_credit or task.abstain_reward is not None) and not self.own_policy(self.run.model_name_or_path):
+            raise ValueError("exact_credit and abstain_reward are of model_name_or_path: encoder; leave them out")
         self.table = replies_of(
             task.table,
             task.catalogue,
@@ -152,6 +155,11 @@ class QueryRouting:
     def save(self, folder: Path) -> None:
         self.settings.save(folder, self.made_from()[0])
 
+    def own_policy(self, name: str) -> OwnPolicy | None:
+        from routers.tasks.query_routing.encoder.policy import encoder_policy
+
+        return encoder_policy(self, name)
+
     def world(self) -> World:
         from routers.tasks.query_routing.world import RecordedWorld
 
@@ -193,14 +201,15 @@ class QueryRouting:
                 share=share,
                 limit=self.run.heldout_limit,
                 policy_price=(self.run.policy_price_in, self.run.policy_price_out),
-                rule=self._rule(weight),
+                rule=self.rule(weight),
                 cost_weight=weight,
+                abstain_reward=self.arguments.abstain_reward,
             )
             for weight in (weights or (None,))
         ]
         return Episodes.merged(parts)
 
-    def _rule(self, weight: float | None) -> RewardRule:
+    def rule(self, weight: float | None) -> RewardRule:
         """The training reward at a price sensitivity; None: the recipe's, or the mean of several."""
         weights, several = self.arguments.reward_weights(), self.arguments.cost_weights
         if weight is None:
@@ -210,9 +219,11 @@ class QueryRouting:
     def baselines(self, share: Share) -> Episodes:
         from routers.baselines.play import table_baselines
 
-        return table_baselines(self.table, self._rule(None), share=share, limit=self.run.heldout_limit)
+        return table_baselines(self.table, self.rule(None), share=share, limit=self.run.heldout_limit)
 
     def report(self, evaluation: Episodes, output: Path) -> str:
         from routers.evaluation.report import report
+        from routers.tasks.query_routing.evaluate import guarded
 
-        return report(evaluation, output, title=f"Query routing: {self.arguments.table}")
+        told = report(evaluation, output, title=f"Query routing: {self.arguments.table}")
+        return "\n".join(filter(None, [told, guarded(evaluation)]))

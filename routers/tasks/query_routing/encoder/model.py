@@ -73,11 +73,19 @@ class EncoderPolicy(PreTrainedModel):
         }
         for name, shape in shapes.items():
             self.register_buffer(name, torch.zeros(shape))
-        self.interaction = nn.Parameter(torch.zeros(size, features))
-        self.preference = nn.Parameter(torch.zeros(features))
-        self.sharpness = nn.Parameter(torch.tensor([math.log(10.0), 0.0]))
-        self.abstain = nn.Parameter(torch.zeros(size + 1)) if config.abstain_reward is not None else None
+        self.interaction = nn.Parameter(torch.empty(size, features))
+        self.preference = nn.Parameter(torch.empty(features))
+        self.sharpness = nn.Parameter(torch.empty(2))
+        self.abstain = nn.Parameter(torch.empty(size + 1)) if config.abstain_reward is not None else None
+        self.forget()
         self.post_init()
+
+    @torch.no_grad()
+    def forget(self) -> None:
+        """Set what is trained to its beginning: the policy is softmax(foretold reward / 0.1)."""
+        for parameter in self.parameters():
+            parameter.zero_()
+        self.sharpness[0] = math.log(10.0)
 
     def _init_weights(self, module: nn.Module) -> None:
         """Nothing: all parameters begin at what the constructor says."""

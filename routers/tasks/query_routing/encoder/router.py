@@ -38,7 +38,7 @@ class EncoderRouter(Router):
         name: str = "encoder",
         made_from: Mapping[str, Any] | None = None,
     ) -> None:
-        self.model, self.settings, self.name, self._made_from = model.eval(), settings, name, made_from
+        self.model, self.settings, self.name, self.made_from = model.eval(), settings, name, made_from
         self.members = tuple(settings.members)
         if members is not None:
             self._pool(tuple(members))
@@ -114,7 +114,7 @@ class EncoderRouter(Router):
 
     def save_settings(self, folder: str | Path) -> None:
         """`router.yaml` alone."""
-        write_router(folder, KIND, plain_settings(replace(self.settings, members=self.members)), self._made_from)
+        write_router(folder, KIND, plain_settings(replace(self.settings, members=self.members)), self.made_from)
 
     @torch.no_grad()
     def _pool(self, members: tuple[Member, ...], told: Mapping[str, Any] | None = None) -> None:

@@ -126,7 +126,6 @@ def train_encoder(
     )
     model = EncoderPolicy(config)
     model.fit_embedding(texts, seed)
-    begin = copy.deepcopy([parameter.data for parameter in model.parameters()])
     with torch.no_grad():
         embedded = model.embed(texts)
     outcomes = torch.stack([torch.tensor(known.score), torch.tensor(known.usd / rule.cost_scale)]).float()
@@ -136,8 +135,7 @@ def train_encoder(
     own = Rows(embedded[rest], outcomes[:, rest], model.fit_members(members, embedded[rest], outcomes[:, rest]))
     others = Rows(embedded[held], outcomes[:, held], model.foretold(embedded[held]))
     steps = fit(model, own, training, weights, draw, training.max_steps, others)
-    for parameter, value in zip(model.parameters(), begin, strict=True):
-        parameter.data.copy_(value)
+    model.forget()
     own = Rows(embedded, outcomes, model.fit_members(members, embedded, outcomes))
     fit(model, own, training, weights, draw, steps)
     if settings is None:
