@@ -127,7 +127,7 @@ class QueryRouting:
         rows = [weighed(self.queries[i], self.settings.cost_weights) for i in some]
         places = self.chosen[some]
         correct, usd = self.table.correct_matrix("train")[places], self.table.cost_matrix("train")[places]
-        rules = [self._rule(row.get(COST_WEIGHT)) for row in rows]
+        rules = [self.rule(row.get(COST_WEIGHT)) for row in rows]
         utility = np.stack([rule(*outcome) for rule, *outcome in zip(rules, correct, usd, strict=True)])
         turns = sft_turns(
             rows,
