@@ -19,10 +19,11 @@ NOTE = (
 )
 CPT = (0.5, 0.8, 0.95)
 FRONTIER = (
-    "AIQ: mean score over all costs from the cheapest to the dearest member, of the best mixture of its settings. "
-    "APGR: mean share of the way from the cheapest to the best member's score over the way in cost; 0.5 is a "
-    "coin. CPT: share of that cost at which so much of the score's way is gone. AUC: area under the steps. Regret: "
-    "to the oracle. ECE and Brier score: of the score that was foretold. ms: of a decision. A dash: not defined."
+    "AIQ: mean score over all costs from the cheapest to the dearest member, of the best mixture of a router's settings",
+    "mixing members: drawing lots between those that turn out best on these very items",
+    "APGR: mean share of the way from the cheapest to the best member's score, over the way in cost; 0.5 is a coin",
+    "CPT: the share of that cost at which so much of the score's way is gone; AUC: area under the steps",
+    "regret: to the oracle; ECE, Brier: of the score that was foretold; ms: of one decision; -: not defined",
 )
 LEFT_OUT_NOTE = (
     "Gain: reward above the best single member's, of the oracle's. Left out: fitted without a member, which is then "
@@ -250,7 +251,7 @@ def _frontier(paired: Paired) -> Section:
     better = {"AIQ": 1, "APGR": 1, "AUC": 1, "CPT": -1, "regret": -1, "ECE": -1, "Brier": -1, "ms": -1}
     rows = [tuple(row[j] for j in kept) for row in rows]
     signs = [better.get(cell.split(" ")[0], 0) for cell in rows[0]]
-    return Section("Frontier", rows, [FRONTIER], _best(rows, signs, paired))
+    return Section("Frontier", rows, FRONTIER, _best(rows, signs, paired))
 
 
 def _left_out(paired: Paired) -> Section:
@@ -305,7 +306,7 @@ def _groups(paired: Paired, title: str, groups: Sequence[str]) -> Section:
 
 def _sent(paired: Paired) -> Section:
     lines = []
-    for name in [*paired.of_kind("policy"), *paired.of_kind("start")]:
+    for name in [*paired.listed("policy"), *paired.listed("start")]:
         if asked := paired.played(name) and paired.asked(name):
             lines.append(f"{name} asked: " + ", ".join(f"{member} {part:.1%}" for member, part in asked.items()))
         if len(stops := paired.shares(name, "stop")) > 1 or not {"", "done"} >= set(stops):
