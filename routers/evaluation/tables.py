@@ -19,7 +19,7 @@ NOTE = (
 )
 CPT = (0.5, 0.8, 0.95)
 FRONTIER = (
-    "AIQ: mean score over all costs from the cheapest to the dearest member, of the best mixture of a router's settings",
+    "AIQ: mean score over all costs from the cheapest to the dearest member, of the best mixture of settings",
     "mixing members: drawing lots between those that turn out best on these very items",
     "APGR: mean share of the way from the cheapest to the best member's score, over the way in cost; 0.5 is a coin",
     "CPT: the share of that cost at which so much of the score's way is gone; AUC: area under the steps",
