@@ -66,7 +66,7 @@ class Data:
         queries: texts or mappings (`Query`).
         features: fitted on the training texts.
         score, usd: ``[Q, M]``, usd in units of the cost scale; empty where nothing is known.
-        rule: of the reward. None: `score` is the reward itself, and price is in it.
+        rule: of the reward. None: `score` is the reward itself, scaled to [0, 1], and price is in it.
     """
 
     def __init__(
@@ -90,7 +90,9 @@ class Data:
         items = list(known.items)
         features = Features().fit([text_of(item) for item in items])
         if known.rule is None:
-            return cls(items, features, known.reward, np.zeros_like(known.usd), known.members)
+            low, high = known.reward.min(), known.reward.max()
+            scaled = (known.reward - low) / (high - low if high > low else 1.0)
+            return cls(items, features, scaled, np.zeros_like(known.usd), known.members)
         return cls(items, features, known.score, known.usd / known.rule.cost_scale, known.members, known.rule)
 
     def __len__(self) -> int:
@@ -168,7 +170,7 @@ class Told:
         values = values if columns is None else values[:, columns]
         if not self.draws:
             return np.eye(values.shape[1])[values.argmax(axis=1)]
-        return np.asarray(_softmax(values))
+        return np.asarray(softmax(values))
 
 
 class Fitted(Router):
@@ -260,7 +262,7 @@ class Fitted(Router):
     def foretold(self, queries: Sequence[Query]) -> tuple[np.ndarray, np.ndarray]:
         """Expected correctness and USD, both ``[Q, M]``, of the members that it was fitted on, at their prices then.
 
-        Fitted on outcomes without a rule, the first is the expected reward, and USD are 0.
+        Fitted on outcomes without a rule, the first is the expected reward scaled to [0, 1], and USD are 0.
 
         Raises:
             CannotDo: it only says whom to ask.
@@ -375,7 +377,7 @@ def text_of(query: Query) -> str:
     return query if isinstance(query, str) else str(query.get("query", ""))
 
 
-def _softmax(logits: np.ndarray) -> np.ndarray:
+def softmax(logits: np.ndarray) -> np.ndarray:
     rising = np.exp(logits - logits.max(axis=1, keepdims=True))
     return np.asarray(rising / rising.sum(axis=1, keepdims=True))
 

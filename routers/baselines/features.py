@@ -23,19 +23,22 @@ class Features:
     """Views of texts, fitted on training texts: `tfidf`, `svd` and `minilm`, each ``[Q, F]``.
 
     Attributes:
-        idf: of every column.
+        columns: that training texts have, in order; the rest is left out.
+        idf: of these.
         svd: the dense directions, once `view("svd", ...)` has been asked for.
     """
 
     def __init__(self) -> None:
-        self.idf = np.ones(WORDS + GRAMS, np.float32)
+        self.columns = np.arange(0)
+        self.idf = np.ones(0, np.float32)
         self.svd: Any = None
         self.scale = 1.0
 
     def fit(self, texts: Sequence[str]) -> Features:
         counts = _counts(texts)
         present = np.bincount(counts.indices, minlength=counts.shape[1])
-        self.idf = (np.log((1 + len(texts)) / (1 + present)) + 1).astype(np.float32)
+        self.columns = np.flatnonzero(present)
+        self.idf = (np.log((1 + len(texts)) / (1 + present[self.columns])) + 1).astype(np.float32)
         return self
 
     def view(self, name: str, texts: Sequence[str], tfidf: Any = None) -> Any:
@@ -54,9 +57,10 @@ class Features:
         from scipy.sparse import hstack
         from sklearn.preprocessing import normalize
 
-        counts = _counts(texts)
+        counts = _counts(texts)[:, self.columns]
         counts.data = (1 + np.log(counts.data)) * self.idf[counts.indices]
-        halves = (counts[:, :WORDS], counts[:, WORDS:])
+        words = int(np.searchsorted(self.columns, WORDS))
+        halves = (counts[:, :words], counts[:, words:])
         return hstack([normalize(half) for half in halves], format="csr", dtype=np.float32) * np.float32(0.5**0.5)
 
     def _dense(self, rows: Any) -> np.ndarray:

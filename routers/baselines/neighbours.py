@@ -35,3 +35,7 @@ class Neighbours(Fitted):
             nearest = np.argsort(-alike, axis=1, kind="stable")[:, : self.count]  # of equals the first
             found.append(self.outcomes[nearest].mean(axis=1))
         return Told(*np.hsplit(np.concatenate(found), 2))
+
+
+class MiniLMNeighbours(Neighbours):
+    of = "minilm"

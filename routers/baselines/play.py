@@ -144,6 +144,8 @@ def _possible(one: Baseline, items: Outcomes, train: Outcomes | None) -> bool:
     """Whether enough is known: a fitted baseline needs two training items, for a fold and its rest."""
     if isinstance(one.how, type) and (train is None or len(train.items) < 2):
         return False
+    if not one.needs():
+        return False
     known = [*items.items, *(train.items if train is not None else ())]
     if one.reads and not all(str(item.get("query") or "").strip() for item in known):
         return False
