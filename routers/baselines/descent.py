@@ -10,7 +10,7 @@ Slopes = tuple[float, Sequence[np.ndarray]]
 
 
 def minimised(
-    loss: Callable[..., Slopes], start: Sequence[np.ndarray], strength: float = 0.0, most: int = 200
+    loss: Callable[..., Slopes], start: Sequence[np.ndarray], strength: float = 0.0, most: int = 100
 ) -> list[np.ndarray]:
     """Arrays at which `loss(*arrays) -> (value, gradients)` is least (L-BFGS from `start`, at most `most` steps).
 

@@ -25,7 +25,7 @@ class Features:
     Attributes:
         columns: that training texts have, in order; the rest is left out.
         idf: of these.
-        svd: the dense directions, once `view("svd", ...)` has been asked for.
+        svd: the dense directions ``[D, F]``, once `view("svd", ...)` has been asked for.
     """
 
     def __init__(self) -> None:
@@ -37,7 +37,7 @@ class Features:
     def fit(self, texts: Sequence[str]) -> Features:
         counts = _counts(texts)
         present = np.bincount(counts.indices, minlength=counts.shape[1])
-        self.columns = np.flatnonzero(present)
+        self.columns = np.flatnonzero(present) if present.any() else np.arange(1)
         self.idf = (np.log((1 + len(texts)) / (1 + present[self.columns])) + 1).astype(np.float32)
         return self
 
@@ -61,15 +61,17 @@ class Features:
         counts.data = (1 + np.log(counts.data)) * self.idf[counts.indices]
         words = int(np.searchsorted(self.columns, WORDS))
         halves = (counts[:, :words], counts[:, words:])
-        return hstack([normalize(half) for half in halves], format="csr", dtype=np.float32) * np.float32(0.5**0.5)
+        return hstack(
+            [normalize(half) for half in halves if half.shape[1]], format="csr", dtype=np.float32
+        ) * np.float32(0.5**0.5)
 
     def _dense(self, rows: Any) -> np.ndarray:
         if self.svd is None:
-            from sklearn.decomposition import TruncatedSVD
+            from sklearn.utils.extmath import randomized_svd
 
-            self.svd = TruncatedSVD(min(DIRECTIONS, rows.shape[0]), random_state=0).fit(rows)
-            self.scale = float(self.svd.transform(rows).std()) or 1.0
-        return np.asarray(self.svd.transform(rows) / self.scale)
+            self.svd = randomized_svd(rows, min(DIRECTIONS, *rows.shape), random_state=0)[2]
+            self.scale = float((rows @ self.svd.T).std()) or 1.0
+        return np.asarray(rows @ self.svd.T / self.scale)
 
 
 def _counts(texts: Sequence[str]) -> Any:

@@ -20,6 +20,10 @@ class Logistic(Fitted):
     def expected(self, z: np.ndarray) -> np.ndarray:
         return sigmoid(z)
 
+    def margin(self, expected: np.ndarray) -> np.ndarray:
+        """Inverse of `expected`."""
+        return np.log(expected / (1 - expected))
+
     def learn(self, data: Data, strength: float) -> None:
         x, score = data.view(self.of), data.score
 
@@ -27,7 +31,7 @@ class Logistic(Fitted):
             value, slope = self.loss(x @ weights.astype(x.dtype) + middle, score)
             return value, [x.T @ slope.astype(x.dtype), slope.sum(axis=0)]
 
-        start = [np.zeros((x.shape[1], score.shape[1])), np.zeros(score.shape[1])]
+        start = [np.zeros((x.shape[1], score.shape[1])), self.margin(np.clip(score.mean(axis=0), 0.01, 0.99))]
         self.weights, self.middle = minimised(loss, start, strength)
 
     def foretell_score(self, data: Data) -> np.ndarray:
@@ -45,6 +49,9 @@ class SVM(Logistic):
 
     def expected(self, z: np.ndarray) -> np.ndarray:
         return np.clip((z + 1) / 2, 0, 1)
+
+    def margin(self, expected: np.ndarray) -> np.ndarray:
+        return 2 * expected - 1
 
 
 class MiniLMLogistic(Logistic):

@@ -13,34 +13,35 @@ TEMPERATURE = 0.1
 
 
 class SoftmaxHead(Fitted):
-    """Logits ``a(x) - cost_weight * b(x)``, linear in the text; trained at several cost weights, mostly its own.
+    """Logits ``a(x) - cost_weight * usd(x) / TEMPERATURE``: `a` is linear in the text and trained at several cost
+    weights at once, half of the time at its own; USD are those that ridge regression foretells.
 
-    It begins at the ridge regression of correctness and cost, over `TEMPERATURE`.
+    It begins at the ridge regression of correctness, over `TEMPERATURE`.
     """
 
     grid = tuple({"strength": strength} for strength in (0.3, 0.1, 1.0))
 
     def learn(self, data: Data, strength: float) -> None:
-        x, m = data.view("tfidf"), len(data.members)
+        x = data.view("tfidf")
         self.usd_model = data.usd_model
-        weights = [*WEIGHTS, *[data.cost_weight] * len(WEIGHTS)]
-        rewards = [data.reward(weight) / len(weights) for weight in weights]
+        usd = np.minimum(self.foretell_usd(data), 1) / TEMPERATURE
+        shares = [*((weight, 0.5 / len(WEIGHTS)) for weight in WEIGHTS), (data.cost_weight, 0.5)]
+        rewards = [(weight, share * data.reward(weight)) for weight, share in shares]
 
         def loss(matrix: np.ndarray, middle: np.ndarray) -> tuple[float, list[np.ndarray]]:
-            z, earned, slope = x @ matrix.astype(x.dtype) + middle, 0.0, np.zeros((len(data), 2 * m))
-            for weight, reward in zip(weights, rewards, strict=True):
-                chances = softmax(z[:, :m] - weight * z[:, m:])
+            a, earned, slope = x @ matrix.astype(x.dtype) + middle, 0.0, np.zeros(usd.shape)
+            for weight, reward in rewards:
+                chances = softmax(a - weight * usd)
                 own = (chances * reward).sum(axis=1, keepdims=True)
-                rising = chances * (reward - own)
                 earned += float(own.sum())
-                slope += np.hstack([-rising, weight * rising])
+                slope -= chances * (reward - own)
             return -earned, [x.T @ slope.astype(x.dtype), slope.sum(axis=0)]
 
-        both = np.hstack([data.score, data.usd])
-        middle = both.mean(axis=0)
-        start = [solve(x, both - middle, 1.0) / TEMPERATURE, middle / TEMPERATURE]
+        middle = data.score.mean(axis=0)
+        start = [solve(x, data.score - middle, 1.0) / TEMPERATURE, middle / TEMPERATURE]
         self.matrix, self.middle = minimised(loss, start, strength)
 
     def foretell(self, data: Data) -> Told:
-        score, usd = np.hsplit(data.view("tfidf") @ self.matrix + self.middle, 2)
-        return Told(None, self.foretell_usd(data), lambda weight: score - weight * usd)
+        worth = TEMPERATURE * (data.view("tfidf") @ self.matrix + self.middle)
+        usd = self.foretell_usd(data)
+        return Told(None, usd, lambda weight: worth - weight * np.minimum(usd, 1))

@@ -30,7 +30,6 @@ class ThinkRouteArguments:
         "sft_drills": at_least(0),
     }
 
-
     # Questions
     table: str | None = field(
         default=None,

@@ -75,9 +75,7 @@ def _sets(
     return rows
 
 
-def _gradable(
-    rows: list[dict[str, Any]], split: str, metric: str, bad: tuple[Path, float]
-) -> list[dict[str, Any]]:
+def _gradable(rows: list[dict[str, Any]], split: str, metric: str, bad: tuple[Path, float]) -> list[dict[str, Any]]:
     """The rows whose accepted answers the metric can compare with: any other would pay nobody, in silence."""
     left_out = Quarantine(f"{split} questions", bad[0] / f"quarantine_{split}.jsonl", bad[1])
     good = []

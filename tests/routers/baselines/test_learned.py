@@ -73,7 +73,7 @@ def test_matrix_factorisation_by_hand() -> None:
 @pytest.mark.parametrize(("make", "least"), [(Logistic, 0.75), (SVM, 0.75)])
 def test_without_features_a_linear_model_says_the_mean(make: type[Fitted], least: float) -> None:
     train = outcomes([[1.0, 0.25], [0.5, 0.25], [0.75, 0.25]], ["a", "b", "c"])  # texts without words or n-grams
-    score = make().fit(train, settings={"strength": 1e6}).foretold(["d"])[0]
+    score = make().fit(train, settings={"strength": 1e3}).foretold(["d"])[0]
     assert score[0] == pytest.approx([least, 0.25], abs=0.01)
 
 
@@ -123,9 +123,7 @@ def test_dearer_members_are_asked_less_where_price_matters_more(name: str) -> No
         assert (told.chances(0.0) == told.chances(9.0)).all()
         return
     paid = [(told.chances(weight) * np.minimum(told.usd, 1)).sum() for weight in (0, 0.1, 0.3, 1, 3, 1e6)]
-    if told.score is not None:  # a policy has its own idea of prices
-        assert (np.diff(paid) <= 1e-9).all()
-    assert paid[-1] < paid[0]
+    assert (np.diff(paid) <= 1e-9).all() and paid[-1] < paid[0]
 
 
 def test_the_same_seed_makes_the_same_table() -> None:
