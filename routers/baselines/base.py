@@ -157,6 +157,12 @@ class Told:
     logits: Callable[[float], np.ndarray] | None = None
     draws: bool = False
 
+    @classmethod
+    def of(cls, both: np.ndarray) -> Told:
+        """Of score and usd side by side, ``[Q, 2 M]``."""
+        score, usd = np.hsplit(both, 2)
+        return cls(score, usd)
+
     def values(self, cost_weight: float) -> np.ndarray:
         """What a route is chosen by, ``[Q, M]``."""
         if self.logits is not None:
@@ -191,8 +197,8 @@ class Fitted(Router):
     members: tuple[Member, ...]
     features: Features
 
-    def learn(self, data: Data) -> None:
-        """Learn from all of `data` with one of the settings of `grid`, forgetting what was learned before."""
+    def learn(self, *data: Any, **settings: Any) -> None:
+        """`learn(data, ...)`: from all of `data`, with one of the settings of `grid`, forgetting what was before."""
         raise NotImplementedError
 
     def foretell_score(self, data: Data) -> np.ndarray:
@@ -226,7 +232,7 @@ class Fitted(Router):
 
         return max(self.grid, key=earned)
 
-    def fit(
+    def fit(  # type: ignore[override]  # takes no other options
         self,
         table: ReplyTable | Outcomes | Data,
         split: str = "train",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
@@ -21,7 +21,7 @@ MOST_PAIRS = 100_000
 class Described(Fitted):
     """A member is its mean correctness and USD on `CLUSTERS` clusters of queries."""
 
-    def learn(self, data: Data, **settings: float) -> None:
+    def learn(self, data: Data, **settings: Any) -> None:
         from sklearn.cluster import KMeans
 
         count = min(CLUSTERS, len(np.unique(data.view("svd"), axis=0)))
@@ -35,7 +35,7 @@ class Described(Fitted):
         sums = own.T @ both + PRIOR * both.mean(axis=0)
         self.score_in, self.usd_in = np.hsplit(sums / (own.sum(axis=0)[:, None] + PRIOR), 2)  # [C, M]
 
-    def learn_pairs(self, data: Data, **settings: float) -> None:
+    def learn_pairs(self, *data: Any, **settings: Any) -> None:
         raise NotImplementedError
 
     def introduce(self, probes: Outcomes) -> Self:

@@ -20,7 +20,7 @@ class FamilyTold(Fitted):
         return np.array([places.get(name, -1) for name in data.families.tolist()], dtype=int)
 
     def foretell(self, data: Data) -> Told:
-        return Told(*np.hsplit(self.means[self.family_of(data)], 2))
+        return Told.of(self.means[self.family_of(data)])
 
 
 class FamilyGuessed(FamilyTold):

@@ -34,7 +34,7 @@ class Neighbours(Fitted):
         for alike in similarities(data.view(self.of), self.known):
             nearest = np.argsort(-alike, axis=1, kind="stable")[:, : self.count]  # of equals the first
             found.append(self.outcomes[nearest].mean(axis=1))
-        return Told(*np.hsplit(np.concatenate(found), 2))
+        return Told.of(np.concatenate(found))
 
 
 class MiniLMNeighbours(Neighbours):

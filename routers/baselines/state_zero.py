@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from routers.baselines.base import Data, Told
@@ -24,7 +26,7 @@ class StateZero(Described):
 
     grid = ({},)
 
-    def learn(self, data: Data) -> None:
+    def learn(self, data: Data, **settings: Any) -> None:
         order = np.random.default_rng(self.seed).permutation(len(data))
         count = max(1, min(CONTEXT, len(data) // 2))
         self.describe(data.rows(np.sort(order[:count])))
