@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from routers.baselines.base import Data, Fitted
-from routers.baselines.neighbours import similarities
+from routers.baselines.neighbours import remembered, similarities
 
 
 class Elo(Fitted):
@@ -21,6 +21,7 @@ class Elo(Fitted):
     grid = tuple({"base": base} for base in (10.0, 100.0, 1e4))
 
     def learn(self, data: Data, base: float) -> None:
+        data = remembered(data)
         ranks = data.score[:, :, None], data.score[:, None, :]
         wins = (ranks[0] > ranks[1]).sum(axis=2) + 0.5 * ((ranks[0] == ranks[1]).sum(axis=2) - 1)
         self.known, self.base = data.view("tfidf"), base

@@ -8,9 +8,17 @@ from typing import Any
 import numpy as np
 
 from routers.baselines.base import Data, Fitted, Told
+from routers.data.table import spread
 
 BLOCK = 1 << 24
 """Entries of a block of similarities."""
+MOST_KNOWN = 20_000
+"""Training queries that others are compared with, spread evenly, so that time is linear in the training, too."""
+
+
+def remembered(data: Data) -> Data:
+    """At most `MOST_KNOWN` of the queries."""
+    return data if len(data) <= MOST_KNOWN else data.rows(spread(len(data), MOST_KNOWN))
 
 
 def similarities(items: Any, known: Any) -> Iterator[np.ndarray]:
@@ -26,6 +34,7 @@ class Neighbours(Fitted):
     grid = tuple({"count": count} for count in (20, 5, 10, 40, 80))
 
     def learn(self, data: Data, count: int) -> None:
+        data = remembered(data)
         self.known, self.outcomes = data.view(self.of), np.hstack([data.score, data.usd])
         self.count = min(count, len(data))
 

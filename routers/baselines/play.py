@@ -16,8 +16,6 @@ from routers.evaluation.episodes import Episodes, Outcomes, RewardRule
 
 TIMED = 20
 """Decisions whose median time a frontier shows."""
-SWEEP = (0.0, 0.02, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
-"""Cost weights over which frontiers are drawn."""
 
 
 def play_baselines(

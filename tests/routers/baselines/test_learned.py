@@ -182,9 +182,11 @@ def test_no_square_of_the_training_queries_is_held(monkeypatch: pytest.MonkeyPat
     wide = {name: np.tile(getattr(train, name), (1, 10)) for name in ("score", "usd", "reward")}
     data = Data.of(Outcomes(train.items, [f"m{n}" for n in range(50)], **wide, rule=RULE))
     data.view("tfidf")
-    for router, settings in ((Ridge(), {"strength": 1.0}), (Neighbours(), {"count": 10})):
+    monkeypatch.setattr(neighbours, "MOST_KNOWN", 5000)
+    for router, settings in ((Ridge(), {"strength": 1.0}), (Neighbours(), {"count": 10}), (Elo(), {"base": 10.0})):
         tracemalloc.start()
         router.fit(data, settings=settings).foretell(data)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert peak < 60e6, (router, peak)
+    assert router.known.shape[0] == 5000
