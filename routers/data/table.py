@@ -15,9 +15,11 @@ with one text (``normalise_query``) in one split the first complete one stays, a
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
@@ -254,17 +256,26 @@ def quickstart_table() -> ReplyTable:
 def replies_of(
     table: str, catalogue: str | None, *, max_bad_share: float, drop_incomplete: bool, folder: Path
 ) -> ReplyTable:
-    """Recorded replies: `quickstart`, or a table of the user's own, whose bad rows are written into `folder`."""
+    """Recorded replies: `quickstart`, or a table of the user's own, whose bad rows are written into `folder`, and what
+    its held-out queries share with the training (`routers.data.leaks`; by the main process)."""
     if table == "quickstart":
         return quickstart_table()
     refuse_training(table)
-    return load_table(
+    found = load_table(
         table,
         catalogue,
         max_bad_share=max_bad_share,
         drop_incomplete=drop_incomplete,
         quarantine_path=folder / "quarantine_table.jsonl",
     )
+    if os.environ.get("RANK", "0") == "0":
+        from routers.data.leaks import leaks
+
+        shared = leaks(found)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "leaks.json").write_text(json.dumps(asdict(shared), indent=1), encoding="utf-8")
+        logger.log(logging.WARNING if shared.near else logging.INFO, "%s: %s", table, shared)
+    return found
 
 
 def check_split(table: ReplyTable, split: str = "heldout") -> None:
