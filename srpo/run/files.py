@@ -17,7 +17,7 @@ CHECKED = "checked"
 """Folder of what was found before a run took the place of another: quarantine files, until then."""
 # Names that our scripts, TRL, transformers, peft, accelerate and DeepSpeed give to what they write into a folder.
 _FILES = """
-run.json run.json.draft recipe.yaml README.md quarantine*.jsonl made_from.json *.made_from.json
+run.json run.json.draft recipe.yaml README.md quarantine*.jsonl leaks.json made_from.json *.made_from.json
 evaluation.parquet report.html report.md frontier.png router.yaml
 profiles.parquet profiles.parquet.draft spending_*.json spending_*.draft teacher.safetensors config.json
 generation_config.json adapter_config.json *_results.json trainer_state.json training_args.bin tokenizer.json
@@ -119,13 +119,13 @@ def _paths(recipe: Mapping[str, Any]) -> Iterator[tuple[str, Path]]:
 
 
 def clear_notes(folder: Path) -> None:
-    """Take away quarantine files of an earlier attempt: they would accuse this one's rows."""
+    """Take away what an earlier attempt noted of its data: it would accuse this one's rows."""
     for path in _notes(folder):
         path.unlink()
 
 
 def move_notes(source: Path, folder: Path) -> None:
-    """Bring quarantine files to the run that they are of, and remove the folder where they waited."""
+    """Bring notes to the run that they are of, and remove the folder where they waited."""
     for path in _notes(source):
         path.replace(folder / path.name)
         print(f"{path} is now {folder / path.name}", flush=True)
@@ -134,9 +134,10 @@ def move_notes(source: Path, folder: Path) -> None:
 
 
 def _notes(folder: Path) -> list[Path]:
-    return [path for path in folder.glob("quarantine*.jsonl") if is_note(path) and not path.is_symlink()]
+    found = [*folder.glob("quarantine*.jsonl"), *folder.glob("leaks.json")]
+    return [path for path in found if is_note(path) and not path.is_symlink()]
 
 
 def is_note(path: Path) -> bool:
-    """Whether a file is called as the quarantine files of the training scripts are."""
-    return re.fullmatch(r"quarantine(_table|_(train|heldout)(_\d+)?)?\.jsonl", path.name) is not None
+    """Whether a file is called as what runs note of their data: quarantine files, and what leaks."""
+    return re.fullmatch(r"quarantine(_table|_(train|heldout)(_\d+)?)?\.jsonl|leaks\.json", path.name) is not None
