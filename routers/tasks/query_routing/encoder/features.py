@@ -46,7 +46,7 @@ def inverse_frequency(parts: Sequence[sp.csr_matrix]) -> np.ndarray:
     return np.asarray(np.log((1 + parts[0].shape[0]) / (1 + seen)) + 1, dtype=np.float32)
 
 
-STRENGTHS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+STRENGTHS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 
 
 def ridge(embedded: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -174,10 +174,17 @@ class EncoderPolicy(PreTrainedModel):
 
 
 def capabilities(embedded: Tensor, outcomes: Tensor) -> tuple[Tensor, Tensor]:
-    """Ridge regressions of outcomes ``[2, rows, members]``: ``[2, members, width + 1]``, and what is left out."""
-    found = [ridge(embedded.double().numpy(), part.double().numpy()) for part in outcomes]
+    """Ridge regressions of outcomes ``[2, rows, members]``: ``[2, members, width + 1]``, and what is left out.
+
+    How hard a query is and who is better at it are regressed apart, since the latter alone decides, and is smaller.
+    """
+    rows, found = embedded.double().numpy(), []
+    for part in outcomes.double().numpy():
+        common = part.mean(axis=1, keepdims=True)
+        found.append([a + b for a, b in zip(ridge(rows, common), ridge(rows, part - common), strict=True)])
     weights = [np.concatenate([weight, bias[:, None]], axis=1) for weight, bias, _ in found]
-    return (torch.from_numpy(np.stack(parts)).float() for parts in (weights, [part for *_, part in found]))
+    capability, left_out = (np.stack(parts) for parts in (weights, [part for *_, part in found]))
+    return torch.from_numpy(capability).float(), torch.from_numpy(left_out).float()
 
 
 def _linear(embedded: Tensor, capability: Tensor) -> Tensor:

@@ -9,7 +9,8 @@
     R = score - cost_weight * min(usd / cost_scale, 1), or abstain_reward
 
 Each step draws a cost weight for every query and leaves members out at random, so that their features are learned,
-neither their places nor names. Steps are as many as serve a validation fifth of the rows best; then all rows count.
+neither their places nor names. Steps are as many as serve a validation fifth of the rows best, none where they gain
+less than a standard error there; then all rows count.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ from srpo.objectives.advantages import group_advantages
 from srpo.objectives.branches import distilled_by
 from srpo.objectives.divergence import divergence
 
-SOFTNESS = 0.1
-"""The supervised start imitates softmax(reward / SOFTNESS)."""
+DECAYS = (10.0, 100.0)
+"""Weight decays to choose from; the last leaves little but the sharpnesses and what is preferred everywhere."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,8 @@ class EncoderTraining:
     queries: int = 128  # of a step
     num_generations: int = 8
     max_steps: int = 400
-    learning_rate: float = 3e-3
-    weight_decay: float = 0.0
-    sft_steps: int = 0
+    learning_rate: float = 1e-3
+    weight_decay: float | None = None  # of U and u_0; None: the one of `DECAYS` that serves the validation rows best
     entropy_coef: float = 0.0
     scale_rewards: str = "none"
     advantage_baseline: str = "refmax"
@@ -134,7 +134,12 @@ def train_encoder(
     held, rest = order[: len(order) // 5], order[len(order) // 5 :]
     own = Rows(embedded[rest], outcomes[:, rest], model.fit_members(members, embedded[rest], outcomes[:, rest]))
     others = Rows(embedded[held], outcomes[:, held], model.foretold(embedded[held]))
-    steps = fit(model, own, training, weights, draw, training.max_steps, others)
+    found = []
+    for decay in DECAYS if training.weight_decay is None else (training.weight_decay,):
+        model.forget()
+        tried = replace(training, weight_decay=decay)
+        found.append((*fit(model, own, tried, weights, draw, training.max_steps, others), tried))
+    _, steps, training = max(found, key=lambda one: one[0])
     model.forget()
     own = Rows(embedded, outcomes, model.fit_members(members, embedded, outcomes))
     fit(model, own, training, weights, draw, steps)
@@ -152,20 +157,29 @@ def fit(
     draw: torch.Generator,
     steps: int,
     held: Rows | None = None,
-) -> int:
-    """Train for `steps`; with `held`, returns after how many of them its reward was highest."""
+) -> tuple[float, int]:
+    """Train for `steps`; with `held`, returns its largest gain of reward over the start, and after how many steps.
+
+    A gain over the start that is not larger than its standard error is none: so small a set would choose noise.
+    """
     count, pool = rows.outcomes.shape[1:]
     known = torch.tensor(weights)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=how.learning_rate, weight_decay=how.weight_decay)
+    large = [model.interaction, *([] if model.abstain is None else [model.abstain])]
+    groups = [
+        {"params": large, "weight_decay": how.weight_decay or 0.0},
+        {"params": [model.preference, model.sharpness], "weight_decay": 0.0},
+    ]
+    optimiser = torch.optim.AdamW(groups, lr=how.learning_rate)
     average = copy.deepcopy(model).requires_grad_(False)
-    best = (earned(model, held, weights), 0) if held else (0.0, steps)
+    before = earned(model, held, weights) if held else torch.zeros(0)
+    best = (0.0, 0 if held else steps)
     for step in range(1, steps + 1):
         batch = rows.at(torch.randint(count, (how.queries,), generator=draw))
         weight = known[torch.randint(len(known), (how.queries,), generator=draw)]
         allowed = torch.rand(pool, generator=draw) >= how.member_dropout
         if allowed.sum() < 2:
             allowed[:] = True
-        loss = step_loss(model, average, batch, weight, allowed, how, draw, supervised=step <= how.sft_steps)
+        loss = step_loss(model, average, batch, weight, allowed, how, draw)
         optimiser.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -173,8 +187,10 @@ def fit(
         for mean, parameter in zip(average.parameters(), model.parameters(), strict=True):
             mean.data.lerp_(parameter.data, how.teacher_update_rate)
         if held and step % 20 == 0:
-            best = max(best, (earned(model, held, weights), step), key=lambda found: found[0])
-    return best[1]
+            gain = earned(model, held, weights) - before
+            if gain.mean() > max(best[0], float(gain.std()) / len(gain) ** 0.5):
+                best = (float(gain.mean()), step)
+    return best
 
 
 def step_loss(
@@ -185,16 +201,12 @@ def step_loss(
     allowed: Tensor,
     how: EncoderTraining,
     draw: torch.Generator,
-    supervised: bool = False,
 ) -> Tensor:
     """The loss of one step on some queries: 0-d, with gradient."""
     reward = batch.reward(cost_weight, model.config.abstain_reward)
     logp = model(batch.embedded, cost_weight, batch.foretold, allowed)
     shut = logp.isneginf()  # members left out
     finite = logp.masked_fill(shut, 0.0)
-    if supervised:
-        labels = (reward / SOFTNESS).masked_fill(shut, -torch.inf).softmax(dim=1)
-        return -(labels * finite).sum(dim=1).mean()
     entropy = -(finite.exp() * finite).masked_fill(shut, 0.0).sum(dim=1).mean()
     if how.objective == "expected":
         return -(logp.exp() * reward).sum(dim=1).mean() - how.entropy_coef * entropy
@@ -254,11 +266,11 @@ def group_loss(
 
 
 @torch.no_grad()
-def earned(model: EncoderPolicy, rows: Rows, weights: Sequence[float]) -> float:
-    """Mean reward of the greedy policy over rows and cost weights."""
+def earned(model: EncoderPolicy, rows: Rows, weights: Sequence[float]) -> Tensor:
+    """Reward of the greedy policy on each row, ``[rows]``: its mean over the cost weights."""
     found = []
     for weight in weights:
         asked = torch.full((len(rows.embedded),), float(weight))
         chosen = model(rows.embedded, asked, rows.foretold).argmax(dim=1, keepdim=True)
-        found.append(rows.reward(asked, model.config.abstain_reward).gather(1, chosen).mean())
-    return float(torch.stack(found).mean())
+        found.append(rows.reward(asked, model.config.abstain_reward).gather(1, chosen)[:, 0])
+    return torch.stack(found).mean(dim=0)
