@@ -62,7 +62,7 @@ def play_baselines(
         settings, left_out = out_of_fold(one.how(), data, seed)
         router = one.how().fit(data, seed=seed, settings=settings)
         told = router.foretell(queries)
-        own: dict[str, Any] = {"expected": told.score if train.rule else None}
+        own: dict[str, Any] = {"expected": told.score if train.rule and not told.draws else None}
         own["seconds"] = seconds_of(router, items.items) if sweep else 0.0
         weights = {name: (data.cost_weight, "")}
         if not told.draws and train.rule is not None:
