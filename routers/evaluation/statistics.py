@@ -352,8 +352,12 @@ class Paired:
 
 
 def sets(episodes: Episodes) -> dict[str, Paired]:
-    """The sets of items in the episodes, by name."""
-    return {str(name): Paired(episodes.of(set=name)) for name in episodes.frame["set"].unique()}
+    """The sets of items in the episodes, by name; made once: text, page and picture of a report share the draws."""
+    kept = vars(episodes)
+    if "_sets" not in kept:
+        kept["_sets"] = {str(name): Paired(episodes.of(set=name)) for name in episodes.frame["set"].unique()}
+    found: dict[str, Paired] = kept["_sets"]
+    return found
 
 
 def _estimate(drawn: np.ndarray) -> Estimate:
