@@ -52,6 +52,8 @@ class Settings:
         "max_lost_share": between(0, 1),
         "max_lost_batches": at_least(1),
         "max_cost_usd": at_least(0),
+        "signal_deadline": above(0),
+        "max_bad_steps": at_least(1),
         "diagnostics_warning_interval": at_least(1),
     }
 
@@ -216,6 +218,25 @@ class Settings:
     drop_all_fail: bool = field(default=False, metadata=about("Groups without a correct rollout teach nothing."))
     distill_failed: bool = field(
         default=False, metadata=about("bopo: failed rollouts with a correct sibling are distilled, as in srpo.")
+    )
+
+    # Going on, and ending
+    resume_from_checkpoint: str | bool | None = field(
+        default=None,
+        metadata=about(
+            "A checkpoint's folder; or auto: the newest whole one in output_dir, and from the start where there is "
+            "none (true: an error there)."
+        ),
+    )
+    signal_deadline: float = field(
+        default=120.0,
+        metadata=about(
+            "Seconds that SIGTERM, SIGUSR1 or the first SIGINT leave to the step and its checkpoint before the "
+            "process ends without."
+        ),
+    )
+    max_bad_steps: int = field(
+        default=3, metadata=about("Steps in a row that are skipped for NaN or inf before the run stops.")
     )
 
     # Alarms

@@ -29,6 +29,7 @@ from srpo.run.derived import check_made_from, is_made_from, made_from, mark, sou
 from srpo.run.files import EVALUATION
 from srpo.run.folder import claim, finish
 from srpo.run.steps import check_rows_of_a_batch
+from srpo.run.whole import resume_from
 from srpo.sft import check_unsharded, sft, sft_config
 from srpo.task import START, Evaluation, RunArguments, Share, Task
 from srpo.trainer.progress import check_report_to, phase, quiet, show_progress
@@ -48,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> Evaluation:
     task_class, recipe = load_run(argv)
     arguments, how, args = recipe
     check_report_to(args.report_to)
-    state, resume = PartialState(), args.resume_from_checkpoint
+    state = PartialState()
+    resume = args.resume_from_checkpoint = resume_from(args.resume_from_checkpoint, args.output_dir)
     task: Task = task_class(arguments, how, args)
     if own := own_policy(task, how.model_name_or_path):
         return train_own(task, own, recipe)

@@ -9,8 +9,10 @@ from collections.abc import Iterable
 from fnmatch import fnmatch
 from pathlib import Path
 
+from srpo.run.whole import MANIFEST, fault
+
 _WEIGHTS = ("model*.safetensors", "adapter_model*.safetensors", "pytorch_model*.bin", "adapter_model.bin")
-_POLICY = (
+POLICY = (
     *_WEIGHTS,
     *("model*.safetensors.index.json", "pytorch_model*.bin.index.json", "config.json", "generation_config.json"),
     *("adapter_config.json", "tokenizer*.json", "tokenizer*.model", "special_tokens_map.json", "added_tokens.json"),
@@ -35,9 +37,11 @@ def files_to_push(folder: str | os.PathLike[str], resumable: bool = False, besid
         beside: names of further files that belong to the policy.
 
     Raises:
-        ValueError: there are no weights of a policy.
+        ValueError: there are no weights of a policy, or it is a checkpoint that is not whole.
     """
     root = Path(folder)
+    if (root / MANIFEST).is_file() and (why := fault(root, only=() if resumable else POLICY)) is not None:
+        raise ValueError(f"{folder} cannot be pushed: {why}")
     found = sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
     if resumable:
         return [name for name in found if not _any(name, _LOCAL_ONLY)]
@@ -48,7 +52,7 @@ def files_to_push(folder: str | os.PathLike[str], resumable: bool = False, besid
             "that a run saved its policy into"
         )
     own = {*beside}
-    return [name for name in found if name in own or _any(name, _POLICY if "/" not in name else _POLICY_BELOW)]
+    return [name for name in found if name in own or _any(name, POLICY if "/" not in name else _POLICY_BELOW)]
 
 
 def _any(name: str, patterns: Iterable[str]) -> bool:

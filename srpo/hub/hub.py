@@ -19,6 +19,7 @@ from typing import Any
 from srpo.hub.card import model_card
 from srpo.hub.errors import explain
 from srpo.hub.files import files_to_push
+from srpo.run.whole import MANIFEST, read_manifest, seal
 from srpo.strict_yaml import read_yaml
 
 logger = logging.getLogger(__name__)
@@ -173,6 +174,8 @@ class HubMixin:
         )
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if not (Path(checkpoint_folder) / MANIFEST).is_file():
+            return  # transformers calls this before all of it is written; the trainer does when it is whole
         strategy = str(getattr(self.args.hub_strategy, "value", self.args.hub_strategy))
         if not self.is_world_process_zero() or strategy == "end":  # type: ignore[attr-defined]
             return
@@ -206,6 +209,14 @@ class HubMixin:
         card = Path(self.args.output_dir) / "README.md"
         if card.is_file():
             shutil.copy(card, staged / "README.md")
+        # What goes up is whole by itself: it lacks what stays here, and has the run's card.
+        known = read_manifest(source)
+        (staged / MANIFEST).unlink()
+        names = files_to_push(staged, resumable=True)
+        for path in [path for path in staged.rglob("*") if path.is_file()]:
+            if path.relative_to(staged).as_posix() not in names:
+                path.unlink()
+        seal(staged, {name: entry for name, entry in known.items() if name != "README.md"})
         return str(staged)
 
     def _upload(

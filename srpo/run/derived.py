@@ -17,7 +17,7 @@ _SAMPLES = 64
 _CHUNK = 2**20
 POLICY_FILES = ("*.safetensors", "*.bin", "*.json", "*.jinja", "*.model")
 """What of a folder a policy consists of; notes, evaluations and logs beside it do not count."""
-_NOT_OF_A_POLICY = ("trainer_state.json", "run.json", "training_args.bin")
+_NOT_OF_A_POLICY = ("trainer_state.json", "run.json", "training_args.bin", "manifest.json")
 
 
 class StaleArtefact(ValueError):

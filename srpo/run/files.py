@@ -29,12 +29,14 @@ adapter_model.safetensors adapter_model.bin
 # The same of the folders below.
 _FILES_BELOW = """
 *made_from.json profiles_*.parquet rules_*.jsonl *.parquet.partial *.parquet.draft runs.partial
-settings.json parts.json completions_*.parquet train.parquet rollouts_*.safetensors environment_*.json optimizer.pt
+settings.json parts.json manifest.json manifest.json.draft step_*.jsonl
+completions_*.parquet train.parquet rollouts_*.safetensors environment_*.json optimizer.pt
 optimizer.bin scheduler.pt scheduler.bin scaler.pt rng_state*.pth random_states_*.pkl latest zero_to_fp32.py
 *_states.pt *.distcp .metadata events.out.tfevents.*
 """.split()
 _FOLDERS = """
-checkpoint-* tmp-checkpoint-* completions additional_completions start demonstrations task base runs checked
+checkpoint-* tmp-checkpoint-* _saving old-checkpoint-* bad_steps
+completions additional_completions start demonstrations task base runs checked
 global_step* pytorch_model_fsdp_* optimizer_* ref teacher
 """.split()
 

@@ -14,7 +14,7 @@ wait, and end with its words.
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from fnmatch import fnmatch
@@ -37,7 +37,9 @@ from srpo.run.files import (
     move_notes,
     refuse_to_empty,
 )
+from srpo.run.processes import main_process
 from srpo.run.steps import checkpoint_step
+from srpo.run.whole import fault, whole_looking
 from srpo.strict_yaml import YamlError, read_yaml
 
 # Keys that may change between two starts of one run: they say how it is watched, paid and spread, not what it is.
@@ -73,7 +75,7 @@ class Claim:
             FolderTaken: as `claim`, where somebody else has taken the folder since.
         """
         if not self._taken:
-            _main_process(self._take)
+            main_process(self._take, FolderTaken)
         self._taken = True
         return self.folder
 
@@ -119,28 +121,8 @@ def claim(recipe: Recipe, output_dir: str | Path, *, overwrite: bool = False, re
         clear_notes(found.notes)
         return str(found.notes)
 
-    found.notes = Path(_main_process(look))
+    found.notes = Path(main_process(look, FolderTaken))
     return found
-
-
-def _main_process(act: Callable[[], Any]) -> Any:
-    """What `act` returns on the main process, on every one; its FolderTaken, ValueError or OSError too."""
-    from accelerate import PartialState
-    from accelerate.utils import broadcast_object_list
-
-    state = PartialState()
-    told: list[Any] = [None, None]  # what it returned, and what it raised
-    state.wait_for_everyone()  # what the others still have to write or read in the folder
-    if state.is_main_process:
-        try:
-            told[0] = act()
-        except (ValueError, OSError) as error:
-            told[1] = str(error)
-    if state.num_processes > 1:
-        broadcast_object_list(told)
-    if told[1] is not None:
-        raise FolderTaken(told[1], said=not state.is_main_process)
-    return told[0]
 
 
 def finish(output_dir: str | Path) -> None:
@@ -190,7 +172,7 @@ def _look(wanted: Claim) -> dict[str, Any] | None:
 def _refuse_another(recipe: Recipe, folder: Path, then: Mapping[str, Any]) -> None:
     """Raise unless the folder's run is this one, stopped before its first checkpoint."""
     changed = _changed(recipe, then)
-    checkpoints = _checkpoints(folder)
+    checkpoints = whole_looking(folder)
     if not then["finished"] and not checkpoints and (not changed or _has_made_nothing(folder)):
         return
     what = "a finished run" if then["finished"] else "a run that did not finish"
@@ -211,7 +193,7 @@ def _check_going_on(recipe: Recipe, folder: Path, step: int) -> None:
     most = recipe.given.get("max_steps", -1)
     if 0 < most < step:
         raise FolderTaken(f"resume_from_checkpoint is of step {step}, and max_steps is {most}: raise max_steps")
-    later = [str(path) for number, path in sorted(_checkpoints(folder).items()) if number > step]
+    later = [str(path) for number, path in whole_looking(folder).items() if number > step and fault(path) is None]
     if later:
         raise FolderTaken(
             f"resume_from_checkpoint is of step {step}, and {folder} also holds {', '.join(later)}: resume from the "
@@ -256,11 +238,6 @@ def run_of(folder: Path) -> dict[str, Any] | None:
     if not isinstance(recipe, dict) or "output_dir" not in recipe:
         return None
     return {"recipe": made_from(**{str(key): value for key, value in recipe.items()}), "finished": "unknown"}
-
-
-def _checkpoints(folder: Path) -> dict[int, Path]:
-    named = ((re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in folder.glob("checkpoint-*"))
-    return {int(match[1]): path for match, path in named if match and path.is_dir()}
 
 
 def _now() -> str:

@@ -9,6 +9,7 @@ the clock                      where in a generation batch and in the data's ord
 """
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,17 +17,26 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import is_peft_model
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from srpo.run.whole import SAVING, put_in_place, rotate, seal, whole_looking
 from srpo.trainer.distiller import Distiller
 from srpo.trainer.reference import Reference
 from srpo.trainer.rollouts import Rollouts
 
 _TENSOR = "tensor"
+_TORCH_WRITER = ("PytorchStreamWriter", "inline_container", "iostream error")
+"""What torch says, as a plain RuntimeError, of a disk that does not take a file."""
+
+
+class SaveFailed(OSError):
+    """A checkpoint could not be written; names it, the reason, and the last whole one."""
 
 
 class Checkpoints:
@@ -37,6 +47,55 @@ class Checkpoints:
     ) -> None:
         self.accelerator = accelerator
         self.reference, self.distiller, self.rollouts = reference, distiller, rollouts
+        self.saving = False
+
+    def write(self, trainer: Any, output: Path, theirs: Callable[[], object], batches: Any) -> None:
+        """The checkpoint of a step: written beside by all processes, then put in place, pushed, and old ones go.
+
+        Args:
+            output: folder of the checkpoints.
+            theirs: writes TRL's part, into a folder below `srpo.run.whole.SAVING` while `saving` is set.
+            batches: as in `save`.
+
+        Raises:
+            SaveFailed: nothing is left of the attempt, and earlier checkpoints are as they were.
+        """
+        args, state = trainer.args, trainer.state
+        folder = output / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        draft = output / SAVING / folder.name
+        try:
+            if args.should_save:
+                shutil.rmtree(draft.parent, ignore_errors=True)  # what a killed process left
+                draft.mkdir(parents=True)
+            self.accelerator.wait_for_everyone()
+            self.saving = True
+            theirs()
+            if Path(state.best_model_checkpoint or "") == draft:
+                state.best_model_checkpoint = str(folder)
+                if args.should_save:
+                    state.save_to_json(str(draft / TRAINER_STATE_NAME))
+            self.save(str(draft), batches, args.save_only_model)
+            self.accelerator.wait_for_everyone()
+            if args.should_save:
+                seal(draft)
+                put_in_place(draft, folder)
+        except (OSError, SafetensorError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not any(word in str(error) for word in _TORCH_WRITER):
+                raise
+            if args.should_save:
+                shutil.rmtree(draft.parent, ignore_errors=True)
+            free, last = shutil.disk_usage(output).free, [*whole_looking(output).values()][-1:]
+            then = f"resume_from_checkpoint: auto goes on from {last[0]}" if last else "there is no earlier one"
+            raise SaveFailed(
+                f"{folder} could not be written ({free:,} bytes are free there): {error}; {then}"
+            ) from error
+        finally:
+            self.saving = False
+        self.accelerator.wait_for_everyone()
+        if args.push_to_hub:
+            trainer._push_from_checkpoint(str(folder))
+        if args.should_save:
+            rotate(output, args.save_total_limit, state.best_model_checkpoint)
 
     def save(self, folder: str, batches: Any, model_only: bool) -> None:
         """Add to a checkpoint that TRL has written.

@@ -49,3 +49,5 @@ class GenerationStep:
     """Which completions a limit ended; they never count as correct and are shown to nobody."""
     rewards: Tensor = field(default_factory=lambda: torch.empty(0))
     """[B], summed with their weights; NaN: not scored by any function."""
+    bad_rewards: Tensor | None = None
+    """[B] bool: a reward was NaN or infinite; None: of no rank (`srpo.trainer.bad_numbers`)."""

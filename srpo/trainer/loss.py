@@ -9,6 +9,7 @@ from torch import Tensor
 
 from srpo.objectives import Counts, LossConfig, LossOutput, Objective, TokenBatch, sampled_token_divergence
 from srpo.objectives.batch import per_step
+from srpo.teacher.lm_head import add_distillation_head
 from srpo.trainer.distiller import Distiller
 
 
@@ -137,3 +138,14 @@ class Loss:
         share = {"srpo/gradient_share": (norms[0] / norms.sum()).item()} if norms.sum() > 0 else {}
         self._gradients.zero_()
         return share
+
+
+def loss_of(trainer: Any) -> Loss:
+    """Of a trainer whose objective TRL's own loss is not; ValueError for a vision-language policy."""
+    if trainer._is_vlm:
+        raise ValueError(
+            f"objective: {trainer.objective} trains text models only; use objective: grpo and a loss_type of TRL's"
+        )
+    add_distillation_head(trainer._base(trainer.model))
+    router_loss = trainer.router_aux_loss_coef if trainer.aux_loss_enabled else None
+    return Loss(trainer._record, trainer.accelerator, trainer.args, trainer.distiller, router_loss)

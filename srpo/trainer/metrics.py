@@ -93,6 +93,13 @@ class Alarms:
             self._said.add(name)
             self._warn(f"{message} ({self._streak[name]} logged steps in a row)")
 
+    def observe_log(self, numbers: Mapping[str, float], training: bool, max_length: int) -> None:
+        """Check what is logged of a training step, or of an evaluation."""
+        if training:
+            self.observe_step(numbers, max_length)
+        elif "eval_reward" in numbers:
+            self.observe_evaluation(numbers["eval_reward"])
+
     def observe_step(self, metrics: Mapping[str, float], max_length: int) -> None:
         """Check one training step's averaged metrics, under the names they are logged with."""
         entropy, length = metrics.get("entropy"), metrics.get("completions/mean_length")

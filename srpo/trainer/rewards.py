@@ -1,6 +1,7 @@
 """What reward functions are given, and what they return: the world's columns in, one finite number or None out.
 
-A bad reward stops the run and names its function and row: it may not turn into a training signal.
+A bad reward names its function and row, and may not turn into a training signal: what is no number stops the run, a
+NaN or an infinity its step (`srpo.trainer.bad_numbers`).
 """
 
 import functools
@@ -19,7 +20,7 @@ from srpo.columns import LOST_ROW, as_list, checked_columns
 from srpo.rollout.loop import as_columns
 from srpo.trainer.generation_step import GenerationStep
 from srpo.trainer.metrics import TRUNCATED
-from srpo.types import LOST, Columns, World
+from srpo.types import FEEDBACK, LOST, Columns, World
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +68,19 @@ def correct(step: GenerationStep, args: Any, rule: Correctness | None) -> Tensor
     return found & ~torch.isnan(rewards) & ~torch.tensor(step.truncated, device=rewards.device)
 
 
+def extra_columns(said: dict[str, Any], step: GenerationStep, shown: Collection[str], rows: int) -> None:
+    """Add the world's columns to those that reward functions have `said` for the completions table.
+
+    Args:
+        shown: names that the table has; without a value here they would show an earlier batch's.
+        rows: of the batch.
+    """
+    if FEEDBACK in said:  # a reward function may give it too, through TRL's `log_extra`; it wins over the world's
+        step.columns[FEEDBACK] = list(said[FEEDBACK])
+    said |= {name: list(values) for name, values in step.columns.items()}
+    said |= {name: [None] * rows for name in {*shown} - {*said, "branch"}}
+
+
 def rows_with_columns(rows: Sequence[Mapping[str, Any]], columns: Columns, has_world: bool) -> list[dict[str, Any]]:
     """Dataset rows as the rewards see them: with the world's columns, which may repeat the dataset's values.
 
@@ -81,21 +95,26 @@ def rows_with_columns(rows: Sequence[Mapping[str, Any]], columns: Columns, has_w
     return whole
 
 
-def checked_rewards(functions: Any) -> Any:
-    """What TRL takes as `reward_funcs`, with every function checked and named apart."""
+def checked_rewards(functions: Any, not_finite: Callable[[str], object] | None = None) -> Any:
+    """What TRL takes as `reward_funcs`, with every function checked (`checked_reward`) and named apart."""
     if callable(functions) and not isinstance(functions, Module):
         functions = [functions]
     if not isinstance(functions, list):
         return functions
-    return distinct([f if isinstance(f, (str, Module)) else checked_reward(f) for f in functions])
+    return distinct([f if isinstance(f, (str, Module)) else checked_reward(f, not_finite) for f in functions])
 
 
-def checked_reward(func: Callable[..., Any]) -> Callable[..., Any]:
+def checked_reward(
+    func: Callable[..., Any], not_finite: Callable[[str], object] | None = None
+) -> Callable[..., Any]:
     """A TRL reward function whose values are checked: a list with one finite number, or None, per completion.
 
     None means that the reward does not apply to that row, as in TRL. The function never sees lost rows (whose
     `srpo.columns.LOST_ROW` says why): their reward is None. Synchronous and asynchronous functions are both wrapped,
     and keep their name (TRL logs rewards under it).
+
+    Args:
+        not_finite: told of a NaN or an infinity, which then goes on as inf; without it that is an error too.
 
     Raises:
         ValueError: when called; names function, row, `query_id` where there is one, and the value.
@@ -107,14 +126,14 @@ def checked_reward(func: Callable[..., Any]) -> Callable[..., Any]:
         async def checked_async(*args: Any, **kwargs: Any) -> list[float | None]:
             rows = _Survivors(args, kwargs)
             values = await func(*rows.args, **rows.kwargs) if rows.any else []
-            return rows.spread(_checked_values(name, values, rows.args, rows.kwargs))
+            return rows.spread(_checked_values(name, values, rows.args, rows.kwargs, not_finite))
 
         return _named_like(checked_async, func, name)
 
     def checked(*args: Any, **kwargs: Any) -> list[float | None]:
         rows = _Survivors(args, kwargs)
         values = func(*rows.args, **rows.kwargs) if rows.any else []
-        return rows.spread(_checked_values(name, values, rows.args, rows.kwargs))
+        return rows.spread(_checked_values(name, values, rows.args, rows.kwargs, not_finite))
 
     return _named_like(checked, func, name)
 
@@ -175,7 +194,13 @@ def _is_async(func: Any) -> bool:
     return inspect.iscoroutinefunction(func) or inspect.iscoroutinefunction(func.__call__)  # an object's own method
 
 
-def _checked_values(name: str, values: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[float | None]:
+def _checked_values(
+    name: str,
+    values: Any,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    not_finite: Callable[[str], object] | None,
+) -> list[float | None]:
     if hasattr(values, "tolist"):  # a tensor or an array
         values = values.tolist()
     if isinstance(values, (str, bytes)) or not isinstance(values, Sequence):
@@ -183,18 +208,24 @@ def _checked_values(name: str, values: Any, args: Sequence[Any], kwargs: Mapping
     completions = kwargs.get("completions", args[1] if len(args) > 1 else args[0] if args else None)
     if completions is not None and len(values) != len(completions):
         raise ValueError(f"reward function {name!r} returned {len(values)} values for {len(completions)} completions")
-    return [_checked_value(name, row, value, kwargs.get("query_id")) for row, value in enumerate(values)]
+    ids = kwargs.get("query_id")
+    return [_checked_value(name, row, value, ids, not_finite) for row, value in enumerate(values)]
 
 
-def _checked_value(name: str, row: int, value: Any, query_ids: Sequence[Any] | None) -> float | None:
+def _checked_value(
+    name: str, row: int, value: Any, query_ids: Sequence[Any] | None, not_finite: Callable[[str], object] | None
+) -> float | None:
     if value is None:
         return None
-    problem = None
-    if isinstance(value, str) or not hasattr(value, "__float__"):
+    problem, is_number = None, not isinstance(value, str) and hasattr(value, "__float__")
+    if not is_number:
         problem = f"{value!r} of type {type(value).__name__}, not a number"
     elif not math.isfinite(value):
         problem = f"{float(value)}; return None where the reward does not apply"
     if problem is not None:
         where = f"row {row}" if query_ids is None else f"row {row} (query_id {query_ids[row]!r})"
+        if is_number and not_finite is not None:
+            not_finite(f"reward function {name!r} returned for {where} {problem}")
+            return math.inf
         raise ValueError(f"reward function {name!r} returned for {where} {problem}")
     return float(value)

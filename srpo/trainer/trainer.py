@@ -26,13 +26,11 @@ from accelerate.utils import gather_object, is_peft_model
 from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 from trl import GRPOConfig
 from trl import GRPOTrainer as TRLGRPOTrainer
 
 from srpo import columns
-from srpo.config import SRPOConfig
 from srpo.hub.hub import HubMixin
 from srpo.objectives import objective_of
 from srpo.objectives.advantages import REFERENCES
@@ -44,12 +42,13 @@ from srpo.rollout.sampling_rules import own_settings_aside
 from srpo.rollout.thinking import opened_by
 from srpo.rollout.vllm_settings import vllm_of
 from srpo.run.steps import check_eval_rows, check_start, check_steps_made
+from srpo.run.whole import AUTO, SAVING, resume_from
 from srpo.teacher import masked_decisions as masked
-from srpo.teacher.lm_head import add_distillation_head
 from srpo.teacher.teacher import unpatched_copy
 from srpo.trainer import rewards
 from srpo.trainer.adapters import prepare_adapter
 from srpo.trainer.arguments import checked_config, datasets_of, init_kwargs, refuse_contradictions
+from srpo.trainer.bad_numbers import BAD_REWARDS, BadSteps
 from srpo.trainer.checkpoint import Checkpoints, Clock, wind
 from srpo.trainer.credit import credited
 from srpo.trainer.distiller import Distiller, nothing_distilled
@@ -57,7 +56,7 @@ from srpo.trainer.engines import saved_whole
 from srpo.trainer.forward_checks import ForwardChecks, still
 from srpo.trainer.generation_step import GenerationStep
 from srpo.trainer.limits import RunLimits, without_trl_warning
-from srpo.trainer.loss import Loss, sequences
+from srpo.trainer.loss import loss_of, sequences
 from srpo.trainer.metrics import Alarms, CompletionsTable, gathered_metrics
 from srpo.trainer.precision import engine_keeps_masters, train_in_fp32
 from srpo.trainer.reference import Reference, reference_of
@@ -78,8 +77,7 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
         correctness: which completions count as correct, from the summed rewards [B] and the columns. Default: the
             reward reaches `success_reward_threshold`. Truncated completions never count as correct.
         recipe: the resolved recipe, for the model card.
-        save_beside: called with every folder that the weights were written to, before it is pushed: checkpoints, the
-            last weights, the Hub. The process that writes calls it alone, so it must not wait for others.
+        save_beside: called with every folder that weights are written to, by the process that writes, alone.
         allowed_tokens: which ids a completion of one turn may hold. The policy samples among them, and every
             log-probability that is scored, the teacher's too, is renormalised over them.
 
@@ -136,8 +134,12 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
             engine_that_replay_needs(args),
             reference_of(model, peft_config, args) as own_reference,
         ):
-            super().__init__(model, rewards.checked_rewards(reward_funcs), args, train_dataset, *rest, **kwargs)
+            functions = rewards.checked_rewards(reward_funcs, lambda words: self.bad_steps.reward(words))
+            super().__init__(model, functions, args, train_dataset, *rest, **kwargs)
         self.beta = args.beta
+        self.args.logging_nan_inf_filter = False  # it would log the loss of such a step as 0
+        self.bad_steps = BadSteps(args.max_bad_steps, self.accelerator, self._tokenizer)
+        self.add_callback(self.bad_steps)
         engine = self.vllm_generation if self.use_vllm else None
         self.reference = Reference(self.model, self.ref_model, own_reference, self.accelerator)
         refused = self._is_vlm or bool(getattr(self, "tools", None))
@@ -170,7 +172,7 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
             student, metrics = (self.model, twin), self._metrics["train"]
             self.distiller = Distiller(self._record, *student, args, self.accelerator, *words, metrics)
         self.teacher = None if self.distiller is None else self.distiller.teacher
-        self.loss = None if self._record.loss is None else self._set_up_loss(args)
+        self.loss = None if self._record.loss is None else loss_of(self)
         self.checkpoints = Checkpoints(self.accelerator, self.reference, self.distiller, self.rollouts)
         if args.disable_dropout:
             for noisy in filter(None, (self.model, self.ref_model)):
@@ -179,16 +181,6 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
             others = [self.ref_model, None if self.teacher is None else self.teacher.model]
             models = [self._base(m) for m in (self.model, *others) if m is not None]
             self.add_callback(ForwardChecks(self.model, models, args, self.accelerator.autocast))
-
-    def _set_up_loss(self, args: SRPOConfig) -> Loss:
-        """What TRL's own loss has no use for."""
-        if self._is_vlm:
-            raise ValueError(
-                f"objective: {self.objective} trains text models only; use objective: grpo and a loss_type of TRL's"
-            )
-        add_distillation_head(self._base(self.model))
-        router_loss = self.router_aux_loss_coef if self.aux_loss_enabled else None
-        return Loss(self._record, self.accelerator, args, self.distiller, router_loss)
 
     def _base(self, model: torch.nn.Module) -> PreTrainedModel:
         """The transformers model inside."""
@@ -214,6 +206,8 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
             score = self._get_per_token_logps_and_entropies
             batch["ref_per_token_logps"] = self.reference.logps(batch, score, self.args)
         step.scored = True
+        if step.bad_rewards is not None:
+            batch[BAD_REWARDS] = step.bad_rewards
         if "sampling_per_token_logps" in batch and "old_per_token_logps" in batch:
             self._add_metrics(step.training, batch_mismatch(batch, partial(self.accelerator.reduce, reduction="sum")))
         if step.choices is not None:
@@ -310,17 +304,14 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
         if has_world:  # a lost rollout has no reward, whatever a reward model says of it
             everyone = torch.tensor(gather_object(lost), device=rewards_per_func.device)
             rewards_per_func = rewards_per_func.masked_fill(everyone.unsqueeze(1), torch.nan)
-        extra = self._pending_extra_logs
-        if FEEDBACK in extra:  # a reward function may give it too, through TRL's `log_extra`; it wins over the world's
-            step.columns[FEEDBACK] = list(extra[FEEDBACK])
-        extra |= {name: list(values) for name, values in step.columns.items()}
-        for name in {*self._logs["extra"]} - {*extra, "branch"}:
-            extra[name] = [None] * len(texts)  # else the table would show an earlier batch's
+        rewards.extra_columns(self._pending_extra_logs, step, self._logs["extra"], len(texts))
         step.prompts = prompts  # as the policy saw them: an environment may have added its first observation
         step.completion_ids = completion_ids_list
         step.truncated = rewards.cut_short(step, {*self.eos_token_ids, self._tokenizer.pad_token_id})
         start = self.accelerator.process_index * len(prompts)
-        step.rewards = rewards.summed(rewards_per_func[start : start + len(prompts)], self.reward_weights)
+        mine = slice(start, start + len(prompts))
+        rewards_per_func, step.bad_rewards = self.bad_steps.rewards(rewards_per_func, mine)
+        step.rewards = rewards.summed(rewards_per_func[mine], self.reward_weights)
         self._add_metrics(step.training, gathered_metrics(step.columns, len(texts)))
         if repaired := gather_object(repaired):
             self._add_metrics(step.training, {"records/repaired": len(repaired)})
@@ -356,7 +347,13 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
             if passes.audit_due(self.state.global_step, first):
                 self._audit(passes.replay, inputs)
             passes.replay.arm(inputs[EXPERT_IDS])
-        return super().compute_loss(model, inputs, *args, **kwargs)
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        return self.bad_steps.loss(inputs, loss) if self.model.training else loss
+
+    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
+        norm = super()._get_grad_norm(*args, **kwargs)
+        self.bad_steps.norm(norm)
+        return norm
 
     def _audit(self, replay: RoutingReplay, inputs: dict[str, Any]) -> None:
         ids, attention, length = sequences(inputs)
@@ -386,14 +383,18 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
                 self.replay_passes.replay.disarm()  # only now: the backward pass may run layers again
         if self.loss is not None and self.teacher is not None and self.accelerator.sync_gradients:
             self._add_metrics(True, self.loss.gradient_share())
-        return loss
+        return torch.where(loss.isfinite(), loss, 0.0)  # transformers adds it up, and never gets rid of a NaN
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *rest: Any, **kwargs: Any) -> Any:
-        check_start(self.train_dataset, self.args, resume_from_checkpoint)
+        given = resume_from_checkpoint
+        found = resume_from(given, self.args.output_dir) if given in AUTO else given
+        check_start(self.train_dataset, self.args, found)
+        found = resume_from(found, self.args.output_dir)
         if self.args.eval_strategy != "no":
             check_eval_rows(self.eval_dataset, self.args, self.num_generations_eval)
-        output = super().train(resume_from_checkpoint, *rest, **kwargs)
+        output = super().train(found, *rest, **kwargs)
         check_steps_made(self.state.global_step)
+        self.bad_steps.check_weights(self.model)
         return output
 
     def evaluate(self, eval_dataset: Any = None, *rest: Any, **kwargs: Any) -> Any:
@@ -420,7 +421,7 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
         wind(self._train_sampler, int(state.epoch or 0))
 
     def _end_step(self) -> None:
-        if self.teacher is not None and self._step % self._generate_every == 0:
+        if self.teacher is not None and self._step % self._generate_every == 0 and not self.bad_steps.skipped:
             self.teacher.update()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -432,11 +433,16 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
         if self.save_beside is not None and self.args.should_save:
             self.save_beside(Path(output_dir or self.args.output_dir))
 
+    def _get_output_dir(self, trial: Any) -> str:
+        folder: str = super()._get_output_dir(trial)
+        return os.path.join(folder, SAVING) if self.checkpoints.saving else folder
+
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        folder = os.path.join(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        self.bad_steps.check_weights(self.model)
+        theirs = partial(super()._save_checkpoint, model, trial)
         inside = self._step % self._generate_every != 0
-        self.checkpoints.save(folder, self._buffered_inputs if inside else None, self.args.save_only_model)
+        output = Path(self._get_output_dir(trial))
+        self.checkpoints.write(self, output, theirs, self._buffered_inputs if inside else None)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -466,6 +472,8 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         ours, step = self.log_completions, self.state.global_step
         table = self.table.take(self._logs, step, logs) if ours and self.accelerator.is_main_process else {}
+        if "loss" in logs:
+            logs |= self.bad_steps.since_logged()
         self.log_completions = False  # TRL's own part of this
         try:
             super().log(logs, start_time)  # adds the averaged metrics to `logs`
@@ -474,12 +482,9 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
         if table:
             self.table.write(table, self._logs, step)
         numbers = {name: value for name, value in logs.items() if isinstance(value, float)}
-        if self.model.training:
-            if self.replay_passes is not None:
-                self.replay_passes.alarms.observe(numbers)
-            self.alarms.observe_step(numbers, self.max_completion_length)
-        elif "eval_reward" in numbers:
-            self.alarms.observe_evaluation(numbers["eval_reward"])
+        if self.model.training and self.replay_passes is not None:
+            self.replay_passes.alarms.observe(numbers)
+        self.alarms.observe_log(numbers, self.model.training, self.max_completion_length)
 
 
 class GRPOTrainer(SRPOTrainer):

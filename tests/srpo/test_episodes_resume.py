@@ -7,6 +7,7 @@ import torch
 from core_helpers import config, dataset, digest, trainer, weights
 from episode_worlds import ScriptedEnvironment
 
+from srpo.run.whole import seal
 from srpo.types import Observation
 
 
@@ -69,5 +70,6 @@ def test_resuming_is_bitwise(tmp_path, at, changes):
 def test_a_checkpoint_without_an_environment_is_refused(tmp_path):
     run(tmp_path, max_steps=1, save_steps=1)
     (tmp_path / "checkpoint-1" / "environment_0.json").unlink()
+    seal(tmp_path / "checkpoint-1")  # as a run without one would have
     with pytest.raises(FileNotFoundError, match="not written by a run with an environment"):
         run(tmp_path, resume=str(tmp_path / "checkpoint-1"), max_steps=2)

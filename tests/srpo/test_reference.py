@@ -9,6 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from trl import SFTConfig
 
+from srpo.run.whole import seal
 from srpo.sft import sft
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
@@ -222,6 +223,7 @@ def test_a_resumed_run_has_the_reference_of_the_first(tmp_path, how):
         assert torch.equal(first["ref_per_token_logps"], second["ref_per_token_logps"])
     assert equal(weights(whole.model), weights(rest.model))
     (tmp_path / "whole" / "checkpoint-2" / "reference.safetensors").unlink()
+    seal(tmp_path / "whole" / "checkpoint-2")  # as a run without a reference would have
     with pytest.raises(FileNotFoundError, match="no reference policy"):
         trainer(config(tmp_path / "whole", **settings), policy(1)).train(
             resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2")

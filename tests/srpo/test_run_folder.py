@@ -11,6 +11,7 @@ from srpo.recipe import Recipe, RecipeError
 from srpo.run.files import FolderTaken
 from srpo.run.folder import claim as look
 from srpo.run.folder import finish
+from srpo.run.whole import seal
 
 
 def claim(*args: Any, **kwargs: Any) -> Path:
@@ -33,6 +34,7 @@ def checkpoint(folder: Path, step: int) -> Path:
     write(folder / f"checkpoint-{step}" / "trainer_state.json", json.dumps({"global_step": step}))
     write(folder / f"checkpoint-{step}" / "model.safetensors")
     write(folder / f"checkpoint-{step}" / "rng_state.pth")
+    seal(folder / f"checkpoint-{step}")
     return folder / f"checkpoint-{step}"
 
 

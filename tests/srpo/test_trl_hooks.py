@@ -47,10 +47,11 @@ PARAMETERS = {
     "log": "logs start_time",
     "training_step": "model inputs num_items_in_batch",
     "_generate": "prompts",
+    "_get_output_dir": "trial",
+    "_get_grad_norm": "model grad_norm",
     # called, not overridden
     "_tokenize_prompts": "prompts",
     "_prepare_inputs": "generation_batch",
-    "_get_output_dir": "trial",
 }
 ANY = ("train", "evaluate")
 """Overridden with whatever arguments they are called with, but for the first."""
@@ -63,6 +64,8 @@ OVERRIDDEN = (
     "_get_per_token_logps_and_entropies",
     "compute_loss",
     "_compute_loss",
+    "_get_grad_norm",
+    "_get_output_dir",
     "_get_train_sampler",
     "_load_best_model",
     "_log_completion_extra",

@@ -1,0 +1,29 @@
+"""What one process of a run does for all."""
+
+from collections.abc import Callable
+from typing import Any
+
+
+def main_process(act: Callable[[], Any], refused: Callable[..., Exception]) -> Any:
+    """What `act` returned on the main process, on every one.
+
+    Args:
+        refused: the exception that its ValueError or OSError becomes, everywhere: (words, whether another process has
+            said them).
+    """
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
+
+    state = PartialState()
+    told: list[Any] = [None, None]  # what it returned, and what it raised
+    state.wait_for_everyone()  # what the others still have to write or read in the folder
+    if state.is_main_process:
+        try:
+            told[0] = act()
+        except (ValueError, OSError) as error:
+            told[1] = str(error)
+    if state.num_processes > 1:
+        broadcast_object_list(told)
+    if told[1] is not None:
+        raise refused(told[1], not state.is_main_process)
+    return told[0]
