@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,9 +98,9 @@ def frontier(table: ReplyTable, how: argparse.Namespace) -> Episodes:
         new = {n: BASELINES[n] for n in names if isinstance(BASELINES[n].how, type) and BASELINES[n].kind == "learned"}
         able = {n: one for n, one in new.items() if hasattr(one.how, "introduce")}
         for name, one in able.items():
-            parts.append(left_out(items, train, name, one.kind, [lambda part, how=one.how: how().fit(part)], tell))
+            parts.append(left_out(items, train, name, one.kind, [partial(_fitted, one.how)], tell))
         for name, fit in encoders.items():
-            seeds = [lambda part, fit=fit, seed=seed: fit(part, seed) for seed in range(how.seeds)]
+            seeds = [partial(fit, seed=seed) for seed in range(how.seeds)]
             parts.append(left_out(items, train, name, "policy", seeds, tell, table.catalogue))
         parts.append(Episodes(parts[0].frame, {"need_every_member": [name for name in new if name not in able]}))
     return Episodes.merged(parts)
@@ -144,6 +145,10 @@ def left_out(
     return Episodes.merged(parts)
 
 
+def _fitted(kind: Any, part: Outcomes) -> Any:
+    return kind().fit(part)
+
+
 def _encoder(table: ReplyTable, how: argparse.Namespace, rule: RewardRule, objective: str) -> Callable[..., Any]:
     from routers.tasks.query_routing.encoder.training import train_encoder
 
@@ -185,10 +190,11 @@ def _runs(folders: Sequence[Path], rule: RewardRule, items: set[str]) -> Episode
 
 
 def _rows(known: Outcomes, rows: np.ndarray) -> Outcomes:
-    values = {name: getattr(known, name)[rows] for name in ("score", "usd", "reward")}
+    values: dict[str, Any] = {name: getattr(known, name)[rows] for name in ("score", "usd", "reward")}
     return replace(known, items=[known.items[i] for i in rows], extra={}, **values)
 
 
 def _without(known: Outcomes, member: int) -> Outcomes:
-    values = {name: np.delete(getattr(known, name), member, axis=1) for name in ("score", "usd", "reward")}
+    matrices = ("score", "usd", "reward")
+    values: dict[str, Any] = {name: np.delete(getattr(known, name), member, axis=1) for name in matrices}
     return replace(known, members=[*known.members[:member], *known.members[member + 1 :]], extra={}, **values)
