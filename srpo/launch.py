@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from srpo.run.signals import HEARD
 from srpo.shipped import RECIPES
 
 
@@ -74,6 +76,10 @@ def _ended(launch: Callable[[Any], Any], parser: Any, words: list[str]) -> int:
 
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # it repeats the children's codes
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # as the launcher would, with a warning
+    # The launcher would give the processes 30 s after a signal, and end with an error whatever they did.
+    os.environ.setdefault("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGQUIT")
+    for number in HEARD:
+        signal.signal(number, _pass_on)
     try:
         launch(parser.parse_args(words))
     except ChildFailedError as failed:
@@ -81,6 +87,13 @@ def _ended(launch: Callable[[Any], Any], parser: Any, words: list[str]) -> int:
     except subprocess.CalledProcessError as failed:
         return _code([failed.returncode])
     return 0
+
+
+def _pass_on(number: int, _frame: Any) -> None:
+    import psutil
+
+    for child in psutil.Process().children():
+        child.send_signal(number)
 
 
 def _code(codes: Sequence[int]) -> int:

@@ -28,6 +28,7 @@ from srpo.rollout.special_tokens import settle_special_tokens
 from srpo.run.derived import check_made_from, is_made_from, made_from, mark, source, unmark
 from srpo.run.files import EVALUATION
 from srpo.run.folder import claim, finish
+from srpo.run.signals import heeded
 from srpo.run.steps import check_rows_of_a_batch
 from srpo.run.whole import resume_from
 from srpo.sft import check_unsharded, sft, sft_config
@@ -44,7 +45,13 @@ def main(argv: Sequence[str] | None = None) -> Evaluation:
 
     Raises:
         ValueError: a mistake in recipe or data, in one sentence; before the output folder is touched where it can be.
+        Interrupted: a signal has ended the run (`srpo.run.signals`); exit code 0.
     """
+    with heeded():
+        return _run(argv)
+
+
+def _run(argv: Sequence[str] | None) -> Evaluation:
     quiet()
     task_class, recipe = load_run(argv)
     arguments, how, args = recipe

@@ -5,9 +5,12 @@ from contextlib import contextmanager
 from logging import getLogger
 from typing import Any
 
+import torch
+from accelerate import Accelerator
 from transformers import TrainerCallback
 from transformers.utils import logging
 
+from srpo.run.signals import Signals
 from srpo.trainer.rollouts import Rollouts
 from srpo.types import Stopped
 
@@ -31,6 +34,30 @@ def without_trl_warning() -> Iterator[None]:
         yield
     finally:
         trl.removeFilter(quiet)
+
+
+class EndOnSignal(TrainerCallback):
+    """Ends the training after a step, with a checkpoint, when a process of it has been asked to end.
+
+    Attributes:
+        agreed: all processes know.
+    """
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator, self.signals, self.agreed = accelerator, Signals(), False
+
+    def agree(self) -> bool:
+        """All processes call this."""
+        asked = torch.tensor(float(bool(self.signals.asked)), device=self.accelerator.device)
+        if self.accelerator.num_processes > 1:
+            asked = self.accelerator.reduce(asked, reduction="sum")
+        self.agreed = bool(asked > 0)
+        return self.agreed
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.agree():
+            control.should_save = control.should_training_stop = True
+            control.should_evaluate = False
 
 
 class RunLimits(TrainerCallback):

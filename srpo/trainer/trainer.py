@@ -41,6 +41,7 @@ from srpo.rollout.sampler_logprobs import batch_mismatch, prompt_width, sampled_
 from srpo.rollout.sampling_rules import own_settings_aside
 from srpo.rollout.thinking import opened_by
 from srpo.rollout.vllm_settings import vllm_of
+from srpo.run.signals import Interrupted, heeded
 from srpo.run.steps import check_eval_rows, check_start, check_steps_made
 from srpo.run.whole import AUTO, SAVING, resume_from
 from srpo.teacher import masked_decisions as masked
@@ -55,7 +56,7 @@ from srpo.trainer.distiller import Distiller, nothing_distilled
 from srpo.trainer.engines import saved_whole
 from srpo.trainer.forward_checks import ForwardChecks, still
 from srpo.trainer.generation_step import GenerationStep
-from srpo.trainer.limits import RunLimits, without_trl_warning
+from srpo.trainer.limits import EndOnSignal, RunLimits, without_trl_warning
 from srpo.trainer.loss import loss_of, sequences
 from srpo.trainer.metrics import Alarms, CompletionsTable, gathered_metrics
 from srpo.trainer.precision import engine_keeps_masters, train_in_fp32
@@ -139,7 +140,9 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
         self.beta = args.beta
         self.args.logging_nan_inf_filter = False  # it would log the loss of such a step as 0
         self.bad_steps = BadSteps(args.max_bad_steps, self.accelerator, self._tokenizer)
-        self.add_callback(self.bad_steps)
+        self.end_on_signal = EndOnSignal(self.accelerator)
+        for callback in (self.bad_steps, self.end_on_signal):
+            self.add_callback(callback)
         engine = self.vllm_generation if self.use_vllm else None
         self.reference = Reference(self.model, self.ref_model, own_reference, self.accelerator)
         refused = self._is_vlm or bool(getattr(self, "tools", None))
@@ -392,7 +395,11 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
         found = resume_from(found, self.args.output_dir)
         if self.args.eval_strategy != "no":
             check_eval_rows(self.eval_dataset, self.args, self.num_generations_eval)
-        output = super().train(found, *rest, **kwargs)
+        with heeded() as self.end_on_signal.signals:
+            with self.end_on_signal.signals.waited_for(self.args.signal_deadline):
+                output = super().train(found, *rest, **kwargs)
+            if self.end_on_signal.agree():
+                raise Interrupted
         check_steps_made(self.state.global_step)
         self.bad_steps.check_weights(self.model)
         return output
