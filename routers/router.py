@@ -42,6 +42,7 @@ KINDS = {
     "step_routing": "routers.tasks.step_routing.router:StepRouter",
     "fitted": "routers.baselines.base:Fitted",
     "encoder_routing": "routers.tasks.query_routing.encoder.router:EncoderRouter",
+    "online": "routers.baselines.online:OnlineRouter",
 }
 """Kind -> its class, a `Router` with `load(name, file, members=, catalogue=, **options)`. Named, not imported: the
 tasks import this module."""

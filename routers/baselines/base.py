@@ -348,26 +348,13 @@ class Fitted(Router):
             ValueError: such a member, an unknown baseline, or a file with types that none of our baselines holds.
             OSError: there is no state beside `router.yaml`.
         """
-        import skops.io
-        from skops.io.exceptions import UntrustedTypesFoundException
-
         from routers.baselines import BASELINES
 
         settings = file.settings_of(FittedSettings, KIND)
         make = BASELINES[settings.baseline].how if settings.baseline in BASELINES else None
         if not (isinstance(make, type) and issubclass(make, Fitted)):
             raise ValueError(f"{file.path}: no fitted baseline is called {settings.baseline!r}")
-        path = Path(name, STATE_FILE)
-        if not Path(name).is_dir():
-            from srpo.rollout.shared import find_file
-
-            path = find_file(name, STATE_FILE) or path
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such file; `save` writes it beside router.yaml")
-        try:
-            state = skops.io.load(path, trusted=TRUSTED)
-        except UntrustedTypesFoundException as error:
-            raise ValueError(f"{path}: holds what no baseline of ours needs, so it is not read: {error}") from None
+        state = read_state(name, STATE_FILE)
         self = make()
         vars(self).update(state["router"])
         self.features = Features()
@@ -377,6 +364,29 @@ class Fitted(Router):
         if new := [member.name for member in self.members if member.name not in fitted]:
             raise ValueError(f"{new[0]} is a member that this router was not fitted on; leave it out (members=...)")
         return self
+
+
+def read_state(name: str, file: str) -> Any:
+    """What `save` wrote into a folder or Hub repository.
+
+    Raises:
+        ValueError: a type that no router of ours needs.
+        FileNotFoundError: there is no such file.
+    """
+    import skops.io
+    from skops.io.exceptions import UntrustedTypesFoundException
+
+    path = Path(name, file)
+    if not Path(name).is_dir():
+        from srpo.rollout.shared import find_file
+
+        path = find_file(name, file) or path
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; `save` writes it beside router.yaml")
+    try:
+        return skops.io.load(path, trusted=TRUSTED)
+    except UntrustedTypesFoundException as error:
+        raise ValueError(f"{path}: holds what no baseline of ours needs, so it is not read: {error}") from None
 
 
 def text_of(query: Query) -> str:
