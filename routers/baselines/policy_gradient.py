@@ -14,7 +14,6 @@ import numpy as np
 
 from routers.baselines.online import LinUCB
 
-
 HEADS, HIDDEN = 4, 32
 MOST = 20_000
 """Outcomes that are kept to learn from: the last ones."""
@@ -123,7 +122,7 @@ class PolicyGradient(LinUCB):
 
     def improve(self) -> None:
         """Climb the value of what is logged."""
-        self.seen, self.recent = np.vstack([self.seen, *self.recent])[-MOST :], []
+        self.seen, self.recent = np.vstack([self.seen, *self.recent])[-MOST:], []
         x, (chosen, reward, chance) = self.seen[:, :-3], self.seen[:, -3:].T
         value = doubly_robust(x @ self.theta.T, chosen.astype(int), reward, chance, self.clip)
         prior, rng = self.prior(x, False), np.random.default_rng([self.seed, self.actor.steps])

@@ -107,7 +107,7 @@ def online_router(
     """A router that has not learned anything yet. Outcomes without a rule of the reward cannot be learned from."""
     if stream.rule is None:
         raise ValueError("the outcomes say not by which rule they are rewarded")
-    members = tuple(Member(name, descriptor="") for name in stream.members)
+    members = tuple(Member(name, name) for name in stream.members)
     settings = OnlineSettings(learner, members, stream.rule, dict(how), seed)
     return OnlineRouter(settings, [text_of(item) for item in stream.items], like)
 

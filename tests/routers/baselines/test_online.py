@@ -1,0 +1,202 @@
+"""Online routers against closed forms and counts by hand, on a stream, and saved."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from routers.baselines.online import (
+    EMA,
+    BetaThompson,
+    EpsilonGreedy,
+    Learner,
+    LinearThompson,
+    LinUCB,
+    Pheromone,
+    SharedLinUCB,
+    learners,
+)
+from routers.baselines.policy_gradient import Actor, PolicyGradient, softmax
+from routers.baselines.stream import STREAM, online_router, play_online, play_stream, regret_picture
+from routers.evaluation.episodes import Outcomes, RewardRule
+from routers.router import CannotDo, Decision, load_router
+
+RULE = RewardRule(cost_scale=2.0, cost_weight=0.2)
+
+
+def taught(learner: Learner, count: int = 30, members: int = 3, width: int = 4) -> tuple[np.ndarray, ...]:
+    """Contexts, choices and rewards that a learner was taught."""
+    rng = np.random.default_rng(0)
+    x = np.hstack([rng.standard_normal((count, width)), np.ones((count, 1))])
+    chosen, reward = rng.integers(0, members, count), rng.standard_normal(count)
+    learner.start(x, members, 0)
+    for row, member, earned in zip(x, chosen, reward, strict=True):
+        learner.learn(row, int(member), float(earned), 1.0, 0.5, 1.0)
+    return x, chosen, reward
+
+
+def test_linucb_is_ridge_regression_per_member_and_its_width() -> None:
+    learner = LinUCB(alpha=0.7, ridge=0.3)
+    x, chosen, reward = taught(learner)
+    for member in range(3):
+        own = x[chosen == member]
+        square = own.T @ own + 0.3 * np.eye(5)
+        theta = np.linalg.solve(square, own.T @ reward[chosen == member])
+        np.testing.assert_allclose(learner.theta[member], theta, atol=1e-10)
+        width = np.sqrt(x[0] @ np.linalg.inv(square) @ x[0])
+        assert learner.values(x[0], np.random.default_rng(0))[member] == pytest.approx(theta @ x[0] + 0.7 * width)
+        assert learner.values(x[0], None)[member] == pytest.approx(theta @ x[0])
+
+
+def test_shared_linucb_is_one_ridge_regression_of_all_pairs() -> None:
+    learner = SharedLinUCB(ridge=0.5, directions=2)
+    x, chosen, reward = taught(learner)
+    pairs = np.array([learner.pairs(row)[member] for row, member in zip(x, chosen, strict=True)])
+    np.testing.assert_array_equal(pairs[0][:3], [x[0, 0], x[0, 1], 1.0])
+    theta = np.linalg.solve(pairs.T @ pairs + 0.5 * np.eye(12), pairs.T @ reward)
+    np.testing.assert_allclose(learner.theta[0], theta, atol=1e-10)
+    np.testing.assert_allclose(learner.values(x[3], None), learner.pairs(x[3]) @ theta)
+
+
+def test_linear_thompson_draws_from_the_posterior_of_a_members_reward() -> None:
+    learner = LinearThompson(alpha=0.5, ridge=1.0)
+    x, *_ = taught(learner)
+    rng = np.random.default_rng(1)
+    drawn = np.array([learner.values(x[0], rng) for _ in range(4000)])
+    spread = [0.5 * np.sqrt(x[0] @ inverse @ x[0]) for inverse in learner.inverse]
+    np.testing.assert_allclose(drawn.mean(axis=0), learner.theta @ x[0], atol=0.02)
+    np.testing.assert_allclose(drawn.std(axis=0), spread, rtol=0.06)
+
+
+def test_beta_counts_by_hand() -> None:
+    learner = BetaThompson(categories=2, blend=0.5)
+    near, far = np.array([1.0, 0.0, 1.0]), np.array([0.0, 1.0, 1.0])
+    learner.start(np.array([near, far]), 2, 0)
+    for x, member, score, usd in ((near, 0, 1.0, 0.5), (near, 0, 0.0, 0.3), (far, 0, 1.0, 0.1), (near, 1, 0.25, 1.0)):
+        learner.learn(x, member, 0.0, score, usd, 1.0)
+    here = learner.category(near)
+    np.testing.assert_allclose(learner.beta[-1], [[3, 2], [1.25, 1.75]])  # of all queries, from (1, 1)
+    np.testing.assert_allclose(learner.beta[here], [[2, 2], [1.25, 1.75]])
+    # Half of both: (2.5, 2) and (1.25, 1.75); mean costs .3 and 1.
+    np.testing.assert_allclose(learner.values(near, None), [2.5 / 4.5 * (1 + 0.2 * 0.7), 1.25 / 3 * 1.0])
+
+
+def test_ema_and_pheromone_by_hand() -> None:
+    near, far = np.array([1.0, 0.0, 1.0]), np.array([0.0, 1.0, 1.0])
+    average = EMA(categories=2, rate=0.5)
+    average.start(np.array([near, far]), 2, 0)
+    for reward in (1.0, 0.5):
+        average.learn(near, 1, reward, 0.0, 0.0, 1.0)
+    np.testing.assert_allclose(average.values(near, None), [0, 0.5])  # 0 -> .5 -> .5
+    np.testing.assert_allclose(average.values(far, None), [0, 0])
+    np.testing.assert_allclose(average.chances(near, np.random.default_rng(0), [0, 1]), [0.05, 0.95])
+    trail = Pheromone(categories=2, rate=0.5, power=2)
+    trail.start(np.array([near, far]), 2, 0)
+    trail.learn(near, 1, 0.0, 1.0, 1.0, 1.0)  # right, and it cost one unit: tau goes half way to 1/2; it is there
+    np.testing.assert_allclose(trail.trail, 0.5)
+    trail.learn(near, 1, 0.0, 0.0, 1.0, 1.0)
+    weight = 1 / (1 + np.exp(-20))  # squared distances 0 and 2
+    values = np.array([0.5, weight * 0.5 * (1 - 0.5 * weight) + (1 - weight) * 0.5 * (1 - 0.5 * (1 - weight))]) ** 2
+    np.testing.assert_allclose(trail.chances(near, np.random.default_rng(0), [0, 1]), values / values.sum())
+
+
+def test_exploration_has_the_chances_that_it_says() -> None:
+    learner = EpsilonGreedy(epsilon=0.3)
+    x, *_ = taught(learner)
+    found = learner.chances(x[0], np.random.default_rng(0), [0, 2])
+    assert sorted(found) == pytest.approx([0.15, 0.85])
+    assert sorted(learner.chances(x[0], None, [0, 2])) == [0, 1]
+    with pytest.raises(ValueError, match="LinUCB has no setting 'beta'"):
+        LinUCB(beta=1.0)
+
+
+def test_the_actors_step_is_the_gradient_of_the_expected_value() -> None:
+    rng = np.random.default_rng(0)
+    x, prior, value = rng.standard_normal((6, 3)), rng.standard_normal((6, 4)), rng.standard_normal((6, 4))
+    drawn = rng.poisson(1.0, (2, 6))
+    actor = Actor(3, 4, seed=0, heads=2, hidden=5)
+    actor.weights = [rng.standard_normal(w.shape) for w in actor.weights]
+
+    def earned(weights: list[np.ndarray]) -> float:
+        hidden = np.maximum(x @ weights[0], 0)
+        return float(((softmax(hidden @ weights[1] + prior) * value).sum(axis=2) * drawn).sum() / 6)
+
+    before = [w.copy() for w in actor.weights]
+    actor.climb(x, prior, value, drawn, rate=0.0, decay=0.0)
+    for which, at in ((0, (0, 1, 2)), (0, (1, 2, 4)), (1, (0, 3, 1)), (1, (1, 0, 2))):
+        moved = [w.copy() for w in before]
+        moved[which][at] += 1e-6
+        slope = (earned(moved) - earned(before)) / 1e-6
+        assert actor.moments[2 * which][at] / 0.1 == pytest.approx(slope, rel=1e-3, abs=1e-6)
+
+
+def outcomes(count: int = 200, seed: int = 0) -> Outcomes:
+    """Two kinds of queries, each with a member that is right; the third is right by chance and dear."""
+    rng = np.random.default_rng(seed)
+    kinds = rng.integers(0, 2, count)
+    texts = [f"add {i} and {i + 3}" if kind else f"name the capital of land {i}" for i, kind in enumerate(kinds)]
+    score = np.column_stack([kinds == 0, kinds == 1, rng.random(count) < 0.5]).astype(float)
+    usd = np.tile([0.2, 0.2, 2.0], (count, 1))
+    items = [{"query_id": f"{seed}-{i}", "query": text} for i, text in enumerate(texts)]
+    return Outcomes(items, ["place", "sum", "dear"], score, usd, RULE(score, usd), rule=RULE)
+
+
+@pytest.mark.parametrize("name", ["LinUCB", "LinUCB, shared", "Thompson, linear", "epsilon-greedy", "policy gradient"])
+def test_contextual_learners_find_whom_to_ask(name: str) -> None:
+    episodes, streams = play_online(name, outcomes(), outcomes(80, 1), (0, 1), {})
+    after = episodes.of(set="").frame["reward"].mean()
+    assert after > 0.9  # always right would be .98; the best single member about .48
+    assert streams[0].regret("single")[-1] < 0  # better than the best single one while it learned
+    assert len(episodes.of(set=STREAM)) == 400
+
+
+def test_a_stream_shows_the_chosen_outcome_only_and_counts_regret() -> None:
+    known = outcomes(6)
+    told: list[Any] = []
+
+    class Fixed:
+        name = "fixed"
+
+        def route(self, query: str) -> Decision:
+            return Decision(("dear",), {})
+
+        def update(self, query: str, decision: Decision, outcome: Any) -> None:
+            told.append((query, dict(outcome)))
+
+    stream = play_stream(Fixed(), known, 3)  # type: ignore[arg-type]
+    order = np.random.default_rng(3).permutation(6)
+    assert told == [
+        (known.items[i]["query"], {"score": known.score[i, 2], "usd": 2.0}) for i in order
+    ]  # in the stream's order, nothing of the others
+    np.testing.assert_allclose(stream.regret(), np.cumsum(0.98 - (known.score[order, 2] - 0.2)))
+    assert (stream.chance == 1).all()
+    assert regret_picture({"fixed": [stream]})[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize("name", learners())
+def test_saved_routers_go_on_where_they_stood(name: str, tmp_path: Path) -> None:
+    known, later = outcomes(60), outcomes(40, 1)
+    router = online_router(name, known, {})
+    play_stream(router, known)
+    router.save(tmp_path)
+    with load_router(tmp_path) as again:
+        assert again.explores is False
+        again.explores = True
+        first, second = (play_stream(one, later, 5) for one in (router, again))
+        np.testing.assert_array_equal(first.chosen, second.chosen)
+        np.testing.assert_allclose(first.chance, second.chance)
+        again.explores = False
+        assert again.route("add 1 and 2", members=["dear"]).member == "dear"
+        assert again.route("add 1 and 2").member == again.route("add 1 and 2").member
+        with pytest.raises(CannotDo, match="cost weight than 0.2"):
+            again.route("add 1 and 2", cost_weight=0.5)
+        with pytest.raises(ValueError, match="usd of the outcome is nan"):
+            again.update("add 1 and 2", again.route("add 1 and 2"), {"score": 1.0, "usd": float("nan")})
+
+
+def test_the_same_seed_plays_the_same_stream() -> None:
+    known = outcomes(80)
+    one, other = (play_stream(online_router("policy gradient", known, {}, 7), known, 7) for _ in range(2))
+    np.testing.assert_array_equal(one.chosen, other.chosen)
+    assert isinstance(online_router("policy gradient", known, {}).learner, PolicyGradient)
