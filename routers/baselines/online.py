@@ -254,6 +254,8 @@ class OnlineRouter(Router):
     """
 
     kind = KIND
+    features: Features
+    _contexts: dict[str, np.ndarray]
 
     def __init__(self, settings: OnlineSettings, queries: Sequence[str], like: OnlineRouter | None = None) -> None:
         self._make(settings)
@@ -268,7 +270,7 @@ class OnlineRouter(Router):
         self.members = settings.members
         self.learner = learners()[settings.learner](**settings.how)
         self.explores, self.decisions = True, 0
-        self._contexts: dict[str, np.ndarray] = {}
+        self._contexts = {}
 
     def contexts(self, queries: Sequence[str]) -> np.ndarray:
         """``[Q, d]``: rows of length 1, and a constant."""
