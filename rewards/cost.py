@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -57,3 +58,13 @@ def make_cost_reward(
         return [-factor * min(value / scale_usd, limit) for factor, value in zip(factors, costs, strict=True)]
 
     return cost_reward
+
+
+def warn_of_group_scale(scale_rewards: object, cost_weight: float) -> None:
+    """Warn where advantages are divided by their group's std and cost is a part of the reward."""
+    if scale_rewards in ("group", True) and cost_weight > 0:
+        logging.getLogger(__name__).warning(
+            "scale_rewards: group with a price of cost: where all answers of a group score alike only cost differs, "
+            "and dividing by the group's std makes that as large as right against wrong, so that the policy may "
+            "collapse to the cheapest member: set scale_rewards: none"
+        )

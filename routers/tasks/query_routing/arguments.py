@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from rewards.registry import check_rewards
 from srpo.ranges import Ranges, above, at_least, between, check_numbers
+from srpo.settings import check_choices
 
 
 @dataclass
@@ -45,6 +46,14 @@ class QueryRoutingArguments:
         metadata={
             "help": "Begin every prompt with the pool's names, prices and descriptors. Default: yes, but for a policy "
             "made from nothing (tiny), which learns each name as a token of its own."
+        },
+    )
+    on_collapse: str = field(
+        default="warn",
+        metadata={
+            "help": "What happens when one member takes over 95 % of the sampled routes, though on the training "
+            "queries routing earns more: warn, or stop the training.",
+            "choices": ("warn", "stop"),
         },
     )
     sft_temperature: float = field(
@@ -86,6 +95,7 @@ class QueryRoutingArguments:
 
     def __post_init__(self) -> None:
         check_numbers(self)
+        check_choices(self)
         if self.cost_weights is not None and not self.cost_weights:
             raise ValueError("cost_weights needs at least one weight")
         self.reward_weights()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rewards.cost import warn_of_group_scale
 from rewards.registry import Facts, make_rewards
 from routers.data.table import ReplyTable, check_split, replies_of, spread
 from routers.evaluation.episodes import Episodes, RewardRule
@@ -179,7 +180,12 @@ class QueryRouting:
         return make_rewards(self.arguments.reward_weights(), facts)
 
     def callbacks(self) -> list[TrainerCallback]:
-        return []
+        from routers.tasks.query_routing.guard import Collapse
+
+        warn_of_group_scale(self.config.scale_rewards, self.arguments.reward_weights().get("cost", 0.0))
+        correct, usd = self.table.correct_matrix("train"), self.table.cost_matrix("train")
+        reward, families = self.rule(None)(correct, usd)[self.chosen], [query["family"] for query in self.queries]
+        return [Collapse(reward, families, stop=self.arguments.on_collapse == "stop")]
 
     def finish(self, trainer: Any, output: Path) -> None:
         return None

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rewards.cost import warn_of_group_scale
 from routers.data.table import spread
 from routers.evaluation.episodes import Episodes
 from routers.language.prompts import family_phrase, price, weighed
@@ -154,6 +155,8 @@ class ThinkRoute:
         return self._rewards
 
     def callbacks(self) -> list[TrainerCallback]:
+        args = self.arguments
+        warn_of_group_scale(self.config.scale_rewards, max(args.cost_weights or [args.cost_weight]))
         return []
 
     def finish(self, trainer: Any, output: Path) -> None:
