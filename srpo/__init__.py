@@ -16,9 +16,9 @@ TRL_SERIES = "1.16"
 _LAZY = {
     "SRPOConfig": "srpo.config",
     "SRPOTrainer": "srpo.trainer.trainer",
-    "SDPOTrainer": "srpo.trainer.trainer",
-    "GRPOTrainer": "srpo.trainer.trainer",
-    "BoPOTrainer": "srpo.trainer.trainer",
+    "SDPOTrainer": "srpo.trainer.named",
+    "GRPOTrainer": "srpo.trainer.named",
+    "BoPOTrainer": "srpo.trainer.named",
 }
 
 __all__ = ["TRL_SERIES", "BoPOTrainer", "GRPOTrainer", "SDPOTrainer", "SRPOConfig", "SRPOTrainer", "__version__"]

@@ -492,21 +492,3 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
         if self.model.training and self.replay_passes is not None:
             self.replay_passes.alarms.observe(numbers)
         self.alarms.observe_log(numbers, self.model.training, self.max_completion_length)
-
-
-class GRPOTrainer(SRPOTrainer):
-    """[`SRPOTrainer`] with `objective="grpo"`: TRL's GRPO, any loss type, with this library's world and records."""
-
-    _objective = "grpo"
-
-
-class SDPOTrainer(SRPOTrainer):
-    """[`SRPOTrainer`] with `objective="sdpo"`: every completion with teacher information is distilled."""
-
-    _objective = "sdpo"
-
-
-class BoPOTrainer(SRPOTrainer):
-    """[`SRPOTrainer`] with `objective="bopo"`: advantages beside two reference policies, every trajectory alike."""
-
-    _objective = "bopo"

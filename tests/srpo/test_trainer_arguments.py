@@ -24,7 +24,8 @@ from peft import LoraConfig
 from transformers import PreTrainedTokenizerFast, ProcessorMixin
 
 from srpo.config import SRPOConfig
-from srpo.trainer.trainer import GRPOTrainer, SDPOTrainer, SRPOTrainer
+from srpo.trainer.named import GRPOTrainer, SDPOTrainer
+from srpo.trainer.trainer import SRPOTrainer
 
 # ---------------------------------------------------------------------------------------------- TRL's signature
 

@@ -7,7 +7,8 @@ from core_helpers import config, dataset, distance, equal, logged, model, tokeni
 from peft import LoraConfig
 from transformers import PrinterCallback, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from srpo.trainer.trainer import GRPOTrainer, SRPOTrainer
+from srpo.trainer.named import GRPOTrainer
+from srpo.trainer.trainer import SRPOTrainer
 
 SHARED = {
     "use_cpu": True,

@@ -22,7 +22,8 @@ from srpo.config import SRPOConfig
 from srpo.hub.hub import HubMixin
 from srpo.objectives.batch import TRL_LOSS_ONLY
 from srpo.teacher.lm_head import PolicyOutput
-from srpo.trainer.trainer import BoPOTrainer, GRPOTrainer, SDPOTrainer, SRPOTrainer
+from srpo.trainer.named import BoPOTrainer, GRPOTrainer, SDPOTrainer
+from srpo.trainer.trainer import SRPOTrainer
 
 PARAMETERS = {
     "__init__": "model reward_funcs args train_dataset eval_dataset processing_class reward_processing_classes "
