@@ -45,6 +45,8 @@ class _Collator(DataCollatorForLanguageModeling):  # type: ignore[misc]
 
 
 class _RowsSFT(SFTTrainer):
+    _signature_columns: list[str]  # TRL's
+
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         self._signature_columns = [*{*self._signature_columns, "soft"}]

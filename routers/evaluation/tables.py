@@ -260,7 +260,8 @@ def _left_out(paired: Paired) -> Section:
     if not names or not paired.of_kind("oracle"):
         return Section("")
     share = Metric("reward", "", ".1%")
-    rows = [("share of the oracle's gain", "fitted on all", INTERVAL, "each left out", INTERVAL, "kept", INTERVAL)]
+    top = ("share of the oracle's gain", "fitted on all", INTERVAL, "each left out", INTERVAL, "kept", INTERVAL)
+    rows: list[tuple[str, ...]] = [top]
     for name in names:
         new = LEFT_OUT.format(name)
         found = (paired.gained(name), paired.gained(new), paired.gained(new, of=name))

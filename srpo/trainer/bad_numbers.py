@@ -144,7 +144,7 @@ class BadSteps(TrainerCallback):
         with path.open("w", encoding="utf-8") as file:
             for i, (inputs, bad, loss) in enumerate(batches):
                 for row in range(len(inputs["completion_ids"])):
-                    told = {"step": step, "micro_batch": i + 1, "row": row, "loss": _number(loss)}
+                    told: dict[str, Any] = {"step": step, "micro_batch": i + 1, "row": row, "loss": _number(loss)}
                     told["not_finite"] = [name for name, rows in bad.items() if rows[row]]
                     told["advantage"] = _number(inputs["advantages"][row].sum())
                     for name in ("prompt", "completion"):

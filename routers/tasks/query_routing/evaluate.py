@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -62,7 +62,8 @@ def evaluate_policy(
     """
     chosen = spread_of(table, split, limit).tolist()
     known = Outcomes.of_table(table, rule, split, chosen if share is None else share.of(chosen))
-    with nullcontext(model) if isinstance(model, Router) else routing(model, tokenizer, settings) as router:
+    deciding: Any = nullcontext(model) if isinstance(model, Router) else routing(model, tokenizer, settings)
+    with deciding as router:
         decisions = router.route_all([query["query"] for query in known.items], cost_weight=cost_weight)
     routes = [decision.members[0] if decision.members else None for decision in decisions]
     if abstain_reward is not None:
@@ -82,9 +83,9 @@ def evaluate_policy(
 def with_abstaining(known: Outcomes, reward: float) -> Outcomes:
     """The same with a member `ABSTAIN`, who costs nothing and is right on what is `OUT_OF_DOMAIN` alone."""
     right = np.array([[float(item.get("family") == OUT_OF_DOMAIN)] for item in known.items])
-    columns = [np.hstack(pair) for pair in ((known.score, right), (known.usd, 0 * right))]
-    rewards = np.hstack([known.reward, 0 * right + reward])
-    return Outcomes(known.items, [*known.members, ABSTAIN], *columns, rewards, rule=known.rule)
+    new = ((known.score, right), (known.usd, 0 * right), (known.reward, 0 * right + reward))
+    score, usd, earned = (np.hstack(pair) for pair in new)
+    return Outcomes(known.items, [*known.members, ABSTAIN], score, usd, earned, rule=known.rule)
 
 
 def guarded(episodes: Episodes) -> str:

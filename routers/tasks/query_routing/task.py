@@ -110,8 +110,7 @@ class QueryRouting:
         start = {"table": source(task.table), "catalogue": source(task.catalogue)}
         names = "drop_incomplete cost_weight cost_weights rewards show_members sft_temperature"
         start |= {name: getattr(task, name) for name in names.split()}
-        start["success_reward_threshold"] = self.config.success_reward_threshold
-        return start, {"format_weight": task.format_weight}
+        return {**start, "success_reward_threshold": self.config.success_reward_threshold}, {"format_weight": task.format_weight}
 
     def prepare(self, output: Path, rows: list[Row]) -> list[Row]:
         return rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ _LOSS = "epsilon epsilon_high delta distillation_is_clip".split()
 class Encoder:
     """`srpo.own_policy.OwnPolicy` of `QueryRouting`."""
 
-    keys = frozenset([*_DATA, *_BATCH, *_TRAINING, *_LOSS])
+    keys: Collection[str] = frozenset([*_DATA, *_BATCH, *_TRAINING, *_LOSS])
 
     def __init__(self, task: Any, name: str) -> None:
         self.task, self.name = task, name

@@ -262,7 +262,9 @@ def group_loss(
         counts=Counts(total, distilled.sum().float(), total),
     )
     # TRL's loss of `grpo` is SRPO's with nothing distilled, to the bit.
-    return (record.loss or OBJECTIVES["srpo"].loss)(batch, how.loss).loss
+    loss = record.loss or OBJECTIVES["srpo"].loss
+    assert loss is not None
+    return loss(batch, how.loss).loss
 
 
 @torch.no_grad()
