@@ -109,8 +109,9 @@ class QueryRouting:
         task = self.arguments
         start = {"table": source(task.table), "catalogue": source(task.catalogue)}
         names = "drop_incomplete cost_weight cost_weights rewards show_members sft_temperature"
-        start |= {name: getattr(task, name) for name in names.split()}
-        return {**start, "success_reward_threshold": self.config.success_reward_threshold}, {"format_weight": task.format_weight}
+        success = {"success_reward_threshold": self.config.success_reward_threshold}
+        start = {**start, **{name: getattr(task, name) for name in names.split()}, **success}
+        return start, {"format_weight": task.format_weight}
 
     def prepare(self, output: Path, rows: list[Row]) -> list[Row]:
         return rows
