@@ -107,10 +107,10 @@ class QueryRouting:
 
     def made_from(self) -> tuple[dict[str, Any], dict[str, Any]]:
         task = self.arguments
-        start = {"table": source(task.table), "catalogue": source(task.catalogue)}
+        start: dict[str, Any] = {"table": source(task.table), "catalogue": source(task.catalogue)}
         names = "drop_incomplete cost_weight cost_weights rewards show_members sft_temperature"
-        success = {"success_reward_threshold": self.config.success_reward_threshold}
-        start = {**start, **{name: getattr(task, name) for name in names.split()}, **success}
+        start |= {name: getattr(task, name) for name in names.split()}
+        start["success_reward_threshold"] = self.config.success_reward_threshold
         return start, {"format_weight": task.format_weight}
 
     def prepare(self, output: Path, rows: list[Row]) -> list[Row]:
