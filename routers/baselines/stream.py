@@ -120,19 +120,13 @@ def chosen_settings(learner: str, stream: Outcomes, like: OnlineRouter | None = 
         return grid[0]
     rows = np.random.default_rng(len(stream.items)).permutation(len(stream.items))
     cut = len(rows) // 5
-    late, early = rows_of(stream, rows[:cut]), rows_of(stream, rows[cut:])
+    late, early = stream.rows(rows[:cut]), stream.rows(rows[cut:])
 
     def earned(how: Mapping[str, float]) -> float:
         episodes, _ = play_online(learner, early, late, (100, 101), how, like)
         return float(episodes.frame.groupby("set")["reward"].mean().sum())
 
     return max(grid, key=earned)
-
-
-def rows_of(outcomes: Outcomes, rows: np.ndarray) -> Outcomes:
-    items = [outcomes.items[i] for i in rows]
-    score, usd, reward = outcomes.score[rows], outcomes.usd[rows], outcomes.reward[rows]
-    return Outcomes(items, outcomes.members, score, usd, reward, rule=outcomes.rule)
 
 
 def regret_picture(streams: Mapping[str, Sequence[Stream]], title: str = "") -> bytes:

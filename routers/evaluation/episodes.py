@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
@@ -255,6 +255,13 @@ class Outcomes:
         score, usd = table.correct_matrix(split)[rows], table.cost_matrix(split)[rows]
         some = queries if chosen is None else [queries[i] for i in chosen]
         return cls(some, table.members, score, usd, rule(score, usd), rule=rule)
+
+    def rows(self, rows: Sequence[int] | np.ndarray) -> Outcomes:
+        """Of these items, by place, in this order."""
+        items, chosen = [self.items[i] for i in rows], np.asarray(rows, dtype=int)
+        own = {name: getattr(self, name)[chosen] for name in ("score", "usd", "reward")}
+        extra = {name: values[chosen] for name, values in self.extra.items()}
+        return replace(self, items=items, extra=extra, **own)
 
     def play(
         self,

@@ -127,7 +127,7 @@ def left_out(
     from routers.data.table import spread
     from routers.evaluation.statistics import LEFT_OUT
 
-    probes, parts = _rows(train, spread(len(train.items), min(PROBES, len(train.items)))), []
+    probes, parts = train.rows(spread(len(train.items), min(PROBES, len(train.items)))), []
     texts = [item["query"] for item in items.items]
     for seed, fit in enumerate(fits):
         weights = np.zeros(items.score.shape)
@@ -187,11 +187,6 @@ def _runs(folders: Sequence[Path], rule: RewardRule, items: set[str]) -> Episode
         read[folder] = Episodes(trained[trained["item"].isin(items)])
     frame = compared(read).frame
     return Episodes(frame.assign(reward=rule(frame["score"], frame["usd"], frame["valid"])))
-
-
-def _rows(known: Outcomes, rows: np.ndarray) -> Outcomes:
-    values: dict[str, Any] = {name: getattr(known, name)[rows] for name in ("score", "usd", "reward")}
-    return replace(known, items=[known.items[i] for i in rows], extra={}, **values)
 
 
 def _without(known: Outcomes, member: int) -> Outcomes:
