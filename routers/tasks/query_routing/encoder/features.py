@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
-from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
-from sklearn.feature_extraction.text import HashingVectorizer
+
+from routers.baselines.features import hashed
 
 WIDTH = 1 << 13
 """Columns for words; character n-grams (2 to 4, within words) have as many."""
@@ -16,20 +15,11 @@ CHARACTERS = 3000
 """Of a query that are read: the first half from its beginning, the other from its end."""
 
 
-@cache
-def _hashers() -> tuple[HashingVectorizer, HashingVectorizer]:
-    same: dict[str, Any] = {"n_features": WIDTH, "alternate_sign": False, "norm": None, "dtype": np.float32}
-    return HashingVectorizer(**same), HashingVectorizer(analyzer="char_wb", ngram_range=(2, 4), **same)
-
-
-def hashed(texts: Sequence[str]) -> tuple[sp.csr_matrix, sp.csr_matrix]:
-    """1 + ln(count) of every word and every n-gram: two of ``[texts, WIDTH]``."""
+def counted(texts: Sequence[str]) -> list[sp.csr_matrix]:
+    """`hashed` beginnings and ends of texts: two of ``[texts, WIDTH]``."""
     half = CHARACTERS // 2
     short = [text if len(text) <= CHARACTERS else f"{text[:half]} {text[-half:]}" for text in texts]
-    found = [hasher.transform(short) for hasher in _hashers()]
-    for matrix in found:
-        matrix.data = 1 + np.log(matrix.data)
-    return found[0], found[1]
+    return hashed(short, WIDTH, WIDTH)
 
 
 def tfidf(parts: Sequence[sp.csr_matrix], idf: np.ndarray) -> sp.csr_matrix:
@@ -38,12 +28,6 @@ def tfidf(parts: Sequence[sp.csr_matrix], idf: np.ndarray) -> sp.csr_matrix:
     lengths = [np.sqrt(np.asarray(part.multiply(part).sum(axis=1)).ravel()) for part in scaled]
     halves = [sp.diags(0.5**0.5 / np.maximum(n, 1e-9)) @ part for part, n in zip(scaled, lengths, strict=True)]
     return sp.hstack(halves, format="csr", dtype=np.float32)
-
-
-def inverse_frequency(parts: Sequence[sp.csr_matrix]) -> np.ndarray:
-    """``[2 * WIDTH]``: ln((1 + texts) / (1 + texts with the feature)) + 1, as scikit-learn's."""
-    seen = np.concatenate([part.getnnz(axis=0) for part in parts])
-    return np.asarray(np.log((1 + parts[0].shape[0]) / (1 + seen)) + 1, dtype=np.float32)
 
 
 STRENGTHS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)

@@ -24,9 +24,10 @@ from sklearn.utils.extmath import randomized_svd
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from routers.baselines.features import rarity, seen_in
 from routers.data.catalogue import Member
 from routers.data.table import spread
-from routers.tasks.query_routing.encoder.features import WIDTH, hashed, inverse_frequency, ridge, tfidf
+from routers.tasks.query_routing.encoder.features import WIDTH, counted, ridge, tfidf
 
 MOST_TEXTS = 4000
 """Texts that the embedding is fitted to, spread evenly."""
@@ -93,8 +94,8 @@ class EncoderPolicy(PreTrainedModel):
     def fit_embedding(self, texts: Sequence[str], seed: int) -> None:
         """Fit what texts are embedded by, without any outcome."""
         some = [texts[i] for i in spread(len(texts), min(len(texts), MOST_TEXTS))]
-        parts = hashed(some)
-        idf = inverse_frequency(parts)
+        parts = counted(some)
+        idf = rarity(seen_in(parts), len(some))
         rank = min(self.config.width, len(some) - 1)
         _, _, vt = randomized_svd(tfidf(parts, idf), rank, n_iter=2, random_state=seed)
         self.idf.copy_(torch.from_numpy(idf))
@@ -102,7 +103,7 @@ class EncoderPolicy(PreTrainedModel):
 
     def embed(self, texts: Sequence[str]) -> Tensor:
         """``[texts, width]``."""
-        found = tfidf(hashed(texts), self.idf.numpy())
+        found = tfidf(counted(texts), self.idf.numpy())
         places, starts = (torch.from_numpy(part.astype(np.int64)) for part in (found.indices, found.indptr[:-1]))
         embedded = nn.functional.embedding_bag(
             places, self.words, starts, mode="sum", per_sample_weights=torch.from_numpy(found.data)
