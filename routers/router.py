@@ -200,6 +200,12 @@ def router_class(kind: str) -> Any:
     return getattr(importlib.import_module(module), attribute)
 
 
+def check_queries(queries: Iterable[Any]) -> None:
+    """ValueError for a query that is no text, or an empty one."""
+    if not all(isinstance(query, str) and query.strip() for query in queries):
+        raise ValueError("the query is empty")
+
+
 @dataclass(frozen=True)
 class RouterFile:
     """What `router.yaml` says."""

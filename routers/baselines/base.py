@@ -15,12 +15,13 @@ from typing import Any, ClassVar, Self
 from zlib import crc32
 
 import numpy as np
+from scipy.special import softmax
 
 from routers.baselines.features import Features
 from routers.data.catalogue import Member
 from routers.data.table import ReplyTable
 from routers.evaluation.episodes import Outcomes, RewardRule
-from routers.router import Decision, Router, RouterFile, members_now, plain_settings, write_router
+from routers.router import Decision, Router, RouterFile, check_queries, members_now, plain_settings, write_router
 from srpo.ranges import Ranges, above, at_least, check_numbers
 
 KIND = "fitted"
@@ -177,7 +178,7 @@ class Told:
         values = values if columns is None else values[:, columns]
         if not self.draws:
             return np.eye(values.shape[1])[values.argmax(axis=1)]
-        return np.asarray(softmax(values))
+        return np.asarray(softmax(values, axis=1))
 
 
 class Fitted(Router):
@@ -307,8 +308,7 @@ class Fitted(Router):
             ValueError: an empty query, an unknown member, or a cost weight that is negative or no number.
         """
         texts = [text_of(query) for query in queries]
-        if not all(text.strip() for text in texts):
-            raise ValueError("the query is empty")
+        check_queries(texts)
         weight = self.settings.cost_weight if cost_weight is None else cost_weight
         if not 0 <= weight < np.inf:
             raise ValueError(f"cost_weight is {weight}; it must be a finite number >= 0")
@@ -392,11 +392,6 @@ def read_state(name: str, file: str) -> Any:
 
 def text_of(query: Query) -> str:
     return query if isinstance(query, str) else str(query.get("query", ""))
-
-
-def softmax(logits: np.ndarray) -> np.ndarray:
-    rising = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return np.asarray(rising / rising.sum(axis=1, keepdims=True))
 
 
 def _name_of(kind: type[Fitted]) -> str:

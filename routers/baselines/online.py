@@ -16,7 +16,7 @@ import numpy as np
 from routers.baselines.features import Features, unit_rows
 from routers.data.catalogue import Member
 from routers.evaluation.episodes import RewardRule
-from routers.router import Decision, Router, RouterFile, members_now, plain_settings, write_router
+from routers.router import Decision, Router, RouterFile, check_queries, members_now, plain_settings, write_router
 
 KIND = "online"
 STATE_FILE = "online.skops"
@@ -297,8 +297,7 @@ class OnlineRouter(Router):
             raise self._cannot("read a context beside the query")
         if cost_weight not in (None, self.settings.rule.cost_weight):
             raise self._cannot(f"route at another cost weight than {self.settings.rule.cost_weight:g}, its rewards'")
-        if not query.strip():
-            raise ValueError("the query is empty")
+        check_queries([query])
         pool = [member.name for member in self.settings.members]
         open_to = {member.name for member in members_now(self.members, members)}
         columns = [i for i, name in enumerate(pool) if name in open_to]

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from scipy.special import softmax
 
 from routers.baselines.online import LinUCB
 
@@ -60,7 +61,7 @@ class Actor:
 
     def chances(self, x: np.ndarray, prior: np.ndarray) -> np.ndarray:
         """``[N, M]``"""
-        return np.asarray(softmax(self.logits(x, prior)[0]).mean(axis=0))
+        return np.asarray(softmax(self.logits(x, prior)[0], axis=-1).mean(axis=0))
 
     def climb(
         self, x: np.ndarray, prior: np.ndarray, value: np.ndarray, drawn: np.ndarray, rate: float, decay: float
@@ -72,7 +73,7 @@ class Actor:
             drawn: ``[heads, B]`` how often each row is in a head's bootstrap sample.
         """
         logits, hidden = self.logits(x, prior)
-        pi = softmax(logits)
+        pi = softmax(logits, axis=-1)
         slope = pi * (value - (pi * value).sum(axis=2, keepdims=True)) * drawn[:, :, None] / len(x)
         behind = (slope @ self.weights[1].transpose(0, 2, 1)) * (hidden > 0)
         self.steps += 1
@@ -131,8 +132,3 @@ class PolicyGradient(LinUCB):
         for _ in range(int(self.passes)):
             rows = rng.integers(0, len(x), min(int(self.batch), len(x)))
             self.actor.climb(small[rows], prior[rows], value[rows], drawn[:, rows], self.rate, self.decay)
-
-
-def softmax(logits: np.ndarray) -> np.ndarray:
-    rising = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    return np.asarray(rising / rising.sum(axis=-1, keepdims=True))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
+from scipy.special import softmax
 
-from routers.baselines.base import Data, Fitted, Told, softmax
+from routers.baselines.base import Data, Fitted, Told
 from routers.baselines.descent import minimised
 from routers.baselines.ridge import solve
 
@@ -31,7 +32,7 @@ class SoftmaxHead(Fitted):
         def loss(matrix: np.ndarray, middle: np.ndarray) -> tuple[float, list[np.ndarray]]:
             a, earned, slope = x @ matrix.astype(x.dtype) + middle, 0.0, np.zeros(usd.shape)
             for weight, reward in rewards:
-                chances = softmax(a - weight * usd)
+                chances = softmax(a - weight * usd, axis=1)
                 own = (chances * reward).sum(axis=1, keepdims=True)
                 earned += float(own.sum())
                 slope -= chances * (reward - own)

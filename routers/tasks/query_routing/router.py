@@ -20,7 +20,7 @@ from typing import Any
 from routers.data.catalogue import Member
 from routers.language.grammar import parse
 from routers.language.prompts import stated_cost_weight
-from routers.router import CannotDo, Decision, Router, RouterFile, members_now
+from routers.router import CannotDo, Decision, Router, RouterFile, check_queries, members_now
 from routers.tasks.query_routing.settings import KIND, QuerySettings
 from srpo.rollout.constrained import OneOf, choice_probabilities
 from srpo.rollout.generator import Request, TransformersGenerator
@@ -114,9 +114,7 @@ class QueryRouter(Router):
         self, queries: Sequence[str], *, cost_weight: float | None = None, members: Sequence[str] | None = None
     ) -> list[Decision]:
         """`route` for several, decided together."""
-        for query in queries:
-            if not isinstance(query, str) or not query.strip():
-                raise ValueError("the query is empty")
+        check_queries(queries)
         pool = members_now(self.members, members)
         weight = stated_cost_weight(self.settings.cost_weights, cost_weight)
         found: list[Decision] = []

@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from scipy.special import softmax
 
 from routers.language.grammar import Grammar, parse, render
 from routers.language.prompts import Messages, family_phrase
@@ -32,8 +33,7 @@ Reprompt = Callable[[Messages, str | None, str | None], Any]
 
 def soft_labels(utility: np.ndarray, temperature: float) -> np.ndarray:
     """p of the formula above: utilities [Q, M] -> probabilities [Q, M]."""
-    odds = np.exp((utility - utility.max(axis=1, keepdims=True)) / temperature)
-    return np.asarray(odds / odds.sum(axis=1, keepdims=True))
+    return np.asarray(softmax(utility / temperature, axis=1))
 
 
 def drawn(probabilities: np.ndarray, draws: int, rng: np.random.Generator) -> np.ndarray:

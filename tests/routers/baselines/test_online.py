@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy.special import softmax
 
 from routers.baselines.online import (
     EMA,
@@ -17,7 +18,7 @@ from routers.baselines.online import (
     SharedLinUCB,
     learners,
 )
-from routers.baselines.policy_gradient import Actor, PolicyGradient, softmax
+from routers.baselines.policy_gradient import Actor, PolicyGradient
 from routers.baselines.stream import STREAM, online_router, play_online, play_stream, regret_picture
 from routers.evaluation.episodes import Outcomes, RewardRule
 from routers.router import CannotDo, Decision, load_router
@@ -120,7 +121,7 @@ def test_the_actors_step_is_the_gradient_of_the_expected_value() -> None:
 
     def earned(weights: list[np.ndarray]) -> float:
         hidden = np.maximum(x @ weights[0], 0)
-        return float(((softmax(hidden @ weights[1] + prior) * value).sum(axis=2) * drawn).sum() / 6)
+        return float(((softmax(hidden @ weights[1] + prior, axis=-1) * value).sum(axis=2) * drawn).sum() / 6)
 
     before = [w.copy() for w in actor.weights]
     actor.climb(x, prior, value, drawn, rate=0.0, decay=0.0)

@@ -10,7 +10,16 @@ from typing import Any
 import torch
 
 from routers.data.catalogue import Member
-from routers.router import CannotDo, Decision, Router, RouterFile, members_now, plain_settings, write_router
+from routers.router import (
+    CannotDo,
+    Decision,
+    Router,
+    RouterFile,
+    check_queries,
+    members_now,
+    plain_settings,
+    write_router,
+)
 from routers.tasks.query_routing.encoder.model import EncoderPolicy, capabilities
 from routers.tasks.query_routing.settings import QuerySettings
 
@@ -81,8 +90,7 @@ class EncoderRouter(Router):
         self, queries: Sequence[str], *, cost_weight: float | None = None, members: Sequence[str] | None = None
     ) -> list[Decision]:
         """`route` for several, decided together."""
-        if any(not isinstance(query, str) or not query.strip() for query in queries):
-            raise ValueError("the query is empty")
+        check_queries(queries)
         if cost_weight is not None and not cost_weight >= 0:
             raise ValueError(f"cost_weight is {cost_weight!r}; it must be at least 0")
         if not queries:
