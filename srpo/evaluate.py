@@ -23,7 +23,7 @@ from srpo.run.derived import made_from, mark, source, unmark
 from srpo.run.files import EVALUATION, RECIPE
 from srpo.run.results import check_results
 from srpo.task import Evaluation
-from srpo.train import evaluated
+from srpo.train import concluded, evaluated
 
 
 def main(argv: Sequence[str]) -> Evaluation:
@@ -54,12 +54,12 @@ def main(argv: Sequence[str]) -> Evaluation:
     task.prepare(output, [])  # no training follows
     label = Path(name).name or name
     found = [evaluated(lambda share: task.evaluate(model, tokenizer, label, share)), evaluated(task.baselines)]
-    evaluation: Evaluation = type(found[0]).merged([part for part in found if part is not None])
-    if PartialState().is_main_process:
+    main_process = PartialState().is_main_process
+    if main_process:
         unmark(output / EVALUATION)
-        evaluation.write(output / EVALUATION)
+    evaluation, _ = concluded(task, found, output)
+    if main_process:
         mark(output / EVALUATION, values)
-        print(task.report(evaluation, output), flush=True)
     return evaluation
 
 

@@ -55,11 +55,10 @@ def train_own(task: Task, own: OwnPolicy, recipe: Recipe) -> Evaluation:
 
     from srpo.hub.card import model_card
     from srpo.hub.hub import push_checkpoint, safe_push
-    from srpo.run.files import EVALUATION
     from srpo.run.folder import claim, finish
     from srpo.strict_yaml import read_yaml
     from srpo.task import START
-    from srpo.train import evaluated
+    from srpo.train import concluded, evaluated
     from srpo.trainer.progress import phase
 
     _, how, args = recipe
@@ -82,11 +81,8 @@ def train_own(task: Task, own: OwnPolicy, recipe: Recipe) -> Evaluation:
         evaluated(lambda share: task.evaluate(policy, None, args.objective, share)),
         evaluated(task.baselines),
     ]
-    evaluation: Evaluation = type(parts[0]).merged([part for part in parts if part is not None])
+    evaluation, table = concluded(task, parts, output)
     if main_process:
-        evaluation.write(output / EVALUATION)
-        table = task.report(evaluation, output)
-        print(table, flush=True)
         repo_id = (args.hub_model_id or output.name) if args.push_to_hub else None
         card = model_card(
             objective=args.objective,

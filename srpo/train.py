@@ -134,13 +134,7 @@ def _run(argv: Sequence[str] | None) -> Evaluation:
     phase("evaluate", "the trained policy")
     with whole_policy(trainer, output) as policy:
         after = evaluated(lambda share: task.evaluate(policy, tokenizer, args.objective, share))
-    rules = evaluated(task.baselines)
-    found = [part for part in (before, after, rules) if part is not None]
-    evaluation: Evaluation = type(after).merged(found)
-    if state.is_main_process:
-        evaluation.write(output / EVALUATION)
-        trainer.heldout_table = task.report(evaluation, output)
-        print(trainer.heldout_table, flush=True)
+    evaluation, trainer.heldout_table = concluded(task, [before, after, evaluated(task.baselines)], output)
     trainer.create_model_card(model_name=output.name)
     if args.push_to_hub:
         trainer.push_to_hub()
@@ -176,9 +170,22 @@ def evaluated(play: Callable[[Share], Any]) -> Any:
     return None if parts[0] is None else type(parts[0]).merged(parts)
 
 
-def _evaluated_once(
-    task: Task, load: Callable[[], Any], tokenizer: Any, path: Path, values: dict[str, Any]
-) -> Any:
+def concluded(task: Task, parts: Sequence[Any], output: Path) -> tuple[Evaluation, str | None]:
+    """All parts that there are as one evaluation, and what its report says.
+
+    The main process writes and prints them; on the others there is no report.
+    """
+    found = [part for part in parts if part is not None]
+    evaluation: Evaluation = type(found[0]).merged(found)
+    if not PartialState().is_main_process:
+        return evaluation, None
+    evaluation.write(output / EVALUATION)
+    told = task.report(evaluation, output)
+    print(told, flush=True)
+    return evaluation, told
+
+
+def _evaluated_once(task: Task, load: Callable[[], Any], tokenizer: Any, path: Path, values: dict[str, Any]) -> Any:
     """The evaluation of the policy that RL starts from; a run that goes on reads what was paid for before.
 
     `load` gives the policy with whole weights. It is called only if something is played, and what it loaded is free

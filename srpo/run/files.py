@@ -10,6 +10,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from srpo.run.processes import Refused
+
 RUN = "run.json"
 RECIPE = "recipe.yaml"
 EVALUATION = "evaluation.parquet"
@@ -41,16 +43,8 @@ global_step* pytorch_model_fsdp_* optimizer_* ref teacher
 """.split()
 
 
-class FolderTaken(ValueError):
-    """`output_dir` holds something that this run must not write over; says what, and what to do.
-
-    Args:
-        said: by another process of the run.
-    """
-
-    def __init__(self, words: str, said: bool = False) -> None:
-        super().__init__(words)
-        self.said = said
+class FolderTaken(Refused):
+    """`output_dir` holds something that this run must not write over; says what, and what to do."""
 
 
 def is_ours(path: Path, below: bool = False) -> bool:

@@ -4,12 +4,23 @@ from collections.abc import Callable
 from typing import Any
 
 
-def main_process(act: Callable[[], Any], refused: Callable[..., Exception]) -> Any:
+class Refused(ValueError):
+    """What a run cannot do, found by its main process and raised on all.
+
+    Args:
+        said: by another process of the run.
+    """
+
+    def __init__(self, words: str, said: bool = False) -> None:
+        super().__init__(words)
+        self.said = said
+
+
+def main_process(act: Callable[[], Any], refused: type[Refused]) -> Any:
     """What `act` returned on the main process, on every one.
 
     Args:
-        refused: the exception that its ValueError or OSError becomes, everywhere: (words, whether another process has
-            said them).
+        refused: the exception that its ValueError or OSError becomes, everywhere.
     """
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list

@@ -19,7 +19,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from srpo.run.processes import main_process
+from srpo.run.processes import Refused, main_process
 from srpo.run.steps import checkpoint_step
 
 MANIFEST = "manifest.json"
@@ -32,16 +32,8 @@ Entry = tuple[int, str]
 """Bytes and sha256 of a file."""
 
 
-class NotWhole(ValueError):
-    """A checkpoint that is no whole one; names the file.
-
-    Args:
-        said: by another process of the run.
-    """
-
-    def __init__(self, words: str, said: bool = False) -> None:
-        super().__init__(words)
-        self.said = said
+class NotWhole(Refused):
+    """A checkpoint that is no whole one; names the file."""
 
 
 # ------------------------------------------------------------------------------------------------------------- writing
