@@ -32,7 +32,6 @@ STOP = "stop"
 """Which of `STOPS` ended the trajectory."""
 
 
-
 class Stopped(RuntimeError):
     """A run ends as it was asked to, or cannot go on; what it has finished is kept. `srpo.cli` ends with code 1."""
 

@@ -1,5 +1,7 @@
 """What one process of a run does for all."""
 
+import atexit
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -38,3 +40,19 @@ def main_process(act: Callable[[], Any], refused: type[Refused]) -> Any:
     if told[1] is not None:
         raise refused(told[1], not state.is_main_process)
     return told[0]
+
+
+@atexit.register
+def leave_gloo() -> None:
+    """End a process group of gloo before the interpreter ends, in whatever way the process does.
+
+    A thread of it that lets go of a tensor while Python shuts down kills the process ("terminate called without an
+    active exception", exit code -6 instead of ours). Other backends have no such threads, and may wait for processes
+    that are no more: their groups are left as they are.
+    """
+    if "torch" not in sys.modules:
+        return
+    from torch import distributed
+
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_backend() == "gloo":
+        distributed.destroy_process_group()

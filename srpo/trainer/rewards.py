@@ -104,9 +104,7 @@ def checked_rewards(functions: Any, not_finite: Callable[[str], object] | None =
     return distinct([f if isinstance(f, (str, Module)) else checked_reward(f, not_finite) for f in functions])
 
 
-def checked_reward(
-    func: Callable[..., Any], not_finite: Callable[[str], object] | None = None
-) -> Callable[..., Any]:
+def checked_reward(func: Callable[..., Any], not_finite: Callable[[str], object] | None = None) -> Callable[..., Any]:
     """A TRL reward function whose values are checked: a list with one finite number, or None, per completion.
 
     None means that the reward does not apply to that row, as in TRL. The function never sees lost rows (whose

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-MODULE = '''
+MODULE = """
 import json
 import os
 from dataclasses import dataclass
@@ -94,7 +94,7 @@ class Colours:
 
     def report(self, evaluation, output):
         return f"{len(evaluation.rows)} marks"
-'''
+"""
 POINTS = "[srpo.tasks]\ncolours = colours_of_mine:Colours\n"
 WORDS = """--task colours --favourite cat --use_cpu true --bf16 false --max_steps 1 --num_generations 2
     --save_strategy no --per_device_train_batch_size 4

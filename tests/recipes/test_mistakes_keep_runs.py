@@ -140,8 +140,9 @@ def test_an_attempt_that_never_began_stands_in_nobodys_way(tmp_path: Path) -> No
 @pytest.mark.distributed
 def test_two_processes_end_with_one_line(finished: Path) -> None:
     body = (
-        "import sys; from accelerate import PartialState; from srpo.cli import run\n"
-        "from srpo.recipe import Recipe; from srpo.run.folder import FolderTaken, claim\n"
+        "import atexit, sys; from accelerate import PartialState\n"
+        "from torch import distributed; atexit.register(lambda: print('group', distributed.is_initialized()))\n"
+        "from srpo.cli import run; from srpo.recipe import Recipe; from srpo.run.folder import FolderTaken, claim\n"
         "def main():\n"
         "    PartialState(cpu=True); made = Recipe(); made.path = None\n"
         "    made.given = {'output_dir': sys.argv[1], 'learning_rate': 0.1}\n"
@@ -166,6 +167,7 @@ def test_two_processes_end_with_one_line(finished: Path) -> None:
     ]
     (out, err), (out_1, err_1) = [process.communicate(timeout=300) for process in started]
     assert [process.returncode for process in started] == [2, 2], err + err_1
+    assert "group False" in out, "its threads would outlive the interpreter, and could abort it"
     assert out == out_1 and "checkpoint-7 does not exist; there are" in out, "both hear what the first one found"
     lines = [line for line in (err + err_1).splitlines() if "error" in line.lower()]
     assert len(lines) == 1 and "Traceback" not in err + err_1, err + err_1

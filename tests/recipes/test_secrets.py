@@ -153,7 +153,7 @@ def test_step_router_card_and_logged_arguments_hold_no_key(tmp_path):
         f"chat_template_kwargs: {{a: [{{Access_Token: {CANARY}}}]}}",
         f"vllm_server_base_url: https://user:{CANARY}@host",
         f"vllm_server_base_url: http://host?key={CANARY}",
-        f"model_init_kwargs: '{{\"token\": \"{CANARY}\"}}'",
+        f'model_init_kwargs: \'{{"token": "{CANARY}"}}\'',
     ],
 )
 def test_a_recipe_is_refused_for_the_same(tmp_path, line):

@@ -156,9 +156,7 @@ def test_teacher_entropy_and_log_probs_are_exact(pair):
 def test_the_probe_sees_the_gradient_at_the_hidden_states(pair):
     student, teacher = pair
     seen = []
-    output = run(
-        student, targets=targets(teacher, Divergence(0.5, 20, True, TEMPERATURE)), gradient_probe=seen.append
-    )
+    output = run(student, targets=targets(teacher, Divergence(0.5, 20, True, TEMPERATURE)), gradient_probe=seen.append)
     (output.log_probs.sum() + 3 * output.divergence.sum()).backward()
     with_probe = {name: p.grad.clone() for name, p in student.named_parameters()}
     student.zero_grad()

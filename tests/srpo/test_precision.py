@@ -93,9 +93,7 @@ def test_an_adapter_from_disk_in_bf16_is_trained_in_fp32(tmp_path, folder):
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
 
     get_peft_model(base(), LoraConfig(r=4)).bfloat16().save_pretrained(tmp_path / "adapter")
-    policy = PeftModel.from_pretrained(
-        base(), tmp_path / "adapter", is_trainable=True, autocast_adapter_dtype=False
-    )
+    policy = PeftModel.from_pretrained(base(), tmp_path / "adapter", is_trainable=True, autocast_adapter_dtype=False)
     assert {p.dtype for p in policy.parameters()} == {torch.bfloat16}
     made = trainer(config(tmp_path, bf16=True), network=policy)
     assert {p.dtype for p in made.model.parameters() if p.requires_grad} == {torch.float32}

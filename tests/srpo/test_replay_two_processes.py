@@ -11,7 +11,7 @@ import pytest
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_fsdp2_and_zero3_replay_exactly(tmp_path: Path) -> None:
-    script = (Path(__file__).parents[1] / "support" / "replay_two_processes.py")
+    script = Path(__file__).parents[1] / "support" / "replay_two_processes.py"
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run([*launch, str(script), str(tmp_path / "out")], capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-4000:]

@@ -71,7 +71,7 @@ def test_what_an_engine_saves_is_the_policy_that_one_process_trains(launched, al
 
 @pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
 def test_a_tied_head_is_no_copy_of_a_sharded_model(engine, tmp_path):
-    script = (Path(__file__).parents[1] / "support" / "sharded_weights_cases.py")
+    script = Path(__file__).parents[1] / "support" / "sharded_weights_cases.py"
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
         [*launch, str(script), str(tmp_path), engine, "whole_head"], capture_output=True, text=True, timeout=300

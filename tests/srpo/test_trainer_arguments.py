@@ -30,9 +30,7 @@ from srpo.trainer.trainer import SRPOTrainer
 # ---------------------------------------------------------------------------------------------- TRL's signature
 
 
-@pytest.mark.parametrize(
-    ("cls", "objective"), [(SRPOTrainer, "srpo"), (SDPOTrainer, "sdpo"), (GRPOTrainer, "grpo")]
-)
+@pytest.mark.parametrize(("cls", "objective"), [(SRPOTrainer, "srpo"), (SDPOTrainer, "sdpo"), (GRPOTrainer, "grpo")])
 def test_positional_arguments_are_those_of_trl(tmp_path, cls, objective):
     lora = LoraConfig(r=4, target_modules="all-linear")
     order = list(inspect.signature(trl.GRPOTrainer).parameters)
@@ -123,9 +121,7 @@ def test_settings_that_cannot_be_meant_are_named(tmp_path, change, words):
         config(tmp_path, **change)
 
 
-@pytest.mark.parametrize(
-    ("name", "value"), [("stop_strings", ["</route>"]), ("max_turns", 2), ("max_cost_usd", 1.0)]
-)
+@pytest.mark.parametrize(("name", "value"), [("stop_strings", ["</route>"]), ("max_turns", 2), ("max_cost_usd", 1.0)])
 def test_what_only_episodes_read_is_refused_without_an_environment(tmp_path, name, value):
     with pytest.raises(ValueError, match=f"{name}=.* read by the episodes of an environment only"):
         trainer(config(tmp_path, **{name: value}))
