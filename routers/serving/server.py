@@ -33,22 +33,11 @@ from starlette.exceptions import HTTPException
 
 from routers.language.prompts import stated_cost_weight
 from routers.router import Answer
+from routers.serving.errors import RequestError
 from routers.serving.metrics import ServerMetrics
 
 MAX_BODY_BYTES = 1_000_000
 _UNSUPPORTED = ("tools", "functions", "logprobs", "audio")
-
-
-class RequestError(Exception):
-    """Told to the client in OpenAI's shape."""
-
-    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
-        super().__init__(message)
-        self.status, self.message, self.param, self.code = status, message, param, code
-
-    def document(self) -> dict[str, Any]:
-        kind = "invalid_request_error" if self.status < 500 else "server_error"
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
 @dataclass(frozen=True)
@@ -83,11 +72,11 @@ def create_app(agent: Any, *, name: str = "router", api_key: str | None = None, 
     @app.exception_handler(RequestError)
     async def refused(_: Request, error: RequestError) -> JSONResponse:
         metrics.finished(error.status)
-        return JSONResponse(error.document(), error.status)
+        return JSONResponse(error.document(), error.status, headers=error.headers)
 
     @app.exception_handler(HTTPException)  # no such path, wrong method
     async def unknown(request: Request, error: HTTPException) -> JSONResponse:
-        return await refused(request, RequestError(error.status_code, str(error.detail)))
+        return await refused(request, RequestError(error.status_code, str(error.detail), headers=error.headers))
 
     @app.get("/health")
     async def health() -> dict[str, str]:

@@ -25,7 +25,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from routers.data.catalogue import cost
 from routers.pool.endpoint import AGENT_PROMPT
-from routers.serving.server import RequestError, create_app, read_request
+from routers.serving.errors import RequestError
+from routers.serving.server import create_app, read_request
 from routers.tasks.think_route.agent import RouterAgent
 from routers.tasks.think_route.settings import AgentSettings
 

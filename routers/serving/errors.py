@@ -1,0 +1,37 @@
+"""What a client is told when a request cannot be served: one exception, in OpenAI's shape."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+class RequestError(Exception):
+    """Told to the client as ``{"error": {message, type, param, code}}``.
+
+    Args:
+        status: of HTTP, 400 to 599.
+        message: for a person; holds no secret.
+        param: field of the request that is wrong.
+        code: for programs, such as "model_not_found".
+        headers: sent with the answer, such as ``Retry-After``.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+        self.headers = dict(headers or {})
+
+    def document(self) -> dict[str, Any]:
+        """The body. Also sent as the last event of a stream that fails after its first byte."""
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        if self.status == 429:
+            kind = "rate_limit_error"
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
