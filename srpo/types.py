@@ -139,6 +139,10 @@ class Usage:
     """Of the completion tokens."""
     usd: float | None = None
     """What the source of a reply states that it cost; None: its tokens are priced."""
+    cache_write_1h_tokens: int = 0
+    """Of the tokens written, those to be kept for an hour or longer."""
+    cache_token_hours: float = 0.0
+    """Tokens that the provider keeps, times the hours that this call pays for."""
     calls: "tuple[Usage, ...]" = field(default=(), compare=False, repr=False)
     """The single requests that this is the sum of; empty: it is one."""
 

@@ -24,7 +24,7 @@ from srpo.strict_yaml import read_yaml
 class Member:
     """One pool member. Prices as in ``routers.data.billing``: finite and not negative.
 
-    The fields after the prices matter to live members, and those from ``latency`` on to prompts.
+    The fields after the prices matter to live members, and ``latency`` and ``examples`` to prompts.
 
     Raises:
         ValueError: a price that is negative or not a number, or further prices without ``price_in`` and ``price_out``.
@@ -74,10 +74,21 @@ class Member:
     max_reasoning_tokens: int | None = None
     """Reasoning that the endpoint does not count in ``max_tokens``, at most; reservations count with it too. None: not
     known (``routers.pool.usage`` says what is believed then)."""
+    price_cache_write_1h: float | None = None
+    price_cache_hour: float = 0.0
+    """USD per million tokens and hour."""
+    cache_seconds: float | None = None
+    """How long the provider keeps a prompt after it was last sent; from an hour on, writes are billed as long ones.
+    None: nothing is counted on being cached (``routers.data.prompt_cache``)."""
+    cache_min_tokens: int = 0
+    """A shorter beginning of a prompt is not cached."""
+    cache_step_tokens: int = 1
+    """Only a multiple of so many tokens is cached."""
 
     def __post_init__(self) -> None:
         stated = (self.price_in, self.price_out)
-        further = (self.price_cached, self.price_cache_write, self.price_reasoning, self.price_request or None)
+        cached = (self.price_cached, self.price_cache_write, self.price_cache_write_1h, self.price_cache_hour or None)
+        further = (*cached, self.price_reasoning, self.price_request or None)
         tiers = [value for tier in self.price_tiers for value in vars(tier).values()]
         if any(p is not None and not (math.isfinite(p) and p >= 0) for p in (*stated, *further, *tiers)):
             raise ValueError(f"member {self.name!r}: prices are finite numbers >= 0, in USD")
@@ -93,7 +104,7 @@ class Member:
     def free_tokens(self) -> bool:
         """Whether no number of tokens costs anything; there may be a price per request."""
         prices = [self.price_in, self.price_out, self.price_cached or 0, self.price_cache_write or 0]
-        prices += [self.price_reasoning or 0]
+        prices += [self.price_reasoning or 0, self.price_cache_write_1h or 0, self.price_cache_hour]
         tiers = [price or 0 for tier in self.price_tiers for name, price in vars(tier).items() if name != "above"]
         return not any(price is None or price > 0 for price in (*prices, *tiers))
 
@@ -125,6 +136,7 @@ def describe(member: Member) -> str:
 _SHARED = (
     *("name", "descriptor", "price_in", "price_out", "price_cached", "price_cache_write", "price_reasoning"),
     *("price_request", "price_tiers", "context_length", "max_tokens", "latency", "examples"),
+    *("price_cache_write_1h", "price_cache_hour", "cache_seconds", "cache_min_tokens", "cache_step_tokens"),
 )
 """Fields that go into a checkpoint's files, and so to the Hub: what a policy was told and what calls cost. Addresses,
 names of keys, system prompts and request fields are the user's own."""

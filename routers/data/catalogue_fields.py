@@ -127,6 +127,7 @@ LENGTH_FIELDS = (
     *("n_predict", "num_predict"),
 )
 """What servers call the longest reply."""
+LONGEST_CACHE = 7 * 24 * 3600.0
 REQUIRED = ("name", "descriptor")
 MAY_HOLD_A_KEY = ("api_key_env", "base_url", "request", "system")  # by mistake: such a value is never shown
 _PRICE = (
@@ -166,4 +167,9 @@ RULES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "price_tiers": (_tiers, "write a list of {above: tokens of the prompt, price_in: USD, price_out: USD}"),
     "extra_prompt_tokens": (_none_or_more, "write a whole number >= 0"),
     "max_reasoning_tokens": (_none_or_more, "write a whole number >= 0"),
+    "price_cache_write_1h": _PRICE,
+    "price_cache_hour": (_price, "write a number >= 0 in USD per million tokens and hour"),
+    "cache_seconds": (_number(0.0, LONGEST_CACHE, above=True), "write seconds > 0, at most a week: 300, 3600, 86400"),
+    "cache_min_tokens": (_none_or_more, "write a whole number >= 0"),
+    "cache_step_tokens": _COUNT,
 }

@@ -22,6 +22,8 @@ from routers.data.billing import total
 from srpo.types import Reply, Usage
 
 _COUNTS = ("prompt_tokens", "completion_tokens", "cached_tokens", "cache_write_tokens", "reasoning_tokens")
+_LATER = "cache_write_1h_tokens"
+"""What files of this format did not hold from the beginning; 0 where it is missing."""
 
 
 def cache_key(identity: Mapping[str, Any], query: str, sample: str = "") -> str:
@@ -82,13 +84,14 @@ class ReplyCache:
             raise ValueError(f"no error is kept in the cache: {reply.error}")
         path = self._path(key)
         path.parent.mkdir(exist_ok=True)
+        requests = reply.usage.calls or (reply.usage,)
         stored = {
             "format": FORMAT,
             "text": reply.text,
             "reasoning": reply.reasoning,
             "prompt_tokens": reply.usage.prompt_tokens,
             "completion_tokens": reply.usage.completion_tokens,
-            "requests": [{n: getattr(u, n) for n in (*_COUNTS, "usd")} for u in reply.usage.calls or (reply.usage,)],
+            "requests": [{n: getattr(u, n) for n in (*_COUNTS, _LATER, "usd")} for u in requests],
             "seconds": reply.seconds,
         }
         handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
@@ -103,11 +106,11 @@ class ReplyCache:
 
 def _request(stored: Mapping[str, Any]) -> Usage:
     prompt, completion, cached, written, reasoning = (int(stored[name]) for name in _COUNTS)
-    usd = stored.get("usd")
+    usd, long = stored.get("usd"), int(stored.get(_LATER, 0))
     parts = (prompt - cached - written, completion - reasoning, cached, written, reasoning, 0 if usd is None else usd)
-    if not all(0 <= part < math.inf for part in parts):
+    if not all(0 <= part < math.inf for part in (*parts, long, written - long)):
         raise ValueError("no usage")
-    return Usage(prompt, completion, cached, written, reasoning, None if usd is None else float(usd))
+    return Usage(prompt, completion, cached, written, reasoning, None if usd is None else float(usd), long)
 
 
 def hit(reply: Reply) -> Reply:

@@ -20,6 +20,7 @@ from typing import Any
 
 import httpx
 
+from routers.data.billing import HOUR
 from routers.data.catalogue import Member
 from routers.pool.completion import Answer, NoAnswer, not_json, read_completion, read_error, read_json
 from routers.pool.protocol import BAD_REQUEST, CONNECTION, EMPTY, FILTERED, MALFORMED, TIMEOUT, Attempt
@@ -114,6 +115,7 @@ class Endpoint:
             max_tokens=member.max_tokens,
             seen=seen,
             reasoning_bound=member.max_reasoning_tokens,
+            long_writes=(member.cache_seconds or 0.0) >= HOUR,
         )
         if found is not None and found.usage.completion_tokens > self._longest:
             _log.warning(

@@ -1,9 +1,9 @@
 """What a reply is billed for: the tokens that it reports, within what was possible, and never below what was seen.
 
-Providers report one thing in many ways. Cached prompt tokens stand inside the prompt tokens (OpenAI, DeepSeek) or
-beside them (Anthropic); reasoning stands inside the completion tokens (OpenAI) or beside them (xAI, Gemini), which the
-total, or a part that is larger than its whole, gives away. Reports are text of others as well: a count may be missing,
-nonsense, zero beside a text, or a billion.
+Providers report one thing in many ways. Cached prompt tokens stand inside the prompt tokens (OpenAI, DeepSeek, Gemini)
+or beside them (Anthropic, which also says how much of what it wrote is kept for an hour); reasoning stands inside the
+completion tokens (OpenAI) or beside them (xAI, Gemini), which the total, or a part that is larger than its whole,
+gives away. Reports are text of others as well: a count may be missing, nonsense, zero beside a text, or a billion.
 
     possible   a prompt of at most its bytes and ``extra_prompt_tokens`` of the catalogue; an answer of at most
                ``max_tokens``. Reasoning that is reported by name and that the provider evidently does not count in
@@ -27,13 +27,21 @@ LONGEST_TOKEN = 128
 UNSTATED_REASONING = 32_768
 """Tokens of reasoning outside ``max_tokens`` that are believed of a member whose catalogue does not say."""
 
-_PROMPT = ("prompt_tokens", "input_tokens")
-_COMPLETION = ("completion_tokens", "output_tokens")
+_PROMPT = ("prompt_tokens", "input_tokens", "promptTokenCount")
+_COMPLETION = ("completion_tokens", "output_tokens", "candidatesTokenCount")
 _PROMPT_DETAILS = ("prompt_tokens_details", "input_tokens_details", "input_token_details")
 _COMPLETION_DETAILS = ("completion_tokens_details", "output_tokens_details", "output_token_details")
-_CACHED = ("cached_tokens", "num_cached_tokens", "prompt_cache_hit_tokens", "cache_read_input_tokens")
+_CACHED = (
+    *("cached_tokens", "num_cached_tokens", "prompt_cache_hit_tokens", "cache_read_input_tokens"),
+    "cachedContentTokenCount",
+)
 _WRITTEN = ("cache_creation_input_tokens", "cache_write_tokens", "cache_creation_tokens")
-_REASONING = ("reasoning_tokens", "thinking_tokens")
+_TIMES = ("cache_creation", "cache_creation_token_details")
+"""Where the tokens written stand by the time that they are kept."""
+_SHORT, _LONG = "ephemeral_5m_input_tokens", "ephemeral_1h_input_tokens"
+_THOUGHTS, _TOOL_USE = "thoughtsTokenCount", "toolUsePromptTokenCount"
+"""Gemini's, always beside its other counts."""
+_REASONING = ("reasoning_tokens", "thinking_tokens", _THOUGHTS)
 
 
 @dataclass(frozen=True)
@@ -56,10 +64,18 @@ class _Report:
     reasoning: int = 0
     named: bool = False
     """Reasoning was reported by name, and not only as the difference to a total."""
+    long: int | None = None
+    """Of the tokens written, those that are kept for an hour or longer; None: it does not say."""
 
 
 def bill(
-    document: Any, *, prompt_bound: int, max_tokens: int, seen: str | None = None, reasoning_bound: int | None = None
+    document: Any,
+    *,
+    prompt_bound: int,
+    max_tokens: int,
+    seen: str | None = None,
+    reasoning_bound: int | None = None,
+    long_writes: bool = False,
 ) -> Bill | None:
     """What a reply (or an error that reports usage) is billed for; None: an error that reports none.
 
@@ -70,6 +86,8 @@ def bill(
         seen: everything that the member wrote, reasoning too; None: there is no completion, so that nothing is added
             to what is reported.
         reasoning_bound: tokens of reasoning that may come on top of ``max_tokens``; None: not stated.
+        long_writes: tokens that were written to the provider's cache are kept for an hour or longer, where the body
+            does not say it.
     """
     found = _read(document)
     answered = seen is not None
@@ -90,7 +108,9 @@ def bill(
     thought = min(reasoning, max(beyond if found.named else 0, max_tokens - visible))
     billed = max(visible + thought, least)
     kept = min(prompt, prompt_bound)
-    usage = Usage(kept, billed, *_cached_of(kept, prompt, found.cached, found.written), min(thought, billed))
+    cached, written = _cached_of(kept, prompt, found.cached, found.written)
+    long = (written if long_writes else 0) if found.long is None else min(found.long, written)
+    usage = Usage(kept, billed, cached, written, min(thought, billed), cache_write_1h_tokens=long)
     estimated = no_prompt or (no_completion and size > 0)
     return Bill(usage, estimated, bounded=(kept, billed) != (prompt, completion))
 
@@ -109,7 +129,8 @@ def within(usage: Usage, prompt_bound: int, completion_bound: int, usd_bound: fl
     usd = usage.usd
     if usd is not None:
         usd = min(usd, usd_bound) if math.isfinite(usd) and usd >= 0 else usd_bound
-    kept = Usage(prompt, completion, cached, written, part(usage.reasoning_tokens, completion), usd)
+    reasoning, long = part(usage.reasoning_tokens, completion), part(usage.cache_write_1h_tokens, written)
+    kept = Usage(prompt, completion, cached, written, reasoning, usd, long)
     return kept, kept != usage
 
 
@@ -122,16 +143,24 @@ def _cached_of(kept: int, prompt: int, cached: int, written: int) -> tuple[int, 
 
 
 def _read(document: Any) -> _Report:
-    usage = document.get("usage") if isinstance(document, Mapping) else None
-    if not isinstance(usage, Mapping):
+    places = (document.get("usage"), document.get("usageMetadata")) if isinstance(document, Mapping) else ()
+    usage = next((place for place in places if isinstance(place, Mapping) and place), None)
+    if usage is None:
         return _Report(None, None)
     prompt, completion = _largest(usage, _PROMPT), _largest(usage, _COMPLETION)
+    if prompt is not None:
+        prompt += _count(usage.get(_TOOL_USE)) or 0
+    if completion is None and _count(usage.get(_THOUGHTS)) is not None:
+        completion = 0  # it thought, and wrote nothing
     inside = [usage[name] for name in _PROMPT_DETAILS if isinstance(usage.get(name), Mapping)]
     cached = max((_largest(part, _CACHED) or 0 for part in (*inside, usage)), default=0)
     written = max((_largest(part, _WRITTEN) or 0 for part in (*inside, usage)), default=0)
+    times = [part[name] for part in (*inside, usage) for name in _TIMES if isinstance(part.get(name), Mapping)]
+    long = max((count for part in times if (count := _count(part.get(_LONG))) is not None), default=None)
+    written = max(written, *(sum(_count(part.get(name)) or 0 for name in (_SHORT, _LONG)) for part in times), 0)
     details = [usage[name] for name in _COMPLETION_DETAILS if isinstance(usage.get(name), Mapping)]
     reasoning = max((_largest(part, _REASONING) or 0 for part in (*details, usage)), default=0)
-    total = _count(usage.get("total_tokens"))
+    total = _total(usage)
     if total is not None and (prompt is None) != (completion is None):
         rest = max(0, total - (prompt or 0) - (completion or 0))
         prompt, completion = (rest, completion) if prompt is None else (prompt, rest)
@@ -142,21 +171,26 @@ def _read(document: Any) -> _Report:
     outside = 0
     if completion is not None:
         rest = 0 if total is None or prompt is None else max(0, total - prompt - completion)
-        outside = max(rest, reasoning if reasoning > completion else 0)
+        beside = reasoning > completion or _count(usage.get(_THOUGHTS)) is not None
+        outside = max(rest, reasoning if beside else 0)
         completion += outside
-    return _Report(prompt, completion, cached, written, max(reasoning, outside), named=reasoning > 0)
+    return _Report(prompt, completion, cached, written, max(reasoning, outside), named=reasoning > 0, long=long)
 
 
 def _cached_inside(usage: Mapping[str, Any], prompt: int, completion: int | None, cached: int) -> bool:
     """Whether the prompt tokens hold the cached ones."""
     if cached > prompt:
         return False
-    total = _count(usage.get("total_tokens"))
+    total = _total(usage)
     if total is not None and completion is not None and total == prompt + cached + completion:
         return False
     # Anthropic's names: input_tokens are those behind the last place in the cache.
-    anthropic = "prompt_tokens" not in usage and ("cache_read_input_tokens" in usage or _WRITTEN[0] in usage)
-    return not anthropic
+    named = ("cache_read_input_tokens", _WRITTEN[0], _TIMES[0])
+    return "prompt_tokens" in usage or not any(name in usage for name in named)
+
+
+def _total(usage: Mapping[str, Any]) -> int | None:
+    return _largest(usage, ("total_tokens", "totalTokenCount"))
 
 
 def _largest(part: Mapping[str, Any], names: Iterable[str]) -> int | None:
