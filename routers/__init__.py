@@ -9,10 +9,12 @@ from routers.router import Decision, Router, load_router
 
 if TYPE_CHECKING:
     from routers.tasks.query_routing.router import QueryRouter
+    from routers.tasks.step_routing.conversations import Conversations
     from routers.tasks.step_routing.router import StepRouter
     from routers.tasks.think_route.agent import RouterAgent
 
 __all__ = [
+    "Conversations",
     "Decision",
     "Member",
     "QueryRouter",
@@ -30,6 +32,7 @@ __all__ = [
 
 
 _NEED_TORCH = {
+    "Conversations": "routers.tasks.step_routing.conversations",
     "QueryRouter": "routers.tasks.query_routing.router",
     "RouterAgent": "routers.tasks.think_route.agent",
     "StepRouter": "routers.tasks.step_routing.router",

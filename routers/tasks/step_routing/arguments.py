@@ -12,7 +12,7 @@ from routers.environments.scripted import EXPLORER_USD, PLANNER_USD, SCRIPTED
 from routers.tasks.step_routing.budget import Budget
 from srpo.ranges import Ranges, at_least, between, check_numbers
 
-Observations = Literal["compact", "progress", "verbose"]
+Observations = Literal["compact", "progress", "verbose", "signs", "digest"]
 Unit = Literal["usd", "large_calls"]
 OnEmpty = Literal["stop", "force_small"]
 Strata = Literal["class", "p_large", "none"]
@@ -131,7 +131,7 @@ class StepRoutingArguments:
         default="compact",
         metadata={
             "help": "What the policy is told: compact (a few words, ALFWorld only), progress (a few words, any "
-            "benchmark) or verbose (the texts)."
+            "benchmark), verbose (the texts); of agents that speak messages: signs (a few words) or digest (a text)."
         },
     )
     budget_unit: Unit = field(

@@ -136,6 +136,12 @@ class BudgetGate:
         return self.account.available
 
     @property
+    def begun(self) -> bool:
+        """Whether the account was used before."""
+        account = self.account
+        return account.spent + account.reserved + account.overrun > 0
+
+    @property
     def used(self) -> float | None:
         """Share of the cap that is spent, above 1 only where `violated`; None without a cap or with a cap of 0."""
         return (self.account.spent + self.account.overrun) / self.budget.cap if self.budget.cap else None

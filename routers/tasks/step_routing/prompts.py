@@ -1,9 +1,13 @@
 """What a router is told after every step: a few words of a fixed vocabulary, or the texts themselves.
 
-`compact` and `progress` are for small policies. `compact`, for ALFWorld: one word each for what the episode needs
-next, how many steps are gone, how many places were never looked into, and what is left of the budget. It reads the
-episode's texts only (`memory`), never the hidden state, so a router that sees it knows no more than the explorer does.
+`compact`, `progress` and `signs` are for small policies. `compact`, for ALFWorld: one word each for what the episode
+needs next, how many steps are gone, how many places were never looked into, and what is left of the budget. It reads
+the episode's texts only (`memory`), never the hidden state, so a router that sees it knows no more than the explorer
+does.
 `progress`, for any environment: steps, budget, the score so far, and whether the last step showed anything new.
+
+`signs` and `digest` are for agents that speak OpenAI's messages, where an observation is a digest of the next request
+(`routers.language.digest`): `signs` is its first line in a few words, `digest` the whole of it.
 """
 
 from __future__ import annotations
@@ -11,9 +15,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import get_args
 
 from routers.environments.alfworld.facts import TREATMENTS
 from routers.environments.alfworld.memory import Memory, kind, remember
+from routers.language.digest import After, Head
 from routers.tasks.step_routing.environment import Describe, Situation
 from srpo.types import Observation
 
@@ -79,10 +85,33 @@ def progress(situation: Situation) -> Observation:
     return Observation(before="".join(f"<{word}>" for word in words))
 
 
+def signs(situation: Situation) -> Observation:
+    """`<error><f2><e1><k12><t3><b2>`: what the next call answers (`digest.After`), the place of the last called
+    function in the list of tools, errors in a row, the size of the conversation (k: powers of two of 256 characters),
+    steps taken, what is left of the budget."""
+    steps = situation.view.steps
+    head = Head.read(steps[-1].observation if steps else situation.view.first)
+    numbers = {"f": head.function, "e": head.row, "k": (head.characters // 256).bit_length(), "t": len(steps)}
+    words = [head.after, *(f"{letter}{min(number, _MOST)}" for letter, number in numbers.items())]
+    return Observation(before="".join(f"<{word}>" for word in [*words, f"b{_left(situation)}"]))
+
+
+def digested(situation: Situation) -> Observation:
+    """The digest of the next request as text of others, in a frame that says who acted and what is left."""
+    steps = situation.view.steps
+    body = steps[-1].observation if steps else situation.view.first
+    Head.read(body)
+    return Observation(body=body, before=f"\n{situation.calls[-1]} acted.{_steps_left(situation)}", after="\n")
+
+
+def _steps_left(situation: Situation) -> str:
+    left = "" if situation.gate.budget.cap is None else f", budget left {situation.left:.4g}"
+    return f"\n[steps left {situation.steps_left}{left}]\n"
+
+
 def verbose(situation: Situation) -> Observation:
     """The last action and its observation as text of others, in a frame that says who acted and what is left."""
-    left = "" if situation.gate.budget.cap is None else f", budget left {situation.left:.4g}"
-    head = f"\n[steps left {situation.steps_left}{left}]\n"
+    head = _steps_left(situation)
     if not situation.view.steps:
         return Observation(body=situation.view.first, before=head, after="\n")
     last = situation.view.steps[-1]
@@ -104,13 +133,33 @@ def progress_prompt(situation: Situation, labels: Mapping[str, str]) -> str:
 
 def verbose_prompt(situation: Situation, labels: Mapping[str, str]) -> str:
     """What a language model is asked to do, who can act, what is left, and the first observation."""
+    return (
+        "You do not act yourself. At every step of the task you decide which executor acts; the first is cheap, those "
+        f"after it are stronger and more expensive. Answer with its word only.\n{_limits(situation, labels)}\n\n"
+        f"{situation.view.first}"
+    )
+
+
+def _limits(situation: Situation, labels: Mapping[str, str]) -> str:
     cap = situation.gate.budget.cap
     limit = "There is no budget." if cap is None else f"The budget is {cap:g} {situation.gate.budget.unit}."
     names = "\n".join(f"{label}: {name}" for name, label in labels.items())
+    return f"{names}\n{limit} There are {situation.steps_left} steps."
+
+
+def signs_prompt(situation: Situation, labels: Mapping[str, str]) -> str:
+    """The task, out of the digest, and the signs of the start."""
+    task = "".join(line for line in situation.view.first.split("\n") if line.startswith("task: "))
+    return f"{task.removeprefix('task: ')}\n{signs(situation).before}"
+
+
+def digested_prompt(situation: Situation, labels: Mapping[str, str]) -> str:
+    """What a language model is asked to do, who can answer, what is left, and the digest of the first request."""
+    Head.read(situation.view.first)
     return (
-        "You do not act yourself. At every step of the task you decide which executor acts; the first is cheap, those "
-        f"after it are stronger and more expensive. Answer with its word only.\n{names}\n{limit} "
-        f"There are {situation.steps_left} steps.\n\n{situation.view.first}"
+        "An agent works on a task by calling a language model again and again. Before each of its calls you are told "
+        "what happened, and decide which model answers it; the first is cheap, those after it are stronger and more "
+        f"expensive. Answer with its word only.\n{_limits(situation, labels)}\n\n{situation.view.first}"
     )
 
 
@@ -129,5 +178,7 @@ OBSERVATIONS = {
     "compact": Style(compact, compact_prompt, (*(f"<{phase}>" for phase in PHASES), *_numbers("tub"))),
     "progress": Style(progress, progress_prompt, ("<new>", "<again>", *_numbers("tsb"))),
     "verbose": Style(verbose, verbose_prompt),
+    "signs": Style(signs, signs_prompt, (*(f"<{after}>" for after in get_args(After)), *_numbers("fektb"))),
+    "digest": Style(digested, digested_prompt),
 }
 """Names that recipes use."""

@@ -4,6 +4,7 @@
     with StepRouter.from_pretrained("outputs/quickstart/bopo") as router:
         played = router.play(environment, executors, cap=2)        # an `AgentEnvironment`, played to its end
         session = router.session(task, cap=2)                      # or your agent's own loop: session.py
+    conversations = Conversations(router, cap=2)               # or many agents that speak messages: conversations.py
 
 Both tell the policy an episode as its rollouts did, token for token; `play` is that loop itself. Episodes of several
 threads and tasks share the model, their decisions meet in one batch.
@@ -22,11 +23,13 @@ from typing import Any, cast
 
 from routers.environments.protocol import AgentEnvironment, Executor
 from routers.environments.react import ReActExecutor
-from routers.router import Router, RouterFile
+from routers.language.digest import digest
+from routers.pool.ledger import Account
+from routers.router import Decision, Router, RouterFile, check_queries
 from routers.tasks.step_routing.arguments import Unit
 from routers.tasks.step_routing.budget import BudgetGate
 from routers.tasks.step_routing.environment import RoutedStep, StepRoutingEnvironment, StepRoutingEpisode
-from routers.tasks.step_routing.session import StepSession
+from routers.tasks.step_routing.session import StepSession, StepState
 from routers.tasks.step_routing.settings import KIND, StepSettings
 from srpo.rollout.generator import Request, Sample, TransformersGenerator
 from srpo.rollout.loop import Labels, Limits, play
@@ -155,6 +158,8 @@ class StepRouter(Router):
         seed: str | None = None,
         step_limit: int | None = None,
         task_type: str = "",
+        state: StepState | None = None,
+        account: Account | None = None,
     ) -> StepSession:
         """One episode of an agent that owns its loop: see `routers.tasks.step_routing.session`.
 
@@ -166,9 +171,11 @@ class StepRouter(Router):
             seed: names the episode: the same observations and seed give the same choices; None: a number.
             step_limit: None: that of the training.
             task_type: kind of the task, for prompts of `progress`.
+            state: where the episode stands, of another session with this seed; None: it begins.
+            account: pays; sessions that share a budget share it. None: one of its own.
 
         Raises:
-            ValueError: a cap or limit that is no such thing.
+            ValueError: an account with another cap; a cap or limit that is no such thing.
             RuntimeError: the router was closed.
         """
         if self._closed:
@@ -179,7 +186,7 @@ class StepRouter(Router):
         number = next(self._numbers)
         return StepSession(
             self.settings,
-            BudgetGate(self.settings.budget(cap, unit)),
+            BudgetGate(self.settings.budget(cap, unit), account),
             self._tokenizer,
             self._labels,
             self._clean,
@@ -189,7 +196,40 @@ class StepRouter(Router):
             limit=limit,
             task=task,
             task_type=task_type,
+            state=state,
         )
+
+    def route(
+        self,
+        query: str,
+        *,
+        context: Any = None,
+        cost_weight: float | None = None,
+        members: Sequence[str] | None = None,
+    ) -> Decision:
+        """Who would answer the first call of an agent: a conversation of one message, without a cap.
+
+        Args:
+            query: what the agent is asked to do.
+            context: the messages of the call, in place of `query`; see `Conversations` for whole conversations.
+            members: choose among these only.
+
+        Raises:
+            CannotDo: a cost weight, or a policy that reads ALFWorld's words only.
+            ValueError: `members` holds nobody that it was trained with, or the query is empty.
+        """
+        if cost_weight is not None:
+            raise self._cannot("take a cost_weight: it was trained with one")
+        if self.settings.observation == "compact":
+            raise self._cannot("route a query where it was trained on ALFWorld's `compact` words")
+        if members is not None and not set(members) & set(self.settings.executors):
+            raise ValueError(f"members {', '.join(members)}: it was trained with {', '.join(self.settings.executors)}")
+        if context is None:
+            check_queries([query])
+        found = digest([{"role": "user", "content": query}] if context is None else context)
+        bounds = dict.fromkeys(self.settings.executors, 0.0)
+        with self.session(found.task, seed=found.text) as session:
+            return session.decide(found.text, bounds, among=members)
 
     def play(
         self,

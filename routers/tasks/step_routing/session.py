@@ -17,7 +17,7 @@ from __future__ import annotations
 import asyncio
 import math
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -25,12 +25,29 @@ from typing import Any, cast
 
 from routers.environments.alfworld.memory import remember
 from routers.environments.protocol import AgentEnvironment, Step, View
-from routers.pool.ledger import Reservation
+from routers.pool.ledger import OverBudget, Reservation
+from routers.router import Decision
 from routers.tasks.step_routing.budget import BudgetGate
 from routers.tasks.step_routing.environment import RoutedStep, Situation
 from routers.tasks.step_routing.settings import StepSettings, Told
 from srpo.rollout.generator import Request, Sample
 from srpo.rollout.loop import Labels, observation_ids
+
+Prefer = Callable[[Mapping[str, float], str], str]
+"""(probability of each executor that can be chosen, the policy's choice) -> who acts, one of them."""
+
+
+@dataclass(frozen=True)
+class StepState:
+    """An episode after some of its steps: enough to go on from there, in another session. Immutable."""
+
+    first: str = ""
+    """The first observation."""
+    ids: tuple[int, ...] = ()
+    """What the policy has read and written."""
+    steps: tuple[RoutedStep, ...] = ()
+    row: int | None = None
+    """Names the episode in the policy's cache."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +70,7 @@ class StepSession:
         seed: names the dice of the policy's choices.
         limit: steps of the episode.
         task, task_type: what has to be done, for prompts that say it.
+        state: where the episode stands; a session may go on where another one stood.
     """
 
     def __init__(
@@ -69,7 +87,9 @@ class StepSession:
         limit: int,
         task: str = "",
         task_type: str = "",
+        state: StepState | None = None,
     ) -> None:
+        state = StepState() if state is None else state
         self.settings = settings
         self.gate = gate
         self.seed = seed
@@ -77,11 +97,10 @@ class StepSession:
         self.stop: str | None = None
         """Why `choose` returns None: "budget", "turns" or "closed"."""
         self._tokenizer, self._labels, self._clean, self._submit = tokenizer, labels, clean, submit
-        self._number = number
+        self._number = number if state.row is None else state.row
         self._told = Told(task, task_type, seed=seed)
-        self._first = ""
-        self._ids: tuple[int, ...] = ()
-        self._steps: list[RoutedStep] = []
+        self._first, self._ids, self._steps = state.first, state.ids, list(state.steps)
+        self._left = limit
         self._reservation: Reservation | None = None
         self._call = threading.Lock()  # held from a choice until its call is settled
 
@@ -110,9 +129,7 @@ class StepSession:
                 the episode; a first observation that a policy of ALFWorld's `compact` words cannot read.
             RuntimeError: the last call was not settled, or the router was closed.
         """
-        with self._deciding():
-            asked = self._asked(self._heard(observation, score), bounds, steps_left)
-            return None if asked is None else self._decided(asked, self._submit(asked.request).result())
+        return self.decide(observation, bounds, steps_left=steps_left, score=score).member
 
     async def achoose(
         self,
@@ -123,11 +140,53 @@ class StepSession:
         score: float = 0.0,
     ) -> str | None:
         """`choose` for asyncio."""
+        return (await self.adecide(observation, bounds, steps_left=steps_left, score=score)).member
+
+    def decide(
+        self,
+        observation: str,
+        bounds: Mapping[str, float] | None = None,
+        *,
+        steps_left: int | None = None,
+        score: float = 0.0,
+        among: Collection[str] | None = None,
+        prefer: Prefer | None = None,
+    ) -> Decision:
+        """`choose`, with what the choice was made from.
+
+        Args:
+            observation, bounds, steps_left, score: as in `choose`.
+            among: only these executors can do this step; None: all. Where none of them fits, the budget is the reason.
+            prefer: has the last word, and is told the probabilities; the policy goes on as if it had chosen so.
+
+        Returns:
+            The executor; `scores`: the probability of each that could be chosen, renormalised over them; `policy_usd`
+            and tokens of this decision, of which only what is new counts as read. Without a member `error` is `stop`.
+
+        Raises:
+            ValueError, RuntimeError: as `choose`.
+        """
         with self._deciding():
-            asked = self._asked(self._heard(observation, score), bounds, steps_left)
+            asked = self._asked(self._heard(observation, score), bounds, steps_left, among)
+            return self._decided(asked, None if asked is None else self._submit(asked.request).result(), prefer)
+
+    async def adecide(
+        self,
+        observation: str,
+        bounds: Mapping[str, float] | None = None,
+        *,
+        steps_left: int | None = None,
+        score: float = 0.0,
+        among: Collection[str] | None = None,
+        prefer: Prefer | None = None,
+    ) -> Decision:
+        """`decide` for asyncio."""
+        with self._deciding():
+            asked = self._asked(self._heard(observation, score), bounds, steps_left, among)
             if asked is None:
-                return None
-            return self._decided(asked, await asyncio.wrap_future(self._submit(asked.request)))
+                return self._decided(None, None, prefer)
+            sample: Sample = await asyncio.wrap_future(self._submit(asked.request))
+            return self._decided(asked, sample, prefer)
 
     def paid(self, usd: float, action: str = "", error: str | None = None) -> None:
         """The call is over.
@@ -141,18 +200,40 @@ class StepSession:
         Raises:
             RuntimeError: no call is open.
         """
-        if self._reservation is None:
-            raise RuntimeError("no call is open: choose() comes first, then paid() or failed(), once")
-        last = self._steps[-1]
+        last = self._open_step()
         believed = usd if math.isfinite(usd) and usd >= 0 else last.bounds[last.executor]
-        self.gate.settle(self._reservation, believed)
-        self._steps[-1] = replace(last, usd=believed, action=action, error=error)
+        self.gate.settle(self._reservation, believed)  # type: ignore[arg-type]
+        self._steps[-1] = replace(last, usd=last.usd + believed, action=action, error=error)
         self._reservation = None
         self._call.release()
 
     def failed(self, error: str = "failed") -> None:
         """The call failed. It may be billed, so it costs its whole bound; and a step."""
         self.paid(math.nan, error=error)
+
+    def instead(self, scores: Mapping[str, float], error: str = "failed", usd: float = math.nan) -> str | None:
+        """The open call failed, and the same step goes to somebody else: the likeliest who still fits.
+
+        Args:
+            scores: of those who can do it and were not tried yet.
+            error, usd: of the failed call, as in `paid`; its money counts for the step.
+
+        Returns:
+            Who acts now; None: nobody is left, and the step has failed.
+
+        Raises:
+            RuntimeError: no call is open.
+        """
+        last, state = self._open_step(), self.state
+        self.paid(usd, error=error)
+        with self._deciding():
+            fitting = self.gate.allowed(last.bounds, self._left)
+            if (name := self._reserved(scores, None, last.bounds, fitting)) is None:
+                return None
+            chosen = self._labels.ids((self.settings.names[name],))
+            self._steps[-1] = replace(self._steps[-1], executor=name, probability=scores[name])
+            self._ids = (*state.ids[:-1], *chosen)
+        return name
 
     def close(self, error: str = "left open") -> None:
         """The episode is over. A call that is still open has failed."""
@@ -169,6 +250,11 @@ class StepSession:
     def ids(self) -> tuple[int, ...]:
         """What the policy has read and written, from its prompt to its last choice."""
         return self._ids
+
+    @property
+    def state(self) -> StepState:
+        """Where the episode stands. While a call is open, its step is in it, without action and money."""
+        return StepState(self._first, self._ids, tuple(self._steps), self._number)
 
     @property
     def remaining(self) -> float:
@@ -218,7 +304,18 @@ class StepSession:
             )
         return view
 
-    def _asked(self, view: View, given: Mapping[str, float] | None, steps_left: int | None) -> _Asked | None:
+    def _open_step(self) -> RoutedStep:
+        if self._reservation is None:
+            raise RuntimeError("no call is open: choose() comes first, then paid() or failed(), once")
+        return self._steps[-1]
+
+    def _asked(
+        self,
+        view: View,
+        given: Mapping[str, float] | None,
+        steps_left: int | None,
+        among: Collection[str] | None,
+    ) -> _Asked | None:
         """The next turn of the policy; None where the episode is over. May be asked again after an error."""
         if self.stop is not None:
             return None
@@ -228,11 +325,14 @@ class StepSession:
             self._steps[-1] = replace(self._steps[-1], observation=view.steps[-1].observation)
         else:
             self._first = view.first
-            self.gate.check_start(bounds, left)
-        allowed = tuple(self.gate.allowed(bounds, left)) if left > 0 else ()
+            if not self.gate.begun:
+                self.gate.check_start(bounds, left)
+        affordable = self.gate.allowed(bounds, left) if left > 0 else ()
+        allowed = tuple(name for name in affordable if among is None or name in among)
         if not allowed:
             self.stop = "budget" if left > 0 else "turns"
             return None
+        self._left = left
         calls = tuple(step.executor for step in self._steps)
         situation = Situation(view, left, self.gate, calls, self.gate.remaining)
         if self._steps:
@@ -243,12 +343,38 @@ class StepSession:
         step = RoutedStep(allowed[0], allowed, bounds, self.gate.remaining, 0.0)
         return _Asked(Request(self._number, ids, f"{self.seed}:{len(self._steps)}", 1, choices), choices, step)
 
-    def _decided(self, asked: _Asked, sample: Sample) -> str:
-        name = asked.step.allowed[asked.choices.index(sample.ids[0])]
-        self._reservation = self.gate.reserve(name, asked.step.bounds)
-        self._ids = (*asked.request.ids, *sample.ids)
-        self._steps.append(replace(asked.step, executor=name, probability=math.exp(sample.logprobs[0])))
-        return name
+    def _decided(self, asked: _Asked | None, sample: Sample | None, prefer: Prefer | None) -> Decision:
+        if asked is None or sample is None:
+            return Decision((), {}, error=str(self.stop))
+        allowed, before = asked.step.allowed, len(self._ids)
+        chosen = allowed[asked.choices.index(sample.ids[0])]
+        scores = dict(zip(allowed, map(math.exp, sample.scores), strict=False))
+        wanted = chosen if prefer is None else prefer(scores, chosen)
+        if wanted not in allowed:
+            raise ValueError(f"{wanted!r} cannot be preferred: it is none of {', '.join(allowed)}")
+        name = self._reserved(scores, wanted, asked.step.bounds, allowed)
+        if name is None:  # others on the same account were faster
+            self.stop = "budget"
+            return Decision((), scores, error="budget")
+        [token] = self._labels.ids((self.settings.names[name],))
+        probability = math.exp(sample.logprobs[0]) if name == chosen else scores[name]
+        self._ids = (*asked.request.ids, token)
+        self._steps.append(replace(asked.step, executor=name, probability=probability))
+        read = len(asked.request.ids) - before
+        return Decision((name,), scores, None, self.settings.policy_usd(read, 1), read, 1)
+
+    def _reserved(
+        self, scores: Mapping[str, float], wanted: str | None, bounds: Mapping[str, float], fitting: Collection[str]
+    ) -> str | None:
+        """Reserve the wanted call, or the likeliest of `scores` that fits; None: none does."""
+        order = sorted((name for name in scores if name in fitting), key=lambda name: -scores[name])
+        for name in order if wanted is None else (wanted, *order):
+            try:
+                self._reservation = self.gate.reserve(name, bounds)
+            except OverBudget:
+                continue
+            return name
+        return None
 
     def _observed(self, situation: Situation) -> tuple[int, ...]:
         observation = self.settings.style.describe(situation)
