@@ -28,6 +28,7 @@ COMMANDS = {
     "play": ("routers.tasks.step_routing.play", "watch a step router act in an environment"),
     "push": ("srpo.hub.push", "a finished OUTPUT folder to the Hugging Face Hub: policy, router.yaml, card"),
     "record": ("routers.pool.record", "ask every member of your pool every query once, into a table"),
+    "prices": ("routers.data.prices_command", "members' prices: show them, refresh them from litellm's table"),
     "convert": ("routers.data.converters.command", "a published routing data set into a table"),
     "export": ("routers.serving.export", "a router's choices in the form of RouterArena or Semantic Router"),
     "plan": ("srpo.plan", "what a recipe would do: steps, rows, processes, checkpoints, bounds of cost"),

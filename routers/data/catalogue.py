@@ -6,8 +6,9 @@ variable, and never stands in a catalogue.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -159,18 +160,41 @@ def shared_member(document: Mapping[str, Any]) -> Member:
     return _member({name: value for name, value in document.items() if value not in (None, [], {})}, "members", 0)
 
 
-def load_catalogue(path: str | Path) -> dict[str, Member]:
+def load_catalogue(path: str | Path, prices: Mapping[str, Any] | None = None) -> dict[str, Member]:
     """Read a catalogue YAML into ``{name: Member}``, in file order.
 
     ``members:`` is a list of mappings with the fields of ``Member``. Instead of prices a member may say
     ``price_from: litellm:MODEL_KEY``; ``price_table: FILE`` beside ``members:`` (relative to the catalogue) is then
     litellm's table, or else the copy in an installed litellm (``routers.data.prices``).
 
+    Args:
+        path: of the catalogue.
+        prices: litellm's table in place of both.
+
     Raises:
         FileNotFoundError: no such file.
         ValueError: names the file, the member, the field and what to do.
     """
     path = Path(path)
+    document = read_catalogue(path)
+    table = price_table(path, document)
+    read = functools.cache(lambda: litellm_table(table) if prices is None else prices)  # once, and only if it is asked
+    members: dict[str, Member] = {}
+    for position, entry in enumerate(document["members"]):
+        member = read_member(entry, read, path, position)
+        if member.name in members:
+            raise ValueError(f"{path}: member {member.name!r} is listed twice; rename or remove one entry")
+        members[member.name] = member
+    return members
+
+
+def read_catalogue(path: Path) -> dict[str, Any]:
+    """The mapping that a catalogue's file holds, with its list of `members`, which are not looked at.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: names the file and what to do.
+    """
     document = read_yaml(path)
     if not isinstance(document, dict) or not isinstance(document.get("members"), list):
         raise ValueError(f"{path}: write one top-level key 'members' that holds a list of members")
@@ -179,13 +203,22 @@ def load_catalogue(path: str | Path) -> dict[str, Member]:
         raise ValueError(f"{path}: unknown top-level key {unknown[0]!r}; there are 'members' and 'price_table'")
     if not document["members"]:
         raise ValueError(f"{path}: 'members' is empty; list at least one member")
-    members: dict[str, Member] = {}
-    for position, entry in enumerate(document["members"]):
-        member = _member(_priced(entry, document.get("price_table"), path, position), path, position)
-        if member.name in members:
-            raise ValueError(f"{path}: member {member.name!r} is listed twice; rename or remove one entry")
-        members[member.name] = member
-    return members
+    return document
+
+
+def price_table(path: Path, document: Mapping[str, Any]) -> Path | None:
+    """The file of prices that a catalogue names; None: it names none."""
+    name = document.get("price_table")
+    return None if name is None else path.parent / name
+
+
+def read_member(entry: Any, table: Callable[[], Mapping[str, Any]], path: Path, position: int) -> Member:
+    """One entry of a catalogue's `members`; `table`: litellm's, asked for where the entry says `price_from`.
+
+    Raises:
+        ValueError: names the file, the member, the field and what to do.
+    """
+    return _member(_priced(entry, table, path, position), path, position)
 
 
 def _label(entry: dict[str, Any], path: Path | str, position: int) -> str:
@@ -193,7 +226,7 @@ def _label(entry: dict[str, Any], path: Path | str, position: int) -> str:
     return f"{path}: member {'with a key in its name' if credential_in('name', name) else repr(name)}"
 
 
-def _priced(entry: Any, table: str | None, path: Path, position: int) -> Any:
+def _priced(entry: Any, table: Callable[[], Mapping[str, Any]], path: Path, position: int) -> Any:
     """The entry with ``price_from`` replaced by prices; a price that stands in the entry wins."""
     if not isinstance(entry, dict) or "price_from" not in entry:
         return entry
@@ -203,7 +236,7 @@ def _priced(entry: Any, table: str | None, path: Path, position: int) -> Any:
         if kind != "litellm" or not key:
             raise ValueError("write litellm:MODEL_KEY")
         own = {name: value for name, value in entry.items() if name != "price_from"}
-        found = litellm_fields(litellm_table(None if table is None else path.parent / table), key, own)
+        found = litellm_fields(table(), key, own)
     except ValueError as error:
         raise ValueError(f"{label}; {error}") from error
     return {**found, **own}

@@ -28,6 +28,10 @@ _FIELDS = {
     "price_out": ("output_cost_per_token",),
     "price_cached": ("cache_read_input_token_cost", "input_cost_per_token_cache_hit"),
     "price_cache_write": ("cache_creation_input_token_cost",),
+    "price_cache_write_1h": (
+        "cache_creation_input_token_cost_above_1hr",
+        "cache_creation_input_token_cost_above_12hr",
+    ),
     "price_reasoning": ("output_cost_per_reasoning_token",),
 }
 """Catalogue field -> litellm's names for it."""
@@ -38,8 +42,7 @@ _IGNORED = re.compile(
     r"""
     .*_(batches|priority|flex|balanced|ultrafast|decisions)$   # other service tiers: ours is the default one
     | .*(audio|image|video|pixel).*                            # our prompts and replies are text
-    | cache_creation_input_token_cost_above_\d+hr(_.*)?       # longer caching, which a request has to ask for
-    | explicit_cache_.*                                        # the same
+    | explicit_cache_.*                                        # caching that a request has to ask for
     | (computer_use|file_search|code_interpreter|vector_store|google_maps_grounding)_.*   # tools of the provider
     | web_search_billing_unit | search_free_requests           # the same
     | (in|out)put_dbu_cost_per_token                           # the same price in another currency
@@ -71,14 +74,30 @@ def litellm_table(path: str | Path | None = None) -> dict[str, Any]:
             raise ValueError(f"no price table; download {URL} and name it as price_table, or pip install litellm")
         path = Path(package.origin).with_name(_PACKAGED)
     try:
-        table = json.loads(Path(path).read_text(encoding="utf-8-sig"), object_pairs_hook=_unique)
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read as litellm's price table ({error}); download {URL}") from error
+    return parsed_table(text, path)
+
+
+def parsed_table(text: str, path: str | Path) -> dict[str, Any]:
+    """`litellm_table` of its text; `path`: where that is from, for errors."""
+    try:
+        table = json.loads(text, object_pairs_hook=_unique)
     except _Twice as error:
         raise ValueError(f"{path}: the key {error} is written twice; keep one") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: cannot be read as litellm's price table ({error}); download {URL}") from error
     if not isinstance(table, dict):
         raise ValueError(f"{path}: litellm's price table is one JSON object; download {URL}")
     return table
+
+
+def entries_of(table: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """The part of a table that says what this key costs: its entry, and the one that it is another name of."""
+    entry = table.get(key)
+    other = entry.get("alias_of") if isinstance(entry, dict) else None
+    return {name: table[name] for name in (key, other) if isinstance(name, str) and name in table}
 
 
 def litellm_fields(table: Mapping[str, Any], key: str, own: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -111,13 +130,21 @@ def litellm_fields(table: Mapping[str, Any], key: str, own: Mapping[str, Any] | 
     if entry.get("mode") not in _CHAT:
         raise ValueError(f"{key!r} is no text chat model in litellm's table (mode {entry['mode']!r})")
     asked = sorted(_ASKED_FOR & _set_fields(own.get("request")))
-    if asked:
+    if asked == ["cache_control"]:
+        if own.get("cache_seconds") is None:
+            raise ValueError(
+                "the member's request sets 'cache_control', whose time decides what writing costs; write "
+                "cache_seconds: 300, or 3600 where it asks for an hour"
+            )
+    elif asked:
         raise ValueError(f"the member's request sets {asked[0]!r}, which changes the price; {_YOURSELF}")
     fields |= _flat_prices(entry, key, own)
     tiers = _tiers(entry, fields)
     if tiers:
         fields["price_tiers"] = tiers
     _refuse_the_rest(entry, key)
+    if entry.get("prompt_cache_min_tokens"):
+        fields["cache_min_tokens"] = _tokens(entry["prompt_cache_min_tokens"], "prompt_cache_min_tokens")
     return fields
 
 
@@ -138,7 +165,7 @@ def _flat_prices(entry: Mapping[str, Any], key: str, own: Mapping[str, Any]) -> 
         raise ValueError(f"litellm's table has several fees per request of {key!r}; {_YOURSELF}")
     if fees and fees[0]:
         found["price_request"] = fees[0]
-    return found
+    return _with_dear_writes(found)
 
 
 def _due(fee: str, entry: Mapping[str, Any], key: str) -> bool:
@@ -159,6 +186,12 @@ def _prices(entry: Mapping[str, Any], suffix: str = "") -> dict[str, float]:
     return found
 
 
+def _with_dear_writes(prices: dict[str, Any]) -> dict[str, Any]:
+    """Without prices of writing that are below that of the prompt."""
+    plain = prices.get("price_in", 0.0)
+    return {n: price for n, price in prices.items() if not (n.startswith("price_cache_write") and price < plain)}
+
+
 def _tiers(entry: Mapping[str, Any], base: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Of either form: keys that end in _above_200k_tokens, or a list of ranges."""
     known = {"price_in", "price_out"}
@@ -168,7 +201,7 @@ def _tiers(entry: Mapping[str, Any], base: Mapping[str, Any]) -> list[dict[str, 
         match = _ABOVE.fullmatch(name)
         if match and match["name"] in _NAMES:
             suffix = name.removeprefix(match["name"])
-            found[int(match["thousands"]) * 1000] = {**plain, **_prices(entry, suffix)}
+            found[int(match["thousands"]) * 1000] = _with_dear_writes({**plain, **_prices(entry, suffix)})
     ranges = entry.get("tiered_pricing") or []
     if ranges and found:
         raise ValueError(f"litellm's table has two kinds of tiers; {_YOURSELF}")
@@ -184,7 +217,7 @@ def _tiers(entry: Mapping[str, Any], base: Mapping[str, Any]) -> list[dict[str, 
         if not known <= prices.keys() or not isinstance(start, (int, float)) or not start >= 0:
             raise ValueError(f"a tier in litellm's table has no range, or no prices; {_YOURSELF}")
         if start > 0:
-            found[int(start)] = prices
+            found[int(start)] = _with_dear_writes(prices)
     return [{"above": above, **found[above]} for above in sorted(found)]
 
 
@@ -230,6 +263,12 @@ def _usd(value: Any, name: str) -> float:
     if not (math.isfinite(usd) and usd >= 0):
         raise ValueError(f"litellm's table has {name}: {value!r}, which is no price; {_YOURSELF}")
     return usd
+
+
+def _tokens(value: Any, name: str) -> int:
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0 and value == int(value):
+        return int(value)
+    raise ValueError(f"litellm's table has {name}: {value!r}, which is no number of tokens; {_YOURSELF}")
 
 
 class _Twice(Exception):

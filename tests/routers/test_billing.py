@@ -358,6 +358,18 @@ PLAIN = {"input_cost_per_token": 1e-6, "output_cost_per_token": 2e-6, "mode": "c
         ({"cache_read_input_token_cost": 1e-7}, {"price_cached": 0.1}),
         ({"input_cost_per_token_cache_hit": 1e-7}, {"price_cached": 0.1}),
         ({"cache_creation_input_token_cost": 1.25e-6}, {"price_cache_write": 1.25}),
+        ({"cache_creation_input_token_cost_above_1hr": 2e-6}, {"price_cache_write_1h": 2.0}),
+        ({"cache_creation_input_token_cost_above_12hr": 2e-6, "prompt_cache_min_tokens": 6144.0},
+         {"price_cache_write_1h": 2.0, "cache_min_tokens": 6144}),
+        # writing costs nothing on top, and is not cheaper than the prompt
+        ({"cache_creation_input_token_cost": 0.0, "cache_creation_input_token_cost_above_1hr": 1e-7}, {}),
+        (
+            {"input_cost_per_token_above_200k_tokens": 2e-6, "cache_creation_input_token_cost_above_200k_tokens": 1e-7,
+             "cache_creation_input_token_cost_above_1hr_above_200k_tokens": 4e-6},
+            {"price_tiers": [
+                {"above": 200_000, "price_in": 2.0, "price_out": 2.0, "price_cache_write_1h": 4.0}
+            ]},
+        ),
         ({"output_cost_per_reasoning_token": 8e-6}, {"price_reasoning": 8.0}),
         ({"input_cost_per_request": 0.01}, {"price_request": 0.01}),
         (
@@ -378,7 +390,7 @@ PLAIN = {"input_cost_per_token": 1e-6, "output_cost_per_token": 2e-6, "mode": "c
         ({"input_cost_per_token": "1e-6"}, {}),
         # of no concern to a text chat call
         ({"input_cost_per_audio_token": 1e-4, "input_cost_per_image": 0.1, "output_cost_per_token_batches": 1e-7,
-          "input_cost_per_token_priority": 9e-6, "cache_creation_input_token_cost_above_1hr": 2e-6,
+          "input_cost_per_token_priority": 9e-6, "cache_creation_input_token_cost_above_1hr_batches": 2e-6,
           "search_context_cost_per_query": {"search_context_size_low": 0.03}, "rpm": 5, "supports_vision": True,
           "file_search_cost_per_1k_calls": 2.5, "max_output_tokens": 9, "deprecation_date": "2024-01-01"}, {}),
         ({"a_new_fact": "fast", "another": True, "input_cost_per_furlong": 0.0}, {}),
@@ -404,6 +416,8 @@ def test_what_a_price_table_says_is_read_or_ignored_by_name(more, expected):
         ({"output_cost_per_reasoning_token": math.nan}, "no price"),
         ({"cache_read_input_token_cost": True}, "no price"),
         ({"cache_read_input_token_cost": 1e-7, "input_cost_per_token_cache_hit": 2e-7}, "differ"),
+        ({"prompt_cache_min_tokens": "many"}, "prompt_cache_min_tokens: 'many'"),
+        ({"prompt_cache_min_tokens": 10.5}, "no number of tokens"),
         ({"mode": "embedding"}, "no text chat model"),
     ],
 )
@@ -422,6 +436,12 @@ def test_a_model_that_always_searches_pays_for_it_and_a_request_that_changes_pri
         with pytest.raises(ValueError, match=f"request sets '{next(iter(request))}'"):
             litellm_fields({"k": PLAIN}, "k", {"request": request})
     assert litellm_fields({"k": PLAIN}, "k", {"request": {"service_tier": "default"}})["price_in"] == 1.0
+    caching = {
+        "request": {"cache_control": {"type": "ephemeral", "ttl": "1h"}}
+    }  # its prices are known, its time is not
+    with pytest.raises(ValueError, match="cache_seconds: 300, or 3600"):
+        litellm_fields({"k": PLAIN}, "k", caching)
+    assert litellm_fields({"k": PLAIN}, "k", {**caching, "cache_seconds": 3600})["price_in"] == 1.0
 
 
 def test_another_name_of_a_model_has_its_prices():
