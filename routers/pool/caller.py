@@ -85,12 +85,16 @@ class Caller:
         self._tokens = TokenBucket(member.tokens_per_minute)
         self._places: tuple[asyncio.AbstractEventLoop, asyncio.Semaphore] | None = None
         self._raised: set[type[Exception]] = set()
+        self._states_cost = backend if isinstance(backend, StatesCost) else None  # asking takes as long as the rest
 
     def bound(self, query: str) -> float:
         """USD that one attempt costs at most."""
-        if isinstance(self.backend, StatesCost):
-            return self.backend.highest_usd(query)
-        return highest(self.member, self.backend.prompt_bound(query), self.backend.max_tokens)
+        return self._bound(query, self.backend.prompt_bound(query))
+
+    def _bound(self, query: str, prompt_bound: int) -> float:
+        if self._states_cost is not None:
+            return self._states_cost.highest_usd(query)
+        return highest(self.member, prompt_bound, self.backend.max_tokens)
 
     async def ask(self, query: str, deadline: float, query_id: str, max_cost: float) -> Reply:
         """The member's answer, or why there is none. Never raises for a failure; cancelling it frees its place.
@@ -150,7 +154,7 @@ class Caller:
 
     async def _attempt(self, query: str, end: float, query_id: str, max_cost: float, total: _Sum) -> Attempt:
         prompt_bound = self.backend.prompt_bound(query)
-        bound = self.bound(query)
+        bound = self._bound(query, prompt_bound)
         left = max_cost - total.spending.cost
         if bound > left:
             raise OverBudget(f"{bound:.6g} does not fit: {left:.6g} is left for this call")

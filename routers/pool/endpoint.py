@@ -1,14 +1,13 @@
 """An OpenAI-compatible endpoint as a pool member: one request, its answer or fault in words.
 
-The request goes by httpx and not by a vendor's client: those read bodies of any length, follow redirects, and add
-headers out of variables of the environment that were meant for their own service. What the body says is read in
-``routers.pool.completion``, and the one retry layer is ``routers.pool.caller``. A key lives in the environment and in
-the request's header; it is in no attribute of ours, and cut out of every text that comes back.
+The request goes by ``routers.pool.transport`` and not by a vendor's client: those read bodies of any length, follow
+redirects, and add headers out of variables of the environment that were meant for their own service. What the body
+says is read in ``routers.pool.completion``, and the one retry layer is ``routers.pool.caller``. A key lives in the
+environment and in the request's header; it is in no attribute of ours, and cut out of every text that comes back.
 """
 
 from __future__ import annotations
 
-import asyncio
 import email.utils
 import json
 import logging
@@ -18,13 +17,13 @@ from collections.abc import Mapping
 from datetime import UTC
 from typing import Any
 
-import httpx
+from yarl import URL
 
 from routers.data.billing import HOUR
 from routers.data.catalogue import Member
 from routers.pool.completion import Answer, NoAnswer, not_json, read_completion, read_error, read_json
 from routers.pool.protocol import BAD_REQUEST, CONNECTION, EMPTY, FILTERED, MALFORMED, TIMEOUT, Attempt
-from routers.pool.transport import Broken, Redirected, Refused, new_client, post
+from routers.pool.transport import Broken, Redirected, Refused, Secret, Transport, Unreachable
 from routers.pool.usage import Bill, bill
 from srpo.types import Usage
 
@@ -74,7 +73,20 @@ class Endpoint:
             raise ValueError("the agent prompt must hold {query} once; it is where the question goes")
         self._member = member
         self._agent_prompt = agent_prompt
-        self._client: tuple[asyncio.AbstractEventLoop, httpx.AsyncClient] | None = None
+        self._transport = Transport(_completions(member))
+        self._system = [{"role": "system", "content": member.system}] if member.system else []
+        request: dict[str, Any] = {
+            "model": member.model or member.name,
+            "messages": self._system,
+            "max_tokens": member.max_tokens,
+            "temperature": member.temperature,
+        }
+        request |= {"top_p": member.top_p, "seed": member.seed, **member.request}
+        self._request = {name: value for name, value in request.items() if value is not None}
+        # Tools and schemas in the request are a part of what the model reads.
+        more = [json.dumps(value) for value in member.request.values() if isinstance(value, (dict, list))]
+        texts = [member.system or "", agent_prompt.replace("{query}", ""), *more]
+        self._prompt_bound = TEMPLATE_TOKENS + member.extra_prompt_tokens + sum(map(_size, texts))
         self._left_out: set[str] = set()
         self._longest = member.max_tokens + (member.max_reasoning_tokens or 0)
         self._told_of_bounds = False
@@ -100,11 +112,7 @@ class Endpoint:
         return self._longest
 
     def prompt_bound(self, query: str) -> int:
-        # Tools and schemas in the request are a part of what the model reads.
-        more = [v for v in self._member.request.values() if isinstance(v, (dict, list))]
-        told = [m["content"] for m in self._messages(query)] + [json.dumps(v) for v in more]
-        extra = TEMPLATE_TOKENS + self._member.extra_prompt_tokens
-        return extra + sum(len(text.encode("utf-8")) for text in told)
+        return self._prompt_bound + _size(query)
 
     def _bill(self, document: Any, query: str, seen: str | None) -> Bill | None:
         """What a body is billed for; ``seen`` is all that the member wrote, None in an error."""
@@ -138,23 +146,12 @@ class Endpoint:
             )
         return found
 
-    def _messages(self, query: str) -> list[dict[str, str]]:
-        system = [{"role": "system", "content": self._member.system}] if self._member.system else []
-        return [*system, {"role": "user", "content": _encodable(self._agent_prompt.replace("{query}", query))}]
-
     async def send(self, query: str, timeout: float, query_id: str) -> Attempt:
-        member = self._member
-        request: dict[str, Any] = {
-            "model": member.model or member.name,
-            "messages": self._messages(query),
-            "max_tokens": member.max_tokens,
-            "temperature": member.temperature,
-        }
-        request |= {"top_p": member.top_p, "seed": member.seed, **member.request}
-        request = {name: value for name, value in request.items() if value is not None}
+        question = {"role": "user", "content": _encodable(self._agent_prompt.replace("{query}", query))}
+        request = {**self._request, "messages": [*self._system, question]}
         try:
-            answer = await post(self._http(), self._url, request, self._key(member), timeout)
-        except httpx.TimeoutException:
+            answer = await self._transport.post(request, self._key(self._member), timeout)
+        except TimeoutError:
             return Attempt(error=f"{TIMEOUT}: no reply within {timeout:.3g} s", retry=True, unmetered=True)
         except Redirected as error:
             return self._failed(NoAnswer(BAD_REQUEST, str(error)), unmetered=False)
@@ -162,8 +159,8 @@ class Endpoint:
             return self._failed(NoAnswer(MALFORMED, str(error)))
         except Broken as error:
             return self._failed(NoAnswer(MALFORMED, str(error), retry=True))
-        except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:  # refused, reset, cut off, not HTTP
-            return self._failed(NoAnswer(CONNECTION, str(error) or type(error).__name__, retry=True))
+        except Unreachable as error:  # refused, reset, cut off, not HTTP
+            return self._failed(NoAnswer(CONNECTION, str(error), retry=True))
         return self._read(answer.status, answer.headers, answer.body, query)
 
     def _read(self, status: int, headers: Mapping[str, str], body: bytes, query: str) -> Attempt:
@@ -218,26 +215,26 @@ class Endpoint:
         return _encodable(text.replace(key, "[key]") if key else text)
 
     @staticmethod
-    def _key(member: Member) -> str | None:
+    def _key(member: Member) -> Secret | None:
         """Out of the environment, every time; white space around it is the shell's."""
-        return os.environ.get(member.api_key_env or "", "").strip() or None
-
-    @property
-    def _url(self) -> httpx.URL:
-        base = httpx.URL(self._member.base_url or "")
-        return base.copy_with(path=f"{base.path.rstrip('/')}/chat/completions")
-
-    def _http(self) -> httpx.AsyncClient:
-        """The running event loop's client; connections of another loop cannot be used in this one."""
-        loop = asyncio.get_running_loop()
-        if self._client is None or self._client[0] is not loop:
-            self._client = (loop, new_client())
-        return self._client[1]
+        key = os.environ.get(member.api_key_env or "", "").strip()
+        return Secret(key) if key else None
 
     async def aclose(self) -> None:
-        if self._client is not None and self._client[0] is asyncio.get_running_loop():
-            await self._client[1].aclose()
-        self._client = None
+        await self._transport.aclose()
+
+
+def _completions(member: Member) -> URL:
+    path, mark, query = (member.base_url or "").partition("?")
+    try:
+        return URL(f"{path.rstrip('/')}/chat/completions{mark}{query}")
+    except ValueError as error:
+        raise ValueError(f"member {member.name!r}: field 'base_url' is no address; write https://host/v1") from error
+
+
+def _size(text: str) -> int:
+    """Bytes, with a lone surrogate as the question mark that is sent for it."""
+    return len(text.encode("utf-8", "replace"))
 
 
 def _encodable(text: str) -> str:

@@ -6,6 +6,7 @@ import math
 import threading
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from operator import add, attrgetter
 from typing import Any
 
 from routers.data.billing import token_usd
@@ -165,7 +166,10 @@ class Spending:
         return self.cost + self.policy_cost
 
     def __add__(self, other: Spending) -> Spending:
-        return Spending(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
+        return Spending(*map(add, _numbers(self), _numbers(other)))
+
+
+_numbers = attrgetter(*(field.name for field in fields(Spending)))
 
 
 class Ledger:

@@ -129,7 +129,8 @@ def test_the_same_request_goes_on_at_the_same_host(server, status, address):
 
 
 @pytest.mark.parametrize(
-    "fault", [Fault(status=302), to("http://[", 302), to("/v2", 303), to("file:///etc/passwd"), Fault(status=304)]
+    "fault",
+    [Fault(status=302), to("http://[", 302), to("/v2", 303), to("file:///etc/passwd"), Fault(status=304, raw=b"")],
 )
 def test_a_redirect_to_nowhere_is_told(server, fault):
     reply = ask(server, fault)

@@ -69,12 +69,21 @@ class OpenAIServer:
         self.arrivals: list[float] = []
         self.usage: list[tuple[int, int]] = []
         """(prompt, completion) tokens of every reply or error that reported or was billed for usage."""
+        self.connections = 0
+        """How many were ever opened."""
         self.in_flight = 0
         self.most_in_flight = 0
         self.url = ""
         self._stop: asyncio.Event | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._started = threading.Event()
+        self._writers: set[asyncio.StreamWriter] = set()
+
+    def hang_up(self) -> None:
+        """Close every connection, as a server does that waited long enough for the next request."""
+        assert self._loop is not None
+        for writer in list(self._writers):
+            self._loop.call_soon_threadsafe(writer.close)
 
     def __enter__(self) -> "OpenAIServer":
         self._thread = threading.Thread(target=lambda: asyncio.run(self.serve()))
@@ -96,12 +105,15 @@ class OpenAIServer:
             task = asyncio.current_task()
             assert task is not None
             connections.add(task)
+            self.connections += 1
+            self._writers.add(writer)
             try:
                 await self._connection(reader, writer)
             except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
                 pass
             finally:
                 connections.discard(task)
+                self._writers.discard(writer)
                 writer.transport.abort()
 
         server = await asyncio.start_server(connected, "127.0.0.1", 0, backlog=1024)
