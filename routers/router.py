@@ -40,6 +40,7 @@ KINDS = {
     "query_routing": "routers.tasks.query_routing.router:QueryRouter",
     "think_route": "routers.tasks.think_route.agent:RouterAgent",
     "step_routing": "routers.tasks.step_routing.router:StepRouter",
+    "step_rule": "routers.tasks.step_routing.rule_router:RuleRouter",
     "fitted": "routers.baselines.base:Fitted",
     "encoder_routing": "routers.tasks.query_routing.encoder.router:EncoderRouter",
     "online": "routers.baselines.online:OnlineRouter",

@@ -10,6 +10,7 @@ import pytest
 import step_helpers as steps
 
 from routers import StepRouter
+from routers.data.catalogue import Member
 from routers.environments.protocol import Act, View
 from routers.language.digest import digest
 from routers.router import CannotDo
@@ -81,7 +82,7 @@ class Job:
         return digest(agent(self.number, self.acted), TOOLS).text, self.done
 
 
-class Member:
+class Acting:
     def __init__(self, name: str) -> None:
         self.name = name
 
@@ -99,7 +100,7 @@ def test_the_same_decisions_in_training_in_play_and_behind_a_server(
 ) -> None:
     """Token for token, for the same states: a rollout of the trainer's loop, `play`, and conversations by messages."""
     how = settings(observation)
-    members = [Member("small"), Member("large")]
+    members = [Acting("small"), Acting("large")]
     environment = StepRoutingEnvironment(
         lambda row: Job(row["task"], how.step_limit), members, how.style.describe, how.budget(cap), how.labels
     )
@@ -245,19 +246,41 @@ def test_a_budget_failover_and_stickiness_by_hand(router: StepRouter) -> None:
         assert (call.member, call.reason, call.scores) == (None, "budget", {})
         assert budget.counts()["refused"] == 1 and budget.counts()["failover"] == 2
 
-        sticky = Conversations(scripted(router, [0.9, 0.4, 0.1, 0.3, 0.9]), worth_usd=0.1)
-        expected = [
-            ("large", "policy", {"small": 0.01, "large": 0.1}),
-            # .1 x (.6 - .4) = .02 for a switch that costs .05 - .02: the cold small one is dearer than the warm large
-            ("large", "sticky", {"small": 0.05, "large": 0.02}),
-            ("small", "policy", {"small": 0.05, "large": 0.02}),  # .1 x .8 = .08 > .03
-            ("small", "policy", {"small": 0.01, "large": 0.1}),
-            ("small", "sticky", {"small": 0.01, "large": 0.1}),  # .1 x .8 = .08 < .09
+    asyncio.run(main())
+
+
+@pytest.mark.usefixtures("awaitable")
+def test_who_has_the_prompt_in_its_cache_stays(router: StepRouter) -> None:
+    """Prompts of n x 1000 tokens and what is new, read at a tenth where they are cached; small is 1, large 2 $/M."""
+    members = {
+        name: Member(name, "x", price, price, price_cached=price / 10, cache_seconds=60.0)
+        for name, price in (("small", 1.0), ("large", 2.0))
+    }
+    now = [0.0]
+
+    def said(number: int) -> list[Any]:
+        texts = [f"{n:04}" + "x" * (4000 - 4 - len('{"content": "", "role": "user"}')) for n in range(number)]
+        return [{"role": "user", "content": text} for text in texts]
+
+    async def main() -> None:
+        chances, seconds = [0.9, 0.9, 0.9, 0.4, 0.1, 0.9, 0.9], [0, 1, 2, 3, 4, 5, 99]
+        sticky = Conversations(scripted(router, chances), members=members, worth_usd=0.004, clock=lambda: now[0])
+        found = []
+        for number, at in enumerate(seconds):
+            now[0] = float(at)
+            call = await sticky.decide(said(number + 1), conversation="c", bounds=BOUNDS)
+            sticky.settle(call, 0.0)
+            found.append((call.member, call.reason, *(round(1e6 * usd) for usd in call.expected_usd.values())))
+        assert found == [  # in millionths: what the prompt costs at small, and at large
+            ("large", "policy", 1000, 2000),
+            ("large", "policy", 2000, 2200),
+            ("large", "policy", 3000, 2400),
+            ("large", "sticky", 4000, 2600),  # 4000 x (.6 - .4) = 800 <= 1400
+            ("small", "policy", 5000, 2800),  # 4000 x (.9 - .1) = 3200 > 2200
+            ("small", "sticky", 1500, 4800),  # large still has 4000 of 6000 tokens; 3200 <= 3300
+            ("small", "sticky", 7000, 14000),  # nobody has any after so long
         ]
-        acted: list[str] = []
-        for member, reason, usd in expected:
-            call = await turn(sticky, acted, expected=usd)
-            assert (call.member, call.reason) == (member, reason)
+        assert sticky.counts()["sticky"] == 3
 
     asyncio.run(main())
 
@@ -381,7 +404,6 @@ def test_a_long_conversation_is_read_anew_and_goes_on_paying(router: StepRouter)
         ({"bounds": None}, "bounds are needed"),
         ({"bounds": {"small": 1.0}}, "bounds are needed"),
         ({"bounds": {"small": 1.0, "large": math.nan}}, "the bound of large"),
-        ({"expected": {"small": 1.0}}, "expected costs are needed"),
         ({"among": ["huge"]}, "none of the router's members"),
         ({"conversation": ""}, "1 to 256 characters"),
         ({"conversation": "x" * 257}, "1 to 256 characters"),
@@ -405,6 +427,13 @@ def test_what_is_refused_at_once(policy: Any, router: StepRouter) -> None:
         deep = deep.pop()  # one by one: a destructor would recurse
     with StepRouter(*policy, settings("compact")) as compact, pytest.raises(CannotDo, match="signs or digest"):
         Conversations(compact)
-    for number in ({"max_conversations": 0}, {"idle_seconds": 0.0}, {"worth_usd": -1.0}, {"cap": -1.0}):
+    for number in (
+        {"max_conversations": 0},
+        {"idle_seconds": 0.0},
+        {"worth_usd": -1.0},
+        {"worth_usd": 1.0},
+        {"members": {}},
+        {"cap": -1.0},
+    ):
         with pytest.raises(ValueError):
             Conversations(router, **number)

@@ -133,8 +133,8 @@ def test_the_papers_recipe_end_to_end(tmp_path: Path, servers: dict[str, OpenAIS
     capped = episodes[episodes["cap"] == 1]
     assert len(capped) == 2 * 2 and (capped["large_calls"] <= 1).all() and not episodes["violated"].any()
     assert sorted(set(episodes["router"]) - {"start", "bopo"}) == [
-        "always-large", "always-small", "cascade 4", "cascade 8", "first-large 1", "random mixing 0.1",
-        "random mixing 0.3",
+        "always-large", "always-small", "cascade 4", "cascade 8", "escalate inf", "explore 3", "first-large 1",
+        "random mixing 0.1", "random mixing 0.3",
     ]  # fmt: skip
     success = episodes.groupby("router")["score"].mean()
     assert success["always-large"] == 1.0 > success["always-small"]

@@ -50,8 +50,8 @@ def test_calls_of_every_phase_by_hand(tmp_path: Path) -> None:
         Phase("evaluation of start", 0, 0, 3 * 2 * 10),
         Phase("training", 0, 0, 5 * (4 * 2 * 2) * 10),
         Phase("evaluation of bopo", 0, 0, 3 * 2 * 10),
-        # small, large, random 0.1 and 0.3, first-large 2 and 3, cascade 3 and 6
-        Phase("rules", 0, 0, 8 * 2 * 10),
+        # small, large, random 0.1 and 0.3, first-large 2 and 3, cascade 3 and 6, escalate, explore
+        Phase("rules", 0, 0, 10 * 2 * 10),
     ]
     text = estimate(made, [Phase("x", 2, 3, 1)], 5.0)
     one = [line.split("|") for line in text.splitlines() if line.startswith(("| x ", "| all "))]

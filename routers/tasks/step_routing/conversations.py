@@ -40,6 +40,9 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
+from routers.data.catalogue import Member
+from routers.data.prompt_cache import Conversation as PromptCaches
+from routers.data.prompt_cache import estimated_messages, expected_usd
 from routers.language.digest import Digest, digest
 from routers.pool.ledger import Account
 from routers.router import CannotDo
@@ -79,6 +82,8 @@ class _Point:
 
     before: StepState
     after: StepState
+    caches: PromptCaches
+    """After it: what every member has in its prompt cache."""
 
 
 @dataclass
@@ -121,6 +126,8 @@ class Call:
     prompt_tokens: int
     completion_tokens: int
     """What this decision cost, and what the policy read and wrote for it."""
+    expected_usd: Mapping[str, float] = field(default_factory=dict)
+    """What the prompt of this call costs at each member, by what it has in its cache; empty without `members`."""
     failed: tuple[str, ...] = ()
     """Who was asked before, for this call, and failed."""
     _session: StepSession | None = field(default=None, repr=False, compare=False)
@@ -135,10 +142,12 @@ class Conversations:
         router: decides; stays the caller's to close.
         cap: hard limit of a conversation in `unit`; None: no limit.
         unit: usd or large_calls; None: the one that the policy was trained with.
+        members: with their prices, of the router's: what the next prompt will cost at each of them, by what is in its
+            prompt cache (`routers.data.prompt_cache`, in estimated tokens). None: nothing is said about that.
         worth_usd: makes choices sticky. What certainty is worth: the policy's choice m replaces the member l of the
-            call before only if worth_usd x (p(m) - p(l)) > expected(m) - expected(l), in USD of this call, where
-            a member that must read the whole prompt again is dearer than one that has it in its cache. None: the
-            policy alone decides, which knows such prices if it was trained with them. INFERRED.
+            call before only if worth_usd x (p(m) - p(l)) > expected(m) - expected(l), in USD of this call's prompt: a
+            member that has to read all of it again is dearer than one that has it in its cache. None: the policy alone
+            decides, which knows such prices if it was trained with them. INFERRED.
         max_conversations: kept at once. Beyond it the owner with the most loses its least recently used one, whose
             budget then begins anew: `counts()` says how often ("evicted").
         idle_seconds: after so long without a call a conversation is forgotten ("expired").
@@ -155,6 +164,7 @@ class Conversations:
         *,
         cap: float | None = None,
         unit: Unit | None = None,
+        members: Mapping[str, Member] | None = None,
         worth_usd: float | None = None,
         max_conversations: int = 4_096,
         idle_seconds: float = 3600.0,
@@ -169,6 +179,10 @@ class Conversations:
             raise ValueError(f"max_conversations={max_conversations}, idle_seconds={idle_seconds}: both must be > 0")
         if worth_usd is not None and not (math.isfinite(worth_usd) and worth_usd >= 0):
             raise ValueError(f"worth_usd is {worth_usd}; it must be a number of USD >= 0")
+        missing = [] if members is None else [name for name in router.settings.executors if name not in members]
+        if missing or (worth_usd is not None and members is None):
+            raise ValueError(f"worth_usd needs the prices of every member: members has none of {missing or 'them'}")
+        self._members = {} if members is None else {name: members[name] for name in router.settings.executors}
         self.router = router
         self.cap, self.unit = cap, unit or router.settings.unit
         self._worth, self._most, self._idle, self._clock = worth_usd, max_conversations, idle_seconds, clock
@@ -187,7 +201,6 @@ class Conversations:
         owner: str = "",
         conversation: str | None = None,
         bounds: Mapping[str, float] | None = None,
-        expected: Mapping[str, float] | None = None,
         among: Collection[str] | None = None,
     ) -> Call:
         """Who answers this call; its bound is reserved until `settle` or `instead`.
@@ -197,7 +210,6 @@ class Conversations:
             owner: whose request it is: a name of the client's key.
             conversation: id that the client gave; None: its messages say.
             bounds: USD that the call costs at most, of every member.
-            expected: USD that the call will cost, prompt caches considered, for sticky choices; None: `bounds`.
             among: only these can answer (tools, images, `max_cost_usd`); None: all. None of them fits: "budget".
 
         Raises:
@@ -212,13 +224,14 @@ class Conversations:
             raise ValueError("there are no messages")
         if conversation is not None and not 0 < len(conversation) <= _LONGEST_ID:
             raise ValueError(f"the id of a conversation has 1 to {_LONGEST_ID} characters")
-        if expected is not None and set(expected) != set(names):
-            raise ValueError(f"expected costs are needed for each of {', '.join(names)}; given: {', '.join(expected)}")
         told, chain = digest(messages, tools), hashes(messages, owner)
-        home, state = self._find(chain, owner, conversation)
+        home, state, caches = self._find(chain, owner, conversation)
         try:
+            if self._members:
+                caches = caches.then(estimated_messages([*messages, *(tools or ())]), max(self._clock(), caches.now))
+            usd = {name: expected_usd(member, caches) for name, member in self._members.items()}
             session, restarted = self._session(home, state, told)
-            prefer = self._sticky(session, bounds if expected is None else expected)
+            prefer = self._sticky(session, usd)
             decision = await session.adecide(told.text, bounds, score=0.0, among=among, prefer=prefer)
         except BaseException:
             with self._lock:
@@ -231,7 +244,7 @@ class Conversations:
                 home.open -= 1
                 self._counts["refused"] += 1
             else:
-                self._keep(home, chain[-1], _Point(state, session.state))
+                self._keep(home, chain[-1], _Point(state, session.state, caches.asked(decision.member)))
             kept = prefer is not None and prefer.kept
             self._counts["sticky"] += kept
             reason: Reason = "budget" if decision.member is None else "sticky" if kept else "policy"
@@ -246,6 +259,7 @@ class Conversations:
                 decision.policy_usd,
                 decision.prompt_tokens,
                 decision.completion_tokens,
+                usd,
                 _session=session,
                 _home=home,
                 _request=chain[-1],
@@ -291,7 +305,8 @@ class Conversations:
             else:
                 self._counts["failover"] += 1
                 if (point := home.points.get(call._request)) is not None:
-                    home.points[call._request] = _Point(point.before, session.state)
+                    caches = point.caches.asked(member)
+                    home.points[call._request] = _Point(point.before, session.state, caches)
             more = {"spent_usd": home.usd, "remaining": home.account.available, "failed": failed}
         return replace(call, member=member, reason="failed" if member is None else "failover", **more)  # type: ignore[arg-type]
 
@@ -306,7 +321,9 @@ class Conversations:
         with self._lock:
             return {**{name: self._counts[name] for name in names.split()}, "open": len(self._known)}
 
-    def _find(self, chain: Sequence[bytes], owner: str, given: str | None) -> tuple[_Conversation, StepState]:
+    def _find(
+        self, chain: Sequence[bytes], owner: str, given: str | None
+    ) -> tuple[_Conversation, StepState, PromptCaches]:
         """The conversation of a request, and where it stands for it. Its call counts as open."""
         with self._lock:
             now = self._clock()
@@ -317,10 +334,12 @@ class Conversations:
                 home, state = self._begin(owner, given, chain[-1], now), StepState()
             else:
                 state = self._state(home, chain, given is not None)
+            latest = next(reversed(home.points), b"")
+            caches = home.points[latest].caches if latest else PromptCaches()
             home.used = now
             home.open += 1
             self._known.move_to_end(home.key)
-            return home, state
+            return home, state, caches
 
     def _by_messages(self, chain: Sequence[bytes]) -> _Conversation | None:
         for request in reversed(chain[:-1]):
@@ -397,8 +416,8 @@ class Conversations:
         )
         return session, restarted
 
-    def _sticky(self, session: StepSession, usd: Mapping[str, float] | None) -> _Sticky | None:
-        if self._worth is None or usd is None or not (steps := session.steps):
+    def _sticky(self, session: StepSession, usd: Mapping[str, float]) -> _Sticky | None:
+        if self._worth is None or not (steps := session.steps):
             return None
         return _Sticky(steps[-1].executor, usd, self._worth)
 

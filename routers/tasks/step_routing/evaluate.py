@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from rewards.boundary import BoundaryReward
 from routers.environments.scripted import SCRIPTED
 from routers.evaluation.episodes import THEN, Episodes, Kind
+from routers.tasks.step_routing.advantages import EPISODES, Advantages, estimate, steps_of
 from routers.tasks.step_routing.environment import TASK, StepRoutingEnvironment
 from routers.tasks.step_routing.player import (
     NOTHING,
@@ -26,7 +27,7 @@ from routers.tasks.step_routing.player import (
     play_jobs,
 )
 from routers.tasks.step_routing.profiles import BoundaryProfile
-from routers.tasks.step_routing.rules import LARGE, SMALL, rules_of
+from routers.tasks.step_routing.rules import LARGE, SMALL, estimates_advantages, random_mix, rules_of
 from routers.tasks.step_routing.settings import StepSettings
 from routers.tasks.step_routing.world import StepWorld, boundary_of
 from srpo.rollout.generator import TransformersGenerator
@@ -41,6 +42,7 @@ NOTE = (
     "An episode that was lost twice counts as failed. The reward's cost is the executors', as in training."
 )
 _BATCH = 64
+ADVANTAGES = "advantages.json"
 Profiles = Mapping[str, Mapping[str, BoundaryProfile]]
 """Held-out set -> task -> profile."""
 
@@ -190,7 +192,10 @@ def _known(name: str, trajectory: Trajectory) -> Mapping[str, Any]:
 def play_rules(world: StepWorld, profiles: Profiles, share: Share, folder: Path) -> Episodes:
     """Every rule on its share of every held-out set, without a cap. What was played before lies in `folder`, a line
     per episode, and is not played again."""
-    rules, repetitions = rules_of(world.arguments)
+    known = folder / ADVANTAGES
+    if estimates_advantages(world.arguments) and not known.exists():
+        print(f"WARNING: the rule arbitrage is left out: {folder} was not made by a training, and has no {ADVANTAGES}")
+    rules, repetitions = rules_of(world.arguments, Advantages.load(known) if known.exists() else None)
     record = Record(world, profiles)
     for which, types in world.heldout().items():
         part = world.arguments.heldout_sets()[which]
@@ -204,6 +209,24 @@ def play_rules(world: StepWorld, profiles: Profiles, share: Share, folder: Path)
             kind: Kind = "member" if rule in (SMALL, LARGE) else "rule"
             record.add(rule, kind, which, name, columns, columns["stop"], seed=k, curve=rules[rule][0])
     return record.episodes()
+
+
+def estimate_advantages(world: StepWorld, tasks: Mapping[str, BoundaryProfile], folder: Path) -> None:
+    """Play random episodes on the training tasks, and keep what `arbitrage` goes by in `folder`; once."""
+    path, cheapest = folder / ADVANTAGES, world.arguments.executors[0]
+    if path.exists() or not estimates_advantages(world.arguments):
+        return
+    seeds = [(name, f"advantages/{k}/{name}") for name in tasks for k in range(EPISODES)]
+    jobs = [Job(seed, {TASK: name}, seed, random_mix(0.5)) for name, seed in seeds]
+    player = world.player((world.arguments.train_tasks, world.train_limit))
+    partial = folder / "advantages.partial"
+    played = play_jobs(
+        jobs, partial, player, lambda driven: (steps_of(driven.decisions, cheapest), float(driven.columns[CORRECT]))
+    )
+    small, large = world.arguments.executor_usd[0], world.arguments.executor_usd[-1]
+    episode = sum(profile.cost_large for profile in tasks.values()) / len(tasks)
+    estimate(played, (large - small) / episode if episode else 0.0).save(path)
+    partial.unlink()
 
 
 def _columns(driven: Driven) -> dict[str, Any]:

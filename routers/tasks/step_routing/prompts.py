@@ -101,7 +101,8 @@ def digested(situation: Situation) -> Observation:
     steps = situation.view.steps
     body = steps[-1].observation if steps else situation.view.first
     Head.read(body)
-    return Observation(body=body, before=f"\n{situation.calls[-1]} acted.{_steps_left(situation)}", after="\n")
+    who = f"\n{situation.calls[-1]} acted." if steps else ""
+    return Observation(body=body, before=f"{who}{_steps_left(situation)}", after="\n")
 
 
 def _steps_left(situation: Situation) -> str:

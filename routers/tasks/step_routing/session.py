@@ -17,7 +17,7 @@ from __future__ import annotations
 import asyncio
 import math
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -230,7 +230,7 @@ class StepSession:
             fitting = self.gate.allowed(last.bounds, self._left)
             if (name := self._reserved(scores, None, last.bounds, fitting)) is None:
                 return None
-            chosen = self._labels.ids((self.settings.names[name],))
+            chosen = self._tokens([name])
             self._steps[-1] = replace(self._steps[-1], executor=name, probability=scores[name])
             self._ids = (*state.ids[:-1], *chosen)
         return name
@@ -334,14 +334,23 @@ class StepSession:
             return None
         self._left = left
         calls = tuple(step.executor for step in self._steps)
-        situation = Situation(view, left, self.gate, calls, self.gate.remaining)
+        situation = Situation(view, left, self.gate, calls, self.gate.remaining, bounds, allowed)
+        step = RoutedStep(allowed[0], allowed, bounds, self.gate.remaining, 0.0)
+        request = self._request(situation)
+        return _Asked(request, request.choices or (), step)
+
+    def _request(self, situation: Situation) -> Request:
+        """The policy's turn."""
         if self._steps:
             ids = (*self._ids, *self._observed(situation))
         else:
             ids = tuple(self.settings.start_ids(situation, self._tokenizer, self._clean))
-        choices = self._labels.ids(tuple(self.settings.names[name] for name in allowed))
-        step = RoutedStep(allowed[0], allowed, bounds, self.gate.remaining, 0.0)
-        return _Asked(Request(self._number, ids, f"{self.seed}:{len(self._steps)}", 1, choices), choices, step)
+        choices = self._tokens(situation.affordable)
+        return Request(self._number, ids, f"{self.seed}:{len(self._steps)}", 1, choices)
+
+    def _tokens(self, names: Sequence[str]) -> tuple[int, ...]:
+        """Whoever they are, in the policy's words."""
+        return self._labels.ids(tuple(self.settings.names[name] for name in names))
 
     def _decided(self, asked: _Asked | None, sample: Sample | None, prefer: Prefer | None) -> Decision:
         if asked is None or sample is None:
@@ -356,7 +365,7 @@ class StepSession:
         if name is None:  # others on the same account were faster
             self.stop = "budget"
             return Decision((), scores, error="budget")
-        [token] = self._labels.ids((self.settings.names[name],))
+        [token] = self._tokens([name])
         probability = math.exp(sample.logprobs[0]) if name == chosen else scores[name]
         self._ids = (*asked.request.ids, token)
         self._steps.append(replace(asked.step, executor=name, probability=probability))

@@ -114,6 +114,7 @@ class StepRouting:
         """Profiles of the tasks of these rows (none: no training follows) and of the held-out ones."""
         from accelerate import PartialState
 
+        from routers.tasks.step_routing.evaluate import estimate_advantages
         from routers.tasks.step_routing.spending import Money, estimate, phases
         from routers.tasks.step_routing.world import describe_rows
 
@@ -132,6 +133,7 @@ class StepRouting:
                 how = (task.train_tasks, some, self.run.train_limit, self._folder)
                 with self._money.phase("profiling"):
                     self._profiled = world.profiles("train", *how)
+                estimate_advantages(world, self._profiled, self._folder)
             with self._money.phase("profiling of held-out tasks"):
                 self._heldout = {
                     name: world.profiles(name, which, world.heldout()[name], self.run.heldout_limit, self._folder)
