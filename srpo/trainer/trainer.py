@@ -4,6 +4,7 @@
          -> world's columns -> rewards (TRL)                                       [_calculate_rewards]
          -> old and reference log-probs, advantages (TRL)                          [_get_per_token_logps_and_entropies]
          -> credit, who is distilled, the teacher re-scores those rows, weights    [_generate_and_score_completions]
+         -> micro-batches of whole groups                                                  [_prepare_inputs]
          -> one student forward -> objective                                       [compute_loss, _compute_loss]
          -> backward                                                               [training_step]
          -> teacher moves, once per generation batch
@@ -59,6 +60,7 @@ from srpo.trainer.generation_step import GenerationStep
 from srpo.trainer.limits import EndOnSignal, RunLimits, without_trl_warning
 from srpo.trainer.loss import loss_of, sequences
 from srpo.trainer.metrics import Alarms, CompletionsTable, gathered_metrics
+from srpo.trainer.micro_batches import micro_batches
 from srpo.trainer.precision import engine_keeps_masters, train_in_fp32
 from srpo.trainer.reference import Reference, reference_of
 from srpo.trainer.rollouts import Rollouts
@@ -195,6 +197,15 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
         kept = self._metrics["train" if training else "eval"]
         for name, value in values.items():
             kept[name].append(float(value))
+
+    def _prepare_inputs(self, generation_batch: Any) -> Any:
+        if self._is_vlm or not self.model.training:
+            return super()._prepare_inputs(generation_batch)
+        if self._step % self._generate_every == 0 or self._buffered_inputs is None:
+            scored = self._generate_and_score_completions(generation_batch)
+            rank, router_loss = self.accelerator.process_index, self.aux_loss_enabled
+            self._buffered_inputs = micro_batches(scored, self.args, rank, router_loss, shared=False)
+        return self._buffered_inputs[self._step % self.args.steps_per_generation]
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         rows = inputs if self._is_vlm else columns.without_pictures(inputs)

@@ -144,7 +144,7 @@ def test_a_mismatch_of_the_sampler_reaches_weights_and_metrics(tmp_path):
         return answer
 
     ends, made = [], None
-    args = {**SETTINGS, "loss_type": "minirl", "max_steps": 1, "learning_rate": 1e-3}
+    args = {**SETTINGS, "loss_type": "minirl", "max_steps": 1, "learning_rate": 1e-2}
     start = weights(trainer(config(tmp_path)).model)
     for shift in (0.0, -math.log(2)):
         made = trainer(config(tmp_path, **args), rollout_func=lambda p, t, shift=shift: rollouts(p, t, shift))

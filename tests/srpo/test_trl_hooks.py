@@ -50,9 +50,9 @@ PARAMETERS = {
     "_generate": "prompts",
     "_get_output_dir": "trial",
     "_get_grad_norm": "model grad_norm",
+    "_prepare_inputs": "generation_batch",
     # called, not overridden
     "_tokenize_prompts": "prompts",
-    "_prepare_inputs": "generation_batch",
 }
 ANY = ("train", "evaluate")
 """Overridden with whatever arguments they are called with, but for the first."""
@@ -68,6 +68,7 @@ OVERRIDDEN = (
     "_get_grad_norm",
     "_get_output_dir",
     "_get_train_sampler",
+    "_prepare_inputs",
     "_load_best_model",
     "_log_completion_extra",
     "_log_metric",
@@ -177,6 +178,19 @@ def test_shuffling_and_splitting_keep_lists_and_scalars():
         assert part["n"] == 3
         for i, h in zip(part["ids"].tolist(), part["hidden"], strict=True):
             assert h is None if i % 2 == 0 else h == i
+
+
+def test_what_prepare_inputs_does_in_training():
+    """Ours does the same with another split; TRL's own stays in use for pictures and in evaluation."""
+    source = inspect.getsource(trl.GRPOTrainer._prepare_inputs)
+    for line in (
+        "generate_every = self.args.steps_per_generation * self.num_iterations",
+        "if self._step % generate_every == 0 or self._buffered_inputs is None:",
+        "generation_batch = shuffle_sequence_dict(generation_batch)",
+        "generation_batches = split_tensor_dict(generation_batch, self.args.steps_per_generation)",
+        "inputs = self._buffered_inputs[self._step % self.args.steps_per_generation]",
+    ):
+        assert line in source
 
 
 def test_attributes_of_a_trainer(tmp_path):
