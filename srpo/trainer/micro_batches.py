@@ -14,9 +14,9 @@ prompt and completion of the whole batch. Here
 
 Rows stay on the rank that sampled them, and which groups feed which of several steps is not chosen by length.
 
-The loss of a step is a sum over its rows, so that their order changes only its rounding. What TRL or transformers
-compute of a micro-batch on its own (`depends_on_split`) is left in the order of chance: sorted by length it would weigh
-tokens of short completions otherwise.
+The loss of a step is a sum over its rows, so that their order changes only its rounding. Where TRL or transformers
+compute something of each micro-batch on its own (`depends_on_split`, a load-balancing loss), groups stay in the order
+of chance: sorted by length, tokens of short completions would weigh otherwise.
 """
 
 import math
@@ -53,9 +53,10 @@ def micro_batches(
         shared: as in `arrange`.
     """
     rows, steps = len(batch["prompt_ids"]), args.steps_per_generation
-    lengths = [batch[f"{part}_mask"].sum(dim=1).tolist() for part in ("prompt", "completion")]
+    prompts, completions = (batch[f"{part}_mask"].sum(dim=1).tolist() for part in ("prompt", "completion"))
     arranged = arrange(
-        *lengths,
+        prompts,
+        completions,
         groups=[(rank * rows + row) // args.num_generations for row in range(rows)],
         size=rows // steps,
         together=math.gcd(steps, args.gradient_accumulation_steps),

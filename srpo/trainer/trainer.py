@@ -95,6 +95,7 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
     log_completions: bool
     mask_truncated_completions: bool
     _last_loaded_step: int
+    _buffered_inputs: list[dict[str, Any]] | None
 
     def __init__(
         self,

@@ -139,7 +139,9 @@ def ragged(prompts, made):
     }
     if made.args.routing_replay == "R3":
         n = [len(p) + len(c) for p, c in zip(answer["prompt_ids"], done, strict=True)]
-        answer["expert_ids"] = [(torch.randint(0, 8, (tokens, 2, 1)) + torch.arange(2)).fmod(8).tolist() for tokens in n]
+        answer["expert_ids"] = [
+            (torch.randint(0, 8, (tokens, 2, 1)) + torch.arange(2)).fmod(8).tolist() for tokens in n
+        ]
     return answer
 
 

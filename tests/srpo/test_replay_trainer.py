@@ -175,13 +175,13 @@ def test_the_student_of_srpo_replays_and_its_teacher_does_not(tmp_path, teacher)
 
 
 def test_off_is_bitwise_trl_without_any_of_this(tmp_path):
-    from core_helpers import dataset, tokenizer
-    from trl import GRPOConfig, GRPOTrainer
+    from core_helpers import TRLInOurOrder, dataset, tokenizer
+    from trl import GRPOConfig
 
     ours = made(tmp_path, routing_replay="off")
     ours.train()
     args = {name: getattr(ours.args, name) for name in ("per_device_train_batch_size", "steps_per_generation")}
-    theirs = GRPOTrainer(
+    theirs = TRLInOurOrder(
         moe(),
         reward,
         GRPOConfig(

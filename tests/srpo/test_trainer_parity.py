@@ -1,20 +1,15 @@
 """With nothing distilled SRPO is TRL's GRPO, bit for bit: generation, loss, gradients, weights after several steps.
 
-Sums have equal bits in one order only, so TRL's trainer gets its rows in our micro-batches here. That these are TRL's
-own rows and take the step of its own micro-batches is shown in test_micro_batches.py.
+Sums have equal bits in one order only, so TRL's trainer gets its rows in our micro-batches here (`TRLInOurOrder`).
 """
-
-from unittest.mock import patch
 
 import pytest
 import torch
 import trl
-from core_helpers import config, dataset, distance, equal, logged, model, tokenizer, trainer, weights
+from core_helpers import TRLInOurOrder, config, dataset, distance, equal, logged, model, tokenizer, trainer, weights
 from peft import LoraConfig
 from transformers import PrinterCallback, Qwen3MoeConfig, Qwen3MoeForCausalLM
-from trl.trainer import grpo_trainer
 
-from srpo.trainer.micro_batches import micro_batches
 from srpo.trainer.named import GRPOTrainer
 from srpo.trainer.trainer import SRPOTrainer
 
@@ -61,19 +56,6 @@ def none_correct(completion_ids, **_):
     return [0.1 * (sum(ids) % 5) for ids in completion_ids]
 
 
-class TRLTrainer(trl.GRPOTrainer):
-    def _prepare_inputs(self, generation_batch):
-        def split(batch, parts):
-            assert parts == self.args.steps_per_generation
-            return micro_batches(batch, self.args, rank=0, router_loss=False, shared=False)
-
-        with (
-            patch.object(grpo_trainer, "shuffle_sequence_dict", lambda batch: batch),
-            patch.object(grpo_trainer, "split_tensor_dict", split),
-        ):
-            return super()._prepare_inputs(generation_batch)
-
-
 def policy(folder):
     """By its path, as a reference policy needs it."""
     model().save_pretrained(folder / "policy")
@@ -84,7 +66,7 @@ def trl_run(folder, split):
     args = trl.GRPOConfig(
         output_dir=str(folder), loss_type="dapo", scale_rewards="none", epsilon_high=0.28, **{**SHARED, **split}
     )
-    made = TRLTrainer(policy(folder), none_correct, args, dataset(), processing_class=tokenizer())
+    made = TRLInOurOrder(policy(folder), none_correct, args, dataset(), processing_class=tokenizer())
     made.remove_callback(PrinterCallback)
     made.train()
     return made
@@ -130,7 +112,7 @@ def test_nothing_distilled_with_lora_is_grpo_bit_for_bit(tmp_path):
 def test_the_grpo_trainer_takes_other_loss_types(tmp_path):
     split = {**SPLITS["4x2"], "loss_type": "cispo", "epsilon_high": 5.0}
     args = trl.GRPOConfig(output_dir=str(tmp_path), scale_rewards="none", **SHARED, **split)
-    reference = TRLTrainer(model(), none_correct, args, dataset(), processing_class=tokenizer())
+    reference = TRLInOurOrder(model(), none_correct, args, dataset(), processing_class=tokenizer())
     reference.train()
     ours = our_run(tmp_path, split, "grpo", cls=GRPOTrainer)
     assert equal(weights(ours.model), weights(reference.model))

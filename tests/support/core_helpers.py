@@ -9,13 +9,17 @@ import random
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
+import trl
 from datasets import Dataset
 from transformers import PrinterCallback
+from trl.trainer import grpo_trainer
 
 from srpo.config import SRPOConfig
 from srpo.scratch_lm import tiny_causal_lm, train_tokenizer
+from srpo.trainer.micro_batches import micro_batches
 from srpo.trainer.trainer import SRPOTrainer
 
 WORDS = ("red", "green", "blue", "one", "two", "cat", "dog", "sun")
@@ -114,6 +118,24 @@ def trainer(
     )
     made.remove_callback(PrinterCallback)
     return made
+
+
+class TRLInOurOrder(trl.GRPOTrainer):
+    """TRL's trainer on our micro-batches, for comparisons bit for bit: a sum has equal bits in one order only.
+
+    That these are TRL's own rows and make the step of its own micro-batches is shown in test_micro_batches.py.
+    """
+
+    def _prepare_inputs(self, generation_batch):
+        def split(batch, parts):
+            assert parts == self.args.steps_per_generation
+            return micro_batches(batch, self.args, rank=0, router_loss=self.aux_loss_enabled, shared=False)
+
+        with (
+            patch.object(grpo_trainer, "shuffle_sequence_dict", lambda batch: batch),
+            patch.object(grpo_trainer, "split_tensor_dict", split),
+        ):
+            return super()._prepare_inputs(generation_batch)
 
 
 def weights(network: torch.nn.Module) -> dict[str, torch.Tensor]:
