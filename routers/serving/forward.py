@@ -109,16 +109,25 @@ class Forwarder:
         self.router.close()
 
 
+def with_endpoints(members: Sequence[Member]) -> bool:
+    """Whether all members live behind endpoints; False: none does.
+
+    Raises:
+        ValueError: some do and some do not.
+    """
+    here = [member.name for member in members if member.base_url]
+    if here and (missing := [member.name for member in members if not member.base_url]):
+        raise ValueError(f"member {missing[0]!r} has no base_url in the catalogue, and {here[0]!r} has one")
+    return bool(here)
+
+
 def forwarding_pool(members: Sequence[Member], ledger: Ledger, cache: ReplyCache | None = None) -> Pool | None:
     """The members behind their endpoints; None: they have none.
 
     Raises:
         ValueError: some have one and some have not.
     """
-    here = [member.name for member in members if member.base_url]
-    if not here:
+    if not with_endpoints(members):
         return None
-    if missing := [member.name for member in members if not member.base_url]:
-        raise ValueError(f"member {missing[0]!r} has no base_url in the catalogue, and {here[0]!r} has one")
     pool: Mapping[str, Member] = {member.name: member for member in members}
     return live_pool(pool, ledger=ledger, cache=cache, agent_prompt=AS_IT_IS)

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from routers.router import Answer, Decision
-from routers.serving.commands import make_router, router_arguments
 from routers.serving.forward import Forwarder
+from routers.serving.making import make_router, router_arguments
 from srpo.ranges import at_least, ranged
 
 

@@ -21,12 +21,14 @@ import pytest
 import yaml
 from agent_helpers import MEMBERS, scripted_pool, train_policy
 from openai_server import Fault, OpenAIServer
+from serving_helpers import running
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from routers.data.catalogue import cost
 from routers.pool.endpoint import AGENT_PROMPT
+from routers.serving.agent import AgentWorker, question_of
 from routers.serving.errors import RequestError
-from routers.serving.server import create_app, read_request
+from routers.serving.server import create_app
 from routers.tasks.think_route.agent import RouterAgent
 from routers.tasks.think_route.settings import AgentSettings
 
@@ -42,10 +44,21 @@ def members() -> Iterator[OpenAIServer]:
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory, members: OpenAIServer) -> Iterator[Served]:
+def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train_policy(tmp_path_factory.mktemp("policy"))
+
+
+def agent_of(policy: Path, **settings: Any) -> RouterAgent:
+    """In this process, with a pool that answers by a script."""
+    how = dataclasses.replace(AgentSettings.load(policy), **settings)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(policy), AutoTokenizer.from_pretrained(policy)
+    return RouterAgent(model.eval(), tokenizer, scripted_pool(), how)
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory, policy: Path, members: OpenAIServer) -> Iterator[Served]:
     """(address, process) of `srpo serve` with a policy that asks real endpoints."""
     folder = tmp_path_factory.mktemp("served")
-    policy = train_policy(folder)
     catalogue = folder / "members.yaml"
     entries = [
         {"name": m.name, "descriptor": m.descriptor, "price_in": m.price_in, "price_out": m.price_out,
@@ -85,6 +98,10 @@ def ask(client: openai.OpenAI, question: str, **options: Any) -> Any:
     return client.chat.completions.create(model="router", messages=messages, **options)
 
 
+def counters(served: Served) -> str:
+    return httpx.get(f"{served[0]}/metrics", headers={"Authorization": f"Bearer {KEY}"}).text
+
+
 def expected_cost(question: str, member: int = 0) -> float:
     """The loopback server counts words."""
     words = len(AGENT_PROMPT.replace("{query}", question).split())
@@ -101,7 +118,7 @@ def test_a_real_client_gets_answer_and_cost(client: openai.OpenAI, members: Open
     assert len(members.usage) == before + 1
     assert usage["cost_usd"] == pytest.approx(cost(MEMBERS[1], *members.usage[-1]), rel=1e-12)
     assert usage["cost_usd"] == pytest.approx(expected_cost("Say beta now", 1), rel=1e-12)
-    assert usage["members"] == ["beta"]
+    assert reply.to_dict()["srpo"] == {"members": ["beta"], "stop": "done", "cost_usd": usage["cost_usd"]}
     assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"] > 0
     assert [model.id for model in client.models.list()] == ["router"]
 
@@ -126,14 +143,14 @@ def test_sixteen_at_once(served: Served, client: openai.OpenAI, members: OpenAIS
         questions = [("beta beta" if i % 2 else "Count to nine") for i in range(32)]
         replies = list(threads.map(lambda question: ask(client, question), questions))
     members.latency = 0.0
-    asked = [reply.usage.model_dump()["members"] for reply in replies]
+    asked = [reply.to_dict()["srpo"]["members"] for reply in replies]
     assert asked == [["beta" if "beta" in question else "alpha"] for question in questions]
     assert members.most_in_flight >= 8  # they really were asked at the same time
     spent = sum(r.usage.model_dump()["cost_usd"] for r in replies)
     logged = members.usage[before:]
     assert len(logged) == 32
     assert spent == pytest.approx(sum(expected_cost(q, "beta" in q) for q in questions))
-    metrics = httpx.get(f"{served[0]}/metrics").text
+    metrics = counters(served)
     assert 'router_member_calls_total{member="beta"}' in metrics and "router_in_flight 0" in metrics
 
 
@@ -150,12 +167,15 @@ def test_the_cap_of_a_request_is_hard(client: openai.OpenAI, members: OpenAIServ
     ("body", "status", "message"),
     [
         ({"model": "other"}, 404, "there is no model 'other'"),
-        ({"messages": []}, 400, "exactly one message"),
-        ({"messages": [{"role": "system", "content": "x"}]}, 400, "must be 'user'"),
-        ({"messages": [{"role": "user", "content": ""}]}, 400, "not empty"),
+        ({"messages": []}, 400, "must hold 1 to"),
+        ({"messages": [{"role": "system", "content": "x"}]}, 400, "the last message must be the user's"),
+        ({"messages": [{"role": "user", "content": ""}]}, 400, "the last message must be the user's"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "only text"),
+        ({"messages": [{"role": "tool", "tool_call_id": "1", "content": "x"}]}, 400, "does not take messages[0].tool"),
         ({"n": 2}, 400, "'n' must be 1"),
-        ({"tools": [{"type": "function"}]}, 400, "'tools' is not supported"),
+        ({"tools": [{"type": "function"}]}, 400, "does not take 'tools'"),
+        ({"logprobs": True}, 400, "does not take 'logprobs'"),
+        ({"banana": True}, 400, "there is no field 'banana'"),
         ({"stream": "yes"}, 400, "'stream' must be true or false"),
         ({"max_cost_usd": -1}, 400, "number of US dollars"),
         ({"max_cost_usd": "1"}, 400, "number of US dollars"),
@@ -172,34 +192,60 @@ def test_bad_requests_in_openai_s_shape(served: Served, body: dict[str, Any], st
     assert error["type"] == "invalid_request_error" and set(error) == {"message", "type", "param", "code"}
 
 
-@pytest.mark.parametrize("weight", [0.9, "0.8", True, math.nan])
-def test_a_price_sensitivity_must_be_one_of_the_policy_s(weight: object) -> None:
-    body = {"model": "r", "messages": [{"role": "user", "content": "q"}], "cost_weight": weight}
-    with pytest.raises(RequestError, match=r"trained with: 0\.1, 0\.8"):
-        read_request(body, "r", (0.1, 0.8))
-    assert read_request({**body, "cost_weight": 0.8}, "r", (0.1, 0.8)).cost_weight == 0.8
-    assert read_request({**body, "cost_weight": None}, "r", (0.1, 0.8)).cost_weight is None
-
-
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_request_s_price_sensitivity_reaches_the_prompt(tmp_path: Path, stream: bool) -> None:
-    policy = train_policy(tmp_path)
-    settings = dataclasses.replace(AgentSettings.load(policy), cost_weights=(0.1, 0.8))
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(policy), AutoTokenizer.from_pretrained(policy)
+def test_a_request_s_price_sensitivity_reaches_the_prompt(policy: Path, stream: bool) -> None:
     read: list[str] = []
-    agent = RouterAgent(model, tokenizer, scripted_pool(), settings)
+    agent = agent_of(policy, cost_weights=(0.1, 0.8))
     answered = agent._answer
-    agent._answer = lambda found: read.append(tokenizer.decode(found.prompt_ids)) or answered(found)
-    body = {"model": "router", "messages": [{"role": "user", "content": "q"}], "cost_weight": 0.8, "stream": stream}
+    agent._answer = lambda found: read.append(agent._tokenizer.decode(found.prompt_ids)) or answered(found)
+    body = {"model": "router", "messages": [{"role": "user", "content": "q"}], "stream": stream}
 
-    async def post() -> httpx.Response:
-        transport = httpx.ASGITransport(create_app(agent))
+    async def post(*weights: object) -> list[httpx.Response]:
+        transport = httpx.ASGITransport(create_app(AgentWorker(agent)))
         async with httpx.AsyncClient(transport=transport, base_url="http://router") as http:
-            return await http.post("/v1/chat/completions", json=body)
+            bodies = [json.dumps({**body, "cost_weight": weight}) for weight in weights]
+            return [await http.post("/v1/chat/completions", content=body) for body in bodies]
 
-    reply = asyncio.run(post())
+    reply, *refused = asyncio.run(post(0.8, 0.9, "0.8", True, math.nan))
     agent.close()
-    assert reply.status_code == 200 and "Price sensitivity: 0.80" in read[0]
+    assert reply.status_code == 200 and "Price sensitivity: 0.80" in read[0] and len(read) == 1
+    assert [r.status_code for r in refused] == [400] * 4
+    assert "trained with: 0.1, 0.8" in refused[0].json()["error"]["message"]
+
+
+def test_a_conversation_is_a_question() -> None:
+    user, said = {"role": "user", "content": "Who wrote Dune?"}, {"role": "assistant", "content": "Herbert."}
+    system = {"role": "system", "content": [{"type": "text", "text": "Be brief."}]}
+    assert question_of([user]) == "Who wrote Dune?"  # as in training
+    assert question_of([system, user]) == "Instructions:\nBe brief.\n\nQuestion:\nWho wrote Dune?"
+    assert question_of([system, user, said, {"role": "user", "content": "When?"}]) == (
+        "Instructions:\nBe brief.\n\nConversation so far:\nUser: Who wrote Dune?\nAssistant: Herbert.\n\n"
+        "Question:\nWhen?"
+    )
+    assert question_of([{"role": "user", "content": "half \ud83d"}]) == "half \ufffd"
+    with pytest.raises(RequestError, match="tool_calls"):
+        question_of([user, {"role": "assistant", "content": None, "tool_calls": [{}]}, user])
+    with pytest.raises(RequestError, match="must be the user's"):
+        question_of([user, said])
+
+
+def test_history_and_stop(client: openai.OpenAI, members: OpenAIServer) -> None:
+    messages: Any = [{"role": "system", "content": "x"}, {"role": "user", "content": "beta beta"}]
+    reply = client.chat.completions.create(model="router", messages=messages, stop=["k", "zz"])
+    assert reply.choices[0].message.content == "o" and reply.choices[0].finish_reason == "stop"
+
+
+def test_an_agent_without_an_answer_is_an_error_with_a_reason(policy: Path) -> None:
+    agent = agent_of(policy, turns=1)  # it asks, and may not answer any more
+    messages: Any = [{"role": "user", "content": "Count to nine"}]
+    with (
+        running(create_app(AgentWorker(agent))) as address,
+        openai.OpenAI(base_url=f"{address}/v1", api_key="x", max_retries=0) as client,
+    ):
+        for stream in (False, True):  # after the first turn a stream has its status: an event says it
+            with pytest.raises(openai.APIError, match="no answer within its limit of turns") as refused:
+                list(client.chat.completions.create(model="router", messages=messages, stream=stream))
+            assert isinstance(refused.value, openai.UnprocessableEntityError) != stream
 
 
 def test_other_refusals(served: Served) -> None:
@@ -220,7 +266,7 @@ def test_other_refusals(served: Served) -> None:
 def test_a_broken_pool_is_told_to_the_policy_not_to_the_client(client: openai.OpenAI, members: OpenAIServer) -> None:
     members.faults = [Fault(400)]
     reply = ask(client, "beta beta")
-    assert reply.choices[0].message.content == "ok" and reply.usage.model_dump()["members"] == ["beta"]
+    assert reply.choices[0].message.content == "ok" and reply.to_dict()["srpo"]["members"] == ["beta"]
 
 
 def test_a_client_that_leaves_is_forgotten(served: Served, members: OpenAIServer) -> None:
@@ -232,7 +278,7 @@ def test_a_client_that_leaves_is_forgotten(served: Served, members: OpenAIServer
         assert next(reply.iter_lines()).startswith("data: ")
     members.latency = 0.0
     for _ in range(100):
-        if "router_in_flight 0" in httpx.get(f"{served[0]}/metrics").text:
+        if "router_in_flight 0" in counters(served):
             break
         time.sleep(0.1)
     else:
@@ -242,7 +288,7 @@ def test_a_client_that_leaves_is_forgotten(served: Served, members: OpenAIServer
 def test_it_ends_when_told_and_leaves_nothing(served: Served) -> None:
     """The last test of this module: stops the server."""
     address, process = served
-    numbers = httpx.get(f"{address}/metrics").text
+    numbers = counters(served)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
     assert process.returncode in (0, -signal.SIGTERM), output

@@ -1,5 +1,6 @@
 """A query router on the command line and behind a server: decisions alone, and the replies of real endpoints."""
 
+import argparse
 import asyncio
 import dataclasses
 import json
@@ -8,18 +9,28 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 import yaml
 from agent_helpers import train_policy
 from openai_server import Fault, OpenAIServer
 from router_helpers import MEMBERS, SETTINGS, right, train_query_router
+from serving_helpers import ByName
 
+from routers.baselines import BASELINES
+from routers.baselines.online import OnlineRouter, OnlineSettings
 from routers.data.catalogue import cost
-from routers.router import load_router
+from routers.data.table import ReplyTable
+from routers.evaluation.episodes import Outcomes, RewardRule
+from routers.pool import recorded_pool
 from routers.serving.commands import main as serve
-from routers.serving.forward import Forwarder, forwarding_pool
+from routers.serving.forward import forwarding_pool
+from routers.serving.making import make_worker, router_arguments
+from routers.serving.proxy import Proxy
 from routers.serving.route import main
 from routers.serving.server import create_app
+from routers.serving.stand_ins import RecordedReplies
+from routers.tasks.query_routing.encoder.training import train_encoder
 
 QUESTION = "name a river"
 
@@ -93,17 +104,24 @@ def test_what_cannot_be_served_says_so(policy: Path, tmp_path: Path, catalogue: 
     agent = train_policy(tmp_path / "agent", steps=150)
     with pytest.raises(ValueError, match="an agent answers with a pool: give --catalogue or --table"):
         serve([str(agent)])
+    with pytest.raises(ValueError, match="keeps no replies: leave --reply-cache out"):
+        serve([str(policy), "--catalogue", str(catalogue), "--reply-cache", str(tmp_path)])
     half = [dataclasses.replace(MEMBERS[0], base_url="http://host/v1"), MEMBERS[1]]
     with pytest.raises(ValueError, match="member 'small-maths' has no base_url in the catalogue"):
         forwarding_pool(half, None)  # type: ignore[arg-type]
 
 
-def ask(policy: Path, pool: Any, *bodies: dict[str, Any]) -> list[httpx.Response]:
+def asked(folder: Path, catalogue: Path, *more: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    router_arguments(parser)
+    return parser.parse_args([str(folder), "--catalogue", str(catalogue), *more])
+
+
+def ask(worker: Any, *bodies: dict[str, Any]) -> list[httpx.Response]:
     """Through the real application, in process; it is closed at the end."""
 
     async def post() -> list[httpx.Response]:
-        router = Forwarder(load_router(policy), pool)
-        app = create_app(router)
+        app = create_app(worker)
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://router") as http:
             posts = [
                 http.post("/v1/chat/completions", json={"model": "router", "messages": messages(), **body})
@@ -111,7 +129,7 @@ def ask(policy: Path, pool: Any, *bodies: dict[str, Any]) -> list[httpx.Response
             ]
             found = await asyncio.gather(*posts)
             found.append(await http.get("/metrics"))
-        await router.aclose()
+        await worker.aclose()
         return found
 
     return asyncio.run(post())
@@ -122,45 +140,112 @@ def messages(question: str = QUESTION) -> list[dict[str, str]]:
 
 
 def test_a_server_without_endpoints_answers_with_the_decision(policy: Path) -> None:
+    parser = argparse.ArgumentParser()
+    router_arguments(parser)
+    worker = make_worker(parser.parse_args([str(policy)]), "router")
     *replies, metrics = ask(
-        policy, None, {}, {"cost_weight": 0.8}, {"cost_weight": 0.95}, {"messages": messages("sum of 1 and 2")}
+        worker,
+        {},
+        {"cost_weight": 0.8},
+        {"cost_weight": 0.95},
+        {"messages": messages("sum of 1 and 2")},
+        {"tools": [{"type": "function"}]},
     )
-    assert [r.status_code for r in replies] == [200, 200, 400, 200]
+    assert [r.status_code for r in replies] == [200, 200, 400, 200, 400]
     chosen = [r.json()["choices"][0]["message"]["content"] for r in replies if r.status_code == 200]
     assert chosen == ["large", "small", "small-maths"] == [right(QUESTION), right(QUESTION, 0.8), right("sum")]
-    usage = replies[0].json()["usage"]
-    assert usage["members"] == ["large"] and sum(usage["scores"].values()) == pytest.approx(1.0)
-    assert usage["cost_usd"] == pytest.approx(SETTINGS.policy_usd(usage["prompt_tokens"], usage["completion_tokens"]))
+    found = replies[0].json()
+    assert found["srpo"]["member"] == "large" and sum(found["srpo"]["scores"].values()) == pytest.approx(1.0)
+    assert found["usage"]["cost_usd"] == found["srpo"]["policy_usd"] > 0
     assert "trained with: 0.2, 0.8" in replies[2].json()["error"]["message"]
+    assert "cannot honour 'tools'" in replies[4].json()["error"]["message"]
     assert 'router_member_calls_total{member="large"} 1' in metrics.text
 
 
-def test_a_server_with_endpoints_forwards(policy: Path, server: OpenAIServer) -> None:
-    from routers.pool import Ledger
-
-    live = [dataclasses.replace(m, base_url=server.url, max_tokens=20) for m in MEMBERS]
+def test_the_policy_s_own_tokens_are_paid_for_too(policy: Path, catalogue: Path, server: OpenAIServer) -> None:
     before = len(server.usage)
-    stream = {"stream": True, "stream_options": {"include_usage": True}}
-    pool = forwarding_pool(live, Ledger(None, SETTINGS.policy_price))
-    whole, streamed, capped, metrics = ask(policy, pool, {}, stream, {"max_cost_usd": 0.0})
-    assert len(server.usage) == before + 2 and pool is not None
+    worker = make_worker(asked(policy, catalogue), "router")
+    whole, capped, metrics = ask(worker, {}, {"max_cost_usd": 0.0})
+    assert len(server.usage) == before + 1
     body = whole.json()
-    assert body["choices"][0]["message"]["content"] == "two words" and body["usage"]["members"] == ["large"]
-    assert body["choices"][0]["message"]["reasoning_content"] == "<think>why</think><route>large</route>"
-    events = [json.loads(line[6:]) for line in streamed.text.splitlines() if line.startswith("data: {")]
-    deltas = [event["choices"][0]["delta"] for event in events if event["choices"]]
-    assert "".join(delta.get("content") or "" for delta in deltas) == "two words"
-    assert events[-1]["usage"]["scores"] == pytest.approx(body["usage"]["scores"], abs=1e-4)
-    spent = body["usage"]["cost_usd"] + events[-1]["usage"]["cost_usd"] + capped.json()["usage"]["cost_usd"]
-    assert pool.ledger.total().usd == pytest.approx(spent, rel=1e-9)
-    assert capped.json()["choices"][0]["finish_reason"] == "length" and capped.json()["usage"]["members"] == []
+    assert body["choices"][0]["message"] == {"role": "assistant", "content": "two words"}
+    assert body["srpo"]["member"] == "large" and body["srpo"]["decision"] == "<think>why</think><route>large</route>"
+    member = cost(MEMBERS[2], *server.usage[-1])
+    assert body["usage"]["cost_usd"] == pytest.approx(member + body["srpo"]["policy_usd"], rel=1e-12)
+    # the decision of a request that nobody may answer was made all the same
+    assert capped.status_code == 402 and capped.json()["srpo"]["cost_usd"] == body["srpo"]["policy_usd"] > 0
+    assert isinstance(worker, Proxy)
+    spent = body["usage"]["cost_usd"] + capped.json()["srpo"]["cost_usd"]
+    assert worker._ledger.total().usd == pytest.approx(spent, rel=1e-9)
     assert "router_in_flight 0" in metrics.text
 
 
-def test_a_failing_member_is_an_error_of_the_server(policy: Path, server: OpenAIServer) -> None:
-    from routers.pool import Ledger
+def fitted(folder: Path) -> None:
+    rows = [
+        {"query_id": f"{n}", "query": f"sum of {n}" if n % 2 else f"name river {n}", "member": m.name, "family": "x",
+         "split": "train", "correct": float((m.name == "large") != bool(n % 2)), "cost": 1e-5}
+        for n in range(20) for m in MEMBERS
+    ]  # fmt: skip
+    router = BASELINES["TF-IDF ridge"].how()  # type: ignore[misc]
+    router.fit(ReplyTable(rows, {m.name: m for m in MEMBERS})).save(folder)
 
-    live = [dataclasses.replace(m, base_url=server.url, max_tokens=20) for m in MEMBERS]
-    server.faults = [Fault(400)]
-    reply, _ = ask(policy, forwarding_pool(live, Ledger()), {})
-    assert reply.status_code == 502 and "bad request" in reply.json()["error"]["message"]
+
+def online(folder: Path) -> None:
+    settings = OnlineSettings("LinUCB", MEMBERS, RewardRule(0.01, 0.2), {})
+    OnlineRouter(settings, [f"name river {n}" for n in range(20)]).save(folder)
+
+
+def encoder(folder: Path) -> None:
+    items = [{"query_id": str(n), "query": f"name river {n} of {n * n}"} for n in range(20)]
+    score, usd = np.tile([0.0, 0.0, 1.0], (20, 1)), np.tile([0.001, 0.002, 0.003], (20, 1))
+    known, rule = ["small", "small-maths", "large"], RewardRule(0.01)
+    outcomes = Outcomes(items, known, score, usd, rule(score, usd), rule=rule)
+    catalogue = {member.name: member for member in MEMBERS}
+    train_encoder(outcomes, rule, catalogue=catalogue, cost_weights=(0.2,), max_steps=2, queries=8).save(folder)
+
+
+@pytest.mark.parametrize("make", [fitted, online, encoder])
+def test_every_kind_is_a_proxy(make: Any, tmp_path: Path, catalogue: Path, server: OpenAIServer) -> None:
+    make(tmp_path / "router")
+    before = len(server.requests)
+    bodies = [{}, {"messages": messages("sum of 7"), "temperature": 0.5}, {"stream": True}]
+    *replies, _ = ask(make_worker(asked(tmp_path / "router", catalogue), "router"), *bodies)
+    assert [r.status_code for r in replies] == [200] * 3
+    assert {r.headers["x-srpo-member"] for r in replies} <= {m.name for m in MEMBERS}
+    assert replies[0].json()["choices"][0]["message"]["content"] == "two words" in replies[2].text
+    sent = sorted((request["model"], request["messages"][-1]["content"]) for request in server.requests[before:])
+    asked_for = [
+        (r.headers["x-srpo-member"], q) for r, q in zip(replies, (QUESTION, "sum of 7", QUESTION), strict=True)
+    ]
+    assert sent == sorted(asked_for)
+
+
+def test_a_fitted_router_without_probabilities_is_asked_again(
+    tmp_path: Path, catalogue: Path, server: OpenAIServer
+) -> None:
+    fitted(tmp_path / "router")
+    server.faults = [Fault(500), Fault(503)]
+    reply, _ = ask(make_worker(asked(tmp_path / "router", catalogue), "router"), {})
+    tried = [one["member"] for one in reply.json()["srpo"]["tried"]]
+    assert reply.status_code == 200 and tried[0] == "large"
+    assert sorted([*tried, reply.json()["srpo"]["member"]]) == sorted(m.name for m in MEMBERS)
+
+
+def test_recorded_replies_answer_what_is_recorded() -> None:
+    known = {"query_id": "1", "query": QUESTION, "family": "x", "split": "train", "correct": 1.0}
+    tokens = {"prompt_tokens": 5, "completion_tokens": 3}
+    rows = [{**known, **tokens, "member": m.name, "reply": f"the {m.name} Rhine"} for m in MEMBERS]
+    pool = recorded_pool(ReplyTable(rows, {m.name: m for m in MEMBERS}), by="query")
+    lines = {m.name: RecordedReplies(pool, m.name) for m in MEMBERS}
+    whole, streamed, other, long, _ = ask(
+        Proxy(ByName(MEMBERS), lines, pool.ledger),
+        {},
+        {"stream": True},
+        {"messages": messages("name a lake")},
+        {"messages": [*messages(), *messages()]},
+    )
+    assert whole.json()["choices"][0]["message"]["content"] == "the small Rhine"
+    assert whole.json()["usage"]["cost_usd"] == pytest.approx(cost(MEMBERS[0], 5, 3))
+    assert '"content":"the small Rhine"' in streamed.text and streamed.text.endswith("data: [DONE]\n\n")
+    assert other.status_code == 404 and "nothing is recorded" in other.json()["error"]["message"]
+    assert long.status_code == 400 and "one message" in long.json()["error"]["message"]

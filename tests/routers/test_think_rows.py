@@ -136,7 +136,7 @@ def test_a_server_leaves_out_the_share_of_bad_rows_that_is_said(tmp_path: Path) 
     import argparse
 
     from routers.pool import Ledger
-    from routers.serving.commands import recorded, router_arguments
+    from routers.serving.making import recorded, router_arguments
     from srpo.quarantine import BadRows
 
     (tmp_path / "catalogue.yaml").write_text("members:\n  - {name: m, descriptor: d, price_in: 1.0, price_out: 2.0}\n")

@@ -1,0 +1,130 @@
+"""The router that a command line describes: for `srpo route` with its pool, for `srpo serve` as a `Worker`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from routers.data.table import load_table, quickstart_table
+from routers.pool import Ledger, Pool, ReplyCache, live_pool, recorded_pool
+from routers.pool.passthrough import Passthrough
+from routers.router import RouterFile, load_router, members_now, read_router
+from routers.serving.agent import AgentWorker
+from routers.serving.forward import Forwarder, forwarding_pool, with_endpoints
+from routers.serving.proxy import Line, Proxy
+from routers.serving.served import Worker
+from routers.serving.stand_ins import NameOnly, RecordedReplies
+from srpo.quarantine import MAX_BAD_SHARE
+from srpo.ranges import at_least, between, ranged
+
+
+def router_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `make_router` reads."""
+    usd = ranged(at_least(0))
+    parser.add_argument("model", help="folder or Hub id of a router that `srpo train` wrote")
+    parser.add_argument("--members", type=lambda text: text.split(","), help="route among these only: a,b,c")
+    parser.add_argument("--catalogue", type=Path, help="the pool as it is now: prices, endpoints, new members (YAML)")
+    parser.add_argument("--table", help="recorded replies instead of endpoints: quickstart, or a file")
+    share = ranged(between(0, 1))
+    parser.add_argument("--max-bad-share", type=share, default=MAX_BAD_SHARE, help="of the table's rows, left out")
+    parser.add_argument("--drop-incomplete", action="store_true", help="leave out queries that lack a member's row")
+    parser.add_argument("--reply-cache", type=Path, help="folder of a reply cache for the endpoints")
+    parser.add_argument("--max-total-usd", type=usd, help="of all questions together; then no member is asked")
+    parser.add_argument("--policy-price-in", type=usd, help="USD per million tokens that the policy reads")
+    parser.add_argument("--policy-price-out", type=usd, help="USD per million tokens that the policy writes")
+
+
+def make_router(args: argparse.Namespace) -> Any:
+    """For `srpo route`: the agent, or the query router with its pool (`Forwarder`).
+
+    Raises:
+        ValueError: a step router, or options that do not go together.
+    """
+    file = _checked(args)
+    if file.kind == "think_route":
+        return _agent(args, file)
+    router, ledger = _query_router(args, file)
+    if args.table:
+        return Forwarder(router, recorded(args, [member.name for member in router.members], ledger))
+    return Forwarder(router, forwarding_pool(router.members, ledger, _cache(args)))
+
+
+def make_worker(args: argparse.Namespace, name: str) -> Worker:
+    """For `srpo serve`: who answers its requests, under this name.
+
+    Raises:
+        ValueError: as `make_router`, or an agent without a pool.
+    """
+    file = _checked(args)
+    if file.kind == "think_route":
+        if not (args.catalogue or args.table):
+            raise ValueError("an agent answers with a pool: give --catalogue or --table")
+        return AgentWorker(_agent(args, file), name)
+    if args.reply_cache:
+        raise ValueError("a server in front of members keeps no replies: leave --reply-cache out")
+    router, ledger = _query_router(args, file)
+    lines: dict[str, Line] = {}
+    if args.table:
+        pool = recorded(args, [member.name for member in router.members], ledger)
+        lines = {member.name: RecordedReplies(pool, member.name) for member in router.members}
+    elif with_endpoints(router.members):
+        lines = {member.name: Passthrough(member, ledger) for member in router.members}
+    else:
+        lines = {member.name: NameOnly(member.name) for member in router.members}
+    return Proxy(router, lines, ledger, name)
+
+
+def _checked(args: argparse.Namespace) -> RouterFile:
+    file = read_router(args.model)
+    if args.table and args.catalogue:
+        raise ValueError("give --catalogue (endpoints) or --table (recorded replies), not both")
+    if file.kind == "step_routing":
+        raise ValueError(
+            f"{args.model} is a step router, which decides inside an agent's loop: watch it with `srpo play`, or open "
+            "a session in your own loop, load_router(...).session(task, cap=...)"
+        )
+    return file
+
+
+def _query_router(args: argparse.Namespace, file: RouterFile) -> tuple[Any, Ledger]:
+    """One that decides once per query, and where its own tokens and its members' are booked."""
+    router = load_router(args.model, members=args.members, catalogue=args.catalogue)
+    price, own = (args.policy_price_in, args.policy_price_out), (0.0, 0.0)
+    if file.kind == "query_routing":
+        trained = router.settings.policy_price
+        own = tuple(old if new is None else new for new, old in zip(price, trained, strict=True))
+        router.settings = replace(router.settings, policy_price=own)
+    elif any(price):
+        raise ValueError(f"a router of kind {file.kind} reads and writes no tokens: leave --policy-price-* out")
+    return router, Ledger(args.max_total_usd, own)
+
+
+def _agent(args: argparse.Namespace, file: RouterFile) -> Any:
+    from routers.tasks.think_route.settings import KIND, AgentSettings
+
+    ledger = Ledger(args.max_total_usd, (args.policy_price_in or 0.0, args.policy_price_out or 0.0))
+    trained, asked = file.settings_of(AgentSettings, KIND).members, None
+    if args.table:
+        asked = recorded(args, args.members or [member.name for member in trained] or None, ledger)
+    elif args.catalogue:
+        members = members_now(trained, args.members, args.catalogue)
+        asked = live_pool({member.name: member for member in members}, ledger=ledger, cache=_cache(args))
+    return load_router(args.model, members=args.members, pool=asked)
+
+
+def _cache(args: argparse.Namespace) -> ReplyCache | None:
+    return ReplyCache(args.reply_cache) if args.reply_cache else None
+
+
+def recorded(args: argparse.Namespace, members: Sequence[str] | None, ledger: Ledger) -> Pool:
+    """Replies of a table, found by the text of the question, from these members."""
+    from routers.tasks.think_route.sft_rows import restricted, result_of
+
+    if args.table == "quickstart":
+        replies = quickstart_table()
+    else:
+        replies = load_table(args.table, max_bad_share=args.max_bad_share, drop_incomplete=args.drop_incomplete)
+    return recorded_pool(restricted(replies, members, result_of), by="query", ledger=ledger)
