@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Iterable, Mapping
 from typing import Any
 
-from routers.data.billing import price
+from routers.data.billing import HOUR, price
 from routers.data.catalogue import Member
 from routers.pool.events import choices_of, texts_in
 from routers.pool.request import Request
@@ -86,6 +86,7 @@ class Call:
             max_tokens=request.limit,
             seen=None if self._seen is None else "".join(self._seen),
             reasoning_bound=request.reasoning_bound,
+            long_writes=(self._member.cache_seconds or 0.0) >= HOUR,
         )
 
     @property

@@ -59,11 +59,12 @@ class Endpoint:
     def __init__(self, member: Member, agent_prompt: str = AGENT_PROMPT) -> None:
         if member.base_url is None:
             raise ValueError(f"member {member.name!r}: field 'base_url' is missing; a live member needs its endpoint")
-        if member.api_key_env is not None and self._key(member) is None:
+        self._member = member
+        if member.api_key_env is not None and self.key is None:
             raise ValueError(
                 f"member {member.name!r}: environment variable {member.api_key_env} is not set; export it"
             )
-        key = self._key(member)
+        key = self.key
         if key is not None and not (key.isascii() and key.isprintable() and " " not in key):
             raise ValueError(
                 f"member {member.name!r}: environment variable {member.api_key_env} holds characters that no key has "
@@ -71,9 +72,8 @@ class Endpoint:
             )
         if agent_prompt.count("{query}") != 1:
             raise ValueError("the agent prompt must hold {query} once; it is where the question goes")
-        self._member = member
         self._agent_prompt = agent_prompt
-        self._transport = Transport(_completions(member))
+        self.transport = Transport(_completions(member))
         self._system = [{"role": "system", "content": member.system}] if member.system else []
         request: dict[str, Any] = {
             "model": member.model or member.name,
@@ -150,7 +150,7 @@ class Endpoint:
         question = {"role": "user", "content": _encodable(self._agent_prompt.replace("{query}", query))}
         request = {**self._request, "messages": [*self._system, question]}
         try:
-            answer = await self._transport.post(request, self._key(self._member), timeout)
+            answer = await self.transport.post(request, self.key, timeout)
         except TimeoutError:
             return Attempt(error=f"{TIMEOUT}: no reply within {timeout:.3g} s", retry=True, unmetered=True)
         except Redirected as error:
@@ -180,7 +180,7 @@ class Endpoint:
             written = found.reasoning if found.kind in (EMPTY, FILTERED) else None  # where a completion was made
             return self._failed(found, self._bill(document, query, written), retry_after(headers))
         self._name_left_out(found)
-        text, reasoning = self._clean(found.text), self._clean(found.reasoning)
+        text, reasoning = self.clean(found.text), self.clean(found.reasoning)
         billed = self._bill(document, query, found.text + found.reasoning) or Bill(Usage())
         return Attempt(text, billed.usage, estimated=billed.estimated, bounded=billed.bounded, reasoning=reasoning)
 
@@ -188,7 +188,7 @@ class Endpoint:
         self, told: NoAnswer, billed: Bill | None = None, pause: float | None = None, unmetered: bool | None = None
     ) -> Attempt:
         """``unmetered``: whether it may have been billed all the same; None: if no usage is reported."""
-        words = " ".join(self._clean(told.words).split())  # cleaned before it is cut: no part of a key is left
+        words = " ".join(self.clean(told.words).split())  # cleaned before it is cut: no part of a key is left
         return Attempt(
             usage=billed.usage if billed else Usage(),
             estimated=billed is not None and billed.estimated,
@@ -197,7 +197,7 @@ class Endpoint:
             retry=told.retry,
             retry_after=pause,
             unmetered=billed is None if unmetered is None else unmetered,
-            reasoning=self._clean(told.reasoning),
+            reasoning=self.clean(told.reasoning),
         )
 
     def _name_left_out(self, found: Answer) -> None:
@@ -206,22 +206,22 @@ class Endpoint:
             _log.warning(
                 "member %r: a reply holds a part of type %r, which is no text and is left out (said once)",
                 self._member.name,
-                self._clean(of_type),
+                self.clean(of_type),
             )
 
-    def _clean(self, text: str) -> str:
+    def clean(self, text: str) -> str:
         """Without the key, which a server may send back, and as text that tokenizers take."""
-        key = self._key(self._member)
+        key = self.key
         return _encodable(text.replace(key, "[key]") if key else text)
 
-    @staticmethod
-    def _key(member: Member) -> Secret | None:
+    @property
+    def key(self) -> Secret | None:
         """Out of the environment, every time; white space around it is the shell's."""
-        key = os.environ.get(member.api_key_env or "", "").strip()
+        key = os.environ.get(self._member.api_key_env or "", "").strip()
         return Secret(key) if key else None
 
     async def aclose(self) -> None:
-        await self._transport.aclose()
+        await self.transport.aclose()
 
 
 def _completions(member: Member) -> URL:

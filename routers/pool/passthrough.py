@@ -17,8 +17,6 @@ from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import Any
 
-import httpx
-
 from routers.data.billing import highest, price
 from routers.data.catalogue import Member
 from routers.pool.call import Call, Declined, Failed, chunks
@@ -30,7 +28,7 @@ from routers.pool.ledger import Ledger, OverBudget, Reservation, Spending
 from routers.pool.limits import Breaker, CircuitOpen, Entry, Spacing, TokenBucket
 from routers.pool.protocol import CIRCUIT_OPEN, OVER_BUDGET, TIMEOUT
 from routers.pool.request import Refusal, refusal, request_of
-from routers.pool.transport import LONGEST_BODY, Broken, Refused
+from routers.pool.transport import Broken, Refused, Unreachable
 from srpo.redact import redacted, scrubbed
 from srpo.types import Usage
 
@@ -122,9 +120,9 @@ class Passthrough:
         except TimeoutError:
             worked = False
             raise Failed(504, f"no reply within the timeout of {self.member.timeout:g} s") from None
-        except (Refused, Broken, httpx.HTTPError, httpx.InvalidURL, OSError) as error:
+        except (Refused, Broken, Unreachable) as error:
             worked = False
-            raise Failed(502, self._clean(str(error) or type(error).__name__)) from None
+            raise Failed(502, self._clean(str(error))) from None
         except Failed as error:
             worked, error.usd = (False if error.status >= 500 else None), call.usd
             if error.retry_after is not None:
@@ -134,22 +132,24 @@ class Passthrough:
             self._breaker.ended(entry, worked)
 
     async def _begin(self, stack: AsyncExitStack, call: Call, body: Mapping[str, Any]) -> None:
-        answer = await stack.enter_async_context(self._opened(body))
-        if not 200 <= answer.status_code < 300:
-            raise self._failed(call, answer.status_code, await _whole(answer), answer.headers)
+        data = json.dumps(body).encode()  # ASCII: also what no UTF-8 has, as the client sent it
+        opened = self._endpoint.transport.opened(data, self._endpoint.key, None)
+        answer = await stack.enter_async_context(opened)
+        if not 200 <= answer.status < 300:
+            raise self._failed(call, answer.status, await answer.whole(), answer.headers)
         if not body.get("stream") or answer.headers.get("content-type", "").startswith("application/json"):
-            document = self._completion(call, await _whole(answer), answer.headers)
+            document = self._completion(call, await answer.whole(), answer.headers)
             if body.get("stream"):
                 call.events = chunks(chunks_of(document))
             else:
                 call.document = document
             return
-        data = data_of(_pieces(answer), LONGEST_STREAM)
-        stack.push_async_callback(data.aclose)
-        first = await anext(data, b"")
+        events = data_of(answer.pieces(), LONGEST_STREAM)
+        stack.push_async_callback(events.aclose)
+        first = await anext(events, b"")
         while first is None:
-            first = await anext(data, b"")
-        call.events = self._events(call, data, self._chunk(call, first))
+            first = await anext(events, b"")
+        call.events = self._events(call, events, self._chunk(call, first))
 
     async def _events(
         self, call: Call, data: AsyncGenerator[bytes | None, None], first: dict[str, Any]
@@ -164,8 +164,8 @@ class Passthrough:
                     event = await anext(data, DONE if finished else b"")
             except TimeoutError:
                 raise Failed(504, f"the stream stood still for {self.member.timeout:g} s") from None
-            except (Refused, Broken, httpx.HTTPError, OSError) as error:
-                raise Failed(502, self._clean(str(error) or type(error).__name__)) from None
+            except (Refused, Broken, Unreachable) as error:
+                raise Failed(502, self._clean(str(error))) from None
             if event == DONE:
                 with suppress(Exception):  # the end of the body, so that the connection can be used again
                     async with asyncio.timeout(0.1):
@@ -208,7 +208,7 @@ class Passthrough:
         shaped = error if isinstance(error, dict) else {}
         named = {name: value for name, value in shaped.items() if name in ("type", "param", "code")}
         if status < 400:
-            status, words = 502, f"status {status}, which is no reply: write the endpoint's last address as base_url"
+            status, words = 502, f"status {status}, which is no reply"
         return Failed(status, self._clean(words) or f"status {status}", redacted(named), retry_after(headers))
 
     def _book(self, call: Call, reservation: Reservation, started: float) -> None:
@@ -231,24 +231,13 @@ class Passthrough:
         )
         self._ledger.book("", spent, self.member.name)
 
-    @asynccontextmanager
-    async def _opened(self, body: Mapping[str, Any]) -> AsyncIterator[httpx.Response]:
-        key = self._endpoint._key(self.member)
-        headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
-        headers |= {} if key is None else {"Authorization": f"Bearer {key}"}
-        data = json.dumps(body).encode()  # ASCII: also what no UTF-8 has, as the client sent it
-        async with self._endpoint._http().stream(
-            "POST", self._endpoint._url, content=data, headers=headers, timeout=None
-        ) as response:
-            yield response
-
     def _without_key(self, body: bytes) -> bytes:
-        key = self._endpoint._key(self.member)
+        key = self._endpoint.key
         return body.replace(key.encode(), b"[key]") if key else body
 
     def _clean(self, words: str) -> str:
         """Words of others for a client: without anything that looks like a secret, and not without end."""
-        return scrubbed(" ".join(self._endpoint._clean(words).split()))[:_ERROR_CHARS]
+        return scrubbed(" ".join(self._endpoint.clean(words).split()))[:_ERROR_CHARS]
 
     async def aclose(self) -> None:
         await self._endpoint.aclose()
@@ -257,18 +246,3 @@ class Passthrough:
 def _tokens_of(call: Call) -> int:
     billed = call.bill()
     return 0 if billed is None else billed.usage.prompt_tokens + billed.usage.completion_tokens
-
-
-def _pieces(answer: httpx.Response) -> AsyncIterator[bytes]:
-    if answer.headers.get("content-encoding", "identity") != "identity":
-        raise Refused("the body is packed, which was not asked for")
-    return answer.aiter_raw()
-
-
-async def _whole(answer: httpx.Response) -> bytes:
-    body = bytearray()
-    async for piece in _pieces(answer):
-        body += piece
-        if len(body) > LONGEST_BODY:
-            raise Refused(f"the body is longer than {LONGEST_BODY // 2**20} MiB")
-    return bytes(body)

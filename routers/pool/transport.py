@@ -154,12 +154,12 @@ class Transport:
             return Answer(answer.status, answer.headers, content)
 
     @asynccontextmanager
-    async def opened(self, body: Any, key: str | None, timeout: float) -> AsyncIterator[Opened]:
-        """``post`` for a body that is read piece by piece; ``timeout`` covers the reading too. Leaving the context
-        before the end of the body, or being cancelled, closes the connection."""
+    async def opened(self, body: Any, key: str | None, timeout: float | None) -> AsyncIterator[Opened]:
+        """``post`` for a body that is read piece by piece; ``timeout`` covers the reading too (None: no limit of its
+        own), and bytes are sent as they are. Leaving the context before the end of the body, or being cancelled,
+        closes the connection."""
         headers = {} if key is None else {"Authorization": Secret(f"Bearer {key}")}
-        # Without ASCII escapes: the prompt's bound counts the bytes of the texts themselves.
-        data = json.dumps(body, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
+        data = body if isinstance(body, bytes) else _written(body)
         limit = aiohttp.ClientTimeout(total=timeout, ceil_threshold=math.inf)
         here, url = self._here(), self.url
         for _ in range(MOST_REDIRECTS + 1):
@@ -256,6 +256,11 @@ def _proxy(url: URL) -> tuple[URL | None, dict[str, str]]:
         return proxy, {}
     login = base64.b64encode(f"{proxy.user}:{proxy.password or ''}".encode()).decode()
     return proxy.with_user(None), {"Proxy-Authorization": Secret(f"Basic {login}")}
+
+
+def _written(body: Any) -> bytes:
+    """Without ASCII escapes: the prompt's bound counts the bytes of the texts themselves."""
+    return json.dumps(body, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
 
 
 def _next(response: aiohttp.ClientResponse, url: URL) -> URL:

@@ -270,7 +270,7 @@ def test_connections_of_ended_loops_are_let_go_without_a_word(server, caplog):
 
     for _ in range(3):
         asyncio.run(forget(pool))
-    assert len(pool._callers["a"].backend._transport._connections) == 1
+    assert len(pool._callers["a"].backend.transport._connections) == 1
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         del pool

@@ -7,6 +7,7 @@ with ChatServer(said("hello")) as member:               # to every request
 import asyncio
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -106,37 +107,36 @@ class ChatServer(OpenAIServer):
         data = answer.body or b"".join(answer.pieces)
         kind = "text/event-stream" if answer.pieces else "application/json"
         length = "Transfer-Encoding: chunked" if answer.pieces else f"Content-Length: {len(data)}"
-        more = "".join(f"{name}: {value}\r\n" for name, value in answer.headers.items())
-        head = f"HTTP/1.1 {answer.status} OK\r\n{length}\r\nContent-Type: {kind}\r\n{more}\r\n".encode()
+        lines = [f"HTTP/1.1 {answer.status} OK", length, "Connection: close", f"Content-Type: {kind}"]
+        lines += [f"{name}: {value}" for name, value in answer.headers.items()]
+        head = "\r\n".join([*lines, "", ""]).encode()
         ended = asyncio.ensure_future(reader.read(1))
         try:
             if answer.pieces:
                 writer.write(head)
-                for number, piece in enumerate(answer.pieces):
-                    if number and answer.pause:
-                        await asyncio.wait({ended}, timeout=answer.pause)
-                    if ended.done():
-                        self.left += 1
-                        return False
+            for number, piece in enumerate(answer.pieces or [head + data]):
+                if answer.pause and (number or not answer.pieces):
+                    await asyncio.wait({ended}, timeout=answer.pause)
+                if ended.done():
+                    self.left += 1
+                    return False
+                if answer.pieces:
                     writer.write(b"%x\r\n%s\r\n" % (len(piece), piece))
                     await writer.drain()
-                if not answer.hang:
-                    writer.write(b"0\r\n\r\n")
-            else:
-                if answer.pause:
-                    await asyncio.wait({ended}, timeout=answer.pause)
-                if not answer.hang and not ended.done():
-                    writer.write(head + data)
+                elif not answer.hang:
+                    writer.write(piece)
             if answer.hang:
                 await ended
-            if ended.done():
                 self.left += 1
                 return False
         finally:
-            if not ended.done():
-                ended.cancel()
+            ended.cancel()
         self._log(data)
-        return not answer.pieces  # a cancelled read may have taken a byte: one connection each
+        writer.write(b"0\r\n\r\n" if answer.pieces else b"")
+        with suppress(ConnectionError):
+            await writer.drain()
+        writer.close()  # one connection each: the read that waits for its end takes what comes next
+        return False
 
     def _log(self, data: bytes) -> None:
         for line in data.split(b"\n"):
