@@ -71,10 +71,11 @@ def chunks_of(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
     head = {name: value for name, value in document.items() if name not in ("choices", "usage", "object")}
     head["object"] = "chat.completion.chunk"
     for choice in choices_of(document):
-        index, message = choice.get("index", 0), dict(choice.get("message") or {})
+        index, said = choice.get("index", 0), choice.get("message")
+        message: dict[str, Any] = dict(said) if isinstance(said, dict) else {}
         calls = message.get("tool_calls")
         if isinstance(calls, list):
-            message["tool_calls"] = [{"index": i, **call} for i, call in enumerate(calls)]
+            message["tool_calls"] = [{"index": i, **call} for i, call in enumerate(calls) if isinstance(call, dict)]
         more = {"logprobs": choice["logprobs"]} if choice.get("logprobs") is not None else {}
         yield {**head, "choices": [{"index": index, "delta": message, **more, "finish_reason": None}]}
         yield {**head, "choices": [{"index": index, "delta": {}, "finish_reason": choice.get("finish_reason")}]}

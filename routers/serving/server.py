@@ -21,6 +21,8 @@ from starlette.types import Receive, Scope, Send
 
 from routers.serving.chat import ChatRequest, read_chat
 from routers.serving.errors import RequestError
+from routers.serving.response_shape import ResponseShape
+from routers.serving.responses import chat_of
 from routers.serving.schema import docs_page, openapi
 from routers.serving.served import Spent, Worker
 from routers.serving.shapes import ChatShape, Shape, json_bytes
@@ -101,6 +103,12 @@ def create_app(
         _authorise(request, api_key)
         asked = read_chat(await _body(request), name)
         return _Reply(worker, asked, ChatShape(), max_waiting)
+
+    @app.post("/v1/responses", response_model=None)
+    async def respond(request: Request) -> Response:
+        _authorise(request, api_key)
+        document = await _body(request)
+        return _Reply(worker, read_chat(chat_of(document), name), ResponseShape(document, name), max_waiting)
 
     return app
 
