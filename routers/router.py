@@ -142,6 +142,11 @@ class Router:
         """
         raise self._cannot("route a single query")
 
+    def count_tokens(self, text: str) -> int:
+        """Tokens of a query as the policy reads it, from any thread. A kind without a tokenizer takes four characters
+        for one."""
+        return -(-len(text) // 4)
+
     def fit(self, table: Any, split: str = "train", **how: Any) -> Router:
         """Learn from recorded replies (`routers.data.table.ReplyTable`); returns itself."""
         raise self._cannot("be fitted to a table (a policy is trained by `srpo train`)")

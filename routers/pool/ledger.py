@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from operator import add, attrgetter
 from typing import Any
@@ -190,6 +190,8 @@ class Ledger:
         self._policy_price = policy_price
         self.exhausted = False
         """A call was refused for lack of money: the run should stop with a checkpoint."""
+        self.on_book: Callable[[str | None, Spending], None] | None = None
+        """Told of every booking: who it was (None: the policy), and what was used."""
         self._run = Spending()
         self._step = Spending()
         self._queries: dict[str, Spending] = {}
@@ -217,6 +219,8 @@ class Ledger:
             self._queries[query_id] = self._queries.get(query_id, Spending()) + spending
             if member is not None:
                 self._members[member] = self._members.get(member, Spending()) + spending
+        if self.on_book is not None:
+            self.on_book(member, spending)
 
     def policy(self, prompt_tokens: int, completion_tokens: int, query_id: str = "") -> float:
         """Book the policy's own tokens; returns their price in USD."""

@@ -89,6 +89,31 @@ def test_a_slow_member_holds_up_nobody_else(policy: Path, threads: None) -> None
         assert slow.result().answer == "ok"
 
 
+def test_a_question_that_nobody_waits_for_ends_where_it_is(policy: Path, threads: None) -> None:
+    """At its member, and in the queue for a thread; those beside it go on."""
+    beta = Scripted("two", faults=[Fault(hang=True)])
+    pool = scripted_pool(beta=beta)
+
+    async def work(agent: RouterAgent) -> Any:
+        at_member = asyncio.create_task(agent.aanswer("beta beta"))
+        while not beta.queries:
+            await asyncio.sleep(0.01)
+        waiting = asyncio.create_task(agent.aanswer("beta beta"))  # there is one thread
+        beside = asyncio.create_task(agent.aanswer("Count to nine"))
+        await asyncio.sleep(0.05)
+        waiting.cancel()
+        at_member.cancel()
+        return await asyncio.gather(at_member, waiting, beside, return_exceptions=True)
+
+    with RouterAgent.from_pretrained(policy, pool, max_concurrent=1) as agent:
+        left, waited, found = asyncio.run(work(agent))
+        assert agent._loop.run([pool.aclose], 10.0) == [None]  # its loop is free
+    assert isinstance(left, asyncio.CancelledError) and isinstance(waited, asyncio.CancelledError)
+    assert found.answer == "ok" and found.members == ("alpha",)
+    assert beta.queries == ["beta beta"] and pool.ledger.members()["beta"].failed == 1
+    assert pool.ledger.account.reserved == 0
+
+
 @pytest.mark.parametrize("cap", [0.0, 1e-9, 0.0004, 0.002, None])
 def test_the_cap_is_never_exceeded(policy: Path, cap: float | None) -> None:
     # beta may write 5 tokens at most and its prompt is at most 10 tokens: the bound of a call is what it costs.

@@ -122,6 +122,9 @@ class QueryRouter(Router):
             found += self._decided(queries[start : start + self._max_batch], pool, weight)
         return found
 
+    def count_tokens(self, text: str) -> int:
+        return len(self._tokenizer.encode(text, add_special_tokens=False))
+
     def save(self, folder: str | Path) -> None:
         """Weights, tokenizer and `router.yaml`, with the pool as it is now."""
         self._model.save_pretrained(folder)

@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -204,14 +206,24 @@ class RouterAgent(Router):
                 not trained with.
             RuntimeError: the agent was closed.
         """
+        return self._play(_Interest(), question, max_cost_usd, cost_weight, on_turn)
+
+    def _play(
+        self,
+        interest: _Interest,
+        question: str,
+        max_cost_usd: float | None = None,
+        cost_weight: float | None = None,
+        on_turn: OnTurn | None = None,
+    ) -> Answer:
         if self._world is None:
             raise CannotDo("the agent has nobody to ask: give load_router a catalogue whose members have a base_url")
         if max_cost_usd is not None and not max_cost_usd >= 0:
             raise ValueError(f"max_cost_usd is {max_cost_usd!r}; it must be a number >= 0")
         row, ids = self._row(question, max_cost_usd, cost_weight)
-        world: Any = self._world if on_turn is None else _Listening(self._world, on_turn)
+        world: Any = _Listening(self._world, interest, on_turn)
         number = next(self._numbers)
-        generator = _Conversation(self._batches, number)
+        generator = _Conversation(self._batches, number, interest)
         found = play(world, [row], [ids], [f"{number}"], generator, self._tokenizer, self._limits, loop=self._loop)
         return self._answer(found[0])
 
@@ -237,9 +249,26 @@ class RouterAgent(Router):
         """`answer` in a thread of the agent's own: a future of the `Answer`."""
         return self._threads.submit(self.answer, question, max_cost_usd, **options)
 
-    async def aanswer(self, question: str, max_cost_usd: float | None = None, **options: Any) -> Answer:
-        """`answer` for asyncio."""
-        return await asyncio.wrap_future(self.submit(question, max_cost_usd, **options))
+    async def aanswer(
+        self,
+        question: str,
+        max_cost_usd: float | None = None,
+        *,
+        cost_weight: float | None = None,
+        on_turn: OnTurn | None = None,
+    ) -> Answer:
+        """`answer` for asyncio. Cancelled, it ends at once where it waits, for a member too; a turn of the policy that
+        is being written is the last."""
+        interest = _Interest()
+        future = self._threads.submit(self._play, interest, question, max_cost_usd, cost_weight, on_turn)
+        try:
+            return await asyncio.wrap_future(future)
+        except asyncio.CancelledError:
+            interest.lose()
+            raise
+
+    def count_tokens(self, text: str) -> int:
+        return len(self._tokenizer.encode(text, add_special_tokens=False))
 
     def close(self) -> None:
         """Finish what was begun, then end every thread and connection. Further questions are refused."""
@@ -288,42 +317,87 @@ class RouterAgent(Router):
         )
 
 
+class _Interest:
+    """Whether anybody still waits for a question. Safe from several threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._lost = False
+        self._calls: list[Callable[[], object]] = []
+
+    def lose(self) -> None:
+        """Nobody does: end what was told to `ending`, and whatever comes next."""
+        with self._lock:
+            self._lost = True
+            calls = list(self._calls)
+        for call in calls:
+            with suppress(RuntimeError):  # its event loop has ended before it
+                call()
+
+    @contextmanager
+    def ending(self, call: Callable[[], object]) -> Iterator[None]:
+        """Within, `call` ends what is going on, from any thread.
+
+        Raises:
+            ConnectionAbortedError: nobody waits any more.
+        """
+        with self._lock:
+            if self._lost:
+                raise ConnectionAbortedError("nobody waits for the answer any more")
+            self._calls.append(call)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._calls.remove(call)
+
+
 class _Conversation:
     """One question's way to the shared batches; a number tells its rows from those of others."""
 
-    def __init__(self, batches: Batches, number: int) -> None:
+    def __init__(self, batches: Batches, number: int, interest: _Interest) -> None:
         self._batches = batches
         self._number = number
+        self._interest = interest
 
     def generate(self, requests: Sequence[Request]) -> list[Sample]:
-        return self._batches.ask([replace(request, row=self._number) for request in requests])
+        futures: list[Future[Sample]] = []
+        with self._interest.ending(lambda: [future.cancel() for future in list(futures)]):
+            futures += [self._batches.submit(replace(request, row=self._number)) for request in requests]
+            return [future.result() for future in futures]
 
     def finish(self) -> None:
         """The shared generator goes on."""
 
 
 class _Listening:
-    """A world that tells somebody what the policy writes."""
+    """A world that tells somebody what the policy writes, and stops when nobody waits for it."""
 
-    def __init__(self, world: ThinkRoute, on_turn: OnTurn) -> None:
+    def __init__(self, world: ThinkRoute, interest: _Interest, on_turn: OnTurn | None) -> None:
         self._world = world
+        self._interest = interest
         self._on_turn = on_turn
 
     def episode(self, row: Row, seed: str) -> Episode:
-        return _ListeningEpisode(self._world.episode(row, seed), self._on_turn)
+        return _ListeningEpisode(self._world.episode(row, seed), self._interest, self._on_turn)
 
 
 class _ListeningEpisode:
-    def __init__(self, episode: Episode, on_turn: OnTurn) -> None:
+    def __init__(self, episode: Episode, interest: _Interest, on_turn: OnTurn | None) -> None:
         self._episode = episode
+        self._interest = interest
         self._on_turn = on_turn
 
     def choices(self) -> Sequence[str] | None:
         return self._episode.choices()
 
     async def step(self, text: str) -> Observation:
-        self._on_turn(text)
-        return await self._episode.step(text)
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        assert task is not None
+        with self._interest.ending(lambda: loop.call_soon_threadsafe(task.cancel)):
+            if self._on_turn is not None:
+                self._on_turn(text)
+            return await self._episode.step(text)
 
     def columns(self, stop: Stop) -> Mapping[str, Any]:
         return self._episode.columns(stop)
