@@ -80,9 +80,14 @@ class AgentWorker:
         metrics: None: new ones.
     """
 
+    queues = False
+
     def __init__(self, agent: Any, name: str = "router", metrics: ServerMetrics | None = None) -> None:
         self.agent, self.name = agent, name
         self.metrics = metrics or ServerMetrics()
+        self.count_tokens = agent.count_tokens
+        if agent.pool is not None:
+            self.metrics.follow(agent.pool.ledger)
 
     def reads(self, asked: ChatRequest) -> str:
         refuse_others(asked, AGENT_FIELDS, _WHO)
@@ -95,14 +100,11 @@ class AgentWorker:
         question, cost, loop = self.reads(asked), _Cost(), asyncio.get_running_loop()
         spent.call = cost
         turns: asyncio.Queue[str | None] = asyncio.Queue()
-        gone = False
 
         def told(text: str) -> None:
-            if gone:
-                raise ConnectionAbortedError("the client went away")  # nobody asks further members on its behalf
             loop.call_soon_threadsafe(turns.put_nowait, text)
 
-        answering = asyncio.ensure_future(self._answer(question, asked, cost, told))
+        answering = asyncio.ensure_future(self._answer(question, asked, cost, spent, told))
         answering.add_done_callback(lambda _: turns.put_nowait(None))
         try:
             if asked.stream:
@@ -115,16 +117,16 @@ class AgentWorker:
                 headers = {"x-srpo-cost-usd": f"{found.cost_usd:.10g}"}
                 yield Served(headers, document=self._document(found, asked))
         finally:
-            gone = True
-            answering.cancel()
+            answering.cancel()  # of a client that left: nobody asks further members on its behalf
             await asyncio.wait({answering})
 
-    async def _answer(self, question: str, asked: ChatRequest, cost: _Cost, told: Any) -> Answer:
+    async def _answer(self, question: str, asked: ChatRequest, cost: _Cost, spent: Spent, told: Any) -> Answer:
+        spent.known = False
         try:
             found = await self.agent.aanswer(question, asked.max_cost_usd, cost_weight=asked.cost_weight, on_turn=told)
         except ValueError as error:
             raise RequestError(400, str(error), None, "invalid_value") from None
-        cost.usd = found.cost_usd
+        cost.usd, spent.known = found.cost_usd, True
         self.metrics.answered(found)
         if found.answer is None or not found.answer.strip():
             raise _no_answer(found)

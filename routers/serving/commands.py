@@ -7,15 +7,19 @@ r"""Serve a trained router on an OpenAI-compatible endpoint: its decisions carri
     curl localhost:8000/v1/chat/completions -H 'Content-Type: application/json' \
       -d '{"model": "router", "max_cost_usd": 0.001, "messages": [{"role": "user", "content": "Calculate 12 - 8"}]}'
 
-`usage.cost_usd` of a reply says what it cost. Needs the extra: pip install 'srpo[serve]'.
+`usage.cost_usd` of a reply says what it cost. `--keys` says who may ask, and how much (see `routers.serving.keys`).
+SIGTERM stops the server when all that has arrived is answered, or after --drain-seconds. Needs the extra: pip install
+'srpo[serve]'.
 """
 
 import argparse
 import os
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from routers.serving.making import make_worker, router_arguments
-from srpo.ranges import between, ranged
+from srpo.ranges import at_least, between, ranged
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -27,16 +31,43 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--port", type=ranged(between(0, 65535), whole=True), default=8000)
     parser.add_argument("--api-key-env", help="environment variable that holds the key clients must send")
     parser.add_argument("--public-metrics", action="store_true", help="/metrics needs no key")
+    parser.add_argument("--keys", type=Path, help="several keys, each with budgets and a rate (YAML)")
+    parser.add_argument("--spending", type=Path, help="file that keeps what --keys have spent over restarts")
+    several = ranged(at_least(1), whole=True)
+    parser.add_argument("--question-tokens", type=several, default=4096, help="of a question; longer ones get 413")
+    parser.add_argument("--queue-tokens", type=several, default=65_536, help="that wait, of one key; then 429")
+    parser.add_argument("--drain-seconds", type=ranged(at_least(0)), default=30.0, help="for requests, after SIGTERM")
     args = parser.parse_args(argv)
-    import uvicorn  # of the extra `serve`, which `srpo route` does without
+    # of the extra `serve`, which `srpo route` does without
+    from routers.serving.gate import GateLimits
+    from routers.serving.lifecycle import ConnectionLimits
+    from routers.serving.lifecycle import serve as serve_app
+    from routers.serving.server import create_app, make_gate
 
-    from routers.serving.server import create_app
-
-    key = None
-    if args.api_key_env:
-        key = os.environ.get(args.api_key_env)
-        if not key:
-            raise ValueError(f"environment variable {args.api_key_env} is not set; export the key clients must send")
+    keys = make_keys(args)
     worker = make_worker(args, args.name)
-    app = create_app(worker, name=args.name, api_key=key, public_metrics=args.public_metrics)
-    uvicorn.run(app, host=args.host, port=args.port, log_level="warning")
+    limits = GateLimits(question_tokens=args.question_tokens, queue_tokens=args.queue_tokens)
+    app = create_app(worker, name=args.name, gate=make_gate(worker, keys, limits), public_metrics=args.public_metrics)
+    serve_app(app, keys, host=args.host, port=args.port, limits=ConnectionLimits(drain=args.drain_seconds))
+
+
+def make_keys(args: argparse.Namespace) -> Any:
+    """Who may ask (`Keys`), as the command line says.
+
+    Raises:
+        ValueError: options that do not go together, or a file that cannot be used.
+    """
+    from routers.serving.keys import Keys
+
+    if args.keys and args.api_key_env:
+        raise ValueError("give --keys (several) or --api-key-env (one), not both")
+    if args.spending and not args.keys:
+        raise ValueError("--spending keeps what the keys of --keys have spent: give --keys too")
+    if args.keys:
+        return Keys(args.keys, args.spending)
+    if args.api_key_env is None:
+        return Keys()
+    key = os.environ.get(args.api_key_env)
+    if not key:
+        raise ValueError(f"environment variable {args.api_key_env} is not set; export the key clients must send")
+    return Keys.single(key)

@@ -14,6 +14,7 @@
     router_member_seconds{member}        histogram of calls, until their last byte
     router_tokens_total{owner,kind}      owner: a member, or policy; kind: prompt, cached (part of it), completion
     router_cost_usd_total{owner}         USD at catalogue prices
+    router_streams_broken_total{status}  streams that ended by an error after their status 200 was sent
     router_refused_total{reason}         not let in: key, body, size, slow, rate, budget, set_aside, queue
     router_dropped_total{state}          cut off: left (the client), and at the end reading, waiting, working
     router_connections                   open ones
@@ -110,6 +111,7 @@ class ServerMetrics:
         self._call_seconds = observe("router_member_seconds", "Of a member's call.", SECONDS, "member")
         self._tokens = count("router_tokens_total", "Tokens of members and policy.", "owner", "kind")
         self._usd = count("router_cost_usd_total", "Dollars spent at members and by the policy.", "owner")
+        self._broken = count("router_streams_broken_total", "Streams that ended by an error.", "status")
         self._refused = count("router_refused_total", "Requests that were not let in.", "reason")
         self._dropped = count("router_dropped_total", "Requests that were cut off.", "state")
         self._closed = count("router_connections_closed_total", "Connections that the server closed.", "reason")
@@ -151,6 +153,11 @@ class ServerMetrics:
         """An agent's question came to an end, with or without an answer."""
         with self._lock:
             self._answers.add(1, found.stop)
+
+    def broke_off(self, status: int) -> None:
+        """A stream, whose status 200 was sent, ended by an error that has this one."""
+        with self._lock:
+            self._broken.add(1, str(status))
 
     def refused(self, reason: str) -> None:
         """A request was not let in."""

@@ -14,12 +14,9 @@ that does not take one of its fields. Any other error is the member's answer: st
 
 from __future__ import annotations
 
-import asyncio
 import math
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, asynccontextmanager
-from functools import partial
 from typing import Any, Protocol
 from urllib.parse import quote
 
@@ -27,8 +24,9 @@ from routers.pool import Ledger
 from routers.pool.call import Declined, Failed
 from routers.pool.protocol import OVER_BUDGET
 from routers.pool.request import Refusal
-from routers.router import Answer, Decision
+from routers.router import Decision
 from routers.serving.chat import ChatRequest
+from routers.serving.decisions import Decisions
 from routers.serving.errors import RequestError
 from routers.serving.metrics import ServerMetrics
 from routers.serving.served import Served, Spent, counted
@@ -72,6 +70,8 @@ class Proxy:
         metrics: None: new ones.
     """
 
+    queues = True
+
     def __init__(
         self,
         router: Any,
@@ -82,8 +82,10 @@ class Proxy:
     ) -> None:
         self.router, self.lines, self.name = router, lines, name
         self.metrics = metrics or ServerMetrics()
+        self.metrics.follow(ledger)
+        self.count_tokens = router.count_tokens
         self._ledger = ledger
-        self._threads = ThreadPoolExecutor(64, thread_name_prefix="query-router")
+        self._decisions = Decisions(router, metrics=self.metrics)
 
     def reads(self, asked: ChatRequest) -> str:
         return well_formed(asked.query)
@@ -107,12 +109,10 @@ class Proxy:
                 document["usage"] = self._usage(reply.document.get("usage"), reply, spent)
                 headers["x-srpo-cost-usd"] = f"{spent.usd:.10g}"
                 yield Served(headers, document=document)
-        self.metrics.answered(_as_answer(decision, told["member"], spent))
 
     async def _route(self, asked: ChatRequest, members: Sequence[str] | None = None) -> Decision:
-        route = partial(self.router.route, self.reads(asked), cost_weight=asked.cost_weight, members=members)
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._threads, route)
+            return await self._decisions.decide(self.reads(asked), cost_weight=asked.cost_weight, members=members)
         except ValueError as error:
             param = None if asked.cost_weight is None else "cost_weight"
             raise RequestError(400, str(error), param, "invalid_value") from None
@@ -221,16 +221,10 @@ class Proxy:
         return headers
 
     async def aclose(self) -> None:
-        await asyncio.to_thread(self._threads.shutdown, wait=True, cancel_futures=True)
+        await self._decisions.aclose()
         await self.router.aclose()
         for line in self.lines.values():
             await line.aclose()
-
-
-def _as_answer(decision: Decision, member: str, spent: Spent) -> Answer:
-    """What is counted."""
-    tokens = (decision.prompt_tokens, decision.completion_tokens)
-    return Answer(None, "done", None, spent.usd, (member,), *tokens, turns=())
 
 
 def _safe(name: str) -> str:

@@ -28,6 +28,8 @@ class Spent:
         self.policy_usd = 0.0
         self.failed_usd = 0.0
         self.call: Priced | None = None
+        self.known = True
+        """False: it may have cost more than `usd` says, as of an agent that was stopped in the middle."""
 
     @property
     def usd(self) -> float:
@@ -50,6 +52,11 @@ class Worker(Protocol):
     """Answers chat requests: a router with its members, or an agent."""
 
     metrics: ServerMetrics
+    queues: bool
+    """Whether its requests wait for the policy in a queue of their own (`routers.serving.decisions`)."""
+
+    def count_tokens(self, text: str) -> int:
+        """Of what the policy reads; from any thread."""
 
     def reads(self, asked: ChatRequest) -> str:
         """What the policy will read of a request; RequestError if the request cannot be answered."""

@@ -7,11 +7,10 @@ settled: once, by what it cost, however it ends.
 
 from __future__ import annotations
 
-import asyncio
-import hmac
-import json
+import math
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -21,34 +20,30 @@ from starlette.types import Receive, Scope, Send
 
 from routers.serving.chat import ChatRequest, read_chat
 from routers.serving.errors import RequestError
+from routers.serving.gate import Gate, GateLimits
+from routers.serving.keys import Key, Keys
 from routers.serving.response_shape import ResponseShape
 from routers.serving.responses import chat_of
 from routers.serving.schema import docs_page, openapi
 from routers.serving.served import Spent, Worker
 from routers.serving.shapes import ChatShape, Shape, json_bytes
+from routers.serving.watch import Watch
 
-MAX_BODY_BYTES = 1_000_000
 _EVENTS = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-store"}
 
 
 def create_app(
-    worker: Worker,
-    *,
-    name: str = "router",
-    api_key: str | None = None,
-    max_waiting: int = 256,
-    public_metrics: bool = False,
-) -> FastAPI:
+    worker: Worker, *, name: str = "router", gate: Gate | None = None, public_metrics: bool = False
+) -> Watch:
     """The application; closes the worker when it shuts down.
 
     Args:
         worker: who answers.
         name: of the model, as clients say it.
-        api_key: what clients must send as bearer token; None: nothing.
-        max_waiting: requests in work or in the queue; more are refused with status 429.
+        gate: who may ask, and how much (see `make_gate`); None: anybody, within its limits.
         public_metrics: `/metrics` needs no key.
     """
-    metrics = worker.metrics
+    door = gate or make_gate(worker)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -59,7 +54,6 @@ def create_app(
 
     @app.exception_handler(RequestError)
     async def refused(_: Request, error: RequestError) -> Response:
-        metrics.finished(error.status)
         return _json(error.document(), error.status, error.headers)
 
     @app.exception_handler(HTTPException)  # no such path, wrong method
@@ -75,17 +69,17 @@ def create_app(
     @app.get("/metrics")
     async def numbers(request: Request) -> PlainTextResponse:
         if not public_metrics:
-            _authorise(request, api_key)
-        return PlainTextResponse(metrics.text(), media_type="text/plain; version=0.0.4")
+            door.authorise(request.headers)
+        return PlainTextResponse(door.metrics.text(), media_type="text/plain; version=0.0.4")
 
     @app.get("/v1/models")
     async def models(request: Request) -> dict[str, Any]:
-        _authorise(request, api_key)
+        door.authorise(request.headers)
         return {"object": "list", "data": [_model(name)]}
 
     @app.get("/v1/models/{asked:path}")
     async def model(request: Request, asked: str) -> dict[str, Any]:
-        _authorise(request, api_key)
+        door.authorise(request.headers)
         if asked != name:
             raise RequestError(404, f"there is no model {asked!r}; use {name!r}", "model", "model_not_found")
         return _model(name)
@@ -100,59 +94,61 @@ def create_app(
 
     @app.post("/v1/chat/completions", response_model=None)
     async def chat(request: Request) -> Response:
-        _authorise(request, api_key)
-        asked = read_chat(await _body(request), name)
-        return _Reply(worker, asked, ChatShape(), max_waiting)
+        key = door.authorise(request.headers)
+        asked = read_chat(await door.body(request), name)
+        return _Reply(worker, door, key, asked, ChatShape())
 
     @app.post("/v1/responses", response_model=None)
     async def respond(request: Request) -> Response:
-        _authorise(request, api_key)
-        document = await _body(request)
-        return _Reply(worker, read_chat(chat_of(document), name), ResponseShape(document, name), max_waiting)
+        key = door.authorise(request.headers)
+        document = await door.body(request)
+        return _Reply(worker, door, key, read_chat(chat_of(document), name), ResponseShape(document, name))
 
-    return app
+    return Watch(app, door, door.metrics)
+
+
+def make_gate(worker: Worker, keys: Keys | None = None, limits: GateLimits | None = None) -> Gate:
+    """What stands before a worker, and counts with it.
+
+    Args:
+        worker: who will answer. One that decides once per request has a queue for its decisions, and is let work on
+            all that are let in.
+        keys: who may ask; None: anybody.
+        limits: what is let in; None: the defaults.
+    """
+    limits = limits or GateLimits()
+    if worker.queues:
+        limits = replace(limits, working=None)
+    return Gate(keys, limits, count_tokens=worker.count_tokens, metrics=worker.metrics)
 
 
 class _Reply(Response):
     """Does its work while it is sent, so that what admits a request spans all of it, a stream too."""
 
-    def __init__(self, worker: Worker, asked: ChatRequest, shape: Shape, max_waiting: int) -> None:
+    def __init__(self, worker: Worker, gate: Gate, key: Key, asked: ChatRequest, shape: Shape) -> None:
         super().__init__()
-        self._worker, self._asked, self._shape = worker, asked, shape
-        self._metrics, self._max_waiting = worker.metrics, max_waiting
+        self._worker, self._gate, self._key, self._asked, self._shape = worker, gate, key, asked, shape
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        work = asyncio.ensure_future(self._work(scope, receive, send))
-        gone = asyncio.ensure_future(_gone(receive))
-        try:
-            await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if work.done():
-                await work
-        finally:
-            work.cancel()
-            gone.cancel()
-            await asyncio.wait({work, gone})
-
-    async def _work(self, scope: Scope, receive: Receive, send: Send) -> None:
-        spent = Spent()
-        self._worker.reads(self._asked)
-        if self._metrics.in_flight >= self._max_waiting:
-            raise RequestError(429, "too many requests are waiting; try again later", code="rate_limit_exceeded")
-        with self._metrics.working():
-            async with self._worker.serve(self._asked, spent) as served:
-                headers, document = served.headers, served.document
-                if served.chunks is not None:
-                    await send(_start(200, {**headers, **_EVENTS}))
-                    async with aclosing(served.chunks) as chunks:
-                        await self._stream(chunks, send)
+        spent, text = Spent(), self._worker.reads(self._asked)
+        async with self._gate.admitted(self._key, text, at_most=self._asked.max_cost_usd) as ticket:
+            asked = self._asked if math.isinf(ticket.max_usd) else replace(self._asked, max_cost_usd=ticket.max_usd)
+            try:
+                async with self._worker.serve(asked, spent) as served:
+                    headers, document = served.headers, served.document
+                    if served.chunks is not None:
+                        await send(_start(200, {**headers, **_EVENTS}))
+                        async with aclosing(served.chunks) as chunks:
+                            await self._stream(chunks, send)
+            finally:
+                if spent.known:
+                    ticket.settle(spent.usd)
         if document is None:  # the end comes when all is settled
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         else:
             await _json(self._shape.whole(document), headers=headers)(scope, receive, send)
-            self._metrics.finished(200)
 
     async def _stream(self, chunks: AsyncGenerator[dict[str, Any] | None, None], send: Send) -> None:
-        status = 499
         try:
             for event in self._shape.begin():
                 await send(_part(event))
@@ -161,19 +157,10 @@ class _Reply(Response):
                     await send(_part(event))
             for event in self._shape.end():
                 await send(_part(event))
-            status = 200
         except RequestError as error:  # the client has its status already: an event says what went wrong
-            status = error.status
+            self._gate.metrics.broke_off(error.status)
             for event in self._shape.failed(error):
                 await send(_part(event))
-        finally:
-            self._metrics.finished(status)
-
-
-async def _gone(receive: Receive) -> None:
-    """Returns when the client has left."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 def _json(document: dict[str, Any], status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
@@ -191,21 +178,3 @@ def _part(event: bytes) -> dict[str, Any]:
 
 def _model(name: str) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": 0, "owned_by": "srpo"}
-
-
-async def _body(request: Request) -> Any:
-    body = b""
-    async for part in request.stream():
-        body += part
-        if len(body) > MAX_BODY_BYTES:
-            raise RequestError(413, f"the body is larger than {MAX_BODY_BYTES:,} bytes")
-    try:
-        return json.loads(body)
-    except (ValueError, RecursionError):
-        raise RequestError(400, "the body is not JSON") from None
-
-
-def _authorise(request: Request, api_key: str | None) -> None:
-    given = request.headers.get("authorization", "").removeprefix("Bearer ")
-    if api_key is not None and not hmac.compare_digest(given.encode(), api_key.encode()):
-        raise RequestError(401, "the API key is missing or wrong", code="invalid_api_key")

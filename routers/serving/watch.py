@@ -23,6 +23,7 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
+WORK = ("/v1/chat/completions", "/v1/responses")
 LEFT = 499
 """Status of a request whose client left, as nginx counts it; nobody receives it."""
 
@@ -37,9 +38,7 @@ class Watch:
         kinds: paths that are counted under their own name.
     """
 
-    def __init__(
-        self, app: App, gate: Gate, metrics: ServerMetrics, kinds: Collection[str] = ("/v1/chat/completions",)
-    ) -> None:
+    def __init__(self, app: App, gate: Gate, metrics: ServerMetrics, kinds: Collection[str] = WORK) -> None:
         self._app, self.gate, self.metrics, self._kinds = app, gate, metrics, frozenset(kinds)
         self._served: set[_Served] = set()
 

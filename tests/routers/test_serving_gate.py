@@ -263,12 +263,10 @@ def test_days_begin_anew_and_spendings_outlive_the_server(tmp_path: Path) -> Non
         (b'{"a":' + b"9" * 400 + b"}", "more than 64 bits"),
         (b'{"a":18446744073709551616}', "more than 64 bits"),
         (b'{"a":-' + b"9" * 5000 + b"}", "more than 64 bits"),
-        (b'{"a":"\\ud800"}', "half of a surrogate pair"),
-        (b'{"\\uDFFF":1}', "half of a surrogate pair"),
-        (b'["\\ude00\\ud83d"]', "half of a surrogate pair"),
         (b'{"a":"\xed\xa0\x80"}', "not UTF-8: byte 6"),
         ('{"a":1}'.encode("utf-16"), "not UTF-8"),
         (b'{"a":{"b":1,"c":2,"b":3}}', "'b' twice"),
+        (b'{"\\ud800":1,"\\ud800":3}', "twice"),
         (b"[" * 65 + b"]" * 65, "more than 64 brackets"),
         (b'{"a":' * 500_000, "more than 64 brackets"),
         (b'{"a":1} x', "not JSON"),
@@ -285,6 +283,7 @@ def test_a_body_is_read_as_it_is() -> None:
     document = {"a": [1.5, -3, 2**64 - 1, None, True], "text": '\\" [[[{{{ 😀 \x00 \\ud800', "ü": {"ü": ""}}
     assert read_json(json.dumps(document).encode()) == read_json(json.dumps(document, ensure_ascii=False).encode())
     assert read_json(json.dumps(document).encode()) == document
+    assert read_json(b'{"a":"\\ud83d"}') == {"a": "\ud83d"}  # half of a pair: a truncated text of somebody's
     deep: Any = 1
     for _ in range(64):
         deep = [deep]

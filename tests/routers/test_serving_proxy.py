@@ -11,6 +11,7 @@ from chat_server import ChatServer, Said, cut, events, said, usage, whole
 from serving_helpers import Proxied, proxied, until
 
 from routers.data.billing import price
+from routers.serving.keys import Keys
 from srpo.types import Usage
 
 ODD = 'naïve ☕ 👩‍👩‍👧 "quoted" \\back\\ \u2028 \u0000 \ud83d tab\t 你好'
@@ -360,7 +361,7 @@ def test_no_key_of_a_member_reaches_a_client(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_models_docs_and_metrics() -> None:
-    with ChatServer(said("x")) as member, proxied({"a": (member, {})}, api_key="k" * 8) as served:
+    with ChatServer(said("x")) as member, proxied({"a": (member, {})}, keys=Keys.single("k" * 8)) as served:
         get = lambda path, **more: httpx.get(f"{served.address}{path}", **more)  # noqa: E731
         headers = {"Authorization": "Bearer kkkkkkkk"}
         assert get("/health").json() == {"status": "ok"}

@@ -14,8 +14,9 @@ from routers.data.catalogue import Member
 from routers.pool import Ledger
 from routers.pool.passthrough import Passthrough
 from routers.router import Decision, Router
+from routers.serving.keys import Keys
 from routers.serving.proxy import Proxy
-from routers.serving.server import create_app
+from routers.serving.server import create_app, make_gate
 
 
 class ByName(Router):
@@ -65,7 +66,9 @@ def running(app: Any) -> Iterator[str]:
 
 
 @contextmanager
-def proxied(members: Mapping[str, Any], *, ledger: Ledger | None = None, **options: Any) -> Iterator["Proxied"]:
+def proxied(
+    members: Mapping[str, Any], *, ledger: Ledger | None = None, keys: Keys | None = None
+) -> Iterator["Proxied"]:
     """A running proxy in front of loopback members: name -> (its server, fields of the catalogue)."""
     made = [
         Member(**{"name": name, "descriptor": name, "price_in": 1.0, "price_out": 2.0, "max_tokens": 100,
@@ -75,7 +78,7 @@ def proxied(members: Mapping[str, Any], *, ledger: Ledger | None = None, **optio
     ledger = ledger or Ledger()
     router = ByName(made)
     proxy = Proxy(router, {m.name: Passthrough(m, ledger) for m in made}, ledger)
-    with running(create_app(proxy, **options)) as address:
+    with running(create_app(proxy, gate=make_gate(proxy, keys))) as address:
         yield Proxied(address, router, ledger, {m.name: m for m in made})
 
 
