@@ -1,5 +1,6 @@
 """A server process under attack and at its end: real processes, real sockets."""
 
+import asyncio
 import json
 import os
 import random
@@ -99,14 +100,19 @@ def serving(**settings: Any) -> Iterator[Server]:
 
 def test_the_seams_of_uvicorn() -> None:
     """What `routers.serving.lifecycle` relies on beyond uvicorn's documentation."""
-    config = uvicorn.Config(lambda *_: None, http=H11Protocol, ws="none", h11_max_incomplete_event_size=100)
+
+    async def app(*_: Any) -> None: ...
+
+    config = uvicorn.Config(app, http=H11Protocol, ws="none")
     config.load()
     server = uvicorn.Server(config)
     assert config.http_protocol_class is H11Protocol
     assert server.server_state.connections == server.server_state.tasks == set() and server.should_exit is False
     for name in ("startup", "shutdown", "handle_exit", "run", "capture_signals"):
         assert callable(getattr(uvicorn.Server, name))
-    protocol = H11Protocol(config=config, server_state=server.server_state, app_state={})
+    loop = asyncio.new_event_loop()
+    protocol = H11Protocol(config=config, server_state=server.server_state, app_state={}, _loop=loop)
+    loop.close()
     assert protocol.connections is server.server_state.connections and protocol.cycle is None
     assert protocol.timeout_keep_alive_task is None and protocol.conn.their_state is h11.IDLE
     for name in ("connection_made", "send_400_response", "shutdown"):
