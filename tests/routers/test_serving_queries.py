@@ -159,7 +159,7 @@ def test_a_server_without_endpoints_answers_with_the_decision(policy: Path) -> N
     assert found["usage"]["cost_usd"] == found["srpo"]["policy_usd"] > 0
     assert "trained with: 0.2, 0.8" in replies[2].json()["error"]["message"]
     assert "cannot honour 'tools'" in replies[4].json()["error"]["message"]
-    assert 'router_decisions_total{member="large"} 1' in metrics.text
+    assert 'router_decisions_total{member="large"} 2' in metrics.text
 
 
 def test_the_policy_s_own_tokens_are_paid_for_too(policy: Path, catalogue: Path, server: OpenAIServer) -> None:
