@@ -21,7 +21,7 @@ from routers.serving.server import create_app
 from routers.serving.stand_ins import NameOnly
 from routers.tasks.think_route.agent import RouterAgent
 
-PATHS = ("/v1/chat/completions",)
+PATHS = ("/v1/chat/completions", "/v1/responses")
 
 
 def posted(worker: Any, number: int, seed: int) -> Counter[int]:
