@@ -8,7 +8,7 @@ queries, learned from the other four; then everything is learned anew from all o
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -20,6 +20,7 @@ from scipy.special import softmax
 from routers.baselines.features import Features
 from routers.data.catalogue import Member
 from routers.data.table import ReplyTable
+from routers.data.typical import TypicalCalls, price_change, seen_in
 from routers.evaluation.episodes import Outcomes, RewardRule
 from routers.router import Decision, Router, RouterFile, check_queries, members_now, plain_settings, write_router
 from srpo.ranges import Ranges, above, at_least, check_numbers
@@ -40,7 +41,7 @@ TRUSTED = [
 
 
 @dataclass(frozen=True)
-class FittedSettings:
+class FittedSettings(TypicalCalls):
     """What `router.yaml` says of a fitted baseline.
 
     Raises:
@@ -56,6 +57,10 @@ class FittedSettings:
     """USD at which the penalty reaches the cost weight."""
     cost_weight: float
     """Where `route` is given none."""
+    typical: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """Mean tokens of a member's prompt and reply in the table that it was fitted on; empty: outcomes say none."""
+    typical_usd: Mapping[str, float] = field(default_factory=dict)
+    """Mean USD of a member's reply there."""
 
     def __post_init__(self) -> None:
         check_numbers(self)
@@ -255,16 +260,17 @@ class Fitted(Router):
             ValueError: there is nothing to learn from.
         """
         members: tuple[Member, ...] = ()
+        typical: dict[str, Any] = {}
         if isinstance(table, ReplyTable):
-            members = tuple(table.catalogue.values())
+            members, typical = tuple(table.catalogue.values()), seen_in(table)
             table = Outcomes.of_table(table, RewardRule(table.max_cost, cost_weight), split)
         data = Data.of(table) if isinstance(table, Outcomes) else table
         if not len(data):
             raise ValueError(f"there are no queries in the split {split!r} to fit a router on")
         self.seed, self.features = seed, data.features
-        self.members = members or tuple(Member(name, descriptor="") for name in data.members)
+        self.members = members or tuple(Member(name, descriptor=name) for name in data.members)
         scale = data.rule.cost_scale if data.rule else 1.0
-        self.settings = FittedSettings(_name_of(type(self)), self.members, scale, data.cost_weight)
+        self.settings = FittedSettings(_name_of(type(self)), self.members, scale, data.cost_weight, **typical)
         return self.learn_with(data, self.tuned(data) if settings is None else settings)
 
     def foretold(self, queries: Sequence[Query]) -> tuple[np.ndarray, np.ndarray]:
@@ -315,7 +321,7 @@ class Fitted(Router):
         fitted = [member.name for member in self.settings.members]
         pool = [member.name for member in members_now(self.members, members)]
         columns = [fitted.index(name) for name in pool]
-        told = self.foretell(Data(queries, self.features))
+        told = self._repriced(self.foretell(Data(queries, self.features)))
         usd = told.usd[:, columns] * self.settings.cost_scale
         decisions = []
         for text, chances, costs in zip(texts, told.chances(weight, columns), usd, strict=True):
@@ -324,6 +330,23 @@ class Fitted(Router):
             scores = dict(zip(pool, map(float, chances), strict=True)) if told.draws else {}
             decisions.append(Decision((pool[chosen],), scores, usd=float(costs[chosen])))
         return decisions
+
+    def _repriced(self, told: Told) -> Told:
+        """The same at the members' prices now. One that only says whom to ask goes on asking as it learned to."""
+        now = {member.name: member for member in self.members}
+        changes = [self._change(then, now.get(then.name, then)) for then in self.settings.members]
+        factor, added = np.array(changes).T
+        return replace(told, usd=told.usd * factor + added / self.settings.cost_scale)
+
+    def _change(self, then: Member, now: Member) -> tuple[float, float]:
+        name = then.name
+        change = price_change(then, now, self.settings.typical.get(name), self.settings.typical_usd.get(name))
+        if change is None:
+            raise ValueError(
+                f"{name} has other prices than the router was fitted with, and it does not know how long its calls "
+                "are: fit it again, on a table that counts tokens, or leave its prices as they were"
+            )
+        return change
 
     def save(self, folder: str | Path) -> None:
         """`router.yaml` and what was learned."""
@@ -343,10 +366,12 @@ class Fitted(Router):
         members: Sequence[str] | None = None,
         catalogue: str | Path | Mapping[str, Member] | None = None,
     ) -> Fitted:
-        """See `routers.load_router`. A member that it was not fitted on cannot be routed to.
+        """See `routers.load_router`. A member that it was not fitted on cannot be routed to; what one costs that was
+        re-priced is foretold at its new prices.
 
         Raises:
-            ValueError: such a member, an unknown baseline, or a file with types that none of our baselines holds.
+            ValueError: such a member, one whose cost at its new prices nothing tells, an unknown baseline, or a file
+                with types that none of our baselines holds.
             OSError: there is no state beside `router.yaml`.
         """
         from routers.baselines import BASELINES
@@ -364,6 +389,8 @@ class Fitted(Router):
         fitted = {member.name for member in settings.members}
         if new := [member.name for member in self.members if member.name not in fitted]:
             raise ValueError(f"{new[0]} is a member that this router was not fitted on; leave it out (members=...)")
+        for then in settings.members:
+            self._change(then, next((now for now in self.members if now.name == then.name), then))
         return self
 
 

@@ -46,7 +46,7 @@ class Described(Fitted):
         scale = self.settings.cost_scale
         self.describe(Data(list(probes.items), self.features, probes.score, probes.usd / scale, probes.members))
         known = {member.name: member for member in self.settings.members}
-        self.members = tuple(known.get(name, Member(name, descriptor="")) for name in probes.members)
+        self.members = tuple(known.get(name, Member(name, descriptor=name)) for name in probes.members)
         self.settings = replace(self.settings, members=self.members)
         return self
 

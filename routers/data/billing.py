@@ -65,8 +65,8 @@ def token_usd(prompt_tokens: Any, completion_tokens: Any, price_in: float, price
 
 def cost(
     member: Member,
-    prompt_tokens: int,
-    completion_tokens: int,
+    prompt_tokens: float,
+    completion_tokens: float,
     *,
     cached_tokens: int = 0,
     cache_write_tokens: int = 0,
@@ -78,7 +78,7 @@ def cost(
 
     Args:
         member: with prices.
-        prompt_tokens: all of them.
+        prompt_tokens: all of them; a mean of several requests may be a fraction.
         completion_tokens: all of them.
         cached_tokens, cache_write_tokens: of the prompt tokens.
         reasoning_tokens: of the completion tokens.
@@ -210,6 +210,6 @@ def _base(member: Member) -> PriceTier:
     return PriceTier(0, member.price_in, member.price_out, *found)
 
 
-def _tier(member: Member, prompt_tokens: int) -> PriceTier:
+def _tier(member: Member, prompt_tokens: float) -> PriceTier:
     reached = [tier for tier in member.price_tiers if tier.above < prompt_tokens]
     return max(reached, key=lambda tier: tier.above) if reached else _base(member)

@@ -236,6 +236,21 @@ def test_the_first_turn_is_a_decision(policy: Path) -> None:
         assert agent.route("Say beta now").scores == {"alpha": 1.0}
 
 
+def test_what_a_decision_will_cost_is_told_where_it_can_be_known(policy: Path, tmp_path: Path) -> None:
+    with RouterAgent.from_pretrained(policy, scripted_pool()) as agent:
+        assert agent.route("Say beta now").usd is None  # nobody has been asked yet
+        agent.answer("Say beta now")
+        assert agent.route("Say beta now").usd == pytest.approx(50e-6)  # as the call before: 10 in at $3, 5 out at $4
+        assert agent.route("Count to nine").usd is None
+    table = {"typical": {"beta": (100.0, 20.0)}, "typical_usd": {"beta": 380e-6}}  # of a recorded pool
+    with RouterAgent.from_pretrained(policy, scripted_pool(), dataclasses.replace(SETTINGS, **table)) as agent:
+        assert agent.route("Say beta now").usd == pytest.approx(380e-6)
+        agent.save(tmp_path)
+    dearer = {"alpha": MEMBERS[0], "beta": dataclasses.replace(MEMBERS[1], price_in=6.0)}
+    with load_router(tmp_path, catalogue=dearer) as agent:
+        assert agent.route("Say beta now").usd == pytest.approx(680e-6)
+
+
 def test_an_agent_asks_only_members_and_saves_itself(policy: Path, tmp_path: Path) -> None:
     """The policy wants beta, which is gone: the name that it can write is a member's."""
     only = Pool({"alpha": MEMBERS[0]}, {"alpha": Scripted("one")})

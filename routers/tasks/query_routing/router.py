@@ -13,7 +13,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +128,7 @@ class QueryRouter(Router):
         """Weights, tokenizer and `router.yaml`, with the pool as it is now."""
         self._model.save_pretrained(folder)
         self._tokenizer.save_pretrained(folder)
-        replace(self.settings, members=self.members).save(folder, self._made_from)
+        self.settings.with_members(self.members).save(folder, self._made_from)
 
     def close(self) -> None:
         self._batches.close()

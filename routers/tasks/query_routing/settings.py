@@ -10,9 +10,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from routers.data.billing import cost, token_usd
+from routers.data.billing import token_usd
 from routers.data.catalogue import Member
 from routers.data.table import ReplyTable
+from routers.data.typical import TypicalCalls, seen_in
 from routers.language.grammar import DEFAULT, Grammar
 from routers.language.prompts import Clean, Messages, policy_prompt
 from routers.router import plain_settings, write_router
@@ -25,7 +26,7 @@ KIND = "query_routing"
 
 
 @dataclass(frozen=True)
-class QuerySettings:
+class QuerySettings(TypicalCalls):
     """How a query becomes a prompt, and what its answer may be.
 
     Raises:
@@ -63,15 +64,7 @@ class QuerySettings:
 
     def seen_in(self, table: ReplyTable) -> QuerySettings:
         """The same with the typical tokens and costs of a table's training split (of all of it if there is none)."""
-        split = "train" if table.queries("train") else None
-        usd = table.cost_matrix(split).mean(axis=0)
-        tokens = [table.matrix(name, split).mean(axis=0).tolist() for name in ("prompt_tokens", "completion_tokens")]
-        typical = dict(zip(table.members, zip(*tokens, strict=True), strict=True))
-        return replace(
-            self,
-            typical={name: both for name, both in typical.items() if any(both)},  # else the table counts no tokens
-            typical_usd=dict(zip(table.members, map(float, usd), strict=True)),
-        )
+        return replace(self, **seen_in(table))
 
     def messages(
         self,
@@ -100,20 +93,6 @@ class QuerySettings:
         names = [member.name for member in (self.members if members is None else members)]
         tag = self.grammar.route
         return OneOf(tokenizer, self.grammar.open(tag), names, [self.grammar.close(tag)])
-
-    def expected_usd(self, member: Member) -> float | None:
-        """Mean USD of a call at the member's prices now; None: nothing says.
-
-        A member that was not there in training counts with the mean tokens of those that were.
-        """
-        trained = next((one for one in self.members if one.name == member.name), None)
-        if trained is not None and member.name in self.typical_usd and trained.token_prices == member.token_prices:
-            return self.typical_usd[member.name]
-        tokens = [self.typical[member.name]] if member.name in self.typical else list(self.typical.values())
-        if not tokens or not member.priced:
-            return None
-        read, written = (sum(column) / len(tokens) for column in zip(*tokens, strict=True))
-        return cost(member, round(read), round(written))
 
     def policy_usd(self, read: int, written: int) -> float:
         """USD of the policy's own tokens."""

@@ -21,6 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from routers.data.billing import cost
 from routers.data.catalogue import Member, load_catalogue
 from routers.language.grammar import parse_turn
 from routers.language.prompts import stated_cost_weight
@@ -176,12 +177,22 @@ class RouterAgent(Router):
         return Decision(
             members=(action.member,) if action.member else (),
             scores=scores,
+            usd=self._expected_usd(action.member) if action.member else 0.0,
             policy_usd=self.pool.ledger.policy(len(prompt), len(turn.ids), row["query_id"]) if self.pool else 0.0,
             prompt_tokens=len(prompt),
             completion_tokens=len(turn.ids),
             text=text,
             error=action.error or ("" if action.member else "The agent answered by itself."),
         )
+
+    def _expected_usd(self, name: str) -> float | None:
+        """USD of a call: by the training's table, else by the calls that the pool has made; None: there are none."""
+        member = next(one for one in self.members if one.name == name)
+        usd = self.settings.expected_usd(member)
+        made = self.pool.ledger.members().get(name) if self.pool else None
+        if usd is None and made is not None and made.calls > made.failed and member.priced:
+            return cost(member, made.prompt_tokens / made.calls, made.completion_tokens / made.calls)
+        return usd
 
     def answer(
         self,
@@ -285,7 +296,7 @@ class RouterAgent(Router):
         """Weights, tokenizer and `router.yaml`, with the pool as it is now."""
         self._model.save_pretrained(folder)
         self._tokenizer.save_pretrained(folder)
-        replace(self.settings, members=self.members).save(folder, self._made_from)
+        self.settings.with_members(self.members).save(folder, self._made_from)
 
     def _make_world(self, pool: Pool, call_seconds: float) -> ThinkRoute:
         tokenizer = self._tokenizer

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from routers.data.catalogue import Member
+from routers.data.typical import TypicalCalls
 from routers.language.grammar import ROUTER_R1, Grammar
 from routers.language.prompts import Clean, Messages, short_think_route_prompt, think_route_prompt
 from routers.router import plain_settings, read_router, write_router
@@ -25,7 +26,7 @@ PromptStyle = Literal["router_r1", "short"]
 
 
 @dataclass(frozen=True)
-class AgentSettings:
+class AgentSettings(TypicalCalls):
     """How a question becomes an episode.
 
     Raises:
@@ -56,6 +57,10 @@ class AgentSettings:
     """Price sensitivities that prompts of the training stated, one each; empty: prompts state none."""
     members: tuple[Member, ...] = ()
     """The pool that the policy was trained with, in the order of its prompt; empty: unknown."""
+    typical: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """Mean tokens of a member's prompt and reply in the training's table; empty: it was live."""
+    typical_usd: Mapping[str, float] = field(default_factory=dict)
+    """Mean USD of a member's reply there, at its prices."""
 
     def __post_init__(self) -> None:
         if self.prompt not in get_args(PromptStyle):

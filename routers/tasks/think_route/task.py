@@ -54,7 +54,8 @@ class ThinkRoute:
         check_rows_of_a_batch(len(train), args, "the training questions")
         self.pool = world.make_pool(task, self.run, self.table, args.max_cost_usd)
         self.names = world.seen_members(task, self.pool)
-        self.settings = world.make_settings(task, args, [self.pool.members[name] for name in self.names])
+        members = [self.pool.members[name] for name in self.names]
+        self.settings = world.make_settings(task, args, members, self.table)
         self._rewards = world.make_rewards(task, self.settings.members)
         self.train = [weighed(row, self.settings.cost_weights) for row in train]
         args.stop_strings = list(self.settings.grammar.stops)

@@ -8,6 +8,7 @@ from rewards.schemes import additive_rewards, router_r1_rewards, xrouter_rewards
 from routers.data.catalogue import Member, load_catalogue
 from routers.data.questions import load_qa, without_duplicates
 from routers.data.table import ReplyTable, replies_of, spread
+from routers.data.typical import seen_in
 from routers.evaluation.answers import gold_problem
 from routers.language.prompts import COST_WEIGHT, Clean, Messages
 from routers.pool import Ledger, Pool, ReplyCache, live_pool, recorded_pool
@@ -113,8 +114,10 @@ def seen_members(task: ThinkRouteArguments, pool: Pool) -> list[str]:
     return [name for name in pool.members if name not in unseen]
 
 
-def make_settings(task: ThinkRouteArguments, args: SRPOConfig, members: Sequence[Member]) -> AgentSettings:
-    """How the policy asks, as the recipe says."""
+def make_settings(
+    task: ThinkRouteArguments, args: SRPOConfig, members: Sequence[Member], table: ReplyTable | None = None
+) -> AgentSettings:
+    """How the policy asks, as the recipe says; what members' calls cost, as their table does."""
     return AgentSettings(
         prompt=task.prompt,  # type: ignore[arg-type]  # checked there
         forward_empty=task.forward_empty,
@@ -125,6 +128,7 @@ def make_settings(task: ThinkRouteArguments, args: SRPOConfig, members: Sequence
         chat_template_kwargs=args.chat_template_kwargs or {},
         cost_weights=tuple(task.cost_weights or ()),
         members=tuple(members),
+        **({} if table is None else seen_in(table)),
     )
 
 

