@@ -157,7 +157,7 @@ def saved(member: Member, usage: Usage) -> float:
     """
     requests = [request for request in usage.calls or (usage,) if request.usd is None]
     without = [Usage(r.prompt_tokens, r.completion_tokens, reasoning_tokens=r.reasoning_tokens) for r in requests]
-    return sum(_of_one(member, plain) - _of_one(member, r) for plain, r in zip(without, requests, strict=True))
+    return sum((_of_one(member, a) - _of_one(member, b) for a, b in zip(without, requests, strict=True)), 0.0)
 
 
 def highest(member: Member, prompt_tokens: int, completion_tokens: int) -> float:

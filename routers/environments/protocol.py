@@ -80,6 +80,10 @@ class AgentEnvironment(Protocol):
 class Step:
     action: str
     observation: str
+    by: str = ""
+    """The executor that chose the action; "": nobody says."""
+    at: float = 0.0
+    """Seconds of calls before its own, since the episode began."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,8 @@ class View:
     environment: AgentEnvironment
     seed: str
     """Names the rollout: the randomness of a scripted executor is a function of it."""
+    now: float = 0.0
+    """Seconds of all calls so far."""
 
     @property
     def how(self) -> str:
@@ -113,7 +119,11 @@ class Act:
 
 
 class Executor(Protocol):
-    """Chooses actions, for a price."""
+    """Chooses actions, for a price.
+
+    One whose calls are priced by their tokens may have a `member` (`routers.data.catalogue.Member`) of its name: then
+    what its prompt cache saves, and a switch loses, is told.
+    """
 
     @property
     def name(self) -> str: ...
@@ -133,6 +143,7 @@ class Session:
         self.seed = seed
         self._first: str | None = None
         self._steps: list[Step] = []
+        self._seconds = 0.0
         self._between = True
         """No step is under way, or was left behind."""
 
@@ -141,15 +152,17 @@ class Session:
         if self._first is None:
             raise GameError(f"{self.environment.seed}: the session has not been started; call start() first")
         environment = self.environment
-        return View(self._first, tuple(self._steps), environment.admissible, environment, self.seed)
+        return View(self._first, tuple(self._steps), environment.admissible, environment, self.seed, self._seconds)
 
     def start(self) -> str:
         self._first = self.environment.reset()
         return self._first
 
-    def take(self, action: str) -> tuple[str, bool]:
+    def take(self, action: str, by: str = "", seconds: float = 0.0) -> tuple[str, bool]:
+        """Take a step; `by`, `seconds`: the executor that chose it, and how long that took."""
         observation, done = self.environment.step(action)
-        self._steps.append(Step(action, observation))
+        self._steps.append(Step(action, observation, by, self._seconds))
+        self._seconds += seconds
         return observation, done
 
     async def advance(self, job: Callable[[], T]) -> T:

@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
+from routers.data.catalogue import Member
 from routers.environments.protocol import Act, View
 from srpo.types import Reply, Usage
 
@@ -53,6 +54,11 @@ class ReActExecutor:
         self.instruction = instruction
         self.history = history
         self.characters = characters
+
+    @property
+    def member(self) -> Member | None:
+        """With its prices and cache, where the pool tells."""
+        return getattr(self.pool, "members", {}).get(self.name)
 
     def query(self, view: View) -> str:
         """The prompt of the next call."""

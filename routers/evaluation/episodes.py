@@ -31,6 +31,8 @@ LOST = "lost"
 """`stop` of an episode that the pool failed. Its score, usd and reward are NaN: it is no result of the router."""
 THEN = " > "
 """Stands between members that were asked one after the other."""
+CACHES = ("prompt tokens: ", "cached tokens: ", "USD saved by the cache: ", "USD lost by switches: ")
+"""Before a member's name: columns of what its prompt cache did in an episode."""
 _KEY = ["router", "set", "seed", "cap", "item"]
 _REQUIRED: dict[str, type] = {"router": str, "kind": str, "item": str, "score": float, "usd": float, "reward": float}
 _DEFAULTS: dict[str, Any] = {
@@ -75,7 +77,8 @@ class Episodes:
         set         which held-out set the item is of, where there are several ("")
         curve       routers that are settings of one rule share this name, and span a frontier together ("")
         query       text of the item ("")
-    Further numeric columns are further metrics (em, f1, large_calls ...); NaN where a router has none.
+    Further numeric columns are further metrics (em, f1, large_calls ...); NaN where a router has none. Those that
+    begin as in `CACHES` are a member's.
 
     The header is JSON: `task`, `split`, `item` (what one is called: query, question, episode), `score` (what the score
     is: right answers, success), `rule` (of the reward), `train_reward` (router -> mean reward on training data that it

@@ -8,9 +8,11 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from routers.evaluation.episodes import LOST, Episodes
+import numpy as np
+
+from routers.evaluation.episodes import CACHES, LOST, Episodes
 from routers.evaluation.frontier import apgr, brier, calibration_error, cpt
-from routers.evaluation.statistics import LEFT_OUT, METRICS, Estimate, Metric, Paired, Reference, sets
+from routers.evaluation.statistics import LEFT_OUT, METRICS, PER_ITEMS, Estimate, Metric, Paired, Reference, sets
 
 INTERVAL = "95 % interval"
 NOTE = (
@@ -28,6 +30,10 @@ FRONTIER = (
 LEFT_OUT_NOTE = (
     "Gain: reward above the best single member's, of the oracle's. Left out: fitted without a member, which is then "
     "described by its outcomes on some training queries; mean over the members."
+)
+CACHES_NOTE = (
+    "Saved: against the same tokens without a cache. Lost by switches: what a prompt cost more because another "
+    "member's cache held it."
 )
 FAMILIES, SENT = "By family", "Sent where"
 """Titles of sections that the page shows as pictures."""
@@ -48,7 +54,7 @@ class Section:
 
 def sections(paired: Paired) -> list[Section]:
     """Everything about one set of items, the most important first."""
-    parts = [make(paired) for make in (_main, _gains, _beyond_mixing, _frontier, _left_out, _caps)]
+    parts = [make(paired) for make in (_main, _gains, _beyond_mixing, _frontier, _left_out, _caps, _caches)]
     parts += [_groups(paired, "By difficulty", paired.difficulty), _groups(paired, FAMILIES, paired.families)]
     parts.append(_sent(paired))
     return [part for part in parts if len(part.rows) > 1 or part.lines]
@@ -290,6 +296,21 @@ def _caps(paired: Paired) -> Section:
             cells = [score.show(found.value), interval(found, score), "" if used is None else f"{used.mean():.0%}"]
             rows.append((name, f"{cap:g}", *cells, "" if violated is None else f"{violated.sum():.0f}"))
     return Section("Under a cap", rows)
+
+
+def _caches(paired: Paired) -> Section:
+    """What members' prompt caches did for each router: see `CACHES`."""
+    members = [name.removeprefix(CACHES[0]) for name in paired.frame if name.startswith(CACHES[0])]
+    top = ("", "member", f"prompt tokens / 1k {items_of(paired)}", "cached")
+    rows: list[tuple[str, ...]] = [(*top, *(f"$ {what} / 1k" for what in ("saved", "lost by switches")))]
+    for name in shown(paired):
+        for member in members:
+            # an episode that could not even begin has none
+            sums = [PER_ITEMS * np.nan_to_num(paired.values(name, what + member)).mean() for what in CACHES]
+            if sums[0]:
+                share, usd = sums[1] / sums[0], (f"{value:.4f}" for value in sums[2:])
+                rows.append((named(paired, name), member, f"{sums[0]:,.0f}", f"{share:.1%}", *usd))
+    return Section("Prompt caches", rows, [CACHES_NOTE] if len(rows) > 1 else [])
 
 
 def _groups(paired: Paired, title: str, groups: Sequence[str]) -> Section:

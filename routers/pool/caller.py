@@ -7,7 +7,7 @@ import logging
 import time
 from dataclasses import dataclass, field, replace
 
-from routers.data.billing import highest, price
+from routers.data.billing import highest, price, saved
 from routers.data.billing import total as sum_of
 from routers.data.catalogue import Member
 from routers.pool.ledger import Ledger, OverBudget, Spending
@@ -182,6 +182,8 @@ class Caller:
             cost=spent,
             cached_tokens=attempt.usage.cached_tokens,
             reasoning_tokens=attempt.usage.reasoning_tokens,
+            cache_write_tokens=attempt.usage.cache_write_tokens,
+            saved=saved(self.member, attempt.usage),
             estimated=int(attempt.estimated),
             bounded=int(attempt.bounded),
             unmetered=int(attempt.unmetered),

@@ -153,6 +153,10 @@ class Spending:
     """Failed attempts without reported usage, counted as nothing; a provider may have billed them."""
     seconds: float = 0.0
     """Of the answered calls, waiting for places and limits included."""
+    cache_write_tokens: int = 0
+    """Of the prompt tokens, those that the provider wrote to its cache."""
+    saved: float = 0.0
+    """USD that the providers' caches made calls cheaper; negative where more was written than read."""
 
     @property
     def latency(self) -> float | None:

@@ -113,13 +113,18 @@ class StepRoutingArguments:
     )
     executor_usd: list[float] = field(
         default_factory=lambda: [EXPLORER_USD, PLANNER_USD],
-        metadata={"help": "USD per call of each scripted executor; members of `catalogue` have prices of their own."},
+        metadata={
+            "help": "USD per call of each scripted executor; those that `catalogue` lists cost what their tokens do "
+            "there, prompt cache included."
+        },
     )
     labels: list[str] = field(
         default_factory=lambda: ["<small>", "<large>"],
         metadata={"help": "The policy's words for the executors; each must be one token of the policy."},
     )
-    catalogue: str | None = field(default=None, metadata={"help": "Prices and endpoints (YAML) of live executors."})
+    catalogue: str | None = field(
+        default=None, metadata={"help": "Prices and endpoints (YAML) of live executors, prices of scripted ones."}
+    )
     concurrency: int = field(
         default=32, metadata={"help": "Episodes at once of profiling, demonstrations and rules with live executors."}
     )

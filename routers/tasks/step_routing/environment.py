@@ -13,11 +13,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from routers.environments.protocol import AgentEnvironment, Executor, Session, View
+from routers.data.billing import saved
+from routers.data.prompt_cache import switch_cost
+from routers.environments.priced import conversation
+from routers.environments.protocol import Act, AgentEnvironment, Executor, Session, View
+from routers.evaluation.episodes import CACHES
 from routers.pool.ledger import Ledger, OverBudget
 from routers.pool.protocol import CIRCUIT_OPEN
 from routers.tasks.step_routing.budget import Budget, BudgetGate
-from srpo.types import CORRECT, COST, FEEDBACK, LOST, Observation, Row, Stop
+from srpo.types import CORRECT, COST, FEEDBACK, LOST, Observation, Row, Stop, Usage
 
 CAP = "cap"
 """Dataset column: the row's own cap, in the budget's unit; None: no limit."""
@@ -68,6 +72,12 @@ class RoutedStep:
     observation: str = ""
     error: str | None = None
     """Why the call failed."""
+    usage: Usage = field(default_factory=Usage)
+    """Of the call, where its executor counts tokens."""
+    saved_usd: float = 0.0
+    """That the provider's cache made it cheaper."""
+    switch_usd: float = 0.0
+    """That it cost more because another executor's cache holds the prompt: estimated by `prompt_cache.switch_cost`."""
 
 
 class OutOfMoney(RuntimeError):
@@ -107,6 +117,9 @@ class StepRoutingEnvironment:
             raise ValueError(f"executors {names} with labels {list(self.labels.values())}: two or more, all different")
         self.names = {label: name for name, label in self.labels.items()}
         self.executors = {executor.name: executor for executor in executors}
+        members = {executor.name: getattr(executor, "member", None) for executor in executors}
+        self.members = {name: member for name, member in members.items() if member is not None}
+        """Of executors whose calls are priced by their tokens."""
         self.cheapest = names[0]
         self.make = make
         self.describe = describe
@@ -156,6 +169,11 @@ class StepRoutingEnvironment:
         }
         if episode.gate.used is not None:
             numbers["budget/used"] = episode.gate.used
+        if self.members:
+            read = sum(step.usage.prompt_tokens for step in episode.steps)
+            numbers["cache/share"] = sum(step.usage.cached_tokens for step in episode.steps) / max(read, 1)
+            numbers["cache/saved_usd"] = sum(step.saved_usd for step in episode.steps)
+            numbers["cache/switch_usd"] = sum(step.switch_usd for step in episode.steps)
         self._episodes.append(numbers)
 
     def metrics(self) -> Mapping[str, float]:
@@ -206,6 +224,7 @@ class StepRoutingEpisode:
         self._parent = parent
         self._environment = environment
         self._session = session
+        self._members = parent.members
         self.situation = self._look()
         gate.check_start(self.situation.bounds, environment.limit)
         if refuse and not self.situation.affordable:
@@ -249,14 +268,23 @@ class StepRoutingEpisode:
         except BaseException:  # the episode is lost, its money is not: the call may be billed
             self.steps.append(step)
             raise
-        self.steps.append(replace(step, usd=act.cost, action=act.action, error=act.reply.error))
+        self.steps.append(replace(self._with_cache(step, act, now.view), usd=act.cost, action=act.action))
         if act.reply.error is not None and self._parent.out_of_money():
             raise OutOfMoney(act.reply.error)
-        return await self._session.advance(lambda: self._after(act.action))
+        return await self._session.advance(lambda: self._after(act))
 
-    def _after(self, action: str) -> Observation:
+    def _with_cache(self, step: RoutedStep, act: Act, view: View) -> RoutedStep:
+        """The step with its tokens, and what the cache did to its price."""
+        step, name, members = replace(step, error=act.reply.error, usage=act.reply.usage), step.executor, self._members
+        if (member := members.get(name)) is None:
+            return step
+        last = members.get(self.calls[-1]) if self.steps else None
+        lost = 0.0 if last is None else switch_cost(last, member, conversation(view))
+        return replace(step, saved_usd=saved(member, act.reply.usage), switch_usd=lost)
+
+    def _after(self, act: Act) -> Observation:
         """What the policy is told of this action; reads all of the world that is looked at before the next one."""
-        observation, done = self._session.take(action)
+        observation, done = self._session.take(act.action, self.steps[-1].executor, act.reply.seconds)
         self.steps[-1] = replace(self.steps[-1], observation=observation)
         if done:
             late = not self._environment.won and self._environment.steps >= self._environment.limit
@@ -288,7 +316,22 @@ class StepRoutingEpisode:
             "large_calls": self.large_calls,
             "budget_used": self.gate.used,
             "budget_violated": self.gate.violated,
+            **self._cached(),
         }
+
+    def _cached(self) -> dict[str, float]:
+        """Per priced executor its prompt tokens, those out of its cache, and USD saved and lost; see `CACHES`."""
+        found: dict[str, float] = {}
+        for name in self._members:
+            steps = [step for step in self.steps if step.executor == name]
+            sums = (
+                sum(step.usage.prompt_tokens for step in steps),
+                sum(step.usage.cached_tokens for step in steps),
+                sum(step.saved_usd for step in steps),
+                sum(step.switch_usd for step in steps),
+            )
+            found |= {f"{what}{name}": float(value) for what, value in zip(CACHES, sums, strict=True)}
+        return found
 
     def _unanswered(self) -> str | None:
         """Why the episode says nothing about its executors, if so."""

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from rewards.boundary import BoundaryReward
 from routers.environments.scripted import SCRIPTED
-from routers.evaluation.episodes import THEN, Episodes, Kind
+from routers.evaluation.episodes import CACHES, THEN, Episodes, Kind
 from routers.tasks.step_routing.advantages import EPISODES, Advantages, estimate, steps_of
 from routers.tasks.step_routing.environment import TASK, StepRoutingEnvironment
 from routers.tasks.step_routing.player import (
@@ -83,6 +83,7 @@ class Record:
                 "stop": "failed" if stop == "lost" else stop,  # it counts, as a failure
                 "violated": float(columns["budget_violated"]),
                 "used": math.nan if columns["budget_used"] is None else float(columns["budget_used"]),
+                **{key: float(value) for key, value in columns.items() if key.startswith(CACHES)},
                 **more,
             }
         )
@@ -231,4 +232,5 @@ def estimate_advantages(world: StepWorld, tasks: Mapping[str, BoundaryProfile], 
 
 def _columns(driven: Driven) -> dict[str, Any]:
     names = (CORRECT, COST, "calls", "large_calls", "members", "budget_used", "budget_violated")
-    return {**{name: driven.columns[name] for name in names}, "stop": driven.stop}
+    caches = {name: value for name, value in driven.columns.items() if name.startswith(CACHES)}
+    return {**{name: driven.columns[name] for name in names}, **caches, "stop": driven.stop}

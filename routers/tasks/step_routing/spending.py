@@ -160,6 +160,9 @@ def report(phase: str, used: Mapping[str, Spending], spent: float, cap: float | 
         notes = ", ".join(f"{getattr(spending, n):,} {n}" for n in odd if getattr(spending, n))
         calls = f"{spending.calls:,} calls" + (f" ({notes})" if notes else "")
         cached = f", {spending.cached:,} from the cache" if spending.cached else ""
+        if spending.cached_tokens or spending.cache_write_tokens:
+            share = spending.cached_tokens / max(spending.prompt_tokens, 1)
+            cached += f", {share:.0%} of its prompts in the provider's cache, ${spending.saved:.4f} saved"
         parts.append(f"{name} {calls}{cached}, ${spending.cost:.4f}")
     of = "" if cap is None else f" of ${cap:g}"
     return f"{phase}: {'; '.join(parts) or 'no calls'}. The run has spent ${spent:.4f}{of}"

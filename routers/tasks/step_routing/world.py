@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rewards.boundary import Boundary, BoundaryReward, cheap_failure_pays
-from routers.data.catalogue import load_catalogue
+from routers.data.catalogue import Member, load_catalogue
+from routers.environments.priced import PricedExecutor
 from routers.environments.protocol import Executor
 from routers.environments.react import ReActExecutor
 from routers.environments.registry import benchmark
@@ -75,12 +76,25 @@ class StepWorld:
         return _live_executors(str(task.catalogue), tuple(task.live), task.reply_cache) if task.live else None
 
     def executors(self) -> list[Executor]:
-        """Cheapest first."""
+        """Cheapest first. A scripted one that the catalogue lists costs what its tokens do there.
+
+        Raises:
+            ValueError: a catalogue that lists none of the executors.
+        """
         task, pool = self.arguments, self.pool()
-        return [
-            SCRIPTED[name](usd) if pool is None or name in SCRIPTED else ReActExecutor(pool, name)
-            for name, usd in zip(task.executors, task.executor_usd, strict=True)
-        ]
+        found: list[Executor] = []
+        priced = {} if task.catalogue is None else _catalogue(str(task.catalogue))
+        if task.catalogue is not None and not priced.keys() & {*task.executors}:
+            raise ValueError(
+                f"{task.catalogue}: lists none of the executors {', '.join(task.executors)}; leave it out"
+            )
+        for name, usd in zip(task.executors, task.executor_usd, strict=True):
+            if pool is not None and name not in SCRIPTED:
+                found.append(ReActExecutor(pool, name))
+            else:
+                scripted = SCRIPTED[name](usd)
+                found.append(PricedExecutor(scripted, priced[name]) if name in priced else scripted)
+        return found
 
     def environment(self, *parts: tuple[str, int | None]) -> StepRoutingEnvironment:
         """The environment of rows whose `task` the benchmark knows.
@@ -212,13 +226,18 @@ def _load_tasks(environment: str, which: str, limit: int | None) -> Mapping[str,
 
 
 @functools.cache
+def _catalogue(path: str) -> Mapping[str, Member]:
+    return load_catalogue(path)
+
+
+@functools.cache
 def _live_executors(catalogue: str, names: tuple[str, ...], reply_cache: str | None) -> Pool:
     """Limits, circuit breakers and money of these executors are shared.
 
     Raises:
         ValueError: a member is missing, or not usable.
     """
-    members = load_catalogue(catalogue)
+    members = _catalogue(catalogue)
     if unknown := [name for name in names if name not in members]:
         raise ValueError(f"executors: {unknown[0]!r} is not in {catalogue}")
     cache = None if reply_cache is None else ReplyCache(reply_cache)

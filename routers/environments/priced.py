@@ -1,0 +1,54 @@
+"""A scripted executor that costs what a member of a price list would cost in its place, prompt cache included.
+
+Its prompt is the episode so far, its answer `COMPLETION_TOKENS`; both are counted by `estimated_tokens`. What of the
+prompt is cached follows from who acted when (`Step.by`, `Step.at`), so that nothing has to be kept: the same episode
+costs the same, in whatever process it is played. Time passes by members' ``latency``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from routers.data.billing import highest, price
+from routers.data.catalogue import Member
+from routers.data.prompt_cache import Conversation, estimated_tokens
+from routers.environments.protocol import Act, Executor, View
+
+COMPLETION_TOKENS = 50
+"""As in the prices of `routers.environments.scripted`."""
+
+
+def conversation(view: View) -> Conversation:
+    """An episode as prompt caches see it: each call's prompt is the first observation and all steps before it."""
+    told, messages = Conversation(), [estimated_tokens(view.first)]
+    for step in view.steps:
+        told = told.then(messages, step.at).asked(step.by)
+        messages.append(estimated_tokens(step.action) + estimated_tokens(step.observation))
+    return told.then(messages, view.now)
+
+
+class PricedExecutor:
+    """An executor at a member's prices.
+
+    Args:
+        executor: chooses the actions.
+        member: has the executor's name; its prices, cache and ``latency`` count.
+
+    Raises:
+        ValueError: another name, or no prices.
+    """
+
+    def __init__(self, executor: Executor, member: Member) -> None:
+        if member.name != executor.name or not member.priced:
+            raise ValueError(f"executor {executor.name!r}: needs a member of its name with price_in and price_out")
+        self.name, self.member = executor.name, member
+        self._executor = executor
+
+    def bound(self, view: View) -> float:
+        return highest(self.member, conversation(view).prompt_tokens, COMPLETION_TOKENS)
+
+    async def act(self, view: View, deadline: float) -> Act:
+        act = await self._executor.act(view, deadline)
+        usage = conversation(view).expected(self.member, COMPLETION_TOKENS)
+        usd = price(self.member, usage)
+        return Act(act.action, usd, replace(act.reply, usage=usage, cost=usd, seconds=self.member.latency or 0.0))
