@@ -224,7 +224,8 @@ def estimate_advantages(world: StepWorld, tasks: Mapping[str, BoundaryProfile], 
     played = play_jobs(
         jobs, partial, player, lambda driven: (steps_of(driven.decisions, cheapest), float(driven.columns[CORRECT]))
     )
-    small, large = world.arguments.executor_usd[0], world.arguments.executor_usd[-1]
+    [start] = world.environment().starts({TASK: next(iter(tasks))}, [None])
+    small, *_, large = start.bounds.values()  # of one call: scripted executors may be priced by their tokens
     episode = sum(profile.cost_large for profile in tasks.values()) / len(tasks)
     estimate(played, (large - small) / episode if episode else 0.0).save(path)
     partial.unlink()
