@@ -231,6 +231,22 @@ def test_a_live_reply_costs_what_it_reports(tmp_path):
         assert pool.ledger.total().estimated == 1
 
 
+def test_a_live_reply_s_cache_is_billed_by_its_time_and_what_it_saved_is_booked(tmp_path):
+    times = {"ephemeral_5m_input_tokens": 30, "ephemeral_1h_input_tokens": 20}
+    details = {"cached_tokens": 50, "cache_creation_token_details": times}
+    usage = {"prompt_tokens": 150, "completion_tokens": 5, "total_tokens": 155, "prompt_tokens_details": details}
+    prices = {"price_cached": 0.1, "price_cache_write": 1.25, "price_cache_write_1h": 2.0}
+    with OpenAIServer() as server:
+        pool, (reply,) = ask(server, usage, ReplyCache(tmp_path), **prices)
+        assert reply.cost == pytest.approx((50 + 50 * 0.1 + 30 * 1.25 + 20 * 2 + 50) / 1e6)
+        booked = pool.ledger.total()
+        assert (booked.cached_tokens, booked.cache_write_tokens) == (50, 50)
+        assert booked.saved == pytest.approx(200e-6 - reply.cost) and reply.cost < pool.bound("m", "q" * 40)
+        other, (again,) = ask(server, usage, ReplyCache(tmp_path), **prices)  # off the disk
+        assert again.cached and other.price("m", again.usage) == pytest.approx(reply.cost)
+        assert other.ledger.total().saved == 0.0
+
+
 @pytest.mark.parametrize("count", [10**9, 10**300, "1" * 400])
 def test_no_report_takes_more_than_was_set_aside(count):
     with OpenAIServer() as server:
