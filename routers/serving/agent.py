@@ -127,6 +127,7 @@ class AgentWorker:
         except ValueError as error:
             raise RequestError(400, str(error), None, "invalid_value") from None
         cost.usd, spent.known = found.cost_usd, True
+        spent.told = {"member": ", ".join(found.members) or None}
         self.metrics.answered(found)
         if found.answer is None or not found.answer.strip():
             raise _no_answer(found)

@@ -31,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--port", type=ranged(between(0, 65535), whole=True), default=8000)
     parser.add_argument("--api-key-env", help="environment variable that holds the key clients must send")
     parser.add_argument("--public-metrics", action="store_true", help="/metrics needs no key")
+    parser.add_argument("--ui", action="store_true", help="a page to watch it by, at /ui")
     parser.add_argument("--keys", type=Path, help="several keys, each with budgets and a rate (YAML)")
     parser.add_argument("--spending", type=Path, help="file that keeps what --keys have spent over restarts")
     several = ranged(at_least(1), whole=True)
@@ -47,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     keys = make_keys(args)
     worker = make_worker(args, args.name)
     limits = GateLimits(question_tokens=args.question_tokens, queue_tokens=args.queue_tokens)
-    app = create_app(worker, name=args.name, gate=make_gate(worker, keys, limits), public_metrics=args.public_metrics)
+    gate = make_gate(worker, keys, limits)
+    app = create_app(worker, name=args.name, gate=gate, public_metrics=args.public_metrics, ui=args.ui)
     serve_app(app, keys, host=args.host, port=args.port, limits=ConnectionLimits(drain=args.drain_seconds))
 
 

@@ -158,6 +158,10 @@ class Gate:
         self._working = 0
         for name, weigh in (("router_waiting", lambda _: 1), ("router_waiting_tokens", lambda t: t.tokens)):
             self.metrics.watch(name, "Admitted, and not begun or decided yet.", self._waiting_by(weigh), "key")
+        whose, keys = ("key", "period"), self.keys
+        self.metrics.watch("router_budget_usd", "Budgets of keys.", lambda: keys.budgets(spent=False), *whose)
+        spent = "Spent of them, and set aside."
+        self.metrics.watch("router_budget_spent_usd", spent, lambda: keys.budgets(spent=True), *whose)
 
     def authorise(self, headers: Mapping[str, str]) -> Key:
         """Whose request this is.

@@ -295,6 +295,17 @@ class Keys:
         _log.warning("%s was read again: %d keys", self._path, len({key.name for key in self._digests.values()}))
         return True
 
+    def budgets(self, spent: bool) -> dict[tuple[str, ...], float]:
+        """USD by (name, "day" or "total"), of keys with such a budget: the budget, or what is spent of it and set
+        aside."""
+        found = {}
+        for key in self._known.values():
+            used = key.spending()
+            for period, limit in (("day", key.limits.usd_per_day), ("total", key.limits.usd_total)):
+                if limit is not None:
+                    found[key.name, period] = used[f"{period}_usd"] if spent else limit
+        return found
+
     def save(self) -> None:
         """Write what was spent, if there is a file for it and anything changed.
 

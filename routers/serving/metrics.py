@@ -6,6 +6,8 @@
     router_request_seconds{kind}         histogram of the whole of them
     router_waiting{key}                  requests that wait for their turn
     router_waiting_tokens{key}           tokens of their questions
+    router_budget_usd{key,period}        of keys with one; period: day, total
+    router_budget_spent_usd{key,period}  spent of it, and set aside
     router_decisions_total{member}       by member; none: the router abstained
     router_decision_seconds              histogram, waiting included
     router_decision_batch                histogram of how many queries were decided together

@@ -96,6 +96,7 @@ class Proxy:
         spent.policy_usd = self._ledger.policy(decision.prompt_tokens, decision.completion_tokens)
         told: dict[str, Any] = {"member": None, "scores": dict(decision.scores), "decision": decision.text}
         told["tried"] = []
+        spent.told = told
         if decision.member is None:
             words = f"the router chose no member: {decision.error}"
             raise RequestError(422, words, code="no_member", srpo=self._costs(told, spent))

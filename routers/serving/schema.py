@@ -14,6 +14,7 @@ PATHS = {
     "/v1/models/{model}": ("get", "The router."),
     "/health": ("get", "Whether the server is up."),
     "/metrics": ("get", "Counters for Prometheus."),
+    "/ui": ("get", "A page to watch the server by (--ui)."),
     "/openapi.json": ("get", "This, for programs."),
     "/docs": ("get", "This, for people."),
 }
@@ -24,7 +25,7 @@ HEADERS = {
     "x-srpo-policy-usd": "of the router's own tokens",
     "x-srpo-tried": "members that were asked before, or could not be",
 }
-_KEYLESS = ("/health", "/docs", "/openapi.json")
+_KEYLESS = ("/health", "/ui", "/docs", "/openapi.json")
 
 
 def openapi(name: str) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -30,6 +30,8 @@ class Spent:
         self.call: Priced | None = None
         self.known = True
         """False: it may have cost more than `usd` says, as of an agent that was stopped in the middle."""
+        self.told: Mapping[str, Any] = {}
+        """What was decided, as far as it is: member, scores, tried."""
 
     @property
     def usd(self) -> float:

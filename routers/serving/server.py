@@ -8,6 +8,7 @@ settled: once, by what it cost, however it ends.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
@@ -22,18 +23,24 @@ from routers.serving.chat import ChatRequest, read_chat
 from routers.serving.errors import RequestError
 from routers.serving.gate import Gate, GateLimits
 from routers.serving.keys import Key, Keys
+from routers.serving.page import Recent, page
 from routers.serving.response_shape import ResponseShape
 from routers.serving.responses import chat_of
 from routers.serving.schema import docs_page, openapi
 from routers.serving.served import Spent, Worker
 from routers.serving.shapes import ChatShape, Shape, json_bytes
-from routers.serving.watch import Watch
+from routers.serving.watch import LEFT, Watch
 
 _EVENTS = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-store"}
 
 
 def create_app(
-    worker: Worker, *, name: str = "router", gate: Gate | None = None, public_metrics: bool = False
+    worker: Worker,
+    *,
+    name: str = "router",
+    gate: Gate | None = None,
+    public_metrics: bool = False,
+    ui: bool = False,
 ) -> Watch:
     """The application; closes the worker when it shuts down.
 
@@ -41,8 +48,10 @@ def create_app(
         worker: who answers.
         name: of the model, as clients say it.
         gate: who may ask, and how much (see `make_gate`); None: anybody, within its limits.
-        public_metrics: `/metrics` needs no key.
+        public_metrics: `/metrics`, and what `/ui` shows, need no key.
+        ui: there is a page to watch it by, `/ui`.
     """
+    recent = Recent() if ui else None
     door = gate or make_gate(worker)
 
     @asynccontextmanager
@@ -84,6 +93,19 @@ def create_app(
             raise RequestError(404, f"there is no model {asked!r}; use {name!r}", "model", "model_not_found")
         return _model(name)
 
+    if recent is not None:
+        html, heads = page()
+
+        @app.get("/ui")
+        async def watched() -> HTMLResponse:
+            return HTMLResponse(html, headers=heads)
+
+        @app.get("/ui/decisions")
+        async def decided(request: Request) -> Response:
+            if not public_metrics:
+                door.authorise(request.headers)
+            return Response(json_bytes(recent.listed()), media_type="application/json")
+
     @app.get("/openapi.json")
     async def described() -> Response:
         return _json(openapi(name))
@@ -96,13 +118,13 @@ def create_app(
     async def chat(request: Request) -> Response:
         key = door.authorise(request.headers)
         asked = read_chat(await door.body(request), name)
-        return _Reply(worker, door, key, asked, ChatShape())
+        return _Reply(worker, door, key, asked, ChatShape(), recent)
 
     @app.post("/v1/responses", response_model=None)
     async def respond(request: Request) -> Response:
         key = door.authorise(request.headers)
         document = await door.body(request)
-        return _Reply(worker, door, key, read_chat(chat_of(document), name), ResponseShape(document, name))
+        return _Reply(worker, door, key, read_chat(chat_of(document), name), ResponseShape(document, name), recent)
 
     return Watch(app, door, door.metrics)
 
@@ -125,12 +147,26 @@ def make_gate(worker: Worker, keys: Keys | None = None, limits: GateLimits | Non
 class _Reply(Response):
     """Does its work while it is sent, so that what admits a request spans all of it, a stream too."""
 
-    def __init__(self, worker: Worker, gate: Gate, key: Key, asked: ChatRequest, shape: Shape) -> None:
+    def __init__(
+        self, worker: Worker, gate: Gate, key: Key, asked: ChatRequest, shape: Shape, recent: Recent | None
+    ) -> None:
         super().__init__()
         self._worker, self._gate, self._key, self._asked, self._shape = worker, gate, key, asked, shape
+        self._recent, self._status = recent, LEFT
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        spent, text = Spent(), self._worker.reads(self._asked)
+        spent, started = Spent(), time.monotonic()
+        try:
+            await self._answer(spent, scope, receive, send)
+        except RequestError as error:
+            self._status = error.status
+            raise
+        finally:
+            if self._recent is not None:
+                self._recent.add(self._key.name, spent, time.monotonic() - started, self._status)
+
+    async def _answer(self, spent: Spent, scope: Scope, receive: Receive, send: Send) -> None:
+        text = self._worker.reads(self._asked)
         async with self._gate.admitted(self._key, text, at_most=self._asked.max_cost_usd) as ticket:
             asked = self._asked if math.isinf(ticket.max_usd) else replace(self._asked, max_cost_usd=ticket.max_usd)
             try:
@@ -139,7 +175,7 @@ class _Reply(Response):
                     if served.chunks is not None:
                         await send(_start(200, {**headers, **_EVENTS}))
                         async with aclosing(served.chunks) as chunks:
-                            await self._stream(chunks, send)
+                            self._status = await self._stream(chunks, send)
             finally:
                 if spent.known:
                     ticket.settle(spent.usd)
@@ -147,8 +183,10 @@ class _Reply(Response):
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         else:
             await _json(self._shape.whole(document), headers=headers)(scope, receive, send)
+            self._status = 200
 
-    async def _stream(self, chunks: AsyncGenerator[dict[str, Any] | None, None], send: Send) -> None:
+    async def _stream(self, chunks: AsyncGenerator[dict[str, Any] | None, None], send: Send) -> int:
+        """The status that it would have had as a whole."""
         try:
             for event in self._shape.begin():
                 await send(_part(event))
@@ -161,6 +199,8 @@ class _Reply(Response):
             self._gate.metrics.broke_off(error.status)
             for event in self._shape.failed(error):
                 await send(_part(event))
+            return error.status
+        return 200
 
 
 def _json(document: dict[str, Any], status: int = 200, headers: Mapping[str, str] | None = None) -> Response:

@@ -67,7 +67,7 @@ def running(app: Any) -> Iterator[str]:
 
 @contextmanager
 def proxied(
-    members: Mapping[str, Any], *, ledger: Ledger | None = None, keys: Keys | None = None
+    members: Mapping[str, Any], *, ledger: Ledger | None = None, keys: Keys | None = None, ui: bool = False
 ) -> Iterator["Proxied"]:
     """A running proxy in front of loopback members: name -> (its server, fields of the catalogue)."""
     made = [
@@ -78,7 +78,7 @@ def proxied(
     ledger = ledger or Ledger()
     router = ByName(made)
     proxy = Proxy(router, {m.name: Passthrough(m, ledger) for m in made}, ledger)
-    with running(create_app(proxy, gate=make_gate(proxy, keys))) as address:
+    with running(create_app(proxy, gate=make_gate(proxy, keys), ui=ui)) as address:
         yield Proxied(address, router, ledger, {m.name: m for m in made})
 
 
