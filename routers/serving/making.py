@@ -62,6 +62,8 @@ def make_worker(args: argparse.Namespace, name: str) -> Worker:
     if file.kind == "think_route":
         if not (args.catalogue or args.table):
             raise ValueError("an agent answers with a pool: give --catalogue or --table")
+        if args.safe_member:
+            raise ValueError("an agent answers by itself: leave --safe-member out")
         return AgentWorker(_agent(args, file), name)
     if args.reply_cache:
         raise ValueError("a server in front of members keeps no replies: leave --reply-cache out")
@@ -74,7 +76,7 @@ def make_worker(args: argparse.Namespace, name: str) -> Worker:
         lines = {member.name: Passthrough(member, ledger) for member in router.members}
     else:
         lines = {member.name: NameOnly(member.name) for member in router.members}
-    return Proxy(router, lines, ledger, name)
+    return Proxy(router, lines, ledger, name, safe=args.safe_member)
 
 
 def _checked(args: argparse.Namespace) -> RouterFile:

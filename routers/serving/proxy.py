@@ -4,7 +4,8 @@ What the client gets is the member's own reply, but for
 
     model               the router's name
     usage.cost_usd      USD of the call at the catalogue's prices, and of the router's own tokens
-    srpo                {member, scores, decision, tried, cost_usd, policy_usd}: what was decided, and who else tried
+    srpo                {member, scores, decision, tried, cost_usd, policy_usd}: what was decided, and who else tried;
+                        `abstained`, why, where the router chose nobody and the safe member got the request
 
 A stream has ``srpo`` in its first chunk, without costs, and in that of the usage, where the client asked for it.
 A member that does not answer (429, 5xx, no reply in time, before the first byte) is followed by the next in the
@@ -17,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, asynccontextmanager
+from dataclasses import replace
 from typing import Any, Protocol
 from urllib.parse import quote
 
@@ -68,6 +70,10 @@ class Proxy:
         ledger: where the policy's own tokens are booked.
         name: of the router, as clients say it.
         metrics: None: new ones.
+        safe: who gets what the router abstains from; None: that is an error, for a person to see.
+
+    Raises:
+        ValueError: `safe` is no member.
     """
 
     queues = True
@@ -79,8 +85,13 @@ class Proxy:
         ledger: Ledger,
         name: str = "router",
         metrics: ServerMetrics | None = None,
+        safe: str | None = None,
     ) -> None:
-        self.router, self.lines, self.name = router, lines, name
+        if safe is not None and safe not in lines:
+            raise ValueError(
+                f"there is no member {safe!r} for what the router abstains from; there are {', '.join(lines)}"
+            )
+        self.router, self.lines, self.name, self.safe = router, lines, name, safe
         self.metrics = metrics or ServerMetrics()
         self.metrics.follow(ledger)
         self.count_tokens = router.count_tokens
@@ -97,6 +108,9 @@ class Proxy:
         told: dict[str, Any] = {"member": None, "scores": dict(decision.scores), "decision": decision.text}
         told["tried"] = []
         spent.told = told
+        if decision.member is None and self.safe is not None:
+            decision = replace(decision, members=(self.safe,))
+            told["abstained"] = decision.error
         if decision.member is None:
             words = f"the router chose no member: {decision.error}"
             raise RequestError(422, words, code="no_member", srpo=self._costs(told, spent))

@@ -12,6 +12,7 @@ from serving_helpers import Proxied, proxied, until
 
 from routers.data.billing import price
 from routers.serving.keys import Keys
+from routers.serving.proxy import Proxy
 from srpo.types import Usage
 
 ODD = 'naïve ☕ 👩‍👩‍👧 "quoted" \\back\\ \u2028 \u0000 \ud83d tab\t 你好'
@@ -393,3 +394,12 @@ def test_the_real_client_with_tools_and_streams(served: Proxied, large: ChatServ
         with pytest.raises(openai.BadRequestError) as refused:
             client.chat.completions.create(model="router", messages=asked, modalities=["text", "audio"])
         assert refused.value.param == "modalities"
+
+
+def test_a_safe_member_gets_what_the_router_abstains_from(small: ChatServer, large: ChatServer) -> None:
+    with proxied({"small": (small, {}), "large": (large, {})}, safe="large") as running:
+        reply = running.post({"messages": user("nobody")}).json()
+        assert reply["choices"][0]["message"]["content"] == "large says"
+        assert reply["srpo"]["member"] == "large" and reply["srpo"]["abstained"] == "it abstains"
+    with pytest.raises(ValueError, match="no member 'someone' for what the router abstains from; there are small"):
+        Proxy(running.router, {"small": None}, running.ledger, safe="someone")  # type: ignore[dict-item]

@@ -67,7 +67,12 @@ def running(app: Any) -> Iterator[str]:
 
 @contextmanager
 def proxied(
-    members: Mapping[str, Any], *, ledger: Ledger | None = None, keys: Keys | None = None, ui: bool = False
+    members: Mapping[str, Any],
+    *,
+    ledger: Ledger | None = None,
+    keys: Keys | None = None,
+    ui: bool = False,
+    safe: str | None = None,
 ) -> Iterator["Proxied"]:
     """A running proxy in front of loopback members: name -> (its server, fields of the catalogue)."""
     made = [
@@ -77,7 +82,7 @@ def proxied(
     ]  # fmt: skip
     ledger = ledger or Ledger()
     router = ByName(made)
-    proxy = Proxy(router, {m.name: Passthrough(m, ledger) for m in made}, ledger)
+    proxy = Proxy(router, {m.name: Passthrough(m, ledger) for m in made}, ledger, safe=safe)
     with running(create_app(proxy, gate=make_gate(proxy, keys), ui=ui)) as address:
         yield Proxied(address, router, ledger, {m.name: m for m in made})
 
