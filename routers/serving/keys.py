@@ -298,7 +298,7 @@ class Keys:
     def budgets(self, spent: bool) -> dict[tuple[str, ...], float]:
         """USD by (name, "day" or "total"), of keys with such a budget: the budget, or what is spent of it and set
         aside."""
-        found = {}
+        found: dict[tuple[str, ...], float] = {}
         for key in self._known.values():
             used = key.spending()
             for period, limit in (("day", key.limits.usd_per_day), ("total", key.limits.usd_total)):

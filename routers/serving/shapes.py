@@ -47,7 +47,7 @@ class ChatShape:
         yield event(error.document())
 
 
-def json_bytes(document: dict[str, Any]) -> bytes:
+def json_bytes(document: Any) -> bytes:
     """ASCII, so that what has no UTF-8, such as half of a pair of surrogates, comes through as it came."""
     return json.dumps(document, separators=(",", ":")).encode()
 
