@@ -7,6 +7,7 @@ Ours, on purpose not `model.generate`: a turn continues the KV cache of the turn
 prefilled once, rows that are done leave the batch, and each row draws from a generator named by its seed.
 """
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -25,6 +26,9 @@ Recorder = Callable[[list[tuple[int, ...]], Tensor], None]
 share sequence n (a group's prompt is forwarded once), `positions[n, s]` the token's index in its row's whole sequence,
 -1 where the column holds none. Rows of a model without a reusable cache are forwarded again each turn."""
 
+
+ALL_TOKENS = sys.maxsize
+"""For `keep_tokens`: rows wait for their worlds, and every one of them comes back until it is over."""
 
 Allowed = Callable[[Sequence[int]], Sequence[int] | None]
 """The ids of a turn so far -> those that may follow; None there: any. See `srpo.rollout.constrained`."""
@@ -62,7 +66,10 @@ class Sample:
 
 class Generator(Protocol):
     def generate(self, requests: Sequence[Request]) -> list[Sample]:
-        """One turn per request, in their order. Rows that are left out are over: their caches may be dropped."""
+        """One turn per request, in their order. Rows that are left out may come back."""
+
+    def over(self, rows: Sequence[int]) -> None:
+        """These rows do not come back: their caches may be dropped."""
 
     def finish(self) -> None:
         """This process asks for nothing more; returns when no other process needs its help."""
@@ -118,8 +125,8 @@ class TransformersGenerator:
         recorder: called after every forward, see `Recorder`.
         any_busy: where parameters are sharded, every process must enter every forward. A collective "is any process
             busy?", given whether this one is; None where processes are independent.
-        keep_tokens: where conversations come and go (serving), rows that a batch leaves out are not over: caches of so
-            many tokens of them are kept, the latest used first. 0: a rollout's rows are over when they are left out.
+        keep_tokens: of rows that a batch leaves out, caches of so many tokens are kept, the latest used first; those
+            of rows that are `over` are not.
     """
 
     def __init__(
@@ -180,6 +187,10 @@ class TransformersGenerator:
             for i in live:
                 lengths[i] += not rows[i].over
         return [Sample(tuple(row.ids), tuple(row.logprobs), row.ended, row.scores) for row in rows]
+
+    def over(self, rows: Sequence[int]) -> None:
+        for row in rows:
+            self._kept.pop(row, None)
 
     def finish(self) -> None:
         self._kept.clear()

@@ -1,7 +1,16 @@
 """The one loop that plays episodes: who decides and the world take turns until one of `srpo.types.STOPS`.
 
-    all episodes made -> [ decider: one turn for every row that is going on, in one batch
-                        -> world: all their steps at the same time                       ] ... -> columns
+    all episodes made -> [ decider: one turn for every row whose world has answered, in one batch
+                        -> world: their steps begin, beside those that are still under way
+                        -> the answers that are there                                    ] ... -> columns
+
+No row waits for the world of another. So that batches do not shrink to single rows, answers are waited for after the
+first one, for 0.1 s and a quarter of the time that the last batch of turns took: a turn begins at most so much later
+than it could, and where all worlds answer within it, rows take their turns all together.
+
+What a row draws does not depend on when answers come: each draws by its own seed, from logits that are the same in
+every batch up to the rounding of a batched forward. Two runs in which the same rows met are equal bit for bit: always
+where every world answers at once (as recorded ones do) and in rounds (`rounds`); else up to that rounding.
 
 Who decides is a policy (a `Generator`: token in = token out) or a `Rule`. A turn of the policy stays the ids that were
 sampled: nothing is decoded and encoded again. The world's text is encoded once, without control tokens
@@ -9,6 +18,7 @@ sampled: nothing is decoded and encoded again. The world's text is encoded once,
 trajectory ends with stop "lost" and the cause in its columns, and the others go on.
 """
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -21,7 +31,7 @@ from srpo.columns import OF_ROLLOUT, TURNS, check_word
 from srpo.ranges import Ranges, above, at_least, check_numbers
 from srpo.rollout.thinking import opened_by
 from srpo.rollout.untrusted import encode_frame, encode_untrusted
-from srpo.rollout.worker_loop import EpisodeLoop, Failure
+from srpo.rollout.worker_loop import EpisodeLoop, Failure, Flow, Job
 from srpo.types import LOST, STOP, Columns, Environment, Episode, Observation, Row, Stop, Trajectory, Turn
 
 if TYPE_CHECKING:  # torch, which processes that play by rules do not need
@@ -30,6 +40,11 @@ if TYPE_CHECKING:  # torch, which processes that play by rules do not need
 Rule = Callable[[int, Episode], str]
 """Decides in a policy's place: (row, its episode) -> the text of its next turn. Called within the episode's own step,
 so that a rule that raises or hangs loses that episode. It must answer among `choices()` where there are some."""
+
+_WINDOW = 0.1, 0.25
+"""For how long answers are waited for after the first: seconds, and a share of the time that the last turns took. In
+simulations (one answer in ten takes 3 s, log-normal, heavy tails; turns of 0.1 to 5 s) the time of 32 to 64 rows is
+0.4 to 1.16 of that in rounds; without the share it is up to 1.3, where turns take long and worlds do not."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +126,7 @@ def play(
     loop: EpisodeLoop | None = None,
     progress: bool = False,
     out_of_money: Callable[[], bool] = lambda: False,
+    rounds: bool = False,
 ) -> list[Trajectory]:
     """One trajectory per row.
 
@@ -122,8 +138,10 @@ def play(
         tokenizer: of the policy; None where a rule decides.
         loop: where the episodes live; None: a loop of this call's own. Clients of an environment belong to a loop.
         progress: show a bar over episodes.
-        out_of_money: asked after the steps of each round; True ends every episode with stop "budget", so that only
-            what was under way is spent.
+        out_of_money: asked whenever answers have come; True ends every episode with stop "budget", those under way
+            with their answer, so that nothing else is spent.
+        rounds: every row waits for all answers. Where processes must ask their generators equally often (sharded
+            parameters, a shared engine) they may not wait for each other in between.
 
     Returns:
         Trajectories whose columns are the episode's, and `STOP`, `LOST` and "turns". An episode that could not give
@@ -139,14 +157,28 @@ def play(
     labels = Labels(tokenizer)
     with EpisodeLoop() if loop is None else nullcontext(loop) as loop:
         _make(environment, plays, rows, seeds, loop, limits)
-        with tqdm(total=len(plays), desc="episodes", disable=None if progress else True, leave=False) as bar:
-            while going := [p for p in plays if p.stop is None]:
+        ready = [p for p in plays if p.stop is None]
+        with (
+            tqdm(total=len(plays), desc="episodes", disable=None if progress else True, leave=False) as bar,
+            Flow(loop, limits.step_seconds) as flow,
+        ):
+            window = math.inf if rounds else 0.0
+            while ready or len(flow):
+                if rule is None and ready:
+                    began = time.monotonic()
+                    _policy_turns(ready, seeds, decider, labels, tokenizer, limits)  # type: ignore[arg-type]
+                    window = math.inf if rounds else _WINDOW[0] + _WINDOW[1] * (time.monotonic() - began)
+                flow.start({p.row: _step(p, rule) for p in ready if p.stop is None})
+                answers = flow.take(window)
+                came = [plays[row] for row in sorted(answers)]
+                for p in came:
+                    _hear(p, answers[p.row], rule, tokenizer, limits, started)
+                spent = out_of_money()
+                for p in came if spent else ():
+                    p.stop = p.stop or "budget"
                 if rule is None:
-                    _policy_turns(going, seeds, decider, labels, tokenizer, limits)  # type: ignore[arg-type]
-                _world_turns([p for p in going if p.stop is None], rule, loop, tokenizer, limits, started)
-                if out_of_money():
-                    for p in going:
-                        p.stop = p.stop or "budget"
+                    decider.over(sorted({p.row for p in (*ready, *came) if p.stop is not None}))  # type: ignore[union-attr]
+                ready = [p for p in came if p.stop is None]
                 bar.update(sum(p.stop is not None for p in plays) - bar.n)
         if rule is None:
             decider.finish()  # type: ignore[union-attr]
@@ -204,41 +236,42 @@ def _policy_turns(
             play.stop = "tokens"  # in the middle of a sentence: there is nothing to answer
 
 
-def _world_turns(
-    plays: list[_Play], rule: Rule | None, loop: EpisodeLoop, tokenizer: Any, limits: Limits, started: float
-) -> None:
-    def job(play: _Play) -> Any:
-        async def step() -> Any:
-            if rule is not None:
-                play.text = rule(play.row, play.episode)  # type: ignore[arg-type]
-            observation = await play.episode.step(play.text)  # type: ignore[union-attr]
-            if not isinstance(observation, Observation):
-                raise TypeError(f"step returned a {type(observation).__name__}, not an Observation")
-            return observation, None if observation.end is not None else play.episode.choices()  # type: ignore
+def _step(play: _Play, rule: Rule | None) -> Job:
+    """The world's answer to what was decided, and what may be chosen next."""
 
-        return step
+    async def step() -> Any:
+        if rule is not None:
+            play.text = rule(play.row, play.episode)  # type: ignore[arg-type]
+        observation = await play.episode.step(play.text)  # type: ignore[union-attr]
+        if not isinstance(observation, Observation):
+            raise TypeError(f"step returned a {type(observation).__name__}, not an Observation")
+        return observation, None if observation.end is not None else play.episode.choices()  # type: ignore[union-attr]
 
-    for play, answer in zip(plays, loop.run([job(p) for p in plays], limits.step_seconds), strict=True):
-        if isinstance(answer, Failure):
-            play.lose(answer.cause)
-            continue
-        observation, choices = answer
-        play.said.append((play.text, observation))
-        play.choices = _labels(choices)
-        late = limits.episode_seconds is not None and time.monotonic() - started > limits.episode_seconds
-        if observation.end is not None:
-            play.stop = observation.end
-            play.cause = "the episode says so" if observation.end == "lost" else None
-        elif len(play.said) >= limits.turns:
-            play.stop = "turns"
-        elif late:
-            play.stop = "deadline"
-        elif rule is None:
-            ids = observation_ids(observation, tokenizer, limits.observation_tokens)
-            if play.used + len(ids) >= limits.tokens:
-                play.stop = "tokens"
-            elif ids:
-                play.turns.append(Turn("world", ids))
+    return step
+
+
+def _hear(play: _Play, answer: Any, rule: Rule | None, tokenizer: Any, limits: Limits, started: float) -> None:
+    """Take the world's answer, or that there is none."""
+    if isinstance(answer, Failure):
+        play.lose(answer.cause)
+        return
+    observation, choices = answer
+    play.said.append((play.text, observation))
+    play.choices = _labels(choices)
+    late = limits.episode_seconds is not None and time.monotonic() - started > limits.episode_seconds
+    if observation.end is not None:
+        play.stop = observation.end
+        play.cause = "the episode says so" if observation.end == "lost" else None
+    elif len(play.said) >= limits.turns:
+        play.stop = "turns"
+    elif late:
+        play.stop = "deadline"
+    elif rule is None:
+        ids = observation_ids(observation, tokenizer, limits.observation_tokens)
+        if play.used + len(ids) >= limits.tokens:
+            play.stop = "tokens"
+        elif ids:
+            play.turns.append(Turn("world", ids))
 
 
 def observation_ids(observation: Observation, tokenizer: Any, limit: int) -> tuple[int, ...]:

@@ -55,6 +55,9 @@ class VLLMGenerator:
         samples, _ = self._round(requests)
         return samples
 
+    def over(self, rows: Sequence[int]) -> None:
+        """vLLM forgets by itself."""
+
     def finish(self) -> None:
         busy = True
         while busy:

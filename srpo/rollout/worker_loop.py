@@ -9,15 +9,21 @@ What may go wrong, and what it costs:
 While one computes the others stand still, so time in which the loop could not run is not counted against them. A call
 that blocks in C cannot be interrupted: what waits for a process or a socket without `await` belongs into `in_thread`,
 which leaves it behind when it is late. Where it does not, the batch ends with an error that says so.
+
+Who plays starts jobs in a `Flow` and takes their results as they come, so that a slow one holds up nobody but itself.
 """
 
 import asyncio
 import ctypes
+import itertools
+import math
+import queue
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -42,7 +48,7 @@ class _Blocked(BaseException):
 
 
 class EpisodeLoop:
-    """Runs batches of jobs at the same time; close it when no more are to come, or use it as a context."""
+    """Runs jobs at the same time; close it when no more are to come, or use it as a context."""
 
     def __init__(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -58,39 +64,21 @@ class EpisodeLoop:
         self.close()
 
     def start(self) -> None:
-        """Start its thread now: before several threads call `run`. Else its first call does."""
+        """Start its thread now: before several threads use it. Else the first job does."""
         with self._lock:
             self._started()
 
     def run(self, jobs: Sequence[Job], seconds: float) -> list[Any]:
-        """Results of all jobs; a `Failure` for each that raised, took more than `seconds`, or computed for so long.
+        """Results of all jobs, in their order; else as `Flow`."""
+        with Flow(self, seconds) as flow:
+            flow.start(dict(enumerate(jobs)))
+            found = flow.take(math.inf)
+        return [found[i] for i in range(len(jobs))]
 
-        After `start` several threads may call it at the same time: their jobs share the loop.
-
-        Raises:
-            RuntimeError: a job blocks the loop in a call that cannot be interrupted; the loop is closed, or was
-                closed meanwhile: a thread that still plays ends here.
-        """
-        if not jobs:
-            return []
-        beat = [time.monotonic(), 0.0]  # when the loop last ran, and how often it was interrupted since
+    def _call(self, what: Callable[[], object]) -> None:
+        """On the loop, soon."""
         with self._lock:
-            loop = self._started()
-            future = asyncio.run_coroutine_threadsafe(_all(jobs, seconds, beat), loop)
-        try:
-            while True:
-                try:
-                    return future.result(_TICK)
-                except TimeoutError:
-                    if self._closed:
-                        raise RuntimeError(_CLOSED) from None
-                    if time.monotonic() - beat[0] > seconds:
-                        self._interrupt(seconds, beat)
-        except _Blocked:  # it met our own code; the step that blocked is among these
-            return [Failure(_blocked(seconds))] * len(jobs)
-        except BaseException:  # Ctrl-C and the like
-            future.cancel()
-            raise
+            self._started().call_soon_threadsafe(what)
 
     def _interrupt(self, seconds: float, beat: list[float]) -> None:
         with self._lock:  # several threads may have noticed it
@@ -131,6 +119,133 @@ class EpisodeLoop:
         return self._loop
 
 
+@dataclass
+class _Running:
+    """One job that has begun."""
+
+    task: "asyncio.Task[Any]"
+    since: float
+    left: float
+    """Seconds until it is late, and then until it is left behind."""
+    late: bool = False
+
+
+class Flow:
+    """Jobs under way on a loop; a `Failure` in place of the result of each that raised, took more than `seconds`, or
+    computed for so long.
+
+    Used by one thread, as a context that cancels what is left at its end; several flows may share a loop.
+
+    Raises:
+        RuntimeError: of `start` and `take`: a job blocks the loop in a call that cannot be interrupted; the loop is
+            closed, or was closed meanwhile: a thread that still plays ends here.
+    """
+
+    def __init__(self, loop: EpisodeLoop, seconds: float) -> None:
+        self._owner, self.seconds = loop, seconds
+        self._serials = itertools.count()
+        self._waiting: dict[int, Any] = {}  # serial number -> key; the thread's that plays
+        self._results: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
+        self._beat = [time.monotonic(), 0.0]  # when the loop last ran, and how often it was interrupted since
+        self._running: dict[int, _Running] = {}  # the loop's, as all that follows
+        self._watcher: asyncio.Task[None] | None = None
+
+    def __enter__(self) -> "Flow":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self._waiting:  # Ctrl-C and the like
+            with suppress(RuntimeError):
+                self._owner._call(self._cancel)
+
+    def __len__(self) -> int:
+        """Jobs whose results are still to be taken."""
+        return len(self._waiting)
+
+    def start(self, jobs: Mapping[Any, Job]) -> None:
+        """Begin jobs; `take` names their results by these keys. A key may come again once its result is taken."""
+        numbered = [(next(self._serials), job) for job in jobs.values()]
+        self._waiting |= {serial: key for (serial, _), key in zip(numbered, jobs, strict=True)}
+        self._beat[0] = time.monotonic()
+        if numbered:
+            self._owner._call(lambda: self._begin(numbered))
+
+    def take(self, window: float = 0.0) -> dict[Any, Any]:
+        """Results that are there, at least one where a job is under way: waits for the first, and then for others, but
+        no longer than `window` seconds and not when there are none."""
+        found: dict[Any, Any] = {}
+        until = math.inf
+        while self._waiting:
+            if self._owner._closed:
+                raise RuntimeError(_CLOSED)
+            left = min(until - time.monotonic(), _TICK)
+            try:
+                serial, result = self._results.get(timeout=left) if left > 0 else self._results.get_nowait()
+            except queue.Empty:
+                if left <= 0:
+                    break
+                if time.monotonic() - self._beat[0] > self.seconds:
+                    self._owner._interrupt(self.seconds, self._beat)
+                continue
+            if serial in self._waiting:
+                found[self._waiting.pop(serial)] = result
+            if found and until == math.inf:
+                until = time.monotonic() + window
+        return found
+
+    # ------------------------------------------------------------------------------------------------ on the loop
+
+    def _begin(self, numbered: Sequence[tuple[int, Job]]) -> None:
+        for serial, job in numbered:
+            try:
+                task = asyncio.ensure_future(_awaited(job))
+                self._running[serial] = _Running(task, time.monotonic(), self.seconds)
+                task.add_done_callback(partial(self._end, serial))
+            except _Blocked:  # meant for a job before it, which has just ended
+                self._results.put((serial, Failure(_blocked(self.seconds))))
+        if self._watcher is None or self._watcher.done():
+            self._watcher = asyncio.ensure_future(self._watch())
+
+    async def _watch(self) -> None:
+        while self._running:
+            with suppress(_Blocked):  # meant for a job
+                await self._tick()
+
+    async def _tick(self) -> None:
+        before = time.monotonic()
+        self._beat[:] = before, 0.0
+        await asyncio.sleep(max(min(_TICK, *(run.left for run in self._running.values())), 0.0))
+        now = time.monotonic()
+        for serial, run in list(self._running.items()):
+            run.left -= min(now - max(before, run.since), 2 * _TICK)  # time in which the loop was blocked is not its
+            if run.task.done() or (run.late and run.left <= 0):
+                self._end(serial)
+            elif run.left <= 0:
+                run.task.cancel()
+                run.late, run.left = True, _GRACE
+
+    def _end(self, serial: int, _task: object = None) -> None:
+        """Of a job that is done, or left behind."""
+        run = self._running.get(serial)
+        if run is None:
+            return
+        result: Any = Failure(f"no answer within {self.seconds:g} s")
+        if not run.late:
+            result = _result(run.task, self.seconds)
+        elif run.task.done():
+            run.task.cancelled() or run.task.exception()  # seen: nothing is to be said about it later
+        self._results.put((serial, result))
+        del self._running[serial]
+
+    def _cancel(self) -> None:
+        for run in self._running.values():
+            run.task.cancel()
+
+
+async def _awaited(job: Job) -> Any:
+    return await job()
+
+
 async def in_thread(job: Callable[[], T]) -> T:
     """What `job` returns or raises. Cancelled, it leaves the thread behind: one that never ends holds up nobody."""
     loop = asyncio.get_running_loop()
@@ -166,31 +281,6 @@ def _serve(loop: asyncio.AbstractEventLoop) -> None:
             return loop.run_forever()
         except BaseException:  # a job's SystemExit, which its task holds as well, or an interrupt between two jobs
             continue
-
-
-async def _all(jobs: Sequence[Job], seconds: float, beat: list[float]) -> list[Any]:
-    tasks = [asyncio.ensure_future(job()) for job in jobs]
-    late: set[Any] = set(tasks)
-    try:
-        late = await _wait(tasks, seconds, beat)
-    finally:
-        for task in late:
-            task.cancel()
-        stubborn = await _wait(late, _GRACE, beat)
-        for task in late - stubborn:
-            task.cancelled() or task.exception()  # seen: nothing is to be said about it later
-    return [Failure(f"no answer within {seconds:g} s") if t in late else _result(t, seconds) for t in tasks]
-
-
-async def _wait(tasks: Iterable[Any], seconds: float, beat: list[float]) -> set[Any]:
-    """Wait for tasks; the ones that are not done. Time in which the loop was blocked does not count."""
-    pending = set(tasks)
-    while pending and seconds > 0:
-        before = time.monotonic()
-        beat[:] = before, 0.0
-        _, pending = await asyncio.wait(pending, timeout=min(_TICK, seconds))
-        seconds -= min(time.monotonic() - before, 2 * _TICK)
-    return pending
 
 
 def _result(task: "asyncio.Task[Any]", seconds: float) -> Any:

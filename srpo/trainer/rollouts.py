@@ -22,7 +22,7 @@ from trl.models.utils import unwrap_model_for_generation
 
 from srpo.columns import checked_metric
 from srpo.rollout.batch import flatten, kept_rows, row_key, row_seeds
-from srpo.rollout.generator import Generator, Recorder, Sampling, TransformersGenerator
+from srpo.rollout.generator import ALL_TOKENS, Generator, Recorder, Sampling, TransformersGenerator
 from srpo.rollout.loop import Limits, play
 from srpo.rollout.sampling import text_of
 from srpo.rollout.vllm import VLLMGenerator
@@ -68,6 +68,8 @@ class Rollouts:
         self.losses = Losses(args.max_lost_share, args.max_lost_batches)
         self.stop_because: str | None = None
         self._loop: EpisodeLoop | None = None
+        self._in_step = False
+        """Whether processes must ask their generators equally often: they share an engine, or each other's weights."""
 
     def close(self) -> None:
         """End the episodes' thread."""
@@ -110,6 +112,7 @@ class Rollouts:
             self._loop if keep_loop else None,
             progress=self.accelerator.is_main_process and not args.disable_tqdm,
             out_of_money=self._purse() if step.training else lambda: False,
+            rounds=self._in_step,
         )
         step.trajectories = trajectories
         flat = [flatten(t, self.tokenizer.pad_token_id) for t in trajectories]
@@ -189,6 +192,7 @@ class Rollouts:
 
     def vllm(self, generation: Any, eos_ids: list[int]) -> Generator:
         """The generator of TRL's vLLM, which has the current weights."""
+        self._in_step = self.accelerator.num_processes > 1
         return VLLMGenerator(generation, self.tokenizer, self._sampling(), eos_ids=eos_ids)
 
     @contextmanager
@@ -205,6 +209,7 @@ class Rollouts:
         # Whether every process generates with whole parameters that ZeRO-3 has sharded.
         whole = bool(backend.is_zero3 and self.args.ds3_gather_for_generation)
         sharded = (backend.is_zero3 or backend.is_fsdp) and not whole
+        self._in_step = sharded
         with (
             unwrap_model_for_generation(
                 model_wrapped,
@@ -228,7 +233,13 @@ class Rollouts:
     ) -> Generator:
         """Of a bare model; `any_busy` where all ranks must make the same number of forwards."""
         return TransformersGenerator(
-            model, self.tokenizer, self._sampling(), eos_ids=eos_ids, recorder=recorder, any_busy=any_busy
+            model,
+            self.tokenizer,
+            self._sampling(),
+            eos_ids=eos_ids,
+            recorder=recorder,
+            any_busy=any_busy,
+            keep_tokens=ALL_TOKENS,
         )
 
     def _sampling(self) -> Sampling:

@@ -37,6 +37,8 @@ class Replay:
     def generate(self, requests: Any) -> list[Sample]:
         return [Sample((self.labels.pop(0),), (0.0,), True) for _ in requests]
 
+    def over(self, rows: Any) -> None: ...
+
     def finish(self) -> None: ...
 
 

@@ -1,11 +1,13 @@
 """Turns of real tiny models: cached decoding equals re-prefilling, samples belong to their seeds, turns end."""
 
+import asyncio
 import math
 import random
 
 import pytest
 import torch
-from core_helpers import model, tokenizer
+from core_helpers import digest, model, tokenizer
+from episode_worlds import ScriptedEnvironment
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
@@ -15,8 +17,10 @@ from transformers import (
     Qwen3NextForCausalLM,
 )
 
-from srpo.rollout.generator import Request, TransformersGenerator, reuses_cache
+from srpo.rollout.generator import ALL_TOKENS, Request, TransformersGenerator, reuses_cache
+from srpo.rollout.loop import Limits, play
 from srpo.rollout.sampling import Sampling, Stops, draw
+from srpo.types import Observation
 
 EOS = tokenizer().eos_token_id
 GREEDY = Sampling(temperature=0)
@@ -109,6 +113,71 @@ def test_conversations_that_take_turns_keep_their_caches_within_bounds(policy, k
         assert sample.ids == plain(policy, request)[0]
         assert sum(int((positions >= 0).sum()) for positions in seen) == count
         assert sum(len(kept.ids) for other, kept in made._kept.items() if other != row) <= keep
+
+
+def test_a_row_that_is_left_out_comes_back_until_it_is_over(policy):
+    seen = []
+    made = generator(policy, eos=(), recorder=lambda rows, positions: seen.append(positions), keep_tokens=ALL_TOKENS)
+    made.generate([Request(row, (5, 6, 7 + row), f"{row}", 1, choices=(7, 8)) for row in range(3)])
+    made.generate([Request(1, (5, 6, 8, 7, 9), "1:1", 1, choices=(7, 8))])
+    made.over([2])
+    seen.clear()
+    for row, fed in ((0, 2), (2, 5)):
+        request = Request(row, (5, 6, 7 + row, 8, 9), f"{row}:1", 1, choices=(7, 8))
+        assert made.generate([request])[0].ids == plain(policy, request)[0]
+        assert int((seen.pop() >= 0).sum()) == fed
+
+
+@torch.no_grad()
+def test_samples_do_not_depend_on_when_answers_come(policy):
+    """Each row alone, in an order drawn anew for every turn, against rows that take all their turns together."""
+
+    class OneByOne(TransformersGenerator):
+        """One more answer may come whenever the last one was taken."""
+
+        permits, sizes = 1, ()
+
+        def generate(self, requests):
+            self.sizes = (*self.sizes, len(requests))
+            return super().generate(requests)
+
+        def over(self, rows):
+            super().over(rows)
+            self.permits += 1
+
+    class Gate(ScriptedEnvironment):
+        waiting = ()
+
+        def episode(self, row, seed):
+            episode = super().episode(row, seed)
+            step = episode.step
+
+            async def gated(text):
+                me = (digest((order, seed, len(episode.texts))), row["i"])
+                self.waiting = (*self.waiting, me)
+                while order is not None and (made.permits <= 0 or me != min(self.waiting)):
+                    await asyncio.sleep(0.001)
+                self.waiting = tuple(other for other in self.waiting if other != me)
+                made.permits -= 1
+                return await step(text)
+
+            episode.step = gated
+            return episode
+
+    limits = Limits(turns=3, tokens=100, observation_tokens=8, step_seconds=60.0, turn_tokens=6)
+    prompts, seeds, found = [(5, 6, 7 + i % 2) for i in range(4)], [f"s{i}" for i in range(4)], []
+    for order in (None, 1, 2):
+        made = OneByOne(policy, tokenizer(), Sampling(), eos_ids=(EOS,), keep_tokens=ALL_TOKENS)
+        world = Gate(lambda row, t, text: Observation(f"{row['i']} {t}"))
+        rows = [{"i": i} for i in range(4)]
+        found.append(play(world, rows, prompts, seeds, made, tokenizer(), limits, rounds=order is None))
+        assert made.sizes == ((4, 4, 4) if order is None else (4, *[1] * 8))
+        assert made._kept == {}
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            assert [(t.owner, t.ids) for t in a.turns] == [(t.owner, t.ids) for t in b.turns] and a.stop == b.stop
+            ours, theirs = ([x for t in some.turns for x in t.logprobs or ()] for some in (a, b))
+            assert ours == pytest.approx(theirs, abs=1e-5)
 
 
 def test_a_rewritten_context_is_prefilled_from_the_start(policy):

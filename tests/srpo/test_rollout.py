@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import math
 import random
 import threading
 import time
@@ -14,7 +15,7 @@ from srpo.rollout.batch import flatten
 from srpo.rollout.generator import Sample
 from srpo.rollout.loop import Limits, as_columns, observation_ids, play
 from srpo.rollout.untrusted import encode_untrusted
-from srpo.rollout.worker_loop import EpisodeLoop, in_thread
+from srpo.rollout.worker_loop import EpisodeLoop, Flow, in_thread
 from srpo.types import STOPS, Observation
 
 EOS = tokenizer().eos_token_id
@@ -29,7 +30,7 @@ class ScriptedPolicy:
     def __init__(self, ends=True, length=None):
         self.log = {}
         self.ends, self.length = ends, length
-        self.finished = 0
+        self.finished, self.left = 0, []
 
     def generate(self, requests):
         samples = []
@@ -45,6 +46,9 @@ class ScriptedPolicy:
             self.log.setdefault(request.row, []).append((request, sample))
             samples.append(sample)
         return samples
+
+    def over(self, rows):
+        self.left += rows
 
     def finish(self):
         self.finished += 1
@@ -71,7 +75,7 @@ def test_token_in_is_token_out_over_a_thousand_trajectories():
     environment = ScriptedEnvironment(script, lambda t: labels.get(t))
     policy = ScriptedPolicy()
     trajectories = rollout(environment, 1200, policy)
-    assert len(trajectories) == 1200 and policy.finished == 1
+    assert len(trajectories) == 1200 and policy.finished == 1 and sorted(policy.left) == list(range(1200))
     stops = {t.stop for t in trajectories}
     assert stops == {"done", "budget", "turns", "tokens"}
     choices = worlds = 0
@@ -180,6 +184,99 @@ def test_seeds_are_named_by_row_and_turn():
     policy = ScriptedPolicy()
     rollout(ScriptedEnvironment(lambda row, t, _: DONE if t == 2 else Observation("a")), 2, policy)
     assert [request.seed for request, _ in policy.log[1]] == ["s1:0", "s1:1", "s1:2"]
+
+
+# ----------------------------------------------------------------------------------------- rows that wait alone
+
+
+class Waits(ScriptedEnvironment):
+    """Row 0's first answer comes when every other row is over."""
+
+    def __init__(self, n):
+        super().__init__(lambda row, t, _: DONE if t == 2 else Observation("a"))
+        self.left, self.heard = n - 1, []
+
+    def episode(self, row, seed):
+        made = super().episode(row, seed)
+        step = made.step
+
+        async def waiting(text):
+            while row["i"] == 0 and self.left:
+                await asyncio.sleep(0.005)
+            observation = await step(text)
+            self.heard.append(row["i"])
+            self.left -= observation.end is not None and row["i"] > 0
+            return observation
+
+        made.step = waiting
+        return made
+
+
+class Counting(ScriptedPolicy):
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.batches = []
+
+    def generate(self, requests):
+        self.batches.append([request.row for request in requests])
+        return super().generate(requests)
+
+
+def test_a_slow_world_delays_its_own_row_and_no_other():
+    """In rounds nobody's second turn would come. The others still take theirs together."""
+    environment, policy = Waits(6), Counting(length=3)
+    found = rollout(environment, 6, policy, Limits(turns=4, tokens=200, observation_tokens=8, step_seconds=60.0))
+    assert [t.stop for t in found] == ["done"] * 6 and environment.heard[-3:] == [0, 0, 0]
+    assert policy.batches == [[0, 1, 2, 3, 4, 5], [1, 2, 3, 4, 5], [1, 2, 3, 4, 5], [0], [0]]
+    assert sorted(policy.left) == list(range(6)) and policy.left[-1] == 0
+
+
+def test_in_rounds_all_answers_are_waited_for():
+    class Late(ScriptedEnvironment):
+        def episode(self, row, seed):
+            made = super().episode(row, seed)
+            made._seconds = 0.5 if row["i"] == 0 else 0.0
+            return made
+
+    environment, policy = Late(lambda row, t, _: DONE if t == 2 else Observation("a")), Counting(length=3)
+    rollout(environment, 3, policy, rounds=True)
+    assert policy.batches == [[0, 1, 2]] * 3
+
+
+def test_money_that_is_spent_ends_also_who_still_waits():
+    environment, policy = Waits(3), Counting(length=3)
+    found = rollout(environment, 3, policy, out_of_money=lambda: len(environment.heard) >= 2)
+    assert [t.stop for t in found] == ["lost", "budget", "budget"], "row 0 waits for rows that play no more"
+    environment.left, policy = 0, Counting(length=3)
+    environment.heard.clear()
+    found = rollout(environment, 3, policy, out_of_money=lambda: len(environment.heard) >= 2)
+    assert [t.stop for t in found] == ["budget"] * 3 and policy.batches == [[0, 1, 2]]
+    assert all(len(t.said) == 1 for t in found), "what was under way is told"
+
+
+def test_a_flow_gives_each_job_its_own_time_and_what_is_there():
+    gate = threading.Event()
+
+    async def waits():
+        while not gate.is_set():
+            await asyncio.sleep(0.005)
+        return "late"
+
+    async def at_once():
+        return "now"
+
+    async def never():
+        await asyncio.sleep(600)
+
+    with EpisodeLoop() as loop, Flow(loop, 0.5) as flow:
+        assert flow.take() == {} and len(flow) == 0
+        flow.start({"a": waits, "b": at_once})
+        assert flow.take() == {"b": "now"} and len(flow) == 1
+        flow.start({"b": at_once, "c": never})
+        assert flow.take() == {"b": "now"} and len(flow) == 2
+        gate.set()
+        found = flow.take(math.inf)
+        assert found.pop("a") == "late" and found["c"].cause == "no answer within 0.5 s" and len(found) == 1
 
 
 # ------------------------------------------------------------------------------------------------------- failures

@@ -146,6 +146,9 @@ def test_episodes_read_the_first_turn_as_the_policy_saw_it(chat_template):
             text = TURN if texts or not opened else TURN.removeprefix("<think>")
             return [Sample(tuple(made(text)["input_ids"]), (0.0,) * len(made(text)["input_ids"]), True)]
 
+        def over(self, rows):
+            pass
+
         def finish(self):
             pass
 

@@ -82,6 +82,9 @@ class Script:
             samples.append(Sample(ids, (-1.0,) * len(ids), True))
         return samples
 
+    def over(self, rows: Sequence[int]) -> None:
+        pass
+
     def finish(self) -> None:
         pass
 

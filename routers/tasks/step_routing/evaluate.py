@@ -30,7 +30,7 @@ from routers.tasks.step_routing.profiles import BoundaryProfile
 from routers.tasks.step_routing.rules import LARGE, SMALL, estimates_advantages, random_mix, rules_of
 from routers.tasks.step_routing.settings import StepSettings
 from routers.tasks.step_routing.world import StepWorld, boundary_of
-from srpo.rollout.generator import TransformersGenerator
+from srpo.rollout.generator import ALL_TOKENS, TransformersGenerator
 from srpo.rollout.loop import Limits, play
 from srpo.rollout.sampling import Sampling
 from srpo.rollout.special_tokens import end_ids
@@ -134,9 +134,8 @@ def play_policy(
         PhaseStopped: the run's money is spent.
     """
     environment, record = world.environment(), Record(world, profiles)
-    generator = TransformersGenerator(
-        model, tokenizer, Sampling(temperature=temperature), eos_ids=end_ids(model, tokenizer)
-    )
+    sampling, ends = Sampling(temperature=temperature), end_ids(model, tokenizer)
+    generator = TransformersGenerator(model, tokenizer, sampling, eos_ids=ends, keep_tokens=ALL_TOKENS)
     limits = Limits(world.arguments.step_limit, 100_000, settings.observation_tokens, STEP_SECONDS)
     was_training = model.training
     model.eval()

@@ -354,6 +354,8 @@ class _Turns:
     def generate(self, requests: Sequence[Request]) -> list[Sample]:
         return self._batches.ask([replace(request, row=self._number) for request in requests])
 
+    def over(self, rows: Sequence[int]) -> None: ...
+
     def finish(self) -> None: ...
 
 

@@ -377,6 +377,8 @@ class _Conversation:
             futures += [self._batches.submit(replace(request, row=self._number)) for request in requests]
             return [future.result() for future in futures]
 
+    def over(self, rows: Sequence[int]) -> None: ...
+
     def finish(self) -> None:
         """The shared generator goes on."""
 

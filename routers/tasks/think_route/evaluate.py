@@ -21,7 +21,7 @@ from routers.pool.reasoning import split_reasoning
 from routers.tasks.think_route.environment import ThinkRoute
 from routers.tasks.think_route.settings import AgentSettings
 from routers.tasks.think_route.world import prompt_of
-from srpo.rollout.generator import TransformersGenerator
+from srpo.rollout.generator import ALL_TOKENS, TransformersGenerator
 from srpo.rollout.loop import Limits, as_columns, play
 from srpo.rollout.sampling import Sampling
 from srpo.rollout.special_tokens import end_ids
@@ -72,6 +72,7 @@ def play_questions(
         Sampling(temperature=0.0, stop=settings.grammar.stops),
         eos_ids=end_ids(model, tokenizer),
         allowed=settings.mask(tokenizer, world.names).after,
+        keep_tokens=ALL_TOKENS,
     )
     limits = Limits(
         turns=settings.turns,
