@@ -49,6 +49,8 @@ class Request:
     """Allowed ids: the turn is then one of them. None: any text."""
     allowed: Allowed | None = None
     """Of this turn, where it is free text; None: the generator's."""
+    told: "Callable[[Sample], object] | None" = None
+    """Called as soon as the turn is written, by a backend that knows then: others of its batch may go on."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,10 @@ class _Row:
     @property
     def over(self) -> bool:
         return self.ended or len(self.ids) >= self.request.max_tokens
+
+    @property
+    def sample(self) -> Sample:
+        return Sample(tuple(self.ids), tuple(self.logprobs), self.ended, self.scores)
 
 
 @dataclass(frozen=True)
@@ -186,7 +192,7 @@ class TransformersGenerator:
             cache, logits = self._forward(column, mask, positions, cache, [(rows[i].request.row,) for i in live])
             for i in live:
                 lengths[i] += not rows[i].over
-        return [Sample(tuple(row.ids), tuple(row.logprobs), row.ended, row.scores) for row in rows]
+        return [row.sample for row in rows]
 
     def over(self, rows: Sequence[int]) -> None:
         for row in rows:
@@ -267,6 +273,8 @@ class TransformersGenerator:
             row.ids.append(token)
             row.logprobs.append(logprob)
             row.ended = row.request.choices is not None or token in self._eos or self.stops.ended(row.ids)
+            if row.over and row.request.told is not None:
+                row.request.told(row.sample)
 
     def _allowed_now(self, row: _Row) -> Sequence[int] | None:
         allowed = row.request.allowed or self._allowed

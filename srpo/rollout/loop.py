@@ -1,7 +1,7 @@
 """The one loop that plays episodes: who decides and the world take turns until one of `srpo.types.STOPS`.
 
     all episodes made -> [ decider: one turn for every row whose world has answered, in one batch
-                        -> world: their steps begin, beside those that are still under way
+                        -> world: a row's step begins when its turn is written
                         -> the answers that are there                                    ] ... -> columns
 
 No row waits for the world of another. So that batches do not shrink to single rows, answers are waited for after the
@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from tqdm.auto import tqdm
@@ -35,7 +36,7 @@ from srpo.rollout.worker_loop import EpisodeLoop, Failure, Flow, Job
 from srpo.types import LOST, STOP, Columns, Environment, Episode, Observation, Row, Stop, Trajectory, Turn
 
 if TYPE_CHECKING:  # torch, which processes that play by rules do not need
-    from srpo.rollout.generator import Generator
+    from srpo.rollout.generator import Generator, Sample
 
 Rule = Callable[[int, Episode], str]
 """Decides in a policy's place: (row, its episode) -> the text of its next turn. Called within the episode's own step,
@@ -162,13 +163,19 @@ def play(
             tqdm(total=len(plays), desc="episodes", disable=None if progress else True, leave=False) as bar,
             Flow(loop, limits.step_seconds) as flow,
         ):
+
+            def answer(play: _Play) -> None:
+                flow.start({play.row: _step(play, rule)})
+
             window = math.inf if rounds else 0.0
             while ready or len(flow):
-                if rule is None and ready:
-                    began = time.monotonic()
-                    _policy_turns(ready, seeds, decider, labels, tokenizer, limits)  # type: ignore[arg-type]
+                began = time.monotonic()
+                if rule is not None:
+                    for p in ready:
+                        answer(p)
+                elif ready:
+                    _policy_turns(ready, seeds, decider, labels, tokenizer, limits, answer)  # type: ignore[arg-type]
                     window = math.inf if rounds else _WINDOW[0] + _WINDOW[1] * (time.monotonic() - began)
-                flow.start({p.row: _step(p, rule) for p in ready if p.stop is None})
                 answers = flow.take(window)
                 came = [plays[row] for row in sorted(answers)]
                 for p in came:
@@ -208,32 +215,50 @@ def _make(
 
 
 def _policy_turns(
-    plays: list[_Play], seeds: Sequence[str], generator: "Generator", labels: "Labels", tokenizer: Any, limits: Limits
+    plays: list[_Play],
+    seeds: Sequence[str],
+    generator: "Generator",
+    labels: "Labels",
+    tokenizer: Any,
+    limits: Limits,
+    answer: Callable[[_Play], object],
 ) -> None:
+    """One turn each; `answer` is called with each that its world has to answer, as soon as its turn is written."""
     from srpo.rollout.generator import Request
     from srpo.rollout.sampling import text_of
+
+    written: set[int] = set()
+
+    def write(play: _Play, choices: tuple[int, ...] | None, sample: "Sample") -> None:
+        written.add(play.row)
+        play.turns.append(Turn("policy", sample.ids, sample.logprobs, choices))
+        if choices is not None:
+            play.text = play.choices[choices.index(sample.ids[0])]  # type: ignore[index]
+        else:
+            play.text = play.opened + text_of(tokenizer, sample.ids)
+            play.opened = ""
+        if not sample.ended and play.used >= limits.tokens:
+            play.stop = "tokens"  # in the middle of a sentence: there is nothing to answer
+        else:
+            answer(play)
 
     requests = []
     for play in plays:
         room = limits.tokens - play.used
+        choices = None if play.choices is None else labels.ids(play.choices)
         requests.append(
             Request(
                 row=play.row,
                 ids=play.context,
                 seed=f"{seeds[play.row]}:{play.policy_turns}",
                 max_tokens=room if limits.turn_tokens is None else min(room, limits.turn_tokens),
-                choices=None if play.choices is None else labels.ids(play.choices),
+                choices=choices,
+                told=partial(write, play, choices),
             )
         )
     for play, request, sample in zip(plays, requests, generator.generate(requests), strict=True):
-        play.turns.append(Turn("policy", sample.ids, sample.logprobs, request.choices))
-        if request.choices is not None:
-            play.text = play.choices[request.choices.index(sample.ids[0])]  # type: ignore[index]
-        else:
-            play.text = play.opened + text_of(tokenizer, sample.ids)
-            play.opened = ""
-        if not sample.ended and play.used >= limits.tokens:
-            play.stop = "tokens"  # in the middle of a sentence: there is nothing to answer
+        if play.row not in written:
+            write(play, request.choices, sample)
 
 
 def _step(play: _Play, rule: Rule | None) -> Job:

@@ -81,6 +81,21 @@ def test_a_cache_kept_over_turns_equals_prefilling_again(policy, temperature):
     assert conversation(policy, made, sampling=sampling, eos=some) <= 1e-5
 
 
+def test_a_turn_is_told_when_it_is_written(policy):
+    """Once, as it is returned, and after as many forwards as it has tokens."""
+    made, told = generator(policy, eos=()), []
+    lengths = (3, 1, 5)
+    requests = [
+        Request(row, (5, 6, 7), f"{row}", n, told=lambda sample, row=row: told.append((row, sample, made.forwards)))
+        for row, n in enumerate(lengths)
+    ]
+    samples = made.generate(requests)
+    assert [row for row, _, _ in told] == [1, 0, 2] and [sample for _, sample, _ in told] == [
+        samples[i] for i in (1, 0, 2)
+    ]
+    assert [forwards for _, _, forwards in told] == [1, 3, 5]
+
+
 def test_later_turns_feed_only_what_is_new(policy):
     fed = []
     made = generator(policy, eos=(), recorder=lambda rows, positions: fed.append((rows, positions)))

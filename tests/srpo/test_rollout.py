@@ -231,6 +231,22 @@ def test_a_slow_world_delays_its_own_row_and_no_other():
     assert sorted(policy.left) == list(range(6)) and policy.left[-1] == 0
 
 
+def test_a_step_begins_when_its_turn_is_written_and_not_when_the_batch_is():
+    stepped = threading.Event()
+
+    class Telling(ScriptedPolicy):
+        """Row 0's turn is written first; those of the others end when its world has been asked."""
+
+        def generate(self, requests):
+            samples = super().generate(requests)
+            requests[0].told(samples[0])
+            assert stepped.wait(60.0)
+            return samples
+
+    found = rollout(ScriptedEnvironment(lambda row, *_: (row["i"] == 0 and stepped.set()) or DONE), 3, Telling())
+    assert [(t.stop, len(t.turns)) for t in found] == [("done", 1)] * 3
+
+
 def test_in_rounds_all_answers_are_waited_for():
     class Late(ScriptedEnvironment):
         def episode(self, row, seed):

@@ -352,7 +352,7 @@ class _Turns:
         self._batches, self._number = batches, number
 
     def generate(self, requests: Sequence[Request]) -> list[Sample]:
-        return self._batches.ask([replace(request, row=self._number) for request in requests])
+        return self._batches.ask([replace(request, row=self._number, told=None) for request in requests])
 
     def over(self, rows: Sequence[int]) -> None: ...
 

@@ -374,7 +374,7 @@ class _Conversation:
     def generate(self, requests: Sequence[Request]) -> list[Sample]:
         futures: list[Future[Sample]] = []
         with self._interest.ending(lambda: [future.cancel() for future in list(futures)]):
-            futures += [self._batches.submit(replace(request, row=self._number)) for request in requests]
+            futures += [self._batches.submit(replace(request, row=self._number, told=None)) for request in requests]
             return [future.result() for future in futures]
 
     def over(self, rows: Sequence[int]) -> None: ...
