@@ -32,6 +32,7 @@ class Failed(Exception):
         error: the member's error object, where it sent one in OpenAI's shape.
         retry_after: seconds that the member asks to be left alone.
         usd: what the failure is billed for, where the member says so.
+        unmetered: it may have been billed all the same: the member was at work, and nobody knows.
     """
 
     def __init__(
@@ -39,7 +40,7 @@ class Failed(Exception):
     ) -> None:
         super().__init__(words)
         self.status, self.words, self.error, self.retry_after = status, words, error or {}, retry_after
-        self.usd = 0.0
+        self.usd, self.unmetered = 0.0, False
 
     @property
     def elsewhere(self) -> bool:

@@ -63,6 +63,11 @@ class Passthrough:
         """Why this member cannot take a request with these fields; None: it can."""
         return refusal(self.member, fields)
 
+    def bound(self, fields: Mapping[str, Any]) -> float:
+        """USD that a call with these fields costs at most."""
+        request = request_of(self.member, fields, stream=False)
+        return highest(self.member, request.prompt_bound, request.completion_bound)
+
     @asynccontextmanager
     async def call(
         self, fields: Mapping[str, Any], *, stream: bool = False, max_cost: float = math.inf
@@ -119,10 +124,10 @@ class Passthrough:
             worked = True
         except TimeoutError:
             worked = False
-            raise Failed(504, f"no reply within the timeout of {self.member.timeout:g} s") from None
+            raise _unmetered(504, f"no reply within the timeout of {self.member.timeout:g} s") from None
         except (Refused, Broken, Unreachable) as error:
             worked = False
-            raise Failed(502, self._clean(str(error))) from None
+            raise _unmetered(502, self._clean(str(error))) from None
         except Failed as error:
             worked, error.usd = (False if error.status >= 500 else None), call.usd
             if error.retry_after is not None:
@@ -241,6 +246,12 @@ class Passthrough:
 
     async def aclose(self) -> None:
         await self._endpoint.aclose()
+
+
+def _unmetered(status: int, words: str) -> Failed:
+    failed = Failed(status, words)
+    failed.unmetered = True
+    return failed
 
 
 def _tokens_of(call: Call) -> int:

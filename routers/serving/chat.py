@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from routers.serving.errors import RequestError
@@ -11,6 +11,9 @@ from routers.serving.fields import OURS, PASSED, REFUSED
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 MOST_MESSAGES = 10_000
+CONVERSATION_ID = "conversation_id"
+CONVERSATION_HEADER = "x-srpo-conversation"
+LONGEST_ID = 256
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,14 @@ class ChatRequest:
     include_usage: bool = False
     max_cost_usd: float | None = None
     cost_weight: float | None = None
+    conversation: str | None = None
+    """Its id, where the client names it: routers of steps keep a budget by it."""
+
+    def without_conversation(self) -> ChatRequest:
+        """As a member gets it: the id is ours, and metadata that hold nothing else are left out."""
+        metadata = {name: value for name, value in self.body.get("metadata", {}).items() if name != CONVERSATION_ID}
+        body = {name: value for name, value in self.body.items() if name != "metadata"}
+        return replace(self, body={**body, "metadata": metadata} if metadata else body)
 
     @property
     def messages(self) -> list[dict[str, Any]]:
@@ -42,12 +53,13 @@ class ChatRequest:
         raise RequestError(400, "'messages' holds no text of the user's, which is what the router reads", "messages")
 
 
-def read_chat(document: Any, name: str) -> ChatRequest:
+def read_chat(document: Any, name: str, conversation: str | None = None) -> ChatRequest:
     """Check a request's body.
 
     Args:
         document: the body, as JSON.
         name: of the router.
+        conversation: id of a header; None: `metadata.conversation_id`, if there is one.
 
     Raises:
         RequestError: 400 or 404, with the field that is wrong.
@@ -79,7 +91,20 @@ def read_chat(document: Any, name: str) -> ChatRequest:
         include_usage=bool(options.get("include_usage")),
         max_cost_usd=given.get("max_cost_usd"),
         cost_weight=given.get("cost_weight"),
+        conversation=_conversation(given.get("metadata", {}).get(CONVERSATION_ID), conversation),
     )
+
+
+def _conversation(named: Any, header: str | None) -> str | None:
+    if named is not None and not (isinstance(named, str) and 0 < len(named) <= LONGEST_ID):
+        words = f"'metadata.{CONVERSATION_ID}' must be a text of 1 to {LONGEST_ID} characters"
+        raise RequestError(400, words, "metadata", "invalid_value")
+    if header is not None and not 0 < len(header) <= LONGEST_ID:
+        raise RequestError(400, f"{CONVERSATION_HEADER} must have 1 to {LONGEST_ID} characters", code="invalid_value")
+    if None not in (named, header) and named != header:
+        words = f"the header {CONVERSATION_HEADER} and metadata.{CONVERSATION_ID} name two conversations"
+        raise RequestError(400, words, "metadata", "invalid_value")
+    return named if header is None else header
 
 
 def check_messages(messages: Any) -> None:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from routers.data.catalogue import load_catalogue
 from routers.data.table import load_table, quickstart_table
 from routers.pool import Ledger, Pool, ReplyCache, live_pool, recorded_pool
 from routers.pool.passthrough import Passthrough
@@ -37,6 +38,14 @@ def router_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--policy-price-out", type=usd, help="USD per million tokens that the policy writes")
 
 
+def conversation_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `make_worker` reads besides, of step routers."""
+    usd = ranged(at_least(0))
+    parser.add_argument("--conversation-cap", type=usd, help="of a step router: hard limit of an agent's conversation")
+    parser.add_argument("--conversation-unit", choices=("usd", "large_calls"), help="of that cap; default: as trained")
+    parser.add_argument("--sticky-usd", type=usd, help="of a step router: what certainty must be worth for a switch")
+
+
 def make_router(args: argparse.Namespace) -> Any:
     """For `srpo route`: the agent, or the query router with its pool (`Forwarder`).
 
@@ -44,6 +53,11 @@ def make_router(args: argparse.Namespace) -> Any:
         ValueError: a step router, or options that do not go together.
     """
     file = _checked(args)
+    if file.kind == "step_routing":
+        raise ValueError(
+            f"{args.model} is a step router, which decides inside an agent's loop: serve it with `srpo serve`, watch "
+            "it with `srpo play`, or open a session in your own loop, load_router(...).session(task, cap=...)"
+        )
     if file.kind == "think_route":
         return _agent(args, file)
     router, ledger = _query_router(args, file)
@@ -55,10 +69,20 @@ def make_router(args: argparse.Namespace) -> Any:
 def make_worker(args: argparse.Namespace, name: str) -> Worker:
     """For `srpo serve`: who answers its requests, under this name.
 
+    Args:
+        args: of `router_arguments` and `conversation_arguments`.
+
     Raises:
-        ValueError: as `make_router`, or an agent without a pool.
+        ValueError: options that do not go together, or an agent or a step router without a pool.
     """
     file = _checked(args)
+    if file.kind == "step_routing":
+        return _step_worker(args, file, name)
+    if any(one is not None for one in (args.conversation_cap, args.conversation_unit, args.sticky_usd)):
+        raise ValueError(
+            f"a router of kind {file.kind} keeps no conversations: leave --conversation-cap, --conversation-unit and "
+            "--sticky-usd out"
+        )
     if file.kind == "think_route":
         if not (args.catalogue or args.table):
             raise ValueError("an agent answers with a pool: give --catalogue or --table")
@@ -83,12 +107,31 @@ def _checked(args: argparse.Namespace) -> RouterFile:
     file = read_router(args.model)
     if args.table and args.catalogue:
         raise ValueError("give --catalogue (endpoints) or --table (recorded replies), not both")
-    if file.kind == "step_routing":
-        raise ValueError(
-            f"{args.model} is a step router, which decides inside an agent's loop: watch it with `srpo play`, or open "
-            "a session in your own loop, load_router(...).session(task, cap=...)"
-        )
     return file
+
+
+def _step_worker(args: argparse.Namespace, file: RouterFile, name: str) -> Worker:
+    from routers.serving.steps import StepProxy
+    from routers.tasks.step_routing.conversations import Conversations
+
+    if args.table or args.members or args.reply_cache or not args.catalogue:
+        raise ValueError(
+            "a step router passes the calls of agents on to the members that it was trained with: give --catalogue, "
+            "and leave --table, --members and --reply-cache out"
+        )
+    router = load_router(args.model)
+    catalogue, names = load_catalogue(args.catalogue), router.settings.executors
+    if missing := [member for member in names if member not in catalogue]:
+        raise ValueError(f"{args.catalogue}: there is no member {missing[0]!r}, which the router was trained with")
+    members = {member: catalogue[member] for member in names}
+    trained = router.settings.policy_price
+    given = (args.policy_price_in, args.policy_price_out)
+    own = tuple(old if new is None else new for new, old in zip(given, trained, strict=True))
+    ledger = Ledger(args.max_total_usd, own)
+    decisions = Conversations(
+        router, cap=args.conversation_cap, unit=args.conversation_unit, members=members, worth_usd=args.sticky_usd
+    )
+    return StepProxy(decisions, {one: Passthrough(member, ledger) for one, member in members.items()}, ledger, name)
 
 
 def _query_router(args: argparse.Namespace, file: RouterFile) -> tuple[Any, Ledger]:

@@ -57,6 +57,9 @@ class RecordedReplies:
     def refusal(self, fields: Mapping[str, Any]) -> Refusal | None:
         return _refusal(fields, "a recorded reply")
 
+    def bound(self, fields: Mapping[str, Any]) -> float:
+        return self._pool.bound(self._name, text_of(fields["messages"][0]))
+
     @asynccontextmanager
     async def call(self, fields: Mapping[str, Any], *, stream: bool, max_cost: float) -> AsyncIterator[Made]:
         reply = await self._pool.ask(self._name, text_of(fields["messages"][0]), 60.0, max_cost=max_cost)
@@ -78,6 +81,9 @@ class NameOnly:
 
     def refusal(self, fields: Mapping[str, Any]) -> Refusal | None:
         return _refusal(fields, "without a catalogue there is nobody to pass a request on to: a decision alone")
+
+    def bound(self, fields: Mapping[str, Any]) -> float:
+        return 0.0
 
     @asynccontextmanager
     async def call(self, fields: Mapping[str, Any], *, stream: bool, max_cost: float) -> AsyncIterator[Made]:

@@ -25,7 +25,7 @@ from routers.evaluation.episodes import Outcomes, RewardRule
 from routers.pool import recorded_pool
 from routers.serving.commands import main as serve
 from routers.serving.forward import forwarding_pool
-from routers.serving.making import make_worker, router_arguments
+from routers.serving.making import conversation_arguments, make_worker, router_arguments
 from routers.serving.proxy import Proxy
 from routers.serving.route import main
 from routers.serving.server import create_app
@@ -92,9 +92,12 @@ def test_the_command_line_asks_the_chosen_member(
 
 def test_what_cannot_be_served_says_so(policy: Path, tmp_path: Path, catalogue: Path) -> None:
     (tmp_path / "router.yaml").write_text("kind: step_routing\nsettings: {}\n")
-    for command in (main, serve):
-        with pytest.raises(ValueError, match="is a step router, which decides inside an agent's loop"):
-            command([str(tmp_path)] + ["q"] * (command is main))
+    with pytest.raises(ValueError, match="is a step router, which decides inside an agent's loop"):
+        main([str(tmp_path), "q"])
+    with pytest.raises(ValueError, match="a step router passes the calls of agents on to the members"):
+        serve([str(tmp_path)])
+    with pytest.raises(ValueError, match="kind query_routing keeps no conversations: leave --conversation-cap"):
+        serve([str(policy), "--conversation-cap", "1"])
     with pytest.raises(ValueError, match="not both"):
         main([str(policy), "q", "--catalogue", str(catalogue), "--table", "quickstart"])
     with pytest.raises(ValueError, match="there is no member 'gpt-34' to route to"):
@@ -111,10 +114,12 @@ def test_what_cannot_be_served_says_so(policy: Path, tmp_path: Path, catalogue: 
         forwarding_pool(half, None)  # type: ignore[arg-type]
 
 
-def asked(folder: Path, catalogue: Path, *more: str) -> argparse.Namespace:
+def asked(folder: Path, catalogue: Path | None = None, *more: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     router_arguments(parser)
-    return parser.parse_args([str(folder), "--catalogue", str(catalogue), *more])
+    conversation_arguments(parser)
+    pool = [] if catalogue is None else ["--catalogue", str(catalogue)]
+    return parser.parse_args([str(folder), *pool, *more])
 
 
 def ask(worker: Any, *bodies: dict[str, Any]) -> list[httpx.Response]:
@@ -140,9 +145,7 @@ def messages(question: str = QUESTION) -> list[dict[str, str]]:
 
 
 def test_a_server_without_endpoints_answers_with_the_decision(policy: Path) -> None:
-    parser = argparse.ArgumentParser()
-    router_arguments(parser)
-    worker = make_worker(parser.parse_args([str(policy)]), "router")
+    worker = make_worker(asked(policy), "router")
     *replies, metrics = ask(
         worker,
         {},

@@ -1,0 +1,157 @@
+"""What all routers in front of members share: the way to a member, its reply as the client gets it, and errors.
+
+What the client gets is the member's own reply, but for
+
+    model               the router's name
+    usage.cost_usd      USD of the call at the catalogue's prices, and of the router's own tokens
+    srpo                {member, scores, tried, cost_usd, policy_usd, ...}: what was decided, and who was tried before
+
+A stream has ``srpo`` in its first chunk, without costs, and in that of the usage, where the client asked for it.
+Errors of a member keep its status and words.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import AbstractAsyncContextManager, aclosing
+from typing import Any, Protocol
+from urllib.parse import quote
+
+from routers.pool import Ledger
+from routers.pool.call import Failed
+from routers.pool.protocol import OVER_BUDGET
+from routers.pool.request import Refusal
+from routers.serving.chat import ChatRequest
+from routers.serving.errors import RequestError
+from routers.serving.metrics import ServerMetrics
+from routers.serving.served import Spent, counted
+from srpo.types import Usage
+
+
+class Reply(Protocol):
+    """Of a member: a whole completion, or its chunks."""
+
+    document: dict[str, Any] | None
+    events: AsyncGenerator[dict[str, Any] | None, None]
+
+    @property
+    def usage(self) -> Usage: ...
+
+    @property
+    def usd(self) -> float: ...
+
+
+class Line(Protocol):
+    """The way to a member (`routers.pool.passthrough.Passthrough`, or a stand-in)."""
+
+    def refusal(self, fields: Mapping[str, Any]) -> Refusal | None: ...
+
+    def bound(self, fields: Mapping[str, Any]) -> float: ...
+
+    def call(
+        self, fields: Mapping[str, Any], *, stream: bool, max_cost: float
+    ) -> AbstractAsyncContextManager[Reply]: ...
+
+    async def aclose(self) -> None: ...
+
+
+class Front:
+    """Members behind a router. Closes the lines.
+
+    Args:
+        lines: the way to each member, by name.
+        ledger: where the router's own tokens are booked.
+        name: of the router, as clients say it.
+        metrics: None: new ones.
+    """
+
+    def __init__(
+        self, lines: Mapping[str, Line], ledger: Ledger, name: str = "router", metrics: ServerMetrics | None = None
+    ) -> None:
+        self.lines, self.ledger, self.name = lines, ledger, name
+        self.metrics = metrics or ServerMetrics()
+        self.metrics.follow(ledger)
+
+    def document(self, reply: Reply, told: dict[str, Any], spent: Spent) -> dict[str, Any]:
+        """A whole reply."""
+        theirs = reply.document or {}
+        usage = self._usage(theirs.get("usage"), reply, spent)
+        return {**theirs, "model": self.name, "usage": usage, "srpo": self.costs(told, spent)}
+
+    async def chunks(
+        self,
+        reply: Reply,
+        asked: ChatRequest,
+        told: dict[str, Any],
+        spent: Spent,
+        over: Callable[[str | None], None] = lambda error: None,
+    ) -> AsyncGenerator[dict[str, Any] | None, None]:
+        """The member's chunks. The usage, which it is always asked for, comes last, if the client wants it.
+
+        Args:
+            over: called when the member has said all, before the client knows, with None; or with why it broke off.
+        """
+        first, usage = True, None
+        head: dict[str, Any] = {}
+        try:
+            async with aclosing(reply.events) as events:
+                async for chunk in events:
+                    if chunk is None:
+                        yield None
+                        continue
+                    usage = chunk.pop("usage", None) or usage
+                    head = {name: chunk.get(name) for name in ("id", "object", "created")}
+                    if usage is not None and not chunk["choices"]:
+                        continue
+                    more: dict[str, Any] = {"srpo": told} if first else {}
+                    more |= {"usage": None} if asked.include_usage else {}
+                    first = False
+                    yield {**chunk, "model": self.name, **more}
+        except Failed as error:
+            over(error.words)
+            raise self.without_reply(error, told, spent) from None
+        over(None)
+        if asked.include_usage:
+            costs = {"usage": self._usage(usage, reply, spent), "srpo": self.costs(told, spent)}
+            yield {**head, "model": self.name, "choices": [], **costs}
+
+    def costs(self, told: Mapping[str, Any], spent: Spent) -> dict[str, Any]:
+        return {**told, "cost_usd": spent.usd, "policy_usd": spent.policy_usd}
+
+    def _usage(self, reported: Any, reply: Reply, spent: Spent) -> dict[str, Any]:
+        """As the member said it; where it said nothing, what it is counted as, which is an upper bound."""
+        usage = reported if isinstance(reported, dict) else {**counted(reply.usage), "estimated": True}
+        return {**usage, "cost_usd": spent.usd}
+
+    def headers(self, told: Mapping[str, Any], spent: Spent) -> dict[str, str]:
+        headers = {"x-srpo-member": _safe(told["member"]), "x-srpo-policy-usd": f"{spent.policy_usd:.10g}"}
+        if told["member"] in told["scores"]:
+            headers["x-srpo-probability"] = f"{told['scores'][told['member']]:.6g}"
+        if told["tried"]:
+            headers["x-srpo-tried"] = ", ".join(_safe(one["member"]) for one in told["tried"])
+        return headers
+
+    def without_reply(self, why: Any, told: dict[str, Any], spent: Spent) -> RequestError:
+        srpo, tried = self.costs(told, spent), [one["member"] for one in told["tried"]]
+        headers = {"x-srpo-tried": ", ".join(map(_safe, tried))} if tried else {}
+        if isinstance(why, Failed):  # the member's own words
+            if why.retry_after is not None:
+                headers["retry-after"] = f"{math.ceil(why.retry_after)}"
+            param, code = why.error.get("param"), why.error.get("code")
+            return RequestError(why.status, why.words, param, code, headers, kind=why.error.get("type"), srpo=srpo)
+        if isinstance(why, Refusal):
+            return RequestError(400, f"no member takes this request: {why.words}", why.field, "unsupported_parameter",
+                                headers, srpo=srpo)  # fmt: skip
+        if why.kind == OVER_BUDGET:
+            return RequestError(402, str(why), "max_cost_usd", "over_budget", headers, srpo=srpo)
+        return RequestError(503, str(why), code="members_busy", headers=headers, srpo=srpo)
+
+    async def aclose(self) -> None:
+        for line in self.lines.values():
+            await line.aclose()
+
+
+def _safe(name: str) -> str:
+    """As a header can hold it."""
+    return quote(name, safe="/:@+ ")
