@@ -2,6 +2,7 @@ r"""Serve a trained router on an OpenAI-compatible endpoint: its decisions carri
 
     srpo serve outputs/quickstart/srpo --catalogue pool.yaml          # a proxy in front of the members
     srpo serve outputs/quickstart/srpo                                # its decisions alone
+    srpo serve STEP_ROUTER --catalogue pool.yaml --conversation-cap 0.5   # a decision per call of an agent's loop
     srpo serve outputs/quickstart/think_route --table quickstart      # recorded replies, to try it
 
     curl localhost:8000/v1/chat/completions -H 'Content-Type: application/json' \
@@ -18,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from routers.serving.making import make_worker, router_arguments
+from routers.serving.making import conversation_arguments, make_worker, router_arguments
 from srpo.ranges import at_least, between, ranged
 
 
@@ -26,6 +27,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Command line; serves until it is told to stop (Ctrl-C, SIGTERM)."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     router_arguments(parser)
+    conversation_arguments(parser)
     parser.add_argument("--name", default="router", help="what clients call the model")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=ranged(between(0, 65535), whole=True), default=8000)

@@ -114,10 +114,10 @@ def _step_worker(args: argparse.Namespace, file: RouterFile, name: str) -> Worke
     from routers.serving.steps import StepProxy
     from routers.tasks.step_routing.conversations import Conversations
 
-    if args.table or args.members or args.reply_cache or not args.catalogue:
+    if args.table or args.members or args.reply_cache or args.safe_member or not args.catalogue:
         raise ValueError(
             "a step router passes the calls of agents on to the members that it was trained with: give --catalogue, "
-            "and leave --table, --members and --reply-cache out"
+            "and leave --table, --members, --reply-cache and --safe-member out"
         )
     router = load_router(args.model)
     catalogue, names = load_catalogue(args.catalogue), router.settings.executors

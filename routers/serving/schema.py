@@ -24,6 +24,7 @@ HEADERS = {
     "x-srpo-cost-usd": "of the whole request; a stream says it at its end, in usage.cost_usd",
     "x-srpo-policy-usd": "of the router's own tokens",
     "x-srpo-tried": "members that were asked before, or could not be",
+    "x-srpo-conversation": "of a router of steps: the conversation; send it back to stay in it",
 }
 _KEYLESS = ("/health", "/ui", "/docs", "/openapi.json")
 

@@ -19,7 +19,7 @@ from fastapi.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
-from routers.serving.chat import ChatRequest, read_chat
+from routers.serving.chat import CONVERSATION_HEADER, ChatRequest, read_chat
 from routers.serving.errors import RequestError
 from routers.serving.gate import Gate, GateLimits
 from routers.serving.keys import Key, Keys
@@ -117,14 +117,15 @@ def create_app(
     @app.post("/v1/chat/completions", response_model=None)
     async def chat(request: Request) -> Response:
         key = door.authorise(request.headers)
-        asked = read_chat(await door.body(request), name)
+        asked = read_chat(await door.body(request), name, request.headers.get(CONVERSATION_HEADER))
         return _Reply(worker, door, key, asked, ChatShape(), recent)
 
     @app.post("/v1/responses", response_model=None)
     async def respond(request: Request) -> Response:
         key = door.authorise(request.headers)
         document = await door.body(request)
-        return _Reply(worker, door, key, read_chat(chat_of(document), name), ResponseShape(document, name), recent)
+        asked = read_chat(chat_of(document), name, request.headers.get(CONVERSATION_HEADER))
+        return _Reply(worker, door, key, asked, ResponseShape(document, name), recent)
 
     return Watch(app, door, door.metrics)
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import Any
+from typing import Any, cast
 
 from routers.language.digest import digest
 from routers.pool import Ledger
@@ -58,7 +58,7 @@ class StepProxy(Front):
     ) -> None:
         super().__init__(lines, ledger, name, metrics)
         self.conversations = conversations
-        self.router: Any = conversations.router
+        self.router = cast(Any, conversations.router)
         self.count_tokens = self.router.count_tokens
 
     def reads(self, asked: ChatRequest) -> str:
@@ -70,6 +70,7 @@ class StepProxy(Front):
         call = await self._decided(asked, spent)
         spent.policy_usd = self.ledger.policy(call.prompt_tokens, call.completion_tokens)
         turn = _Turn(self.conversations, call)
+        spent.told = turn.told
         if call.member is None:
             raise self._nobody(turn, spent)
         async with AsyncExitStack() as stack:
