@@ -179,7 +179,7 @@ def test_the_policy_s_own_tokens_are_paid_for_too(policy: Path, catalogue: Path,
     assert capped.status_code == 402 and capped.json()["srpo"]["cost_usd"] == body["srpo"]["policy_usd"] > 0
     assert isinstance(worker, Proxy)
     spent = body["usage"]["cost_usd"] + capped.json()["srpo"]["cost_usd"]
-    assert worker._ledger.total().usd == pytest.approx(spent, rel=1e-9)
+    assert worker.ledger.total().usd == pytest.approx(spent, rel=1e-9)
     assert "router_in_flight 0" in metrics.text
 
 
