@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from routers.serving.making import conversation_arguments, make_worker, router_arguments
+from routers.serving.making import serving_arguments, make_worker, router_arguments
 from srpo.ranges import at_least, between, ranged
 
 
@@ -27,13 +27,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Command line; serves until it is told to stop (Ctrl-C, SIGTERM)."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     router_arguments(parser)
-    conversation_arguments(parser)
+    serving_arguments(parser)
     parser.add_argument("--name", default="router", help="what clients call the model")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=ranged(between(0, 65535), whole=True), default=8000)
     parser.add_argument("--api-key-env", help="environment variable that holds the key clients must send")
     parser.add_argument("--public-metrics", action="store_true", help="/metrics needs no key")
-    parser.add_argument("--safe-member", help="who gets what the router abstains from; without it that is a 422")
     parser.add_argument("--ui", action="store_true", help="a page to watch it by, at /ui")
     parser.add_argument("--keys", type=Path, help="several keys, each with budgets and a rate (YAML)")
     parser.add_argument("--spending", type=Path, help="file that keeps what --keys have spent over restarts")

@@ -38,9 +38,10 @@ def router_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--policy-price-out", type=usd, help="USD per million tokens that the policy writes")
 
 
-def conversation_arguments(parser: argparse.ArgumentParser) -> None:
-    """What `make_worker` reads besides, of step routers."""
+def serving_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `make_worker` reads besides."""
     usd = ranged(at_least(0))
+    parser.add_argument("--safe-member", help="who gets what a query router abstains from; without it that is a 422")
     parser.add_argument("--conversation-cap", type=usd, help="of a step router: hard limit of an agent's conversation")
     parser.add_argument("--conversation-unit", choices=("usd", "large_calls"), help="of that cap; default: as trained")
     parser.add_argument("--sticky-usd", type=usd, help="of a step router: what certainty must be worth for a switch")
@@ -70,7 +71,7 @@ def make_worker(args: argparse.Namespace, name: str) -> Worker:
     """For `srpo serve`: who answers its requests, under this name.
 
     Args:
-        args: of `router_arguments` and `conversation_arguments`.
+        args: of `router_arguments` and `serving_arguments`.
 
     Raises:
         ValueError: options that do not go together, or an agent or a step router without a pool.

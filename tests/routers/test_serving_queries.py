@@ -25,7 +25,7 @@ from routers.evaluation.episodes import Outcomes, RewardRule
 from routers.pool import recorded_pool
 from routers.serving.commands import main as serve
 from routers.serving.forward import forwarding_pool
-from routers.serving.making import conversation_arguments, make_worker, router_arguments
+from routers.serving.making import serving_arguments, make_worker, router_arguments
 from routers.serving.proxy import Proxy
 from routers.serving.route import main
 from routers.serving.server import create_app
@@ -117,7 +117,7 @@ def test_what_cannot_be_served_says_so(policy: Path, tmp_path: Path, catalogue: 
 def asked(folder: Path, catalogue: Path | None = None, *more: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     router_arguments(parser)
-    conversation_arguments(parser)
+    serving_arguments(parser)
     pool = [] if catalogue is None else ["--catalogue", str(catalogue)]
     return parser.parse_args([str(folder), *pool, *more])
 
