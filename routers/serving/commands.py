@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from routers.serving.making import serving_arguments, make_worker, router_arguments
+from routers.serving.making import make_worker, router_arguments, serving_arguments
 from srpo.ranges import at_least, between, ranged
 
 

@@ -25,7 +25,7 @@ from routers.evaluation.episodes import Outcomes, RewardRule
 from routers.pool import recorded_pool
 from routers.serving.commands import main as serve
 from routers.serving.forward import forwarding_pool
-from routers.serving.making import serving_arguments, make_worker, router_arguments
+from routers.serving.making import make_worker, router_arguments, serving_arguments
 from routers.serving.proxy import Proxy
 from routers.serving.route import main
 from routers.serving.server import create_app
