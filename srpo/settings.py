@@ -14,6 +14,7 @@ from srpo.replay.settings import REPLAY_MODES
 TEACHER_KINDS = ("ema", "trust_region", "frozen", "live")
 DISTILLATION_MODES = ("topk_logits", "full_logits", "sampled_token")
 DEMONSTRATIONS = ("first", "random", "best")
+SHARED_PREFIX = ("auto", "on", "off")
 AGGREGATIONS = ("token", "sequence_mean")
 
 
@@ -161,6 +162,16 @@ class Settings:
     feedback_template: str = field(
         default="\nThe following is feedback from your unsuccessful earlier attempt:\n\n{feedback_raw}",
         metadata=about("As published."),
+    )
+
+    shared_prefix: str = field(
+        default="auto",
+        metadata=about(
+            "Encode what the rows of a micro-batch begin with alike (system part, prompt of a group, turns) once, in "
+            "every pass that scores. auto: where the estimated cost is lower. on: wherever the model takes it. off: "
+            "never; passes are then TRL's own, bit for bit.",
+            choices=SHARED_PREFIX,
+        ),
     )
 
     # Mixture-of-experts policies, and the loss type minirl (srpo/replay/settings.py)

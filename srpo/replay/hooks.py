@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from srpo.prefix.tree import Layout
 from srpo.replay.expert_table import NATIVE, RouterSpec
 from srpo.replay.families import find_routers
 from srpo.replay.fed_tokens import FedTokens
@@ -23,15 +24,28 @@ _MASK = (torch.masked_fill, Tensor.masked_fill)
 
 @dataclass
 class Armed:
-    """Routes of one micro-batch: `routes` int16 [L, B*S, k]; if `measure`, `lost` [B*S] by router, see `divergence`.
+    """Routes of one micro-batch: `routes` int16 [L, N, k]; if `measure`, `lost` [N] by router, see `divergence`.
 
     Looked up and written by layer, so that a re-forward finds the same routes and writes the same numbers again.
+    The N tokens are those of the last forward: rows by columns, or as it packed them.
     """
 
-    routes: Tensor
-    shape: tuple[int, int]
+    by_row: Tensor
+    """[B, S, L, k], as they were given."""
     measure: bool
     lost: dict[int, Tensor] = field(default_factory=dict)
+    layout: Layout | None = None
+    routes: Tensor = field(init=False)
+    shape: tuple[int, int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.lay(None)
+
+    def lay(self, layout: Layout | None) -> None:
+        """The coming forward runs tokens as `layout` packs them; None: as they are."""
+        routes = self.by_row if layout is None else layout.pack(self.by_row + 1) - 1  # NATIVE beyond the tokens
+        self.layout, self.shape = layout, (routes.size(0), routes.size(1))
+        self.routes = routes.permute(2, 0, 1, 3).reshape(routes.size(2), -1, routes.size(3))
 
 
 class Selection(TorchFunctionMode):
@@ -86,6 +100,7 @@ class RouterHooks:
         keep: called with the routes ``[B, S, L, k]`` of each finished forward.
         watched: key-value caches that were made to refuse what `record` cannot follow; None: do not.
         fed: told what each forward of a `record` is fed; None: nobody wants to know.
+        layout: how the coming forward packs its tokens; None: not at all.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -94,6 +109,7 @@ class RouterHooks:
         self.keep: Callable[[Tensor], None] | None = None
         self.watched: list[Any] | None = None
         self.fed: FedTokens | None = None
+        self.layout: Layout | None = None
         self._thread = threading.local()  # `selection`: modes are per thread; `pinned`: a re-forward's own routes
         self._fired: dict[int, Tensor] = {}
         self._columns = (0, 0)
@@ -181,7 +197,8 @@ class RouterHooks:
             )
         if self.keep is not None:
             routes = torch.stack([self._fired[place] for place in range(len(self._routers))], dim=1)
-            self.keep(routes.view(*self._columns, *routes.shape[1:]))
+            routes = routes.view(*self._columns, *routes.shape[1:])
+            self.keep(routes if self.layout is None else self.layout.unpack(routes))
 
     def _before_router(self, router: nn.Module, place: int) -> None:
         selection = Selection(router, place, self.spec, getattr(self._thread, "pinned", self.armed))

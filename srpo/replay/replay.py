@@ -31,7 +31,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from srpo.replay.expert_table import RowRecorder, check_routes
+from srpo.prefix.tree import Layout
+from srpo.replay.expert_table import NATIVE, RowRecorder, check_routes
 from srpo.replay.fed_tokens import FedTokens
 from srpo.replay.hooks import Armed, RouterHooks
 
@@ -87,9 +88,7 @@ class RoutingReplay:
             raise RuntimeError("cannot replay while recording: leave the record context first")
         self._refuse_reentrant()
         check_routes(routes, self.spec)
-        batch, columns = routes.shape[:2]
-        by_layer = routes.detach().to(torch.int16).permute(2, 0, 1, 3).reshape(-1, batch * columns, self.spec.top_k)
-        self._hooks.armed = Armed(by_layer, (batch, columns), measure)
+        self._hooks.armed = Armed(routes.detach().to(torch.int16), measure)
         if measure:
             self._measured = self._hooks.armed
 
@@ -117,6 +116,36 @@ class RoutingReplay:
         finally:
             self.disarm()
 
+    @property
+    def armed_routes(self) -> Tensor | None:
+        """``[B, S, L, k]`` that the next forward replays; None: it routes natively."""
+        return None if self._hooks.armed is None else self._hooks.armed.by_row
+
+    @contextmanager
+    def packed(self, layout: Layout | None) -> Iterator[None]:
+        """Inside, a forward runs the B rows of the batch as `layout` packs them (None: as they are).
+
+        What is armed, recorded and measured stays by row and column. Routes that are armed stay packed afterwards: its
+        backward pass may run layers again.
+        """
+        if self._hooks.armed is not None:
+            self._hooks.armed.lay(layout)
+        self._hooks.layout = layout
+        try:
+            yield
+        finally:
+            self._hooks.layout = None
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Inside, the model routes natively, and nothing is recorded."""
+        hooks = self._hooks
+        armed, keep, hooks.armed, hooks.keep = hooks.armed, hooks.keep, None, None
+        try:
+            yield
+        finally:
+            hooks.armed, hooks.keep = armed, keep
+
     def checkpoint_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """``context_fn`` of `torch.utils.checkpoint.checkpoint` (``use_reentrant=False``).
 
@@ -139,7 +168,11 @@ class RoutingReplay:
         if armed is None or len(armed.lost) < len(self.spec.layers):
             raise RuntimeError("no divergence: arm(routes, measure=True) and run a forward first")
         lost = [armed.lost[place] for place in range(len(self.spec.layers))]
-        return torch.stack([one.to(lost[0].device) for one in lost], dim=-1).view(*armed.shape, -1)
+        rows = torch.stack([one.to(lost[0].device) for one in lost], dim=-1).view(*armed.shape, -1)
+        if armed.layout is None:
+            return rows
+        native = (armed.by_row[..., 0, 0] < 0).to(rows.device)  # padding
+        return armed.layout.unpack(rows).masked_fill(native.unsqueeze(-1), NATIVE)
 
     # Recording
 

@@ -1,8 +1,9 @@
-"""One student forward that yields log-probabilities, entropies and divergences to the teacher.
+"""One forward that yields log-probabilities, entropies, divergences to the teacher, or hidden states.
 
-The divergence needs the student's last hidden states and its LM head. Both are read *inside* the model's own forward,
-so DDP, FSDP and ZeRO see one ordinary forward pass, and no `[B, T, V]` logits are ever made: the log-probabilities
-come from TRL's fused head, the divergences from `srpo.objectives.divergence`, chunk by chunk.
+They need the last hidden states and the LM head. Both are read *inside* the model's own forward, so DDP, FSDP and ZeRO
+see one ordinary forward pass, and no `[B, T, V]` logits are ever made: the log-probabilities come from TRL's fused
+head, the divergences from `srpo.objectives.divergence`, chunk by chunk. For the same reason rows are packed here
+(`srpo.prefix`), whatever calls the model: TRL's own loss, its old and reference passes, ours, the teacher.
 """
 
 import functools
@@ -10,6 +11,7 @@ import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +20,11 @@ from transformers import PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput, maybe_gather_lm_head_ctx
 
 from srpo.objectives.divergence import Head, hidden_divergence
+from srpo.prefix.sharing import PrefixSharing
+from srpo.teacher.masked_decisions import score_choices
+
+_OF_HEAD = ("fused_lm_head", "num_items_in_batch")
+"""Arguments that TRL's fused head keeps from the backbone."""
 
 
 @dataclass(frozen=True)
@@ -86,64 +93,120 @@ def capture_hidden(model: PreTrainedModel) -> Iterator[list[Tensor]]:
         hook.remove()
 
 
-def add_distillation_head(model: PreTrainedModel) -> None:
-    """Let `model(..., fused_lm_head=True, targets=TeacherTargets)` also return the divergence to the teacher.
+def add_scoring_head(model: PreTrainedModel, sharing: PrefixSharing, temperature: float = 1.0) -> None:
+    """The one seam of every pass that scores: old, new and reference log-probs, and the teacher's hidden states.
 
-    Call it after TRL's `add_fused_lm_head`, on the base model of a PEFT model. `gradient_probe` is called in the
-    backward pass with the gradient at the last hidden states, [B, S, D].
+    `model(input_ids=, attention_mask=, labels=, fused_lm_head=True)` answers as TRL's fused head does, and
+
+    - its rows share their beginnings (`sharing`), and only positions with a label reach the LM head;
+    - `targets=TeacherTargets` adds the divergence to the teacher;
+    - decisions are scored among their choices inside `srpo.teacher.masked_decisions.scored_among`, at `temperature`;
+    - `gradient_probe` is called in the backward pass with the gradient at the last hidden states of the n positions
+      with a label, [n, D], in row-major order.
+
+    `model(input_ids=, attention_mask=, hidden_of=T, sink=)` calls `sink` with the hidden states that predict the last
+    T tokens, [B, T, D], and projects nothing. Everything else is the model's own forward, `generate` too.
+
+    Call it after TRL's `add_fused_lm_head`, on the base model of a PEFT model.
     """
     fused_forward = model.forward
+    model.scored_choices = None
 
     # Keep the original signature: `generate` validates its model kwargs against it.
     @functools.wraps(type(model).forward)
     def forward(
         self: PreTrainedModel,
-        *args: object,
+        *args: Any,
         targets: TeacherTargets | None = None,
         gradient_probe: Callable[[Tensor], None] | None = None,
-        **kwargs: object,
-    ) -> object:
-        if targets is None and gradient_probe is None:
+        hidden_of: int | None = None,
+        sink: Callable[[Tensor], None] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if hidden_of is not None and sink is not None:
+            with sharing.packed(sharing.way(kwargs), None) as found:
+                self.base_model(**kwargs, use_cache=False)
+            sink(found[0][:, -1 - hidden_of : -1])
+            return PolicyOutput()
+        if not kwargs.get("fused_lm_head"):
             return fused_forward(*args, **kwargs)
-        with capture_hidden(self) as captured:
-            output = fused_forward(*args, **kwargs)
-        hidden = captured[0]
-        if gradient_probe is not None and hidden.requires_grad:
-            hidden.register_hook(gradient_probe)
-        divergence = None
-        if targets is not None:
-            completion = hidden[:, -1 - targets.mask.size(1) : -1]  # position t predicts token t + 1
-            how = targets.divergence
-            values = hidden_divergence(
-                completion[targets.mask],
-                head_of(self),
-                targets.hidden,
-                targets.head,
-                alpha=how.alpha,
-                top_k=how.top_k,
-                tail=how.tail,
-                temperature=how.temperature,
-                choices=targets.choices,
-                chunks=targets.chunks,
-            )
-            divergence = values.new_zeros(targets.mask.shape).masked_scatter(targets.mask, values)
-        return PolicyOutput(**output, divergence=divergence)
+        labels = kwargs.pop("labels")
+        scored = torch.zeros_like(labels, dtype=torch.bool)
+        scored[:, :-1] = labels[:, 1:] != -100  # position t predicts token t + 1
+        places, tokens = scored.flatten().nonzero().flatten(), labels[:, 1:][scored[:, :-1]]
+        inputs = {name: value for name, value in kwargs.items() if name not in _OF_HEAD}
+        way = sharing.way(inputs, len(places))
+        told = {"shift_labels": tokens.unsqueeze(0)} if way.picked else {"labels": labels}
+
+        def watch(states: Tensor) -> None:
+            if gradient_probe is not None and states.requires_grad:
+                states.register_hook(lambda grad: gradient_probe(grad.flatten(0, 1) if way.picked else grad[scored]))
+
+        with sharing.packed(way, places if way.picked else None, watch) as found:
+            output = fused_forward(*args, **kwargs, **told)
+        hidden = found[0].squeeze(0) if way.picked else found[0][scored]
+        if way.picked:
+            _by_row(output, scored[:, :-1])
+        if self.scored_choices is not None:
+            _among_choices(self, output, hidden, scored[:, :-1], tokens, temperature)
+        if targets is None:
+            return PolicyOutput(**output)
+        inside = targets.mask[scored[:, -1 - targets.mask.size(1) : -1]]
+        how = targets.divergence
+        values = hidden_divergence(
+            hidden[inside],
+            head_of(self),
+            targets.hidden,
+            targets.head,
+            alpha=how.alpha,
+            top_k=how.top_k,
+            tail=how.tail,
+            temperature=how.temperature,
+            choices=targets.choices,
+            chunks=targets.chunks,
+        )
+        return PolicyOutput(
+            **output, divergence=values.new_zeros(targets.mask.shape).masked_scatter(targets.mask, values)
+        )
 
     model.forward = types.MethodType(forward, model)
 
 
+def _by_row(output: FusedCausalLMOutput, scored: Tensor) -> None:
+    """Fields of the n positions that were scored, [1, n] -> [B, S - 1], 0 elsewhere, as TRL's fused head has them."""
+    for name in ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1"):
+        if (values := getattr(output, name)) is not None:
+            setattr(output, name, values.new_zeros(scored.shape).masked_scatter(scored, values))
+    output.label_mask = scored
+
+
+def _among_choices(
+    model: Any, output: FusedCausalLMOutput, hidden: Tensor, scored: Tensor, tokens: Tensor, temperature: float
+) -> None:
+    """Log-probs and entropies of decisions, in place of those over the whole vocabulary."""
+    rows = len(scored)
+    choices, model.scored_choices = model.scored_choices.split_with_sizes([rows, len(model.scored_choices) - rows])
+    choices = choices[scored[:, -choices.size(1) :]]
+    decided = (choices >= 0).any(dim=-1)
+    logp, entropy = score_choices(hidden[decided], head_of(model), choices[decided], tokens[decided], temperature)
+    where = torch.zeros_like(scored).masked_scatter(scored, decided)
+    output.log_probs = output.log_probs.masked_scatter(where, logp.to(output.log_probs.dtype))
+    if output.entropy is not None:
+        output.entropy = output.entropy.masked_scatter(where, entropy.to(output.entropy.dtype))
+
+
 @torch.no_grad()
-def completion_hidden(model: torch.nn.Module, base: PreTrainedModel, ids: Tensor, mask: Tensor, length: int) -> Tensor:
+def completion_hidden(model: torch.nn.Module, ids: Tensor, mask: Tensor, length: int) -> Tensor:
     """Hidden states that predict the last `length` tokens, [B, length, D], without gradient and without dropout.
 
-    `model` is the (possibly wrapped) module to call and `base` the Hugging Face model inside it. One position of
-    logits is all that the forward projects.
+    `model` is the (possibly wrapped) module to call; the model inside has a scoring head. What padding predicts is
+    undefined.
     """
     training = model.training
+    found: list[Tensor] = []
     model.eval()
     try:
-        with capture_hidden(base) as captured:
-            model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=1)
+        model(input_ids=ids, attention_mask=mask, hidden_of=length, sink=found.append)
     finally:
         model.train(training)
-    return captured[0][:, -1 - length : -1]
+    return found[0]

@@ -7,7 +7,7 @@
 
 Sampling was restricted to C, so old, new and reference log-probabilities must be too, with the same stored C:
 otherwise the ratio compares two different distributions, and mass on actions that were not allowed leaks into the
-gradient. Only the |C| rows of the head are read, inside the model's own forward, as TRL's fused head does it.
+gradient. Only the |C| rows of the head are read, inside the model's own forward (`srpo.teacher.lm_head`).
 
 C comes from an environment's decisions (`Turn.choices`), or, where a completion is one turn, from a rule of its ids
 (`AllowedTokens`), which then restricts the sampling, too.
@@ -16,7 +16,6 @@ C comes from an environment's decisions (`Turn.choices`), or, where a completion
 from __future__ import annotations
 
 import functools
-import types
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -28,7 +27,6 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from srpo.objectives import Head
 from srpo.rollout.batch import most_choices, padded_choices
-from srpo.teacher.lm_head import capture_hidden, head_of
 
 
 class AllowedTokens(Protocol):
@@ -103,43 +101,9 @@ def score_choices(
     return sampled, -(logp.exp() * finite).sum(dim=-1)
 
 
-def add_choice_head(model: PreTrainedModel, temperature: float) -> None:
-    """Let `model(..., labels=, fused_lm_head=True)` score decisions among their choices inside `scored_among`.
-
-    Call it after TRL's `add_fused_lm_head`, on the base model of a PEFT model. Without choices nothing changes.
-    """
-    fused_forward = model.forward
-    model.scored_choices = None
-
-    # Keep the original signature: `generate` validates its model kwargs against it.
-    @functools.wraps(type(model).forward)
-    def forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        if self.scored_choices is None or not kwargs.get("fused_lm_head"):
-            return fused_forward(*args, **kwargs)
-        with capture_hidden(self) as captured:
-            output = fused_forward(*args, **kwargs)
-        labels = kwargs["labels"]
-        choices, self.scored_choices = self.scored_choices.split_with_sizes(
-            [len(labels), len(self.scored_choices) - len(labels)]
-        )
-        length = choices.size(1)
-        tokens = labels[:, -length:]
-        decided = (choices >= 0).any(dim=-1) & (tokens != -100)
-        hidden = captured[0][:, -1 - length : -1]  # position t predicts token t + 1
-        logp, entropy = score_choices(hidden[decided], head_of(self), choices[decided], tokens[decided], temperature)
-        where = torch.zeros_like(output.log_probs, dtype=torch.bool)
-        where[:, -length:] = decided
-        output.log_probs = output.log_probs.masked_scatter(where, logp.to(output.log_probs.dtype))
-        if output.entropy is not None:
-            output.entropy = output.entropy.masked_scatter(where, entropy.to(output.entropy.dtype))
-        return output
-
-    model.forward = types.MethodType(forward, model)
-
-
 @contextmanager
 def scored_among(model: PreTrainedModel, choices: Tensor | None) -> Iterator[None]:
-    """Inside the block the patched `model` scores its last T tokens among `choices` [B, T, A]; None: as ever.
+    """Inside, a `model` with a scoring head scores its last T tokens among `choices` [B, T, A]; None: as ever.
 
     Forwards inside take consecutive rows of them: a batch may be scored in parts.
     """

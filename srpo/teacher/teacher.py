@@ -35,7 +35,7 @@ WEIGHTS = "teacher.safetensors"
 
 
 class Teacher:
-    """Weights of the self-teacher beside a student.
+    """Weights of the self-teacher beside a student. Student and twin have scoring heads (`srpo.teacher.lm_head`).
 
     Args:
         kind: "ema", "trust_region", "frozen" or "live".
@@ -94,8 +94,7 @@ class Teacher:
                 first = self._student_hidden(ids, mask, length)
         else:
             with self._autocast(ids.device):
-                own = _base(self.accelerator.unwrap_model(self.model))
-                first = completion_hidden(self.model, own, ids, mask, length)
+                first = completion_hidden(self.model, ids, mask, length)
         if self.kind != "trust_region":
             return first
         live = self._student_hidden(ids, mask, length)
@@ -178,7 +177,7 @@ class Teacher:
         return torch.autocast(device.type, precision)
 
     def _student_hidden(self, ids: Tensor, mask: Tensor, length: int) -> Tensor:
-        return completion_hidden(self.student, _base(self.accelerator.unwrap_model(self.student)), ids, mask, length)
+        return completion_hidden(self.student, ids, mask, length)
 
 
 def plain_copy(model: PreTrainedModel) -> PreTrainedModel:

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from srpo.objectives import Counts, LossConfig, LossOutput, Objective, TokenBatch, sampled_token_divergence
 from srpo.objectives.batch import per_step
-from srpo.teacher.lm_head import add_distillation_head
 from srpo.trainer.distiller import Distiller
 
 
@@ -107,9 +106,11 @@ class Loss:
         if self.distiller is not None:
             extra["targets"] = self.distiller.student_targets(inputs, omega)
 
+            taught = distilled.unsqueeze(1).expand_as(labels)[labels != -100]
+
             def probe(gradient: Tensor) -> None:
-                squares = gradient.float().square().sum(dim=(1, 2))
-                self._gradients += torch.stack([squares[distilled].sum(), squares[~distilled].sum()])
+                squares = gradient.float().square().sum(dim=1)
+                self._gradients += torch.stack([squares[taught].sum(), squares[~taught].sum()])
 
             extra["gradient_probe"] = probe
         with self.accelerator.autocast():
@@ -146,6 +147,5 @@ def loss_of(trainer: Any) -> Loss:
         raise ValueError(
             f"objective: {trainer.objective} trains text models only; use objective: grpo and a loss_type of TRL's"
         )
-    add_distillation_head(trainer._base(trainer.model))
     router_loss = trainer.router_aux_loss_coef if trainer.aux_loss_enabled else None
     return Loss(trainer._record, trainer.accelerator, trainer.args, trainer.distiller, router_loss)

@@ -35,6 +35,7 @@ from srpo import columns
 from srpo.hub.hub import HubMixin
 from srpo.objectives import objective_of
 from srpo.objectives.advantages import REFERENCES
+from srpo.prefix.sharing import PrefixSharing
 from srpo.replay.metrics import audited
 from srpo.replay.passes import EXPERT_IDS, engine_that_replay_needs, replay_passes
 from srpo.replay.replay import RoutingReplay
@@ -46,6 +47,7 @@ from srpo.run.signals import Interrupted, heeded
 from srpo.run.steps import check_eval_rows, check_start, check_steps_made
 from srpo.run.whole import AUTO, SAVING, resume_from
 from srpo.teacher import masked_decisions as masked
+from srpo.teacher.lm_head import add_scoring_head
 from srpo.teacher.teacher import unpatched_copy
 from srpo.trainer import rewards
 from srpo.trainer.adapters import prepare_adapter
@@ -168,9 +170,10 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
             self.mask_truncated_completions = False  # TRL looks at the last token; here the stop reason says it
             self.rollouts = Rollouts(environment, args, self.accelerator, self._tokenizer, self.num_generations)
             self.add_callback(RunLimits(self.rollouts))
-        if environment is not None or allowed_tokens is not None:
-            for scored in filter(None, (self.model, self.ref_model)):
-                masked.add_choice_head(self._base(scored), self.temperature)
+        replay = None if self.replay_passes is None else self.replay_passes.replay
+        for scored, replayed in ((self.model, replay), (self.ref_model, None), (twin, None)):
+            if scored is not None:
+                self._add_scoring_head(self._base(scored), replayed)
         self.add_callback(Clock(self._begin_training, self._end_step))
         self.distiller: Distiller | None = None
         if distils and not self._is_vlm:
@@ -187,6 +190,11 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
             others = [self.ref_model, None if self.teacher is None else self.teacher.model]
             models = [self._base(m) for m in (self.model, *others) if m is not None]
             self.add_callback(ForwardChecks(self.model, models, args, self.accelerator.autocast))
+
+    def _add_scoring_head(self, base: PreTrainedModel, replay: RoutingReplay | None) -> None:
+        mode = "off" if self._is_vlm else self.args.shared_prefix
+        sharded = self.accelerator.distributed_type in ("DEEPSPEED", "FSDP")
+        add_scoring_head(base, PrefixSharing(base, mode, sharded, replay), self.temperature)
 
     def _base(self, model: torch.nn.Module) -> PreTrainedModel:
         """The transformers model inside."""

@@ -9,7 +9,9 @@ import torch
 from trl.trainer.utils import add_fused_lm_head
 
 from srpo.objectives import Head
-from srpo.teacher.masked_decisions import add_choice_head, choice_log_probs, score_choices, scored_among
+from srpo.prefix.sharing import PrefixSharing
+from srpo.teacher.lm_head import add_scoring_head
+from srpo.teacher.masked_decisions import choice_log_probs, score_choices, scored_among
 
 TAU = 0.7
 
@@ -92,7 +94,7 @@ def test_the_model_scores_decisions_among_their_choices_and_the_rest_as_ever() -
     with torch.no_grad():
         before = made(input_ids=ids, attention_mask=attention, labels=labels, fused_lm_head=True)
         logits = made(input_ids=ids, attention_mask=attention).logits[:, -5:-1] / TAU
-    add_choice_head(made, TAU)
+    add_scoring_head(made, PrefixSharing(made, "off"), TAU)
     with torch.no_grad():
         plain = made(input_ids=ids, attention_mask=attention, labels=labels, fused_lm_head=True)
         with scored_among(made, choices):
@@ -114,7 +116,7 @@ def test_the_model_scores_decisions_among_their_choices_and_the_rest_as_ever() -
 def test_gradients_of_decisions_stay_among_their_choices() -> None:
     made, (ids, attention, labels, choices) = network(), batch()
     made.lm_head.weight = torch.nn.Parameter(made.lm_head.weight.detach().clone())  # untied, to see the head alone
-    add_choice_head(made, TAU)
+    add_scoring_head(made, PrefixSharing(made, "off"), TAU)
     with scored_among(made, choices):
         out = made(input_ids=ids, attention_mask=attention, labels=labels, fused_lm_head=True)
     out.log_probs[0, -3].backward()

@@ -10,10 +10,11 @@ from trl.trainer.utils import add_fused_lm_head
 
 from srpo.objectives import topk_divergence
 from srpo.objectives.divergence import hidden_entropy, hidden_logp
+from srpo.prefix.sharing import PrefixSharing
 from srpo.teacher.lm_head import (
     Divergence,
     TeacherTargets,
-    add_distillation_head,
+    add_scoring_head,
     completion_hidden,
     head_of,
 )
@@ -72,7 +73,8 @@ def pair(request):
             parameter.add_(0.1 * torch.randn_like(parameter))
     student.eval()
     add_fused_lm_head(student, temperature=TEMPERATURE, outputs=("log_probs", "entropy"))
-    add_distillation_head(student)
+    for network in (student, teacher):
+        add_scoring_head(network, PrefixSharing(network, "off"), TEMPERATURE)
     return student, teacher
 
 
@@ -91,7 +93,7 @@ def batch():
 
 def targets(teacher, how):
     ids, attention, _, omega = batch()
-    return TeacherTargets(omega, completion_hidden(teacher, teacher, ids, attention, T)[omega], head_of(teacher), how)
+    return TeacherTargets(omega, completion_hidden(teacher, ids, attention, T)[omega], head_of(teacher), how)
 
 
 def run(student, **extra):
@@ -144,7 +146,7 @@ def test_targets_do_not_touch_log_probs_and_entropies(pair):
 def test_teacher_entropy_and_log_probs_are_exact(pair):
     _, teacher = pair
     ids, attention, _, omega = batch()
-    hidden = completion_hidden(teacher, teacher, ids, attention, T)[omega]
+    hidden = completion_hidden(teacher, ids, attention, T)[omega]
     logp = plain(teacher)[omega].log_softmax(-1)
     entropy = hidden_entropy(hidden, head_of(teacher), TEMPERATURE, chunk_tokens=4)
     torch.testing.assert_close(entropy, -(logp.exp() * logp).sum(-1), rtol=1e-5, atol=1e-5)
@@ -172,7 +174,8 @@ def test_the_probe_sees_the_gradient_at_the_hidden_states(pair):
     total = chosen.sum() + 3 * divergence.sum()
     (expected,) = torch.autograd.grad(total, states[0], retain_graph=True)
     assert len(seen) == 1
-    assert_near(seen[0], expected)
+    _, _, labels, _ = batch()
+    assert_near(seen[0], expected[:, :-1][labels[:, 1:] != -100])
     total.backward()
     for name, parameter in student.named_parameters():  # probing changes nothing
         assert_near(with_probe[name], parameter.grad)
@@ -195,15 +198,17 @@ def test_a_head_with_a_bias():
     network = untied()
     network.lm_head = torch.nn.Linear(32, 290, bias=True)
     network.eval()
+    add_scoring_head(network, PrefixSharing(network, "off"))
     ids, attention, _, _ = batch()
-    hidden = completion_hidden(network, network, ids, attention, T)
+    hidden = completion_hidden(network, ids, attention, T)
     torch.testing.assert_close(head_of(network).logits(hidden), plain(network) * TEMPERATURE, rtol=1e-5, atol=1e-5)
 
 
-def test_only_one_position_is_projected_for_the_teacher():
+def test_no_position_is_projected_for_the_teacher():
     network = model().eval()
-    widths = []
+    add_scoring_head(network, PrefixSharing(network, "off"))
+    widths: list[int] = []
     network.lm_head.register_forward_hook(lambda _m, args, _out: widths.append(args[0].shape[1]))
     ids, attention, _, _ = batch()
-    completion_hidden(network, network, ids, attention, T)
-    assert widths == [1]
+    completion_hidden(network, ids, attention, T)
+    assert not widths

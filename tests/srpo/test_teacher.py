@@ -17,6 +17,7 @@ from teacher_cases import (
     own_weights,
     perturb,
     plain_logits,
+    scoring,
     student_weights,
 )  # fmt: skip
 from trl.trainer.utils import add_fused_lm_head
@@ -208,7 +209,7 @@ def test_frozen_never_moves_and_live_is_the_student(accelerator, policy):
 
 
 def test_several_steps_per_batch_keep_the_head_of_scoring_time(accelerator):
-    student = model()
+    student = scoring(model())
     live = Teacher("live", student, None, RATE, accelerator, snapshot_head=True)
     ids, mask, length = batch()
     hidden, head = live.score(ids, mask, length), live.head()

@@ -5,6 +5,8 @@ from core_helpers import model, tokenizer, weights
 from peft import LoraConfig, get_peft_model
 from trl.trainer.utils import add_fused_lm_head
 
+from srpo.prefix.sharing import PrefixSharing
+from srpo.teacher.lm_head import add_scoring_head
 from srpo.teacher.teacher import Teacher, unpatched_copy
 from srpo.trainer.adapters import prepare_adapter
 
@@ -19,16 +21,24 @@ def batch(rows=3, prompt=5, completion=4, seed=0):
     return ids, mask, completion
 
 
+def scoring(network):
+    add_scoring_head(network, PrefixSharing(network, "off"))
+    return network
+
+
 def full(kind, accelerator, rate=RATE, dtype=torch.float32):
     student = model().to(dtype)
     twin = None if kind == "live" else unpatched_copy(student, {}, in_fp32=kind == "ema")
     add_fused_lm_head(student)
+    scoring(student)
+    if twin is not None:
+        scoring(twin)
     return student, Teacher(kind, student, twin, rate, accelerator)
 
 
 def lora(kind, accelerator, rate=RATE, dtype=torch.float32, name="default", **options):
     settings = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False, **options}
-    student = get_peft_model(model().to(dtype), LoraConfig(**settings), adapter_name=name)
+    student = get_peft_model(scoring(model().to(dtype)), LoraConfig(**settings), adapter_name=name)
     return student, Teacher(kind, student, None, rate, accelerator)
 
 
@@ -41,7 +51,8 @@ def other_adapter(kind, accelerator, rate=RATE, dtype=torch.float32):
 def own_head(kind, accelerator, rate=RATE, dtype=torch.float32):
     """Biases, embeddings of single tokens and with them rows of the tied head: all of it moves."""
     student = get_peft_model(
-        model().to(dtype), LoraConfig(r=4, target_modules="all-linear", trainable_token_indices=[5, 6], bias="all")
+        scoring(model().to(dtype)),
+        LoraConfig(r=4, target_modules="all-linear", trainable_token_indices=[5, 6], bias="all"),
     )
     prepare_adapter(student, accelerator)
     return student, Teacher(kind, student, None, rate, accelerator)

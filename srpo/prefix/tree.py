@@ -1,0 +1,152 @@
+"""Rows of a micro-batch as trees of common beginnings: what two rows begin with alike is encoded once.
+
+    rows                      columns of the packed row (depth first)         position = depth
+    s s a a x x               s s a a x x y b z                               0 1 2 3 4 5 4 2 3
+    s s a a y                 who sees whom: a column sees itself and its ancestors,
+    s s b z                       sees(q, k)  <=>  k <= q <= last[k]          last[k]: end of the subtree of k
+
+The common parts are found from the ids, wherever they come from: a system part over all groups, a prompt over its
+group, turns, equal beginnings of completions, rows that are equal. A causal model says the same of a token whatever
+follows it, so a token needs nothing but its ancestors and its own depth; the result for row b, token s is found in
+column `columns[b, s]`. Attention costs the square of the width, so the rows may be cut into several packed rows, where
+the cost of the mask says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_WIDTHS = 128  # widths that are tried at most
+
+Cost = Callable[[int, int], float]
+"""Of a forward over (rows, columns), in any unit."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """B rows of S columns as R packed rows of N columns, all int64.
+
+    Columns beyond the tree of a packed row see only themselves.
+    """
+
+    ids: Tensor
+    """[R, N]"""
+    positions: Tensor
+    """[R, N] depth in the tree, from 0."""
+    last: Tensor
+    """[R, N] the last column below each column, itself where there is none."""
+    columns: Tensor
+    """[B, S] where each token is, in R * N; 0 at padding."""
+    real: Tensor
+    """[B, S] bool: not padding."""
+
+    def sees(self, window: int | None = None) -> Tensor:
+        """[R, 1, N, N] bool, query by key. `window`: a token sees that many, itself among them; None: all before."""
+        column = torch.arange(self.ids.size(1), device=self.ids.device)
+        query, key = column[:, None], column[None, :]
+        seen = (key <= query) & (query <= self.last[:, None, :])
+        if window is not None:
+            seen &= self.positions[:, :, None] - self.positions[:, None, :] < window
+        return seen.unsqueeze(1)
+
+    def pack(self, values: Tensor) -> Tensor:
+        """[B, S, ...] of each token -> [R, N, ...] of each column; tokens that share a column must agree. 0 beyond."""
+        packed = values.new_zeros(self.ids.numel(), *values.shape[2:])
+        real = self.real.to(values.device)
+        packed[self.columns.to(values.device)[real]] = values[real]
+        return packed.view(*self.ids.shape, *values.shape[2:])
+
+    def unpack(self, values: Tensor) -> Tensor:
+        """[R, N, ...] of each column -> [B, S, ...] of each token; padding gets another token's."""
+        return values.flatten(0, 1)[self.columns.to(values.device)]
+
+
+class Tree:
+    """The common beginnings of B rows.
+
+    Attributes:
+        order: the rows, sorted, so that each begins as much like the one before as like any.
+        lengths: tokens of each, in that order.
+        common: how many it begins with that the one before it has too; 0 for the first.
+    """
+
+    def __init__(self, ids: Tensor, attention: Tensor, keys: Tensor | None = None) -> None:
+        """`ids`, `attention` [B, S], padding anywhere; `keys` [B, S] int64 in place of the ids where tokens are told
+        apart by more than these."""
+        self._device, self._shape = ids.device, tuple(ids.shape)
+        real = attention.bool()
+        self._real = real
+        self._places = [np.flatnonzero(row) for row in real.cpu().numpy()]
+        told_apart = (ids if keys is None else keys).cpu().numpy()
+        rows = [row[at] for row, at in zip(told_apart, self._places, strict=True)]
+        self._ids = [row[at] for row, at in zip(ids.cpu().numpy(), self._places, strict=True)]
+        listed = [row.tolist() for row in rows]
+        self.order = sorted(range(len(rows)), key=listed.__getitem__)
+        self.lengths = [len(listed[b]) for b in self.order]
+        self.common = [0, *(_common(rows[a], rows[b]) for a, b in pairwise(self.order))][: len(rows)]
+
+    def cut(self, cost: Cost) -> list[range]:
+        """Runs of `order`, each a packed row, at the least cost of all of them as wide as the widest."""
+        width, sizes = 0, set()
+        for start in range(len(self.order)):
+            width = 0
+            for k in range(start, len(self.order)):
+                width += self.lengths[k] - (self.common[k] if k > start else 0)
+                sizes.add(width)
+        widest = max(self.lengths)
+        tried = sorted(size for size in sizes if size >= widest)
+        step = -(-len(tried) // _WIDTHS)
+        found = [self._filled(size) for size in {*tried[::step], tried[-1]}]
+        return min(found, key=lambda runs: (cost(len(runs), self.width(runs)), len(runs)))
+
+    def width(self, runs: Sequence[range]) -> int:
+        """Columns of the widest packed row."""
+        return max(sum(self._new(k, k == run.start) for k in run) for run in runs)
+
+    def lay_out(self, runs: Sequence[range]) -> Layout:
+        """Write the packed rows."""
+        shape = len(runs), self.width(runs)
+        ids, positions = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+        last = np.tile(np.arange(shape[1]), (shape[0], 1))
+        columns = np.zeros(self._shape, np.int64)
+        for r, run in enumerate(runs):
+            end, path = 0, np.empty(0, np.int64)  # path: the columns of the row before, from the root
+            for k in run:
+                b, shared = self.order[k], 0 if k == run.start else self.common[k]
+                last[r, path[shared:]] = end - 1
+                new = np.arange(end, end + self.lengths[k] - shared)
+                path = np.concatenate([path[:shared], new])
+                end += len(new)
+                ids[r, new] = self._ids[b][shared:]
+                positions[r, new] = np.arange(shared, self.lengths[k])
+                columns[b, self._places[b]] = r * shape[1] + path
+            last[r, path] = end - 1
+        made = [torch.from_numpy(one).to(self._device) for one in (ids, positions, last, columns)]
+        return Layout(made[0], made[1], made[2], made[3], self._real)
+
+    def _new(self, k: int, first: bool) -> int:
+        return self.lengths[k] - (0 if first else self.common[k])
+
+    def _filled(self, width: int) -> list[range]:
+        """As many rows as fit, one packed row after the other."""
+        runs, start, filled = [], 0, 0
+        for k in range(len(self.order)):
+            more = self._new(k, k == start)
+            if k > start and filled + more > width:
+                runs.append(range(start, k))
+                start, filled, more = k, 0, self.lengths[k]
+            filled += more
+        return [*runs, range(start, len(self.order))]
+
+
+def _common(a: np.ndarray, b: np.ndarray) -> int:
+    """How many elements two rows begin with alike."""
+    n = min(len(a), len(b))
+    different = np.flatnonzero(a[:n] != b[:n])
+    return int(different[0]) if len(different) else n
