@@ -1,8 +1,9 @@
 """A scripted executor that costs what a member of a price list would cost in its place, prompt cache included.
 
-Its prompt is the episode so far, its answer `COMPLETION_TOKENS`; both are counted by `estimated_tokens`. What of the
-prompt is cached follows from who acted when (`Step.by`, `Step.at`), so that nothing has to be kept: the same episode
-costs the same, in whatever process it is played. Time passes by members' ``latency``.
+Its prompt is ``extra_prompt_tokens`` of the member (a harness's system prompt and tools) and the episode so far, by
+`estimated_tokens`; its answer is `COMPLETION_TOKENS`. What of the prompt is cached follows from who acted when
+(`Step.by`, `Step.at`), so that nothing has to be kept: the same episode costs the same, in whatever process it is
+played. Time passes by members' ``latency``.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ COMPLETION_TOKENS = 50
 """As in the prices of `routers.environments.scripted`."""
 
 
-def conversation(view: View) -> Conversation:
-    """An episode as prompt caches see it: each call's prompt is the first observation and all steps before it."""
-    told, messages = Conversation(), [estimated_tokens(view.first)]
+def conversation(view: View, member: Member) -> Conversation:
+    """An episode as prompt caches see it, for a call of this member: each call's prompt is what every prompt of it
+    begins with, the first observation, and all steps before the call."""
+    told, messages = Conversation(), [member.extra_prompt_tokens, estimated_tokens(view.first)]
     for step in view.steps:
         told = told.then(messages, step.at).asked(step.by)
         messages.append(estimated_tokens(step.action) + estimated_tokens(step.observation))
@@ -45,10 +47,10 @@ class PricedExecutor:
         self._executor = executor
 
     def bound(self, view: View) -> float:
-        return highest(self.member, conversation(view).prompt_tokens, COMPLETION_TOKENS)
+        return highest(self.member, conversation(view, self.member).prompt_tokens, COMPLETION_TOKENS)
 
     async def act(self, view: View, deadline: float) -> Act:
         act = await self._executor.act(view, deadline)
-        usage = conversation(view).expected(self.member, COMPLETION_TOKENS)
+        usage = conversation(view, self.member).expected(self.member, COMPLETION_TOKENS)
         usd = price(self.member, usage)
         return Act(act.action, usd, replace(act.reply, usage=usage, cost=usd, seconds=self.member.latency or 0.0))

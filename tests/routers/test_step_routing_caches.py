@@ -113,12 +113,22 @@ def test_who_stays_pays_less_than_who_switches_and_a_warm_dear_one_less_than_a_c
     assert stay < switch  # the last call goes to the cheaper one, which has to read everything
 
 
+def test_what_every_prompt_begins_with_is_cached_too_and_helps_over_the_minimum() -> None:
+    long = {"extra_prompt_tokens": 3000, "cache_min_tokens": 4096}
+    without, _ = played("ssss", world(small=dataclasses.replace(SMALL, cache_min_tokens=4096)))
+    columns, seen = played("ssss", world(small=dataclasses.replace(SMALL, **long)))
+    assert without["cached tokens: small"] == 0  # 1,303 tokens are too few
+    assert columns["prompt tokens: small"] == 4 * 3000 + 1000 + 1101 + 1202 + 1303
+    assert columns["cached tokens: small"] == 4101 + 4202  # 4,000 were too few; then the prompts before
+    assert seen[0].bounds["small"] == pytest.approx(highest(SMALL, 4000, COMPLETION_TOKENS))
+
+
 def test_executors_without_a_member_tell_nothing_of_caches() -> None:
     environment = StepRoutingEnvironment(lambda row: Talk(), [Goer("small"), Goer("large")], lambda now: Observation())
     columns, seen = played("slsl", environment)
     assert columns[COST] == 4.0 and not [name for name in columns if name.startswith(CACHES)]
     assert "cache/share" not in environment.metrics()
-    assert conversation(seen[2].view).prompt_tokens == 1202
+    assert conversation(seen[2].view, SMALL).prompt_tokens == 1202
 
 
 def test_an_executor_needs_a_member_of_its_name_with_prices() -> None:

@@ -279,7 +279,7 @@ class StepRoutingEpisode:
         if (member := members.get(name)) is None:
             return step
         last = members.get(self.calls[-1]) if self.steps else None
-        lost = 0.0 if last is None else switch_cost(last, member, conversation(view))
+        lost = 0.0 if last is None else switch_cost(last, member, conversation(view, member))
         return replace(step, saved_usd=saved(member, act.reply.usage), switch_usd=lost)
 
     def _after(self, act: Act) -> Observation:

@@ -182,6 +182,41 @@ def test_long_writes_and_what_is_kept_by_hand():
     assert saved(kept, Usage(10, 10, usd=0.5)) == 0.0
 
 
+NAMES = (
+    *("prompt_tokens", "input_tokens", "promptTokenCount", "completion_tokens", "output_tokens", "total_tokens"),
+    *("candidatesTokenCount", "thoughtsTokenCount", "toolUsePromptTokenCount", "totalTokenCount", "cached_tokens"),
+    *("prompt_cache_hit_tokens", "prompt_cache_miss_tokens", "cache_read_input_tokens", "cachedContentTokenCount"),
+    *("cache_creation_input_tokens", "cache_write_tokens", "reasoning_tokens", "ephemeral_1h_input_tokens"),
+)
+PLACES = ("prompt_tokens_details", "input_tokens_details", "completion_tokens_details", "cache_creation")
+VALUES = (None, -1, 0, 1, 7, 60, 300, 10**9, "40", "x", 2.0, 2.5, True, [3], float("nan"))
+
+
+def test_no_report_makes_parts_larger_than_their_whole_or_a_call_dearer_than_what_was_set_aside():
+    rng = np.random.default_rng(1)
+
+    def some():
+        return {str(name): VALUES[rng.integers(len(VALUES))] for name in rng.choice(NAMES, rng.integers(0, 8))}
+
+    for number in range(10_000):
+        usage = {**some(), **{str(place): some() for place in rng.choice(PLACES, rng.integers(0, 3))}}
+        document = {("usage", "usageMetadata")[rng.integers(2)]: usage}
+        prompt, answer = int(rng.integers(1, 500)), int(rng.integers(1, 200))
+        found = bill(
+            document,
+            prompt_bound=prompt,
+            max_tokens=answer,
+            seen="four",
+            reasoning_bound=0,
+            long_writes=bool(number % 2),
+        ).usage
+        assert 0 <= found.cache_write_1h_tokens <= found.cache_write_tokens
+        assert found.cached_tokens + found.cache_write_tokens <= found.prompt_tokens <= prompt
+        assert 0 <= found.reasoning_tokens <= found.completion_tokens <= answer
+        member = _any_member(rng, "m")
+        assert price(member, found) <= highest(member, prompt, answer) * (1 + 1e-12), document
+
+
 # ---- the cache of a conversation ----
 
 
