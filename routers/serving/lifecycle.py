@@ -87,7 +87,7 @@ def serve(
     port: int = 8000,
     limits: ConnectionLimits | None = None,
 ) -> None:
-    """Serve until SIGTERM or SIGINT. Called in the main thread; returns when all is closed.
+    """Serve until SIGTERM or SIGINT, which end the process. Called in the main thread.
 
     Args:
         app: the application, whose metrics count what is closed and dropped.
@@ -98,7 +98,13 @@ def serve(
     Raises:
         SystemExit: the port cannot be opened.
     """
-    _Server(app, keys, host, port, limits or ConnectionLimits()).run()
+    server = _Server(app, keys, host, port, limits or ConnectionLimits())
+    server.run()
+    if server.ended:  # all is closed and written; what Python would tidy up now takes seconds with a large model
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 class _Connection(H11Protocol):
@@ -148,7 +154,9 @@ class _Server(uvicorn.Server):
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stopping_since: float | None = None
         self._dropped: Counter[str] = Counter()
-        self._save_failed = self._ended = False
+        self._save_failed = False
+        self.ended = False
+        """All is closed."""
         app.metrics.watch("router_connections", "Open connections.", lambda: {(): len(self.server_state.connections)})
         app.metrics.watch(
             "router_keys_reloads_total",
@@ -200,7 +208,7 @@ class _Server(uvicorn.Server):
         self._sweeper.cancel()
         await self.lifespan.shutdown()
         self._save()
-        self._ended = True
+        self.ended = True
         _say(f"stopped; {_told(self._dropped)}")
 
     async def _until_idle(self, end: float) -> None:
@@ -261,7 +269,7 @@ class _Server(uvicorn.Server):
         with suppress(Exception):
             self._keys.save()
         with suppress(Exception):
-            _say(f"ended: {why}" + ("" if self._ended else f"; {_told(dropped)}"))
+            _say(f"ended: {why}" + ("" if self.ended else f"; {_told(dropped)}"))
         os._exit(status)
 
 
