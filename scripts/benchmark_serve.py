@@ -7,9 +7,10 @@
 Members are one loopback server (`tests/support/openai_server.py`) in a process of its own that answers at once; the
 router serves from another. `latency`: every client takes turns between the member itself and the router, so that both
 are measured on the same machine at the same time; the overhead is the difference of the medians, and of the 99th
-percentiles. The decision alone, without HTTP, is timed in this process before. `load`: clients ask without a pause;
-memory is the server's resident memory, and its growth is from the median of the second tenth of the time, when all is
-warm, to that of the last.
+percentiles. The decision alone, without HTTP, is timed in this process before. `router_cpu_ms` is what the server
+computes for a request, decision included, which other work on the machine changes little. `load`: clients ask without
+a pause; memory is the server's resident memory, and its growth is from the median of the second tenth of the time,
+when all is warm, to that of the last.
 
 Without --router, a router of the kind is made first: `encoder` and `fitted` from the quickstart table, `query` as the
 tests' tiny policy.
@@ -76,15 +77,15 @@ def member_server() -> Iterator[str]:
 
 
 @contextmanager
-def router_server(router: Path, catalogue: Path, *options: str) -> Iterator[str]:
-    """Its address."""
+def router_server(router: Path, catalogue: Path, *options: str) -> Iterator[tuple[str, int]]:
+    """Its address and process id."""
     command = [sys.executable, "-m", "srpo", "serve", str(router), "--catalogue", str(catalogue), "--port", "0"]
     process = subprocess.Popen([*command, "--public-metrics", *options], stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     try:
         for line in process.stderr:
             if "listening on" in line:
-                yield line.split()[-1]
+                yield line.split()[-1], process.pid
                 return
         raise RuntimeError("the server did not start")
     finally:
@@ -101,6 +102,12 @@ def write_catalogue(router: Path, url: str, path: Path) -> None:
             for m in loaded.members
         ]  # fmt: skip
     path.write_text(yaml.safe_dump({"members": members}), encoding="utf-8")
+
+
+def cpu_seconds(process: int) -> float:
+    """That a process has computed for, in all its threads."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def decision_seconds(router: Path, calls: int) -> float:
@@ -195,11 +202,13 @@ def main() -> None:
         found: dict[str, Any] = {"kind": args.kind, "cores": os.cpu_count()}
         if args.what == "latency":
             found["decision_ms"] = round(1000 * decision_seconds(router, 100), 3)
-        with router_server(router, catalogue) as address:
+        with router_server(router, catalogue) as (address, process):
             for clients in args.clients or ([1, 8] if args.what == "latency" else [200]):
                 found["clients"] = clients
                 if args.what == "latency":
+                    before = cpu_seconds(process)
                     direct, routed = asyncio.run(latencies(member, address, clients, args.requests))
+                    found["router_cpu_ms"] = round(1000 * (cpu_seconds(process) - before) / len(routed), 3)
                     for name, share in (("p50", 0.5), ("p99", 0.99)):
                         found[f"direct_{name}_ms"] = round(at(direct, share), 3)
                         found[f"routed_{name}_ms"] = round(at(routed, share), 3)
