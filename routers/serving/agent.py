@@ -15,7 +15,8 @@ it reads, with what is missing left out,
 
 What the policy writes on the way is ``reasoning_content``, a turn at a time in a stream; the answer is ``content``.
 ``prompt_tokens`` and ``completion_tokens`` are the policy's own, ``usage.cost_usd`` is everything, ``srpo.members``
-says who was asked. An agent that comes to no answer is an error that says why.
+says who was asked. Temperature, top_p and seed are those of the policy's tokens; ``max_tokens`` limits its turns and
+what it reads in between; ``stop`` cuts the answer. An agent that comes to no answer is an error that says why.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
+from routers.pool.request import longest_of
 from routers.router import Answer
 from routers.serving.chat import ChatRequest, refuse_others, text_of
 from routers.serving.errors import RequestError
@@ -123,7 +125,9 @@ class AgentWorker:
     async def _answer(self, question: str, asked: ChatRequest, cost: _Cost, spent: Spent, told: Any) -> Answer:
         spent.known = False
         try:
-            found = await self.agent.aanswer(question, asked.max_cost_usd, cost_weight=asked.cost_weight, on_turn=told)
+            found = await self.agent.aanswer(
+                question, asked.max_cost_usd, cost_weight=asked.cost_weight, on_turn=told, drawing=_drawing(asked)
+            )
         except ValueError as error:
             raise RequestError(400, str(error), None, "invalid_value") from None
         cost.usd, spent.known = found.cost_usd, True
@@ -160,6 +164,14 @@ class AgentWorker:
 
     async def aclose(self) -> None:
         await self.agent.aclose()
+
+
+def _drawing(asked: ChatRequest) -> Any:
+    """How the request wants its answer to be drawn."""
+    from routers.tasks.think_route.drawing import Drawing  # imports torch, which a proxy may do without
+
+    how = {name: asked.body.get(name) for name in ("temperature", "top_p", "seed")}
+    return Drawing(**how, tokens=longest_of(asked.body))
 
 
 def _no_answer(found: Answer) -> RequestError:

@@ -248,6 +248,27 @@ def test_an_agent_without_an_answer_is_an_error_with_a_reason(policy: Path) -> N
             assert isinstance(refused.value, openai.UnprocessableEntityError) != stream
 
 
+def test_temperature_seed_and_length_are_those_of_the_answer(policy: Path) -> None:
+    agent = agent_of(policy)
+    with running(create_app(AgentWorker(agent))) as address:
+
+        def transcript(**fields: Any) -> str:
+            body = {"model": "router", "messages": [{"role": "user", "content": "Count to nine"}], **fields}
+            reply = httpx.post(f"{address}/v1/chat/completions", json=body, timeout=60).json()
+            return (
+                str(reply["choices"][0]["message"]["reasoning_content"]) if "choices" in reply else f"{reply['error']}"
+            )
+
+        greedy = transcript()
+        assert greedy == "<think>why</think><search>alpha:</search><answer>ok</answer>" == transcript(temperature=0)
+        # a hot policy writes what its seed says, and another seed something else; next to it the others stay cool
+        hot = [transcript(temperature=2, seed=seed) for seed in (1, 1, 2)]
+        assert hot[0] == hot[1] != hot[2]
+        assert transcript(temperature=2, top_p=1e-9, seed=3) == greedy == transcript(seed=5)
+        assert "within its limit of tokens" in transcript(max_tokens=12)
+        assert "top_p" in transcript(top_p=0)
+
+
 def test_other_refusals(served: Served) -> None:
     address, headers = f"{served[0]}/v1/chat/completions", {"Authorization": f"Bearer {KEY}"}
     assert httpx.post(address, content=b"{", headers=headers).json()["error"]["message"] == "the body is not JSON"

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from routers.language.grammar import parse_turn
 from routers.language.prompts import stated_cost_weight
 from routers.pool import Pool, live_pool
 from routers.router import Answer, CannotDo, Decision, OnTurn, Router, RouterFile, members_now
+from routers.tasks.think_route.drawing import BySampling, Drawing, DrawnRequest
 from routers.tasks.think_route.environment import ThinkRoute
 from routers.tasks.think_route.settings import KIND, AgentSettings
 from srpo.rollout.constrained import choice_probabilities
@@ -39,6 +41,8 @@ from srpo.rollout.thinking import opened_by
 from srpo.rollout.untrusted import LockedTokenizer, without_control_tokens
 from srpo.rollout.worker_loop import EpisodeLoop
 from srpo.types import COST, LOST, Episode, Observation, Row, Stop, Trajectory
+
+AS_USUAL = Drawing()
 
 
 class RouterAgent(Router):
@@ -94,10 +98,10 @@ class RouterAgent(Router):
             episode_seconds=episode_seconds,
         )
         self._numbers = itertools.count()
-        sampling = Sampling(temperature=temperature, stop=settings.grammar.stops)
+        self._sampling = Sampling(temperature=temperature, stop=settings.grammar.stops)
         ends = end_ids(model, self._tokenizer)
-        generator = TransformersGenerator(model, self._tokenizer, sampling, eos_ids=ends, allowed=self._mask.after)
-        self._batches = Batches(generator, max_batch)
+        make = partial(TransformersGenerator, model, self._tokenizer, eos_ids=ends, allowed=self._mask.after)
+        self._batches = Batches(BySampling(make, self._sampling), max_batch)
         self._loop = EpisodeLoop()
         self._loop.start()
         self._threads = ThreadPoolExecutor(max_concurrent, thread_name_prefix="router-agent")
@@ -201,6 +205,7 @@ class RouterAgent(Router):
         *,
         cost_weight: float | None = None,
         on_turn: OnTurn | None = None,
+        drawing: Drawing = AS_USUAL,
     ) -> Answer:
         """Answer one question; blocks until it is done.
 
@@ -210,14 +215,15 @@ class RouterAgent(Router):
                 tokens count as well, after they were written.
             cost_weight: price sensitivity, for a policy that was trained with several; None: the first of them.
             on_turn: see `OnTurn`.
+            drawing: temperature, seed and length of this answer.
 
         Raises:
             CannotDo: there is no pool to ask.
-            ValueError: an empty question, a cap that is not a number >= 0, or a price sensitivity that the policy was
-                not trained with.
+            ValueError: an empty question, a number out of its range, or a price sensitivity that the policy was not
+                trained with.
             RuntimeError: the agent was closed.
         """
-        return self._play(_Interest(), question, max_cost_usd, cost_weight, on_turn)
+        return self._play(_Interest(), question, max_cost_usd, cost_weight, on_turn, drawing)
 
     def _play(
         self,
@@ -226,16 +232,20 @@ class RouterAgent(Router):
         max_cost_usd: float | None = None,
         cost_weight: float | None = None,
         on_turn: OnTurn | None = None,
+        drawing: Drawing = AS_USUAL,
     ) -> Answer:
         if self._world is None:
             raise CannotDo("the agent has nobody to ask: give load_router a catalogue whose members have a base_url")
         if max_cost_usd is not None and not max_cost_usd >= 0:
             raise ValueError(f"max_cost_usd is {max_cost_usd!r}; it must be a number >= 0")
+        sampling, limits, number = drawing.sampling(self._sampling), self._limits, next(self._numbers)
+        if drawing.tokens is not None:
+            limits = replace(limits, tokens=min(limits.tokens, drawing.tokens))
         row, ids = self._row(question, max_cost_usd, cost_weight)
         world: Any = _Listening(self._world, interest, on_turn)
-        number = next(self._numbers)
-        generator = _Conversation(self._batches, number, interest)
-        found = play(world, [row], [ids], [f"{number}"], generator, self._tokenizer, self._limits, loop=self._loop)
+        generator = _Conversation(self._batches, number, interest, sampling)
+        seed = f"{number}" if drawing.seed is None else f"seed {drawing.seed}"
+        found = play(world, [row], [ids], [seed], generator, self._tokenizer, limits, loop=self._loop)
         return self._answer(found[0])
 
     def _row(self, question: str, cap: float | None, cost_weight: float | None) -> tuple[dict[str, Any], list[int]]:
@@ -267,11 +277,12 @@ class RouterAgent(Router):
         *,
         cost_weight: float | None = None,
         on_turn: OnTurn | None = None,
+        drawing: Drawing = AS_USUAL,
     ) -> Answer:
         """`answer` for asyncio. Cancelled, it ends at once where it waits, for a member too; a turn of the policy that
         is being written is the last."""
         interest = _Interest()
-        future = self._threads.submit(self._play, interest, question, max_cost_usd, cost_weight, on_turn)
+        future = self._threads.submit(self._play, interest, question, max_cost_usd, cost_weight, on_turn, drawing)
         try:
             return await asyncio.wrap_future(future)
         except asyncio.CancelledError:
@@ -366,15 +377,18 @@ class _Interest:
 class _Conversation:
     """One question's way to the shared batches; a number tells its rows from those of others."""
 
-    def __init__(self, batches: Batches, number: int, interest: _Interest) -> None:
+    def __init__(self, batches: Batches, number: int, interest: _Interest, sampling: Sampling) -> None:
         self._batches = batches
         self._number = number
         self._interest = interest
+        self._sampling = sampling
 
     def generate(self, requests: Sequence[Request]) -> list[Sample]:
         futures: list[Future[Sample]] = []
         with self._interest.ending(lambda: [future.cancel() for future in list(futures)]):
-            futures += [self._batches.submit(replace(request, row=self._number, told=None)) for request in requests]
+            for request in requests:
+                own = replace(request, row=self._number, told=None)
+                futures.append(self._batches.submit(DrawnRequest.of(own, self._sampling)))
             return [future.result() for future in futures]
 
     def over(self, rows: Sequence[int]) -> None: ...
