@@ -20,6 +20,8 @@ from routers.router import Decision, Router, RouterFile, check_queries, members_
 
 KIND = "online"
 STATE_FILE = "online.skops"
+MOST_CONTEXTS = 20_000
+"""Queries whose features are remembered."""
 
 
 class Learner:
@@ -275,6 +277,9 @@ class OnlineRouter(Router):
     def contexts(self, queries: Sequence[str]) -> np.ndarray:
         """``[Q, d]``: rows of length 1, and a constant."""
         new = list(dict.fromkeys(query for query in queries if query not in self._contexts))
+        if new and len(self._contexts) > MOST_CONTEXTS:  # behind a server there is no end of them
+            self._contexts.clear()
+            new = list(dict.fromkeys(queries))
         if new:
             self._contexts.update(zip(new, unit_rows(self.features.view("svd", new)), strict=True))
         return np.array([self._contexts[query] for query in queries])
