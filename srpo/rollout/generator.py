@@ -3,8 +3,9 @@
 A request carries the *whole* context of its row; what a backend has kept of it from the turn before is its own
 business. So the rollout never decodes and encodes again, and every backend can be compared with a plain re-prefill.
 
-Ours, on purpose not `model.generate`: a turn continues the KV cache of the turn before it, a group's prompt is
-prefilled once, rows that are done leave the batch, and each row draws from a generator named by its seed.
+Ours, on purpose not `model.generate`: a turn continues the KV cache of the turn before it, each distinct prompt is
+prefilled once and what all prompts begin with once for all of them, rows that are done leave the batch, and each row
+draws from a generator named by its seed.
 """
 
 import sys
@@ -14,17 +15,16 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
-from srpo.rollout.kv_cache import CachedForward
-from srpo.rollout.sampling import Sampling, Stops, draw, uniforms
+from srpo.rollout.kv_cache import CachedForward, Kept, cut, reuses_cache, stacked
+from srpo.rollout.sampling import Sampling, Stops, draw, uniforms, whole_logprobs
 from srpo.rollout.sampling_rules import without_adapter
 
 Recorder = Callable[[list[tuple[int, ...]], Tensor], None]
 """(rows, positions [N, S]) after each forward of N sequences x S new columns: `rows[n]` are the request rows that
-share sequence n (a group's prompt is forwarded once), `positions[n, s]` the token's index in its row's whole sequence,
--1 where the column holds none. Rows of a model without a reusable cache are forwarded again each turn."""
+share sequence n (a group's prompt is forwarded once, what all prompts begin with too), `positions[n, s]` the token's
+index in its row's whole sequence, -1 where the column holds none. Rows of a model without a reusable cache are
+forwarded again each turn."""
 
 
 ALL_TOKENS = sys.maxsize
@@ -64,6 +64,9 @@ class Sample:
     """By an end token, a stop string or a choice; False: it was cut at `max_tokens`."""
     scores: tuple[float, ...] = ()
     """Of a request with choices: nats of each of them, in their order; they sum to probability 1."""
+    scored: tuple[float, ...] = ()
+    """Of transformers: as `logprobs`, but without top-k, top-p, min-p and the penalty, which a trainer's log-probs do
+    not know."""
 
 
 class Generator(Protocol):
@@ -85,6 +88,7 @@ class _Row:
     draws: Any
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    scored: list[float] = field(default_factory=list)
     ended: bool = False
     scores: tuple[float, ...] = ()
 
@@ -94,27 +98,15 @@ class _Row:
 
     @property
     def sample(self) -> Sample:
-        return Sample(tuple(self.ids), tuple(self.logprobs), self.ended, self.scores)
+        return Sample(tuple(self.ids), tuple(self.logprobs), self.ended, self.scores, tuple(self.scored))
 
 
-@dataclass(frozen=True)
-class _Kept:
-    """What is cached of one row: its ids, and per layer keys and values [heads, len(ids), dim]."""
-
-    ids: tuple[int, ...]
-    layers: list[tuple[Tensor, Tensor]]
-
-
-def reuses_cache(model: Any) -> bool:
-    """Whether a row's cache can be cut out, moved and continued: plain attention over all columns in every layer.
-
-    Recurrent layers keep a state instead of columns, sliding windows drop columns: such models are prefilled again.
-    """
-    base = without_adapter(model)
-    if getattr(base, "_is_stateful", False):
-        return False
-    layers = DynamicCache(config=base.config).layers
-    return len(layers) > 0 and all(type(layer) is DynamicLayer for layer in layers)
+_LEAST_SHARED = 32
+"""Tokens that prompts must have in common for a forward of their own."""
+_LEAST_FORWARD = 512
+"""Tokens below which a forward is not split for the sake of less padding."""
+_LEAVE_TOGETHER = 0.25
+"""Share of a batch that is over when the cache is copied without it."""
 
 
 class TransformersGenerator:
@@ -132,7 +124,8 @@ class TransformersGenerator:
         any_busy: where parameters are sharded, every process must enter every forward. A collective "is any process
             busy?", given whether this one is; None where processes are independent.
         keep_tokens: of rows that a batch leaves out, caches of so many tokens are kept, the latest used first; those
-            of rows that are `over` are not.
+            of rows that are `over` are not. None: no row comes back, and nothing
+            is kept.
     """
 
     def __init__(
@@ -145,7 +138,7 @@ class TransformersGenerator:
         allowed: Allowed | None = None,
         recorder: Recorder | None = None,
         any_busy: Callable[[bool], bool] | None = None,
-        keep_tokens: int = 0,
+        keep_tokens: int | None = 0,
     ):
         self.model = model
         self.tokenizer = tokenizer
@@ -160,7 +153,11 @@ class TransformersGenerator:
         self._base = without_adapter(model)
         self._run = CachedForward(model, self._base)
         self._reuses = reuses_cache(model)
-        self._kept: dict[int, _Kept] = {}
+        self._kept: dict[int, Kept] = {}
+        self._opening = Kept()
+        """What the prompts before began with."""
+        self._before: tuple[int, ...] | None = None
+        """The last prompt before."""
         pad, known = tokenizer.pad_token_id, self._base.config.get_text_config().vocab_size
         self._pad = pad if pad is not None and 0 <= pad < known else 0  # masked: any id will do
 
@@ -175,20 +172,18 @@ class TransformersGenerator:
         while True:
             self._extend([rows[i] for i in live], logits)
             over = [b for b, i in enumerate(live) if rows[i].over]
-            if self._reuses and over:
-                for b in over:
-                    self._keep(rows[live[b]], lengths[live[b]], cache, b, mask[b])
+            if len(over) == len(live) or len(over) >= _LEAVE_TOGETHER * len(live):
+                self._keep([(b, rows[live[b]], lengths[live[b]]) for b in over], cache, mask)
                 going = [b for b, i in enumerate(live) if not rows[i].over]
                 live = [live[b] for b in going]
-                if live:
-                    index = torch.tensor(going, device=mask.device)
-                    cache.batch_select_indices(index)
-                    mask = mask[index]
-            if all(rows[i].over for i in live):
-                break
+                if not live:
+                    break
+                index = torch.tensor(going, device=mask.device)
+                cache.reorder_cache(index)  # row i becomes row index[i] of it, recurrent states too
+                mask = mask[index]
             column = torch.tensor([[rows[i].ids[-1]] for i in live], device=mask.device)
             positions = torch.tensor([[-1 if rows[i].over else lengths[i]] for i in live], device=mask.device)
-            mask = torch.cat([mask, torch.ones_like(column)], dim=1)
+            mask = torch.cat([mask, (positions >= 0).long()], dim=1)
             cache, logits = self._forward(column, mask, positions, cache, [(rows[i].request.row,) for i in live])
             for i in live:
                 lengths[i] += not rows[i].over
@@ -206,53 +201,90 @@ class TransformersGenerator:
 
     def _prefill(self, requests: Sequence[Request]) -> tuple[Any, Tensor, Tensor]:
         """(cache, mask [B, S] of its real columns, logits [B, V] of the next token); equal contexts share the work."""
-        device = self._base.device
         sharing: dict[tuple[int, ...], list[Request]] = {}
         for request in requests:
             sharing.setdefault(request.ids, []).append(request)
-        kept = [self._known(rs[0]) for rs in sharing.values()]
-        self._forget({request.row for request in requests})
-        known = [len(k.ids) for k in kept]
-        pending = [ids[n:] for ids, n in zip(sharing, known, strict=True)]
-        old, new = max(known), max(map(len, pending))
-        mask = torch.zeros(len(pending), old + new, dtype=torch.long, device=device)
-        ids = torch.full((len(pending), new), self._pad, device=device)
-        positions = torch.full_like(ids, -1)
-        for i, (n, rest) in enumerate(zip(known, pending, strict=True)):
-            mask[i, old - n : old] = 1
-            mask[i, -len(rest) :] = 1
-            ids[i, -len(rest) :] = torch.tensor(rest, device=device)
-            positions[i, -len(rest) :] = torch.arange(n, n + len(rest), device=device)
-        cache = _stack(kept, old, self._base.config) if old else None
-        rows = [tuple(r.row for r in rs) for rs in sharing.values()]
-        cache, logits = self._forward(ids, mask, positions, cache, rows)
-        if len(sharing) < len(requests) or not self._reuses:
-            place = {ids: i for i, ids in enumerate(sharing)}
-            index = torch.tensor([place[request.ids] for request in requests], device=device)
+        place = {ids: i for i, ids in enumerate(sharing)}
+        index = torch.tensor([place[request.ids] for request in requests], device=self._base.device)
+        if not self._reuses:
+            kept = dict.fromkeys(sharing, Kept())
+            cache, mask, logits = self._feed(sharing, kept)
             if len(sharing) < len(requests):
-                cache.reorder_cache(index)  # row i becomes row index[i] of it, recurrent states too
-            mask, logits = mask[index], logits[index]
+                cache.reorder_cache(index)
+            return cache, mask[index], logits[index]
+        kept = {ids: self._known(rs[0]) for ids, rs in sharing.items()}
+        self._forget({request.row for request in requests})
+        kept |= self._opened({ids: rs for ids, rs in sharing.items() if not kept[ids].ids})
+        found: dict[tuple[int, ...], Kept] = {}
+        rows: dict[tuple[int, ...], Tensor] = {}
+        for part in _of_a_length({ids: len(ids) - len(kept[ids].ids) for ids in sharing}):
+            cache, mask, logits = self._feed({ids: sharing[ids] for ids in part}, kept)
+            for b, ids in enumerate(part):
+                found[ids], rows[ids] = cut(ids, cache, b, mask[b]), logits[b]
+        cache, mask = stacked([found[request.ids] for request in requests], self._base.config)
+        return cache, mask, torch.stack([rows[ids] for ids in sharing])[index]
+
+    def _feed(
+        self, sharing: dict[tuple[int, ...], list[Request]], kept: dict[tuple[int, ...], Kept]
+    ) -> tuple[Any, Tensor, Tensor]:
+        """One forward of contexts, each after what is kept of it: (cache, mask [N, S], logits [N, V])."""
+        device = self._base.device
+        known = [kept[ids] for ids in sharing]
+        cache, before = stacked(known, self._base.config) if any(k.ids for k in known) else (None, None)
+        pending = [ids[len(k.ids) :] for ids, k in zip(sharing, known, strict=True)]
+        ids = torch.full((len(pending), max(map(len, pending))), self._pad, device=device)
+        positions = torch.full_like(ids, -1)
+        for i, (k, rest) in enumerate(zip(known, pending, strict=True)):
+            ids[i, -len(rest) :] = torch.tensor(rest, device=device)
+            positions[i, -len(rest) :] = torch.arange(len(k.ids), len(k.ids) + len(rest), device=device)
+        mask = (positions >= 0).long()
+        mask = mask if before is None else torch.cat([before, mask], dim=1)
+        rows = [tuple(request.row for request in requests) for requests in sharing.values()]
+        cache, logits = self._forward(ids, mask, positions, cache, rows)
         return cache, mask, logits
+
+    def _opened(self, fresh: dict[tuple[int, ...], list[Request]]) -> dict[tuple[int, ...], Kept]:
+        """What is known of prompts of which nothing is kept: their common beginning, which is forwarded once.
+
+        That of the call before is used again, and what may be common with a call to come is looked for; not where a
+        recorder wants to be told of each row's tokens.
+        """
+        if self._recorder is not None:
+            self._opening, self._before = Kept(), None
+        if not fresh:
+            return {}
+        texts = [*fresh, *([] if self._before is None else [self._before])]
+        self._before = next(reversed(fresh))
+        n = min(_common(min(texts), max(texts)), min(map(len, fresh)) - 1)
+        common = texts[0][:n]
+        if len(texts) > 1 and n >= _LEAST_SHARED and self._opening.ids[:n] != common:
+            everyone = [request for requests in fresh.values() for request in requests]
+            cache, mask, _ = self._feed({common: everyone}, {common: Kept()})
+            self._opening = cut(common, cache, 0, mask[0])
+        found = {ids: min(_common(ids, self._opening.ids), len(ids) - 1) for ids in fresh}
+        return {ids: self._opening.first(n) for ids, n in found.items() if n >= _LEAST_SHARED}
 
     def _forget(self, rows: set[int]) -> None:
         """The caches of these rows, which come back longer, and of the others the oldest beyond `keep_tokens`."""
-        room = self._keep_tokens
+        room = self._keep_tokens or 0
         for row, kept in reversed(list(self._kept.items())):
             room -= 0 if row in rows else len(kept.ids)
             if row in rows or room < 0:
                 del self._kept[row]
 
-    def _known(self, request: Request) -> _Kept:
-        kept = self._kept.get(request.row, _Kept((), []))
+    def _known(self, request: Request) -> Kept:
+        kept = self._kept.get(request.row, Kept())
         if kept.ids == request.ids[: len(kept.ids)] and len(kept.ids) < len(request.ids):
             return kept
-        return _Kept((), [])
+        return Kept()
 
-    def _keep(self, row: _Row, length: int, cache: Any, b: int, mask: Tensor) -> None:
-        columns = mask.bool()
-        ids = (*row.request.ids, *row.ids)[:length]
-        layers = [(layer.keys[b][:, columns], layer.values[b][:, columns]) for layer in cache.layers]
-        self._kept[row.request.row] = _Kept(ids, layers)
+    def _keep(self, over: list[tuple[int, _Row, int]], cache: Any, mask: Tensor) -> None:
+        """Rows that are over, each with its place in the batch and the tokens in the cache: until they come back."""
+        if not self._reuses or self._keep_tokens is None:
+            return
+        for b, row, length in over:
+            ids = (*row.request.ids, *row.ids)[:length]
+            self._kept[row.request.row] = cut(ids, cache, b, mask[b])
 
     def _extend(self, rows: list[_Row], logits: Tensor) -> None:
         going = [b for b, row in enumerate(rows) if not row.over]
@@ -268,10 +300,14 @@ class TransformersGenerator:
             [self._allowed_now(rows[b]) for b in going],
             [(*rows[b].request.ids, *rows[b].ids) for b in going] if penalised else None,
         )
-        for b, token, logprob in zip(going, ids, logprobs, strict=True):
+        scored = logprobs
+        if self.sampling.cuts:
+            scored = whole_logprobs(logits[going], self.sampling, ids, [self._allowed_now(rows[b]) for b in going])
+        for b, token, logprob, plain in zip(going, ids, logprobs, scored, strict=True):
             row = rows[b]
             row.ids.append(token)
             row.logprobs.append(logprob)
+            row.scored.append(plain)
             row.ended = row.request.choices is not None or token in self._eos or self.stops.ended(row.ids)
             if row.over and row.request.told is not None:
                 row.request.told(row.sample)
@@ -292,18 +328,18 @@ class TransformersGenerator:
         return cache, logits
 
 
-def _stack(kept: Sequence[_Kept], width: int, config: Any) -> DynamicCache:
-    """The rows' caches side by side, [n, heads, width, dim], their columns on the right; the holes are masked."""
-    cache = DynamicCache(config=config)
-    example = next(k for k in kept if k.layers)
-    for number, layer in enumerate(cache.layers):
-        stacked = []
-        for part in (0, 1):
-            like = example.layers[number][part]
-            whole = like.new_zeros(len(kept), like.size(0), width, like.size(2))
-            for i, k in enumerate(kept):
-                if k.layers:
-                    whole[i, :, width - len(k.ids) :] = k.layers[number][part]
-            stacked.append(whole)
-        layer.update(*stacked)
-    return cache
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """Ids that both begin with."""
+    return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+def _of_a_length(tokens: dict[tuple[int, ...], int]) -> list[list[tuple[int, ...]]]:
+    """Contexts in parts of a similar number of tokens to feed, so that little of a part is padding."""
+    parts: list[list[tuple[int, ...]]] = []
+    for ids in sorted(tokens, key=lambda ids: -tokens[ids]):
+        longest = tokens[parts[-1][0]] if parts else 0
+        if parts and (tokens[ids] >= 0.75 * longest or longest * len(parts[-1]) < _LEAST_FORWARD):
+            parts[-1].append(ids)
+        else:
+            parts.append([ids])
+    return [[ids for ids in tokens if ids in part] for part in map(set, parts)]

@@ -1,4 +1,4 @@
-"""One forward pass with a KV cache, whatever transformers and the model's family call it.
+"""One forward pass with a KV cache, whatever transformers and the model's family call it; caches cut out and stacked.
 
 transformers 5.24 renamed the argument and the output `past_key_values` to `cache`; state-space families called theirs
 `cache_params` before. An argument that a model does not take is an error here, never left out: a dropped cache or mask
@@ -6,13 +6,17 @@ gives wrong tokens without a sign.
 """
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 from transformers.utils import logging
 
+from srpo.rollout.sampling_rules import without_adapter
 from srpo.trainer.forward_checks import padding_matters, rounding
 
 logger = logging.get_logger(__name__)
@@ -138,3 +142,101 @@ class CachedForward:
                     f"{type(self.base).__name__} takes no position_ids and {what}: rows of unequal length would be "
                     "sampled wrongly; use another model"
                 )
+
+
+def reuses_cache(model: Any) -> bool:
+    """Whether a row's cache can be cut out, moved and continued: plain attention over all columns in every layer.
+
+    Recurrent layers keep a state instead of columns, sliding windows drop columns: such models are prefilled again.
+    """
+    base = without_adapter(model)
+    if getattr(base, "_is_stateful", False):
+        return False
+    layers = DynamicCache(config=base.config).layers
+    return len(layers) > 0 and all(type(layer) is DynamicLayer for layer in layers)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What is cached of one row: its ids, and per layer keys and values [heads, len(ids), dim]."""
+
+    ids: tuple[int, ...] = ()
+    layers: tuple[tuple[Tensor, Tensor], ...] = ()
+
+    def first(self, n: int) -> "Kept":
+        """Of the first `n` ids."""
+        return Kept(self.ids[:n], tuple((keys[:, :n], values[:, :n]) for keys, values in self.layers))
+
+
+def cut(ids: Sequence[int], cache: Any, b: int, mask: Tensor) -> Kept:
+    """Row `b` of a cache; `mask` [S] is 1 at the columns of its `ids`."""
+    n = len(ids)
+    columns: Any = mask.bool()
+    if bool(columns[-n:].all()):  # as ever, but where there is padding in the middle
+        columns = slice(len(mask) - n, None)
+    return Kept(tuple(ids), tuple((layer.keys[b][:, columns], layer.values[b][:, columns]) for layer in cache.layers))
+
+
+def stacked(kept: Sequence[Kept], config: Any) -> tuple[DynamicCache, Tensor]:
+    """The rows' caches side by side, [n, heads, width, dim], their columns on the right, and the mask [n, width]."""
+    width = max(len(k.ids) for k in kept)
+    example = next(k for k in kept if k.ids)
+    mask = torch.zeros(len(kept), width, dtype=torch.long, device=example.layers[0][0].device)
+    for i, k in enumerate(kept):
+        mask[i, width - len(k.ids) :] = 1
+    cache = DynamicCache(config=config)
+    cache.layers = [RoomyLayer() for _ in cache.layers]
+    for number, layer in enumerate(cache.layers):
+        both = []
+        for part in (0, 1):
+            like = example.layers[number][part]
+            whole = like.new_zeros(len(kept), like.size(0), width + ROOM, like.size(2))
+            for i, k in enumerate(kept):
+                if k.ids:
+                    whole[i, :, width - len(k.ids) : width] = k.layers[number][part]
+            both.append(whole)
+        layer.fill(*both, width)
+    return cache, mask
+
+
+ROOM = 64
+"""Columns by which a cache grows."""
+
+
+class RoomyLayer(DynamicLayer):
+    """Writes a new column into room that it has; a `DynamicLayer` copies all columns for each new one.
+
+    What `update` returns and `keys` and `values` show are views of the columns that are filled.
+    """
+
+    def fill(self, keys: Tensor, values: Tensor, width: int) -> None:
+        """Take [n, heads, width + room, dim] of which `width` columns are filled."""
+        self.lazy_initialization(keys, values)
+        self._whole = [keys, values]
+        self._show(width)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append [n, heads, new, dim]; all columns, with them."""
+        width, new = self.keys.size(-2), key_states.size(-2)
+        if width + new > self._whole[0].size(-2):
+            self._whole = [_with_room(shown, new + ROOM) for shown in (self.keys, self.values)]
+        for whole, states in zip(self._whole, (key_states, value_states), strict=True):
+            whole[:, :, width : width + new] = states
+        self._show(width + new)
+        return self.keys, self.values
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row i becomes row beam_idx[i]; rows that are not named are gone."""
+        width = self.keys.size(-2)
+        self._whole = [_with_room(shown[beam_idx], ROOM) for shown in (self.keys, self.values)]
+        self._show(width)
+
+    def _show(self, width: int) -> None:
+        self.keys, self.values = (whole[:, :, :width] for whole in self._whole)
+
+
+def _with_room(columns: Tensor, room: int) -> Tensor:
+    n, heads, width, dim = columns.shape
+    whole = columns.new_empty(n, heads, width + room, dim)
+    whole[:, :, :width] = columns
+    return whole

@@ -46,6 +46,11 @@ class Sampling:
     def __post_init__(self) -> None:
         check_numbers(self)
 
+    @property
+    def cuts(self) -> bool:
+        """Whether free text is drawn from another distribution than the model's at this temperature."""
+        return bool(self.top_k or self.min_p) or self.top_p < 1.0 or self.repetition_penalty != 1.0
+
 
 def draw(
     logits: Tensor,
@@ -65,23 +70,42 @@ def draw(
             renormalised over them; top_p, top_k, min_p and the penalty do not apply to it.
         contexts: per row all ids before the token; needed by the repetition penalty only.
     """
+    scores = _scores(logits, sampling, choices, contexts or ())
+    logp = torch.log_softmax(scores, dim=-1)
+    if sampling.temperature == 0:
+        ids = scores.argmax(dim=-1)
+    else:
+        mass = logp.exp().cumsum(dim=-1, dtype=torch.float64)
+        points = torch.tensor(uniforms, dtype=torch.float64, device=mass.device).unsqueeze(1) * mass[:, -1:]
+        ids = torch.searchsorted(mass, points, right=True).squeeze(1)
+        if (beyond := ids == logits.size(1)).any():  # rounding at the very end
+            ids = torch.where(beyond, scores.argmax(dim=-1), ids)
+    return ids.tolist(), logp.gather(1, ids.unsqueeze(1)).squeeze(1).tolist()
+
+
+def whole_logprobs(
+    logits: Tensor, sampling: Sampling, ids: Sequence[int], choices: Sequence[Sequence[int] | None]
+) -> list[float]:
+    """Log-probabilities (nats) of drawn ids without the cuts and the penalty; arguments as for `draw`."""
+    logp = torch.log_softmax(_scores(logits, Sampling(sampling.temperature), choices, ()), dim=-1)
+    return logp.gather(1, torch.tensor(ids, device=logp.device).unsqueeze(1)).squeeze(1).tolist()
+
+
+def _scores(
+    logits: Tensor, sampling: Sampling, choices: Sequence[Sequence[int] | None], contexts: Sequence[Sequence[int]]
+) -> Tensor:
+    """Logits [n, V] of the distributions that are drawn from, -inf at what is not allowed. fp32."""
     logits = logits.float()
     free = [i for i, allowed in enumerate(choices) if allowed is None]
+    if len(free) == len(choices):
+        return _processed(logits, sampling, contexts)
     scores = torch.full_like(logits, -torch.inf)
     if free:
         scores[free] = _processed(logits[free], sampling, [contexts[i] for i in free] if contexts else [])
     for i, allowed in enumerate(choices):
         if allowed is not None:
             scores[i, list(allowed)] = logits[i, list(allowed)] / (sampling.temperature or 1.0)
-    logp = torch.log_softmax(scores, dim=-1)
-    if sampling.temperature == 0:
-        ids = scores.argmax(dim=-1)
-    else:
-        mass = logp.double().exp().cumsum(dim=-1)
-        points = torch.tensor(uniforms, dtype=torch.float64, device=mass.device).unsqueeze(1) * mass[:, -1:]
-        ids = torch.searchsorted(mass, points, right=True).squeeze(1)
-        ids = torch.where(ids < logits.size(1), ids, scores.argmax(dim=-1))  # rounding at the very end
-    return ids.tolist(), logp.gather(1, ids.unsqueeze(1)).squeeze(1).tolist()
+    return scores
 
 
 def _processed(logits: Tensor, sampling: Sampling, contexts: Sequence[Sequence[int]]) -> Tensor:
