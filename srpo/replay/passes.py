@@ -15,7 +15,7 @@ whatever was never fed to the sampler. Rows of several turns are appended and ne
 experts of the forward that produced its log-prob. The penalty to a reference policy is therefore not 0 at step 0.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -23,12 +23,11 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from srpo.replay.expert_table import cut_routes, pad_routes
+from srpo.replay.expert_table import pad_routes
 from srpo.replay.metrics import ReplayAlarms
 from srpo.replay.replay import RoutingReplay
 from srpo.replay.settings import Mode, check_replay, has_old_logprobs, replay_mode
 from srpo.replay.vllm import EngineRoutes, returning_routes
-from srpo.rollout.sampler_logprobs import prompt_width
 from srpo.trainer.generation_step import GenerationStep
 
 logger = logging.get_logger(__name__)
@@ -134,22 +133,21 @@ class ReplayPasses:
                 "prompt and completion, layers, k] per completion (srpo.replay.engines), or set routing_replay: R2"
             )
 
-    def sampling(self, step: GenerationStep) -> AbstractContextManager[None]:
-        """Around one `generate` of transformers."""
+    def sampling(self, step: GenerationStep) -> AbstractContextManager[Any]:
+        """Around the sampling of completions of one turn: the recorder that the generator reports to, or None."""
         if not self._samples(step) or self._engine is not None:
             return nullcontext()
-        return self.replay.record()
+        return self.replay.record_rows()
 
-    def sampled(self, step: GenerationStep, prompt_ids: Any, completion_ids: Any) -> None:
-        """After one call of TRL's `_generate_single_turn`: keep the expert ids of these completions."""
+    def sampled(self, step: GenerationStep, prompt_ids: Any, completion_ids: Any, recorder: Any) -> None:
+        """After TRL's `_generate_single_turn`: keep the expert ids of these completions; `recorder` of `sampling`."""
         if not self._samples(step):
             return
         if self._engine is not None:
             step.expert_rows = self._engine.rows(prompt_ids, completion_ids)
             return
-        multiple = self.args.pad_to_multiple_of
-        self.replay.check_fed(prompt_width(prompt_ids, multiple), completion_ids)
-        step.expert_rows = cut_routes(self.replay.recorded(), generation_mask(prompt_ids, completion_ids, multiple))
+        pairs = enumerate(zip(prompt_ids, completion_ids, strict=True))
+        step.expert_rows = recorder.rows({i: len(prompt) + len(completion) for i, (prompt, completion) in pairs})
 
     # -------------------------------------------------------------------------------------------------- scoring
 
@@ -222,20 +220,6 @@ def laid_out(step: GenerationStep, attention_mask: Tensor) -> Tensor:
     # Fewer tokens than rows where truncated completions are masked: their prompt is all that is left to attend to.
     tokens = attention_mask.sum(dim=1).tolist()
     return pad_routes([row[:n] for row, n in zip(step.expert_rows, tokens, strict=True)], attention_mask.cpu())
-
-
-def generation_mask(
-    prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]], multiple: int | None
-) -> Tensor:
-    """[B, W + C]: the real tokens in the columns of `generate`, prompts on the left of W and completions on its right.
-
-    `multiple`: TRL pads prompts to a multiple of it.
-    """
-    width, longest = prompt_width(prompt_ids, multiple), max(map(len, completion_ids))
-    mask = torch.zeros(len(prompt_ids), width + longest, dtype=torch.bool)
-    for row, prompt, completion in zip(mask, prompt_ids, completion_ids, strict=True):
-        row[width - len(prompt) : width + len(completion)] = True
-    return mask
 
 
 def _refuse_jitter(config: Any) -> None:

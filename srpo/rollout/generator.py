@@ -70,6 +70,10 @@ class Sample:
 
 
 class Generator(Protocol):
+    @property
+    def in_step(self) -> bool:
+        """Whether processes must ask equally often: they share an engine, or each other's weights."""
+
     def generate(self, requests: Sequence[Request]) -> list[Sample]:
         """One turn per request, in their order. Rows that are left out may come back."""
 
@@ -160,6 +164,10 @@ class TransformersGenerator:
         """The last prompt before."""
         pad, known = tokenizer.pad_token_id, self._base.config.get_text_config().vocab_size
         self._pad = pad if pad is not None and 0 <= pad < known else 0  # masked: any id will do
+
+    @property
+    def in_step(self) -> bool:
+        return self._any_busy is not None
 
     @torch.no_grad()
     def generate(self, requests: Sequence[Request]) -> list[Sample]:

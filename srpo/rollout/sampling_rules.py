@@ -1,16 +1,20 @@
 """What samples is what the recipe says, and what is scored is what sampled.
 
-`model.generate` fills every setting that it is not given from the checkpoint's `generation_config.json` (min_p,
-suppressed tokens, penalties, beams, stop strings, ...), and `generation_kwargs` of the recipe reaches it unread. The
-trainer's log-probs know the temperature only. So a checkpoint has a say in its special tokens alone, and
-`generation_kwargs` holds only what moves no probability and ends no completion.
+Our generator reads the recipe. Where TRL samples, `model.generate` fills every setting that it is not given from the
+checkpoint's `generation_config.json` (min_p, suppressed tokens, penalties, beams, stop strings, ...), and
+`generation_kwargs` of the recipe reaches it unread, as it reaches vLLM. The trainer's log-probs know the temperature
+only. So a checkpoint has a say in its special tokens alone, and `generation_kwargs` holds only what moves no
+probability and ends no completion.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from transformers import GenerationConfig
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 """What a checkpoint's generation configuration decides: which ids begin, end and fill."""
@@ -74,6 +78,37 @@ def check_generation_kwargs(args: Any) -> None:
                 f"generation_kwargs: {name!r} changes what {engine} samples or where a completion ends, and the "
                 f"scored log-probs do not know it{field}. Allowed are {', '.join(sorted(_HARMLESS[engine]))}"
             )
+
+
+def samples_itself(args: Any, model: Any, is_vlm: bool, needs: Sequence[str]) -> bool:
+    """Whether `srpo.rollout.generator` samples completions of one turn; else TRL does, by transformers' `generate`.
+
+    TRL does for policies of text and pictures, in continuous batching, and where PEFT puts virtual tokens before every
+    prompt, which is said.
+
+    Args:
+        model: the policy, after PEFT has wrapped it.
+        needs: arguments that transformers' `generate` cannot serve, by name.
+
+    Raises:
+        ValueError: `generation_kwargs` that our generator does not read; `needs` with virtual tokens.
+    """
+    if is_vlm or args.use_transformers_continuous_batching:
+        return False
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        if needs:
+            raise ValueError(
+                f"{', '.join(needs)}: not with PEFT's virtual tokens (prompt or prefix tuning), as no generator of "
+                "ours feeds them; train a LoRA adapter or all weights"
+            )
+        logger.warning("the policy has virtual tokens: transformers' own generate samples it, prompt by prompt")
+        return False
+    if args.generation_kwargs:
+        raise ValueError(
+            f"generation_kwargs: {', '.join(args.generation_kwargs)}: only transformers' own generate reads it, which "
+            "samples policies of text and pictures, and with use_transformers_continuous_batching; leave it out"
+        )
+    return True
 
 
 def unscored_settings(args: Any) -> list[str]:

@@ -15,6 +15,7 @@ by it first and transformers last.
 from collections.abc import Sequence
 from typing import Any
 
+from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from srpo.rollout.generator import Request, Sample
@@ -54,6 +55,10 @@ class VLLMGenerator:
             )
         samples, _ = self._round(requests)
         return samples
+
+    @property
+    def in_step(self) -> bool:
+        return PartialState().num_processes > 1
 
     def over(self, rows: Sequence[int]) -> None:
         """vLLM forgets by itself."""

@@ -23,7 +23,7 @@ from typing import Any, Protocol
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import PreTrainedModel
 
 from srpo.objectives import Head
 from srpo.rollout.batch import most_choices, padded_choices
@@ -39,39 +39,6 @@ class AllowedTokens(Protocol):
     def after(self, ids: list[int], /) -> Sequence[int] | None:
         """The ids that may follow; None: any."""
         ...
-
-
-class MaskedLogits(LogitsProcessor):
-    """For `generate` of transformers: scores [B, V] of the next token, -inf where it is not allowed.
-
-    Args:
-        width: columns of the prompts.
-    """
-
-    def __init__(self, allowed: AllowedTokens, width: int) -> None:
-        self._allowed, self._width = allowed, width
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        for row, ids in enumerate(input_ids[:, self._width :].tolist()):
-            choices = self._allowed.after(ids)
-            if choices is not None:
-                kept = torch.tensor(list(choices), device=scores.device)
-                only = torch.full_like(scores[row], -torch.inf).index_copy(0, kept, scores[row, kept])
-                scores = scores.index_copy(0, torch.tensor([row], device=scores.device), only.unsqueeze(0))
-        return scores
-
-
-@contextmanager
-def sampled_among(model: PreTrainedModel, masked: MaskedLogits | None) -> Iterator[None]:
-    """Inside the block `model.generate` samples allowed tokens only; None: any."""
-    if masked is None:
-        yield
-        return
-    model.generate = functools.partial(model.generate, logits_processor=LogitsProcessorList([masked]))
-    try:
-        yield
-    finally:
-        del model.generate
 
 
 def choice_log_probs(hidden: Tensor, head: Head, choices: Tensor, temperature: float) -> Tensor:

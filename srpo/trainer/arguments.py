@@ -79,7 +79,7 @@ def _refuse_with_allowed_tokens(args: Any, given: Mapping[str, Any], environment
         raise ValueError("allowed_tokens= says nothing of the turns of tools=; give one of them")
     for name in ("use_vllm", "use_transformers_continuous_batching"):
         if getattr(args, name):
-            raise ValueError(f"allowed_tokens= restricts model.generate of transformers only; set {name}: false")
+            raise ValueError(f"allowed_tokens= restricts our own generator only; set {name}: false")
 
 
 _EPISODES_ONLY = (

@@ -19,6 +19,8 @@ class GenerationStep:
     training: bool = True
     number: int = 0
     """Optimiser steps made before."""
+    part: int = 0
+    """Micro-steps of the coming optimiser step that were made before: it may take several generation batches."""
 
     # `_generate`
     opened: Sequence[str] = ()

@@ -8,21 +8,18 @@ Failure is data. A lost rollout leaves its group: it has no reward, no token of 
 is that of the survivors. A group of which less than three quarters survive is dropped whole.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from transformers.utils import logging
-from trl.models.utils import unwrap_model_for_generation
 
 from srpo.columns import checked_metric
 from srpo.rollout.batch import flatten, kept_rows, row_key, row_seeds
-from srpo.rollout.generator import ALL_TOKENS, Generator, Recorder, Sampling, TransformersGenerator
+from srpo.rollout.generator import Generator
 from srpo.rollout.loop import Limits, play
 from srpo.rollout.sampling import text_of
 from srpo.rollout.vllm import VLLMGenerator
@@ -30,6 +27,7 @@ from srpo.rollout.worker_loop import EpisodeLoop
 from srpo.teacher.masked_decisions import gathered_choices
 from srpo.trainer.generation_step import GenerationStep
 from srpo.trainer.metrics import TRUNCATED, Account, Losses, account, rollout_metrics
+from srpo.trainer.sampler import sampling_of
 from srpo.types import Environment, Trajectory
 
 logger = logging.get_logger(__name__)
@@ -68,8 +66,6 @@ class Rollouts:
         self.losses = Losses(args.max_lost_share, args.max_lost_batches)
         self.stop_because: str | None = None
         self._loop: EpisodeLoop | None = None
-        self._in_step = False
-        """Whether processes must ask their generators equally often: they share an engine, or each other's weights."""
 
     def close(self) -> None:
         """End the episodes' thread."""
@@ -112,7 +108,7 @@ class Rollouts:
             self._loop if keep_loop else None,
             progress=self.accelerator.is_main_process and not args.disable_tqdm,
             out_of_money=self._purse() if step.training else lambda: False,
-            rounds=self._in_step,
+            rounds=generator.in_step,
         )
         step.trajectories = trajectories
         flat = [flatten(t, self.tokenizer.pad_token_id) for t in trajectories]
@@ -188,90 +184,6 @@ class Rollouts:
     def _spent(self) -> float:
         return sum(gather_object([float(self.environment.spent_usd())]))
 
-    # -------------------------------------------------------------------------------------------- the policy
-
     def vllm(self, generation: Any, eos_ids: list[int]) -> Generator:
         """The generator of TRL's vLLM, which has the current weights."""
-        self._in_step = self.accelerator.num_processes > 1
-        return VLLMGenerator(generation, self.tokenizer, self._sampling(), eos_ids=eos_ids)
-
-    @contextmanager
-    def policy(
-        self, model_wrapped: Any, backend: Any, eos_ids: list[int], recorder: Recorder | None
-    ) -> Iterator[Generator]:
-        """The generator of one generation batch, on the current weights.
-
-        Args:
-            model_wrapped: the policy in its engine.
-            backend: what TRL knows of that engine.
-            recorder: called after every forward, for routing replay.
-        """
-        # Whether every process generates with whole parameters that ZeRO-3 has sharded.
-        whole = bool(backend.is_zero3 and self.args.ds3_gather_for_generation)
-        sharded = (backend.is_zero3 or backend.is_fsdp) and not whole
-        self._in_step = sharded
-        with (
-            unwrap_model_for_generation(
-                model_wrapped,
-                self.accelerator,
-                gather_deepspeed3_params=self.args.ds3_gather_for_generation,
-                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
-            ) as model,
-            torch.no_grad(),
-            backend.summon_full_params(model_wrapped, recurse=False),
-            _out_of_step(model_wrapped) if whole else nullcontext(),
-        ):
-            training = model.training
-            model.eval()  # dropout would draw from the run's random state, in the order of the batch
-            try:
-                yield self.make_generator(model, eos_ids, recorder, self._any_busy if sharded else None)
-            finally:
-                model.train(training)
-
-    def make_generator(
-        self, model: Any, eos_ids: list[int], recorder: Recorder | None, any_busy: Callable[[bool], bool] | None
-    ) -> Generator:
-        """Of a bare model; `any_busy` where all ranks must make the same number of forwards."""
-        return TransformersGenerator(
-            model,
-            self.tokenizer,
-            self._sampling(),
-            eos_ids=eos_ids,
-            recorder=recorder,
-            any_busy=any_busy,
-            keep_tokens=ALL_TOKENS,
-        )
-
-    def _sampling(self) -> Sampling:
-        args = self.args
-        return Sampling(
-            temperature=args.temperature,
-            top_p=args.top_p,
-            top_k=args.top_k,
-            min_p=args.min_p,
-            repetition_penalty=args.repetition_penalty,
-            stop=tuple(args.stop_strings),
-        )
-
-    def _any_busy(self, busy: bool) -> bool:
-        flag = torch.tensor([float(busy)], device=self.accelerator.device)
-        return bool(self.accelerator.reduce(flag, reduction="sum").item() > 0)
-
-
-@contextmanager
-def _out_of_step(engine: Any) -> Iterator[None]:
-    """Processes may take different numbers of forwards, or none, of parameters that ZeRO-3 has gathered.
-
-    TRL takes DeepSpeed's hooks off the gathered model, all but one: at the start of a forward it compares across
-    processes in which order modules were used. A process without that forward would be waited for without end.
-    """
-    optimizer = getattr(engine, "optimizer", None)  # before the first training step: none, or the offload itself
-    offload = getattr(optimizer, "parameter_offload", optimizer)
-    if offload is None:
-        yield
-        return
-    offload.param_coordinator.reset_step = lambda: None
-    try:
-        yield
-    finally:
-        del offload.param_coordinator.reset_step
+        return VLLMGenerator(generation, self.tokenizer, sampling_of(self.args), eos_ids=eos_ids)

@@ -1,6 +1,6 @@
 """The trainer core: one training step, told in order, on top of TRL's GRPOTrainer.
 
-    rows -> rollout (TRL, or an environment's episodes)                            [_generate, _generate_single_turn]
+    rows -> rollout (one turn, or an environment's episodes)                       [_generate, _generate_single_turn]
          -> world's columns -> rewards (TRL)                                       [_calculate_rewards]
          -> old and reference log-probs, advantages (TRL)                          [_get_per_token_logps_and_entropies]
          -> credit, who is distilled, the teacher re-scores those rows, weights    [_generate_and_score_completions]
@@ -39,8 +39,9 @@ from srpo.prefix.sharing import PrefixSharing
 from srpo.replay.metrics import audited
 from srpo.replay.passes import EXPERT_IDS, engine_that_replay_needs, replay_passes
 from srpo.replay.replay import RoutingReplay
-from srpo.rollout.sampler_logprobs import batch_mismatch, prompt_width, sampled_with_logps, settle_ends
-from srpo.rollout.sampling_rules import own_settings_aside
+from srpo.rollout.generator import ALL_TOKENS
+from srpo.rollout.sampler_logprobs import batch_mismatch, settle_ends
+from srpo.rollout.sampling_rules import own_settings_aside, samples_itself
 from srpo.rollout.thinking import opened_by
 from srpo.rollout.vllm_settings import vllm_of
 from srpo.run.signals import Interrupted, heeded
@@ -66,6 +67,7 @@ from srpo.trainer.micro_batches import micro_batches
 from srpo.trainer.precision import engine_keeps_masters, train_in_fp32
 from srpo.trainer.reference import Reference, reference_of
 from srpo.trainer.rollouts import Rollouts
+from srpo.trainer.sampler import Sampler
 from srpo.types import FEEDBACK, Environment, World
 
 logger = logging.get_logger(__name__)
@@ -165,6 +167,16 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
         self.table = CompletionsTable(args)
         self.alarms = Alarms(args.diagnostics_warning_interval, logger.warning)
 
+        self.sampler = Sampler(args, self.accelerator, self._tokenizer)
+        needs = {
+            "environment=": environment is not None,
+            "allowed_tokens=": allowed_tokens is not None,
+            "loss_type: minirl": self._record.sampler_logps,
+            f"routing_replay: {args.routing_replay}": self.replay_passes is not None,
+        }
+        self.samples_itself = engine is None and samples_itself(
+            args, self.model, self._is_vlm, [name for name, needed in needs.items() if needed]
+        )
         self.rollouts: Rollouts | None = None
         if environment is not None:
             self.mask_truncated_completions = False  # TRL looks at the last token; here the stop reason says it
@@ -218,7 +230,8 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         rows = inputs if self._is_vlm else columns.without_pictures(inputs)
-        step = self.generation_step = GenerationStep(rows, self.model.training, self.state.global_step)
+        part = self._step % self.args.gradient_accumulation_steps
+        step = self.generation_step = GenerationStep(rows, self.model.training, self.state.global_step, part)
         own_reference = self.reference.weights is not None
         beta, self.beta = self.beta, 0.0 if own_reference else self.beta  # TRL's is the model without its adapter
         try:
@@ -279,7 +292,8 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
         """A context: the policy's generator for one batch of episodes."""
         assert self.rollouts is not None
         if not self.use_vllm:
-            return self.rollouts.policy(self.model_wrapped, self._dist, self.eos_token_ids, recorder)
+            how: dict[str, Any] = {"recorder": recorder, "keep_tokens": ALL_TOKENS}
+            return self.sampler.policy(self.model_wrapped, self._dist, self.eos_token_ids, **how)
         if self.state.global_step != self._last_loaded_step:
             self.vllm_generation.sync_weights()
             self._last_loaded_step = self.state.global_step
@@ -287,27 +301,24 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
 
     def _generate_single_turn(self, prompt_ids: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         step, passes = self.generation_step, self.replay_passes
-        sample = partial(super()._generate_single_turn, prompt_ids, *args, **kwargs)
-        if self.use_vllm:
-            completion_ids, logprobs = sample()
-        else:
+        recording = nullcontext() if passes is None else passes.sampling(step)
+        if not self.samples_itself:
+            recorder = None
             policy = self.accelerator.unwrap_model(self.model)
-            with own_settings_aside(policy), nullcontext() if passes is None else passes.sampling(step):
-                completion_ids, logprobs = self._sampled_here(sample, prompt_ids)
+            with nullcontext() if self.use_vllm else own_settings_aside(policy):
+                completion_ids, logprobs = super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        else:
+            allowed = None if self.allowed_tokens is None else self.allowed_tokens.after
+            how: dict[str, Any] = {"allowed": allowed, "keep_tokens": None}
+            policy = partial(self.sampler.policy, self.model_wrapped, self._dist, self.eos_token_ids)
+            with recording as recorder, policy(recorder=recorder, **how) as generator:
+                samples = self.sampler.completions(generator, step, prompt_ids)
+            completion_ids = [list(sample.ids) for sample in samples]
+            read = self._record.sampler_logps or self.args.routing_replay != "off"
+            logprobs = [list(sample.scored) for sample in samples] if read and step.training else None
         if passes is not None:
-            passes.sampled(step, prompt_ids, completion_ids)
+            passes.sampled(step, prompt_ids, completion_ids, recorder)
         return completion_ids, logprobs
-
-    def _sampled_here(self, sample: Callable[[], tuple[Any, Any]], prompt_ids: Any) -> tuple[Any, Any]:
-        """By transformers, with log-probs where something reads them."""
-        read = self._record.sampler_logps or self.args.routing_replay != "off"
-        read = read and self.model.training and not self.args.use_transformers_continuous_batching
-        if not read and self.allowed_tokens is None:
-            return sample()
-        base, width = self._base(self.model), prompt_width(prompt_ids, self.pad_to_multiple_of)
-        among = None if self.allowed_tokens is None else masked.MaskedLogits(self.allowed_tokens, width)
-        with masked.sampled_among(base, among):
-            return sampled_with_logps(sample, base, self.temperature, width, among) if read else sample()
 
     def _calculate_rewards(
         self, inputs: list[dict[str, Any]], prompts: list[Any], completions: list[Any], completion_ids_list: list[Any]

@@ -7,9 +7,6 @@ import torch
 from core_helpers import config, dataset, logged, model, tokenizer, trainer
 from peft import LoraConfig
 
-from srpo.rollout.sampler_logprobs import SampledLogProbs
-from srpo.teacher.masked_decisions import MaskedLogits
-
 NAMES = ("small", "smart")  # they begin alike
 END = tokenizer().eos_token_id
 SPELLED = [[*tokenizer()(name, add_special_tokens=False)["input_ids"], END] for name in NAMES]
@@ -85,27 +82,6 @@ def test_log_probs_of_the_sampling_pass_know_the_mask(tmp_path, lora):
     built = made(tmp_path, objective="grpo", loss_type="minirl", max_steps=2, lora=lora)
     built.train()
     assert max(logged(built, "sampling/logp_difference")) < 1e-5 and max(logged(built, "sampling/outside_1.05")) == 0
-
-
-@pytest.mark.parametrize("use_cache", [True, False])
-def test_the_mask_sees_what_was_written_with_and_without_a_cache(use_cache):
-    network, prompt = model().eval(), torch.tensor([[5, 6, 7], [6, 7, 8]])
-    masked = MaskedLogits(Names(), 3)
-    assert masked(prompt, torch.zeros(2, 290)).isfinite().sum(-1).tolist() == [1, 1]
-    with SampledLogProbs(network, 1.0, 3, masked) as sampled:
-        ids = prompt
-        cache = None
-        for t in range(len(SPELLED[0])):
-            fed = ids if not use_cache or cache is None else ids[:, -1:]
-            cache = network(input_ids=fed, past_key_values=cache, use_cache=use_cache).past_key_values
-            ids = torch.cat([ids, torch.tensor([[path[t]] for path in SPELLED])], dim=1)
-        found = sampled.of(SPELLED)
-    logits = network(input_ids=ids).logits.float()
-    for row, path in enumerate(SPELLED):
-        for t, token in enumerate(path):
-            kept = list(Names().after(path[:t]))
-            expected = torch.log_softmax(logits[row, 2 + t, kept], -1)[kept.index(token)].item()
-            assert found[row][t] == pytest.approx(expected, abs=1e-5)
 
 
 def test_what_cannot_be_restricted_is_refused(tmp_path):

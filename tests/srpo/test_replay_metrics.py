@@ -8,7 +8,7 @@ import torch
 
 from srpo.replay.expert_table import RouterSpec
 from srpo.replay.metrics import ReplayAlarms, audit
-from srpo.rollout.sampler_logprobs import SampledLogProbs, mismatch_metrics, mismatch_sums
+from srpo.rollout.sampler_logprobs import mismatch_metrics, mismatch_sums
 
 SPEC = RouterSpec(layers=(1, 3), num_layers=4, top_k=2, num_experts=8)
 CLIP = (0.2, 0.27)
@@ -113,51 +113,3 @@ def test_a_healthy_run_and_one_bad_value_of_a_trend_are_silent():
     assert alarms({}, {"loss": 1.0}) == []
     r2_first_update = {**HEALTHY, "router/flip_rate": 0.0, "router/kl_k3_replay": 3e-4}
     assert alarms(*[r2_first_update] * 6) == [], "without a flip native and replayed passes are one and the same"
-
-
-# ------------------------------------------------------------------------------------- the sampler's log-probs
-
-
-def test_log_probs_of_generate_are_those_of_a_full_pass(tiny_model, tiny_tokenizer):
-    """Two prompts of different lengths, early ends, a temperature, a prefill in chunks, no KV cache."""
-    torch.manual_seed(0)
-    prompts = [[5, 6, 7], [8, 9, 10, 11, 12]]
-    width = 5
-    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-    for options in ({}, {"prefill_chunk_size": 2}, {"use_cache": False}):
-        with SampledLogProbs(tiny_model, 0.7, width) as sampled:
-            out = tiny_model.generate(
-                input_ids=ids, attention_mask=mask, do_sample=True, temperature=0.7, top_k=0, top_p=1.0,
-                max_new_tokens=6, eos_token_id=list(range(0, 300, 12)), pad_token_id=0, **options,
-            )  # fmt: skip
-        completions = []
-        for row in out[:, width:].tolist():
-            end = next((i for i, token in enumerate(row) if token % 12 == 0), len(row) - 1)
-            completions.append(row[: end + 1])
-        found = sampled.of(completions)
-        for prompt, completion, logps in zip(prompts, completions, found, strict=True):
-            with torch.no_grad():
-                logits = tiny_model(input_ids=torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
-            wanted = torch.log_softmax(logits / 0.7, -1).gather(-1, torch.tensor(completion)[:, None])[:, 0]
-            assert logps == pytest.approx(wanted.tolist(), abs=1e-5)
-    assert not tiny_model._forward_hooks and not tiny_model._forward_pre_hooks
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"num_beams": 2, "num_return_sequences": 1}, "fed the tokens that it returned"),
-        ({"num_beams": 2, "use_cache": False}, "does not continue|fed the tokens that it returned"),
-        ({"prompt_lookup_num_tokens": 2, "do_sample": False}, "assisted"),
-        ({"guidance_scale": 1.5}, "does not continue|fed the tokens that it returned|assisted"),
-    ],
-)
-def test_passes_whose_tokens_did_not_come_back_are_an_error(tiny_model, options, words):
-    """Beams, drafts and guidance run other tokens through the model than those they return in that row and place."""
-    torch.manual_seed(0)
-    ids = torch.tensor([[5, 6, 7, 5, 6, 7, 5, 6]])
-    with pytest.raises(RuntimeError, match=words), SampledLogProbs(tiny_model, 1.0, 8) as sampled:
-        settings = {"do_sample": True, "max_new_tokens": 6, "eos_token_id": 299, "pad_token_id": 0} | options
-        out = tiny_model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)
-        sampled.of(out[:, 8:].tolist())

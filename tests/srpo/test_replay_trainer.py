@@ -7,7 +7,6 @@ from peft import LoraConfig
 from replay_cases import Spy, agreement, config, made, moe, reward
 
 from srpo.replay import passes
-from srpo.replay.passes import generation_mask
 from srpo.replay.settings import has_old_logprobs, replay_mode
 
 
@@ -46,17 +45,12 @@ def test_the_policy_runs_the_recorded_experts_in_every_update(tmp_path, mode, ch
     assert not run.replay_passes.replay.armed
 
 
-@pytest.mark.parametrize("where", ["generation_kwargs", "generation_config", "config"])
-def test_a_rollout_without_a_cache_is_replayed_too(tmp_path, where):
-    """Every forward of the rollout runs all columns again. On a20621b 24 % of the choices were another token's."""
-    network, settings = moe(), {}
-    if where == "generation_kwargs":
-        settings = {"generation_kwargs": {"use_cache": False}}
-    elif where == "config":
-        network.config.use_cache = False
-    else:
-        network.generation_config.use_cache = False
-    run = made(tmp_path, network, routing_replay_metrics_steps=1, max_steps=1, **settings)
+@pytest.mark.parametrize("where", ["generation_config", "config"])
+def test_a_checkpoint_that_names_no_cache_is_replayed_too(tmp_path, where):
+    """On a20621b every forward of such a rollout ran all columns again, and 24 % of the choices were another token's."""
+    network = moe()
+    setattr(network.config if where == "config" else network.generation_config, "use_cache", False)
+    run = made(tmp_path, network, routing_replay_metrics_steps=1, max_steps=1)
     run.train()
     assert logged(run, "router/flip_rate") == [0.0] and logged(run, "router/fallback_fraction") == [0.0]
     assert logged(run, "sampling/outside_1.05") == [0.0]
@@ -369,8 +363,3 @@ def test_a_noisy_router_is_refused(tmp_path):
     network.config.router_jitter_noise = 0.1
     with pytest.raises(ValueError, match=r"router_jitter_noise is 0.1"):
         made(tmp_path, network)
-
-
-def test_the_mask_of_a_generation_by_hand():
-    mask = generation_mask([[5, 6], [7, 8, 9]], [[1, 2], [3]], 4)
-    assert mask.int().tolist() == [[0, 0, 1, 1, 1, 1], [0, 1, 1, 1, 1, 0]]

@@ -148,10 +148,14 @@ def test_generation_kwargs_that_are_not_scored_are_refused(tmp_path, engine, nam
         trainer(args)
 
 
-def test_generation_kwargs_that_change_nothing_are_passed(tmp_path):
-    args = config(tmp_path, objective="grpo", generation_kwargs=json.dumps({"cache_implementation": "dynamic"}))
-    made = trainer(args)
-    assert made.generation_config.cache_implementation == "dynamic"
+def test_generation_kwargs_of_transformers_are_for_where_it_samples(tmp_path):
+    how = json.dumps({"cache_implementation": "dynamic"})
+    with pytest.raises(ValueError, match="cache_implementation: only transformers' own generate reads it"):
+        trainer(config(tmp_path, objective="grpo", generation_kwargs=how))
+    made = trainer(
+        config(tmp_path, objective="grpo", generation_kwargs=how, use_transformers_continuous_batching=True)
+    )
+    assert made.generation_config.cache_implementation == "dynamic" and not made.samples_itself
 
 
 def test_a_cut_distribution_is_said(tmp_path, caplog):

@@ -71,7 +71,8 @@ class Spy:
         self.layers: dict[str, list[tuple[int, torch.Tensor]]] = defaultdict(list)
         self._generating = self._began = False
         model = run.model if model is None else model
-        self._whole: list[list[int]] = []
+        self._fed: tuple[Any, Any] = ((), ())
+        self._rows: dict[int, dict[int, int]] = {}
         self._pending: dict[int, torch.Tensor] = {}
         decoder = next(m for m in model.modules() if type(m).__name__ == "Qwen3MoeModel")
         decoder.register_forward_pre_hook(self._begin, with_kwargs=True)
@@ -81,7 +82,7 @@ class Spy:
         inner, whole = run._generate_single_turn, run._generate_and_score_completions
 
         def generate(*args: Any, **kwargs: Any) -> Any:
-            self._generating, self._whole = True, []
+            self._generating, self._rows = True, {}
             self.seen["rollout"].append({})
             try:
                 return inner(*args, **kwargs)
@@ -93,6 +94,17 @@ class Spy:
             return whole(inputs)
 
         run._generate_single_turn, run._generate_and_score_completions = generate, begin
+        make = run.sampler.make_generator
+
+        def watched(*args: Any, recorder: Any = None, **how: Any) -> Any:
+            def told(rows: list[tuple[int, ...]], positions: torch.Tensor) -> None:
+                if recorder is not None:
+                    recorder(rows, positions)
+                self._told(rows, positions)
+
+            return make(*args, recorder=told, **how)
+
+        run.sampler.make_generator = watched
 
     def _pass(self) -> str:
         if self._generating:
@@ -121,24 +133,30 @@ class Spy:
         batch, columns = ids.shape
         experts = torch.stack([self._pending[place] for place in range(LAYERS)], dim=1)
         experts = experts.view(batch, columns, LAYERS, TOP_K).tolist()
-        if name != "rollout":
-            self._whole = [[] for _ in range(batch)]
-            self.seen[name].append({})
-        elif columns > 1 or not self._whole:
-            self._whole = [[] for _ in range(batch)]
-        table, last = self.seen[name][-1], []
-        for row, real, whole, chosen in zip(
-            ids.tolist(), mask[:, -columns:].tolist(), self._whole, experts, strict=True
-        ):
+        if name == "rollout":
+            self._fed = ids.tolist(), experts
+            return
+        self.seen[name].append({})
+        table = self.seen[name][-1]
+        for row, real, chosen in zip(ids.tolist(), mask.tolist(), experts, strict=True):
+            whole: list[int] = []
             for token, is_real, one in zip(row, real, chosen, strict=True):
                 if is_real:
                     whole.append(token)
                     table[tuple(whole)] = tuple(frozenset(layer) for layer in one)
             # The last token is never fed while sampling, and what it routes to influences nothing.
-            if name != "rollout":
-                last.append(tuple(whole))
-        for sequence in last:
-            table.pop(sequence, None)
+            table.pop(tuple(whole), None)
+
+    def _told(self, rows: list[tuple[int, ...]], positions: torch.Tensor) -> None:
+        """What the last forward of a rollout was."""
+        for owners, places, tokens, chosen in zip(rows, positions.tolist(), *self._fed, strict=True):
+            for row in owners:
+                whole = self._rows.setdefault(row, {})
+                for place, token, one in zip(places, tokens, chosen, strict=True):
+                    if place >= 0:
+                        whole[place] = token
+                        before = tuple(whole[n] for n in range(place + 1))
+                        self.seen["rollout"][-1][before] = tuple(frozenset(layer) for layer in one)
 
 
 def agreement(a: dict[tuple[int, ...], Experts], b: dict[tuple[int, ...], Experts]) -> tuple[int, int]:

@@ -149,10 +149,10 @@ def run(folder: Path, case: str, processes: int) -> tuple[dict[str, torch.Tensor
     network = untied() if free else model()
     made = trainer(args, network, reward, rollout_func=None, train_dataset=dataset(40), environment=world)
     assert made.accelerator.num_processes == processes, "this is not the number of processes that was asked for"
-    forwards, make = [], made.rollouts.make_generator
+    forwards, make = [], made.sampler.make_generator
 
-    def counted(*given: Any) -> Any:
-        generator = make(*given)
+    def counted(*given: Any, **how: Any) -> Any:
+        generator = make(*given, **how)
         finish = generator.finish
 
         def finished() -> None:
@@ -163,7 +163,7 @@ def run(folder: Path, case: str, processes: int) -> tuple[dict[str, torch.Tensor
         generator.finish = finished
         return generator
 
-    made.rollouts.make_generator = counted
+    made.sampler.make_generator = counted
     made.train()
     state = made.accelerator.get_state_dict(made.model_wrapped)
     kind = f"{made.accelerator.distributed_type.value}:{made._dist.zero_stage}"
