@@ -49,8 +49,6 @@ class TeacherTargets:
     divergence: Divergence
     choices: Tensor | None = None
     """[N, A] ids that were allowed there, padded with -1 (`masked_decisions`); None: no token was restricted."""
-    chunks: int = 1
-    """Least number of chunks to compute it in (`hidden_divergence`)."""
 
 
 @dataclass
@@ -163,7 +161,6 @@ def add_scoring_head(model: PreTrainedModel, sharing: PrefixSharing, temperature
             tail=how.tail,
             temperature=how.temperature,
             choices=targets.choices,
-            chunks=targets.chunks,
         )
         return PolicyOutput(
             **output, divergence=values.new_zeros(targets.mask.shape).masked_scatter(targets.mask, values)

@@ -1,6 +1,5 @@
 """Who is distilled, and the teacher's pass over those rows: once per generation batch, before the first update."""
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,7 @@ from trl.trainer.utils import pad
 
 from srpo.objectives import Head, Objective, entropy_weights
 from srpo.objectives.branches import distilled_by
-from srpo.objectives.divergence import CHUNK_TOKENS, hidden_entropy, hidden_logp
+from srpo.objectives.divergence import hidden_entropy, hidden_logp
 from srpo.rollout.thinking import unfinished
 from srpo.teacher.lm_head import Divergence, TeacherTargets
 from srpo.teacher.prompt import Rollout, Templates, choose_demonstrations, strip_thinking, teacher_prompt_ids
@@ -183,16 +182,15 @@ class Distiller:
         if "teacher_hidden" not in inputs or self._head is None:
             return None
         tokens = int(omega.sum())
-        chunks = math.ceil(tokens / CHUNK_TOKENS)
-        if self.teacher.sharded:  # the student's head is gathered once per chunk, by all ranks together
-            chunks = int(self.accelerator.gather(torch.tensor([chunks], device=omega.device)).max())
-        if chunks == 0:
+        if self.teacher.sharded:  # the student's head is gathered by all ranks together, or by none
+            tokens = int(self.accelerator.gather(torch.tensor([tokens], device=omega.device)).max())
+        if tokens == 0:
             return None
         rows = [h for h in inputs["teacher_hidden"] if h is not None]
         hidden = torch.cat(rows) if rows else torch.zeros(0, self.teacher.width, device=omega.device)
         choices = inputs.get("choices")
         allowed = None if choices is None else choices[omega]
-        return TeacherTargets(omega, hidden, self._head, self._divergence, allowed, chunks)
+        return TeacherTargets(omega, hidden, self._head, self._divergence, allowed)
 
     def _chunks(self, rows: list[int]) -> list[list[int]]:
         size = self.args.per_device_train_batch_size

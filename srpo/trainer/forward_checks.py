@@ -5,11 +5,11 @@ model with absolute positions (GPT-2, GPT-Neo) must be told them, and one that c
 that reads padding as text cannot be trained on prompts of unequal length at all. Which kind a model is of is tried
 out. One hook on the transformers model inside serves every pass there is, TRL's own loss included.
 
-Noise. The policy trains in training mode. Teacher and vLLM compute without noise; the old policy, the reference of a
-PEFT policy, recorded experts and TRL's own sampling with a mask of their own. Each is compared with the student's pass
-token by token, so noise passes for a difference between policies. With one and the same context for teacher and
-student the distillation gradient must be 0; with dropout it was 40 % of the real one at LoRA dropout 0.05, and 46 % at
-attention dropout 0.1.
+Noise. The policy trains in training mode. Teacher and sampler compute without noise; the old policy, the reference of
+a PEFT policy and recorded experts with a mask of their own. Each is compared with the student's pass token by token,
+so noise passes for a difference between policies. With one and the same context for teacher and student the
+distillation gradient must be 0; with dropout it was 40 % of the real one at LoRA dropout 0.05, and 46 % at attention
+dropout 0.1.
 """
 
 import inspect

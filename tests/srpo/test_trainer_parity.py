@@ -6,7 +6,19 @@ Sums have equal bits in one order only, so TRL's trainer gets its rows in our mi
 import pytest
 import torch
 import trl
-from core_helpers import TRLInOurOrder, config, dataset, distance, equal, logged, model, tokenizer, trainer, weights
+from core_helpers import (
+    TRLInOurOrder,
+    config,
+    dataset,
+    distance,
+    equal,
+    logged,
+    model,
+    our_samples,
+    tokenizer,
+    trainer,
+    weights,
+)
 from peft import LoraConfig
 from transformers import PrinterCallback, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -68,7 +80,7 @@ def trl_run(folder, split):
     )
     made = TRLInOurOrder(policy(folder), none_correct, args, dataset(), processing_class=tokenizer())
     made.remove_callback(PrinterCallback)
-    made.train()
+    our_samples(made).train()
     return made
 
 
@@ -113,7 +125,7 @@ def test_the_grpo_trainer_takes_other_loss_types(tmp_path):
     split = {**SPLITS["4x2"], "loss_type": "cispo", "epsilon_high": 5.0}
     args = trl.GRPOConfig(output_dir=str(tmp_path), scale_rewards="none", **SHARED, **split)
     reference = TRLInOurOrder(model(), none_correct, args, dataset(), processing_class=tokenizer())
-    reference.train()
+    our_samples(reference).train()
     ours = our_run(tmp_path, split, "grpo", cls=GRPOTrainer)
     assert equal(weights(ours.model), weights(reference.model))
 

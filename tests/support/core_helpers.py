@@ -8,6 +8,7 @@ import hashlib
 import random
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -20,6 +21,8 @@ from trl.trainer import grpo_trainer
 from srpo.config import SRPOConfig
 from srpo.scratch_lm import tiny_causal_lm, train_tokenizer
 from srpo.trainer.micro_batches import micro_batches
+from srpo.trainer.generation_step import GenerationStep
+from srpo.trainer.sampler import Sampler
 from srpo.trainer.trainer import SRPOTrainer
 
 WORDS = ("red", "green", "blue", "one", "two", "cat", "dog", "sun")
@@ -136,6 +139,21 @@ class TRLInOurOrder(trl.GRPOTrainer):
             patch.object(grpo_trainer, "split_tensor_dict", split),
         ):
             return super()._prepare_inputs(generation_batch)
+
+
+def our_samples(made: Any) -> Any:
+    """TRL's own trainer with completions of our generator, by our seeds: what differs then is not the sampling."""
+    args = SimpleNamespace(**vars(made.args), stop_strings=())
+    sampler = Sampler(args, made.accelerator, made.processing_class)
+
+    def single_turn(prompt_ids: Any, *_: Any, **__: Any) -> Any:
+        part = made._step % args.gradient_accumulation_steps
+        step = GenerationStep((), made.model.training, made.state.global_step, part)
+        with sampler.policy(made.model_wrapped, made._dist, made.eos_token_ids, keep_tokens=None) as generator:
+            return [list(sample.ids) for sample in sampler.completions(generator, step, prompt_ids)], None
+
+    made._generate_single_turn = single_turn
+    return made
 
 
 def weights(network: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -138,7 +138,7 @@ class Spy:
             return
         self.seen[name].append({})
         table = self.seen[name][-1]
-        for row, real, chosen in zip(ids.tolist(), mask.tolist(), experts, strict=True):
+        for row, real, chosen in zip(ids.tolist(), mask[:, -columns:].tolist(), experts, strict=True):
             whole: list[int] = []
             for token, is_real, one in zip(row, real, chosen, strict=True):
                 if is_real:
@@ -148,7 +148,9 @@ class Spy:
             table.pop(tuple(whole), None)
 
     def _told(self, rows: list[tuple[int, ...]], positions: torch.Tensor) -> None:
-        """What the last forward of a rollout was."""
+        """What the last forward of a rollout was; nothing where another model or an environment's turn ran."""
+        if not self._generating or not self._fed[0]:
+            return
         for owners, places, tokens, chosen in zip(rows, positions.tolist(), *self._fed, strict=True):
             for row in owners:
                 whole = self._rows.setdefault(row, {})
