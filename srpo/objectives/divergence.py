@@ -213,7 +213,7 @@ class _FreeTokens(torch.autograd.Function):
     """D [N] of tokens without choices; inside of gathered heads.
 
     For the backward pass it keeps, per token, its K tokens, both models' log-probs of them and the student's
-    normaliser, [N,2K+2] in all; the student's logits are computed again. With p = softmax(z / tau), a_v = dD / d log
+    normaliser, [N,3K+1] in all; the student's logits are computed again. With p = softmax(z / tau), a_v = dD / d log
     p_v for v in the support and 0 elsewhere:
 
         dD / dz_v = (a_v - p_v sum_k a_k) / tau
@@ -233,13 +233,14 @@ class _FreeTokens(torch.autograd.Function):
                 other = how.teacher.logits(teacher_hidden[rows]) / how.temperature
                 values.append(topk_divergence(logits / how.temperature, other, None, how.alpha))
                 continue
+            logits.div_(how.temperature)
             top, index = logits.topk(how.top_k, dim=-1)
-            norm = _log_norm(logits, how.temperature)
+            norm = logits.logsumexp(dim=-1, keepdim=True)
+            s = top - norm
             del logits
-            other = how.teacher.logits(teacher_hidden[rows])
-            t = other.gather(-1, index) / how.temperature - _log_norm(other, how.temperature)
+            other = how.teacher.logits(teacher_hidden[rows]).div_(how.temperature)
+            t = other.gather(-1, index) - other.logsumexp(dim=-1, keepdim=True)
             del other
-            s = top / how.temperature - norm
             values.append(_on_support(s, t, how.alpha, how.tail))
             kept.append((index, s, t, norm))
         ctx.save_for_backward(hidden, teacher_hidden, *(torch.cat(parts) for parts in zip(*kept, strict=True)))
@@ -303,13 +304,6 @@ def _exact_flow(projected: Tensor, teacher_hidden: Tensor, upstream: Tensor, how
     return flow
 
 
-def _log_norm(logits: Tensor, temperature: float) -> Tensor:
-    """log sum_v exp(z_v / tau), [n,V] -> [n,1]; one further tensor [n,V] at most."""
-    top = logits.amax(dim=-1, keepdim=True)
-    top = torch.where(top.isinf(), 0.0, top)
-    return (logits - top).div_(temperature).exp_().sum(dim=-1, keepdim=True).log_() + top / temperature
-
-
 def sampled_token_divergence(logp: Tensor, teacher_logp: Tensor) -> Tensor:
     """Estimator from the sampled token alone: sg(log pi(y) - log q(y)) * log pi(y), elementwise.
 
@@ -371,11 +365,10 @@ def _scored(
     with head.gather():  # once, however many tokens: a sharded head is gathered by all ranks together
         for which, among in supports(choices):
             rows = every[which]
-            spans = [slice(None)] if among is not None else head.chunks(len(rows), 2, chunk_tokens)
+            spans = [slice(None)] if among is not None else head.chunks(len(rows), 3, chunk_tokens)
             found = [_upcast(hidden).new_zeros(0)]
             for span in spans:
-                logits = head.logits(hidden[rows[span]], among)
-                norm = _log_norm(logits, temperature)
-                found.append(score(rows[span], logits.div_(temperature).sub_(norm), among))
+                logp = (head.logits(hidden[rows[span]], among) / temperature).log_softmax(dim=-1)
+                found.append(score(rows[span], logp, among))
             parts.append(torch.cat(found))
     return joined(parts, choices)

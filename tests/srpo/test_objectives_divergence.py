@@ -287,15 +287,24 @@ def test_logits_of_all_tokens_never_exist(top_k: int | None) -> None:
         saved.append(x.numel())
         return x
 
-    with Largest() as largest, torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        value = hidden_divergence(
-            hidden, student, rand(tokens, dim, seed=4), teacher, alpha=0.5, top_k=top_k, chunk_tokens=chunk
-        )
+    with Largest() as largest:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            value = hidden_divergence(
+                hidden, student, rand(tokens, dim, seed=4), teacher, alpha=0.5, top_k=top_k, chunk_tokens=chunk
+            )
         value.sum().backward()
     assert hidden.grad.abs().sum() > 0
     assert max(saved) <= max(tokens * dim, vocab * dim)  # nothing with a vocabulary axis per token is kept
     # two chunks side by side (the mixture) are the largest thing ever made: 800 of the 4,800 numbers of [N,V]
     assert largest.numel <= 2 * chunk * vocab < tokens * vocab
+
+
+@pytest.mark.parametrize(("vocab", "size"), [(64, 2048), (32_000, 4), (151_936, 1)])
+def test_chunks_have_a_size_in_bytes(monkeypatch: pytest.MonkeyPatch, vocab: int, size: int) -> None:
+    """2 MiB for four copies of [n,V] in fp32: n V <= 131,072, and one token at least."""
+    monkeypatch.setattr("srpo.objectives.divergence.CHUNK_BYTES", 2**21)
+    chunks = list(Head(torch.zeros(vocab, 1)).chunks(5000, copies=4))
+    assert chunks[0] == slice(0, size) and len(chunks) == math.ceil(5000 / size) and chunks[-1].stop >= 5000
 
 
 def test_a_sharded_head_is_gathered_for_forward_and_for_recomputation() -> None:
@@ -328,7 +337,7 @@ def test_a_sharded_head_is_gathered_for_forward_and_for_recomputation() -> None:
         h, Head(weight, student.bias, gather=gather), teacher_hidden, teacher, alpha=0.5, top_k=4, chunk_tokens=3
     )
     grad, weight_grad = torch.autograd.grad(value.sum(), (h, weight))
-    assert calls == 6  # three chunks, each twice
+    assert calls == 2  # however many chunks
     assert torch.equal(value, expected[0])
     assert torch.equal(grad, expected[1])
     assert torch.equal(weight_grad, expected[2])

@@ -20,8 +20,8 @@ from trl.trainer import grpo_trainer
 
 from srpo.config import SRPOConfig
 from srpo.scratch_lm import tiny_causal_lm, train_tokenizer
-from srpo.trainer.micro_batches import micro_batches
 from srpo.trainer.generation_step import GenerationStep
+from srpo.trainer.micro_batches import micro_batches
 from srpo.trainer.sampler import Sampler
 from srpo.trainer.trainer import SRPOTrainer
 
