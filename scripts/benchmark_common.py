@@ -73,14 +73,14 @@ def make_model(name: str, folder: str, ends_after: int, dtype: torch.dtype = tor
         model = Qwen3MoeForCausalLM(Qwen3MoeConfig(intermediate_size=shape["moe_intermediate_size"], **shape))
     else:
         model = Qwen3ForCausalLM(Qwen3Config(**shape))
-    _end(model, len(tokenizer), tokenizer.eos_token_id, ends_after)
+    end_sometimes(model, len(tokenizer), tokenizer.eos_token_id, ends_after)
     model.to(dtype).save_pretrained(place)
     tokenizer.save_pretrained(place)
     return str(place)
 
 
 @torch.no_grad()
-def _end(model: Any, real: int, end: int, after: int) -> None:
+def end_sometimes(model: Any, real: int, end: int, after: int) -> None:
     """Give the end a probability of 1 / ``after`` at every token: nothing writes to the first number of the residual
     stream, which is the same for all tokens, and of the head only the end's row reads it. Ids of no text get none."""
     table, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight

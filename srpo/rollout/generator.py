@@ -292,7 +292,7 @@ class TransformersGenerator:
             return
         for b, row, length in over:
             ids = (*row.request.ids, *row.ids)[:length]
-            self._kept[row.request.row] = cut(ids, cache, b, mask[b])
+            self._kept[row.request.row] = cut(ids, cache, b, mask[b]).alone()
 
     def _extend(self, rows: list[_Row], logits: Tensor) -> None:
         going = [b for b, row in enumerate(rows) if not row.over]

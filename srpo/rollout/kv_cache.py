@@ -167,9 +167,13 @@ class Kept:
         """Of the first `n` ids."""
         return Kept(self.ids[:n], tuple((keys[:, :n], values[:, :n]) for keys, values in self.layers))
 
+    def alone(self) -> "Kept":
+        """The same in memory of its own: a part of a batch's cache keeps all of it."""
+        return Kept(self.ids, tuple((keys.clone(), values.clone()) for keys, values in self.layers))
+
 
 def cut(ids: Sequence[int], cache: Any, b: int, mask: Tensor) -> Kept:
-    """Row `b` of a cache; `mask` [S] is 1 at the columns of its `ids`."""
+    """Row `b` of a cache, mostly a view of it; `mask` [S] is 1 at the columns of its `ids`."""
     n = len(ids)
     columns: Any = mask.bool()
     if bool(columns[-n:].all()):  # as ever, but where there is padding in the middle

@@ -128,6 +128,9 @@ def test_conversations_that_take_turns_keep_their_caches_within_bounds(policy, k
         assert sample.ids == plain(policy, request)[0]
         assert sum(int((positions >= 0).sum()) for positions in seen) == count
         assert sum(len(kept.ids) for other, kept in made._kept.items() if other != row) <= keep
+    for kept in made._kept.values():
+        for states in (states for layer in kept.layers for states in layer):
+            assert states.untyped_storage().nbytes() == states.nbytes, "no memory of the batch is kept with it"
 
 
 def test_a_row_that_is_left_out_comes_back_until_it_is_over(policy):
