@@ -70,10 +70,6 @@ class Sample:
 
 
 class Generator(Protocol):
-    @property
-    def in_step(self) -> bool:
-        """Whether processes must ask equally often: they share an engine, or each other's weights."""
-
     def generate(self, requests: Sequence[Request]) -> list[Sample]:
         """One turn per request, in their order. Rows that are left out may come back."""
 
@@ -167,6 +163,7 @@ class TransformersGenerator:
 
     @property
     def in_step(self) -> bool:
+        """Whether processes must ask equally often, as they share their weights."""
         return self._any_busy is not None
 
     @torch.no_grad()

@@ -58,6 +58,7 @@ class VLLMGenerator:
 
     @property
     def in_step(self) -> bool:
+        """Whether processes must ask equally often, as they share an engine."""
         return PartialState().num_processes > 1
 
     def over(self, rows: Sequence[int]) -> None:

@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from srpo.columns import checked_metric
 from srpo.rollout.batch import flatten, kept_rows, row_key, row_seeds
-from srpo.rollout.generator import Generator
+from srpo.rollout.generator import TransformersGenerator
 from srpo.rollout.loop import Limits, play
 from srpo.rollout.sampling import text_of
 from srpo.rollout.vllm import VLLMGenerator
@@ -85,7 +85,12 @@ class Rollouts:
     # ------------------------------------------------------------------------------------------------ rollouts
 
     def play(
-        self, step: GenerationStep, prompt_ids: list[Any], plain: bool, generator: Generator, keep_loop: bool
+        self,
+        step: GenerationStep,
+        prompt_ids: list[Any],
+        plain: bool,
+        generator: TransformersGenerator | VLLMGenerator,
+        keep_loop: bool,
     ) -> Played:
         """Play one generation batch; `step` gets its trajectories and choices.
 
@@ -184,6 +189,6 @@ class Rollouts:
     def _spent(self) -> float:
         return sum(gather_object([float(self.environment.spent_usd())]))
 
-    def vllm(self, generation: Any, eos_ids: list[int]) -> Generator:
+    def vllm(self, generation: Any, eos_ids: list[int]) -> VLLMGenerator:
         """The generator of TRL's vLLM, which has the current weights."""
         return VLLMGenerator(generation, self.tokenizer, sampling_of(self.args), eos_ids=eos_ids)
