@@ -15,12 +15,10 @@ C comes from an environment's decisions (`Turn.choices`), or, where a completion
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import PreTrainedModel
