@@ -47,12 +47,19 @@ def run(folder: Path, mode: str, **changes: Any) -> tuple[Any, dict[str, torch.T
 @pytest.mark.parametrize(
     "changes",
     [
-        {"objective": "grpo", "num_iterations": 2, "beta": 0.05},
-        {"objective": "srpo"},
-        {"objective": "srpo", "lora": True, "gradient_accumulation_steps": 2, "gradient_checkpointing": True},
-        {"objective": "sdpo", "distillation_mode": "sampled_token", "distillation_alpha": 1.0},
+        pytest.param({"objective": "grpo", "num_iterations": 2, "beta": 0.05}, id="grpo", marks=pytest.mark.slow),
+        pytest.param({"objective": "srpo"}, id="srpo"),
+        pytest.param(
+            {"objective": "srpo", "lora": True, "gradient_accumulation_steps": 2, "gradient_checkpointing": True},
+            id="srpo_lora",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            {"objective": "sdpo", "distillation_mode": "sampled_token", "distillation_alpha": 1.0},
+            id="sdpo",
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=["grpo", "srpo", "srpo_lora", "sdpo"],
 )
 def test_twenty_steps_end_in_the_same_weights(tmp_path: Path, changes: dict[str, Any]) -> None:
     plain, start = run(tmp_path, "off", **changes)
@@ -71,7 +78,7 @@ def test_twenty_steps_end_in_the_same_weights(tmp_path: Path, changes: dict[str,
         assert core.logged(shared, name) == pytest.approx(expected, rel=1e-4, abs=1e-5), name
 
 
-@pytest.mark.parametrize("replay", ["R2", "R3"])
+@pytest.mark.parametrize("replay", ["R3", pytest.param("R2", marks=pytest.mark.slow)])
 def test_experts_that_were_chosen_earlier_are_replayed(tmp_path: Path, replay: str) -> None:
     found = []
     for mode in ("off", "on"):

@@ -29,10 +29,12 @@ CASES: dict[str, dict[str, Any]] = {
     "idle_rank": {"objective": "srpo", "idle": True},
     "idle_rank_sdpo": {"objective": "sdpo", "idle": True},
     "lora": {"objective": "srpo", "lora": True},
+    "shared_prefix": {"objective": "srpo", "shared_prefix": "on"},
 }
 SHARDED: dict[str, dict[str, Any]] = {
     "zero3_srpo": {"objective": "srpo"},
     "zero3_idle_rank": {"objective": "srpo", "idle": True},
+    "zero3_shared_prefix": {"objective": "srpo", "idle": True, "shared_prefix": "on"},
     "zero3_idle_rank_trust_region": {"objective": "sdpo", "idle": True, "teacher_model_kind": "trust_region"},
     "zero3_idle_rank_sampled_token": {
         "objective": "sdpo",

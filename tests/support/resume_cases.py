@@ -23,6 +23,7 @@ CASES: dict[str, dict[str, Any]] = {
     "sdpo": {"objective": "sdpo", "rows": 16},
     "srpo": {"objective": "srpo", "rows": 12},
     "srpo_lora": {"objective": "srpo", "rows": 12, "lora": True},
+    "shared_prefix": {"objective": "srpo", "rows": 12, "shared_prefix": "on"},
     # Two optimiser steps per generation batch: the checkpoint at step 3 falls inside one.
     "inside_batch": {"objective": "srpo", "steps_per_generation": 4, "at": 3},
     "inside_iterations": {"objective": "grpo", "num_iterations": 2, "at": 3},
