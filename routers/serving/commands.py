@@ -23,9 +23,13 @@ from routers.serving.making import make_worker, router_arguments, serving_argume
 from srpo.ranges import at_least, between, ranged
 
 
+def _on_a_line(prog: str) -> argparse.HelpFormatter:
+    return argparse.RawDescriptionHelpFormatter(prog, max_help_position=42, width=119)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line; serves until it is told to stop (Ctrl-C, SIGTERM)."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(usage="srpo serve MODEL [options]", description=__doc__, formatter_class=_on_a_line)
     router_arguments(parser)
     serving_arguments(parser)
     parser.add_argument("--name", default="router", help="what clients call the model")
