@@ -29,7 +29,8 @@ def _on_a_line(prog: str) -> argparse.HelpFormatter:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line; serves until it is told to stop (Ctrl-C, SIGTERM)."""
-    parser = argparse.ArgumentParser(usage="srpo serve MODEL [options]", description=__doc__, formatter_class=_on_a_line)
+    usage = "srpo serve MODEL [options]"
+    parser = argparse.ArgumentParser(usage=usage, description=__doc__, formatter_class=_on_a_line)
     router_arguments(parser)
     serving_arguments(parser)
     parser.add_argument("--name", default="router", help="what clients call the model")
