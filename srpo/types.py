@@ -98,7 +98,10 @@ class Episode(Protocol):
         """Texts that the next turn is restricted to, each one token of the policy; None: free text."""
 
     async def step(self, text: str) -> Observation:
-        """Answer one turn of the policy (special tokens removed). An exception loses this episode, not the run."""
+        """Answer one turn of the policy (special tokens removed). An exception loses this episode, not the run.
+
+        Steps of all episodes run in one thread, and the policy writes in another meanwhile.
+        """
 
     def columns(self, stop: Stop) -> Mapping[str, Any]:
         """What the rewards need; called once, after the end. The same keys for every episode of an environment."""
@@ -114,7 +117,7 @@ class Environment(Protocol):
         """Numbers to log since the last call; per rank, averaged over ranks."""
 
     def spent_usd(self) -> float:
-        """Dollars spent since the run began, on this rank."""
+        """Dollars spent since the run began, on this rank. Asked in another thread than that of the steps."""
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-able state."""

@@ -1,5 +1,6 @@
 """What a think/route recipe names: questions, pool, settings, environment, rewards."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,7 @@ def make_world(
     task: ThinkRouteArguments, settings: AgentSettings, pool: Pool, names: Sequence[str], tokenizer: Any, priced: bool
 ) -> ThinkRoute:
     """The environment, with these members; `priced`: the policy's own tokens cost something."""
+    counter = copy.deepcopy(tokenizer)  # steps count while the policy writes, in another thread
     return ThinkRoute(
         pool,
         members=names,
@@ -144,7 +146,7 @@ def make_world(
         forward_empty=settings.forward_empty,
         failed_call=task.failed_call,  # type: ignore[arg-type]
         call_seconds=task.call_seconds,
-        count_tokens=(lambda text: len(tokenizer.encode(text, add_special_tokens=False))) if priced else None,
+        count_tokens=(lambda text: len(counter.encode(text, add_special_tokens=False))) if priced else None,
     )
 
 
