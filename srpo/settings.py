@@ -50,6 +50,7 @@ class Settings:
         "max_observation_tokens": at_least(0),
         "step_deadline": above(0),
         "episode_deadline": above(0),
+        "rollout_ahead": between(0, 1),
         "max_lost_share": between(0, 1),
         "max_lost_batches": at_least(1),
         "max_cost_usd": at_least(0),
@@ -204,6 +205,13 @@ class Settings:
     )
     episode_deadline: float | None = field(
         default=None, metadata=about("Seconds of the rollout after which an episode gets no further turn.")
+    )
+    rollout_ahead: int = field(
+        default=0,
+        metadata=about(
+            "1: play the next generation batch while this one trains, by a copy of the policy, one step off-policy; "
+            "old log-probs are then the sampler's. 0: sample with the newest weights."
+        ),
     )
     max_lost_share: float = field(
         default=0.25, metadata=about("Share of lost rollouts that a batch may have; see max_lost_batches.")

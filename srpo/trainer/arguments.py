@@ -84,7 +84,7 @@ def _refuse_with_allowed_tokens(args: Any, given: Mapping[str, Any], environment
 
 _EPISODES_ONLY = (
     "max_turns", "max_turn_tokens", "max_observation_tokens", "stop_strings", "step_deadline", "episode_deadline",
-    "max_lost_share", "max_lost_batches", "max_cost_usd",
+    "max_lost_share", "max_lost_batches", "max_cost_usd", "rollout_ahead",
 )  # fmt: skip
 """Fields of the configuration that only the rollout of an environment reads."""
 

@@ -27,6 +27,8 @@ class GenerationStep:
     """The think tag that the prompt has opened, or ""."""
     trajectories: list[Trajectory] | None = None
     """Episodes of an environment; None without one."""
+    ahead: bool = False
+    """Whether it was played while the batch before it trained, by the weights before that."""
     choices: Tensor | None = None
     """[B, T, A] ids that were allowed, -1 at the padding (`srpo.teacher.masked_decisions`); None: no token was
     restricted, on any rank."""

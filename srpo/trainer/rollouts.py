@@ -8,6 +8,7 @@ Failure is data. A lost rollout leaves its group: it has no reward, no token of 
 is that of the survivors. A group of which less than three quarters survive is dropped whole.
 """
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +28,7 @@ from srpo.rollout.worker_loop import EpisodeLoop
 from srpo.teacher.masked_decisions import gathered_choices
 from srpo.trainer.generation_step import GenerationStep
 from srpo.trainer.metrics import TRUNCATED, Account, Losses, account, rollout_metrics
+from srpo.trainer.overlap import Ahead
 from srpo.trainer.sampler import sampling_of
 from srpo.types import Environment, Trajectory
 
@@ -55,23 +57,30 @@ class Rollouts:
 
     Attributes:
         losses: of batches in a row.
+        ahead: plays the next batch while this one trains; None: nothing does.
         stop_because: why the run has to stop, in words, once its money is spent.
     """
 
     def __init__(
         self, environment: Environment, args: Any, accelerator: Accelerator, tokenizer: Any, group: int
     ) -> None:
-        self.environment, self.args, self.accelerator, self.tokenizer = environment, args, accelerator, tokenizer
+        self.environment, self.args, self.accelerator = environment, args, accelerator
+        # Steps run while the policy writes, and an environment may encode with the trainer's: a fast tokenizer keeps
+        # settings of its last call, which must not be those of another thread's.
+        self.tokenizer = copy.deepcopy(tokenizer)
         self.group = group
         self.losses = Losses(args.max_lost_share, args.max_lost_batches)
         self.stop_because: str | None = None
+        self.ahead: Ahead | None = None
         self._loop: EpisodeLoop | None = None
 
     def close(self) -> None:
-        """End the episodes' thread."""
+        """End the episodes' thread, and what is played ahead."""
         if self._loop is not None:
             self._loop.close()
             self._loop = None
+        if self.ahead is not None:
+            self.ahead.drop()
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint, as JSON."""
@@ -99,10 +108,16 @@ class Rollouts:
             plain: prompts are texts, not messages.
             keep_loop: the episodes' thread lives until `close`; else it ends with this batch.
         """
+        return self.played(step, prompt_ids, plain, self.episodes(step, prompt_ids, generator, keep_loop)())
+
+    def episodes(
+        self, step: GenerationStep, prompt_ids: list[Any], generator: Generator, keep_loop: bool, bar: bool = True
+    ) -> Callable[[], list[Trajectory]]:
+        """What plays the episodes of one generation batch, of this rank alone; arguments as of `play`."""
         if keep_loop and self._loop is None:
             self._loop = EpisodeLoop()
-        args = self.args
-        trajectories = play(
+        return partial(
+            play,
             self.environment,
             step.rows,
             prompt_ids,
@@ -111,10 +126,16 @@ class Rollouts:
             self.tokenizer,
             self._limits(),
             self._loop if keep_loop else None,
-            progress=self.accelerator.is_main_process and not args.disable_tqdm,
+            progress=bar and self.accelerator.is_main_process and not self.args.disable_tqdm,
             out_of_money=self._purse() if step.training else lambda: False,
             rounds=generator.in_step,
         )
+
+    def played(
+        self, step: GenerationStep, prompt_ids: list[Any], plain: bool, trajectories: list[Trajectory]
+    ) -> Played:
+        """One generation batch of all ranks, as it was played."""
+        args = self.args
         step.trajectories = trajectories
         flat = [flatten(t, self.tokenizer.pad_token_id) for t in trajectories]
 

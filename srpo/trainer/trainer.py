@@ -30,6 +30,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 from trl import GRPOConfig
 from trl import GRPOTrainer as TRLGRPOTrainer
+from trl.models.utils import disable_gradient_checkpointing
 
 from srpo import columns
 from srpo.hub.hub import HubMixin
@@ -39,7 +40,7 @@ from srpo.prefix.sharing import PrefixSharing
 from srpo.replay.metrics import audited
 from srpo.replay.passes import EXPERT_IDS, engine_that_replay_needs, replay_passes
 from srpo.replay.replay import RoutingReplay
-from srpo.rollout.generator import ALL_TOKENS
+from srpo.rollout.generator import ALL_TOKENS, TransformersGenerator
 from srpo.rollout.sampler_logprobs import batch_mismatch, settle_ends
 from srpo.rollout.sampling_rules import own_settings_aside, samples_itself
 from srpo.rollout.thinking import opened_by
@@ -49,7 +50,7 @@ from srpo.run.steps import check_eval_rows, check_start, check_steps_made
 from srpo.run.whole import AUTO, SAVING, resume_from
 from srpo.teacher import masked_decisions as masked
 from srpo.teacher.lm_head import add_scoring_head
-from srpo.teacher.teacher import unpatched_copy
+from srpo.teacher.teacher import plain_copy, unpatched_copy
 from srpo.trainer import rewards
 from srpo.trainer.adapters import prepare_adapter
 from srpo.trainer.arguments import checked_config, datasets_of, init_kwargs, refuse_contradictions
@@ -64,10 +65,11 @@ from srpo.trainer.limits import EndOnSignal, RunLimits, without_trl_warning
 from srpo.trainer.loss import loss_of, sequences
 from srpo.trainer.metrics import Alarms, CompletionsTable, gathered_metrics
 from srpo.trainer.micro_batches import micro_batches
+from srpo.trainer.overlap import Ahead, refuse_ahead, rows_of_batch
 from srpo.trainer.precision import engine_keeps_masters, train_in_fp32
 from srpo.trainer.reference import Reference, reference_of
 from srpo.trainer.rollouts import Rollouts
-from srpo.trainer.sampler import Sampler
+from srpo.trainer.sampler import Sampler, sampling_of
 from srpo.types import FEEDBACK, Environment, World
 
 logger = logging.get_logger(__name__)
@@ -181,6 +183,10 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
         if environment is not None:
             self.mask_truncated_completions = False  # TRL looks at the last token; here the stop reason says it
             self.rollouts = Rollouts(environment, args, self.accelerator, self._tokenizer, self.num_generations)
+            if args.rollout_ahead:
+                sharded = self._dist.is_zero3 or self._dist.is_fsdp
+                refuse_ahead(args, is_peft_model(self.model), sharded, self.train_dataset)
+                self.rollouts.ahead = Ahead(plain_copy(self._base(self.model)))
             self.add_callback(RunLimits(self.rollouts))
         replay = None if self.replay_passes is None else self.replay_passes.replay
         for scored, replayed in ((self.model, replay), (self.ref_model, None), (twin, None)):
@@ -241,6 +247,8 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
         if own_reference:
             score = self._get_per_token_logps_and_entropies
             batch["ref_per_token_logps"] = self.reference.logps(batch, score, self.args)
+        if step.ahead and "old_per_token_logps" not in batch:
+            batch["old_per_token_logps"] = self._scored_now(batch)
         step.scored = True
         if step.bad_rewards is not None:
             batch[BAD_REWARDS] = step.bad_rewards
@@ -251,6 +259,9 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
         if self.replay_passes is not None:
             batch |= self.replay_passes.batch(step, batch)
         mask = batch["completion_mask"] * batch.get("tool_mask", 1)
+        if step.ahead and not self._record.sampler_logps:  # else the loss tells the two apart
+            sampler, now = batch["sampling_per_token_logps"], batch["old_per_token_logps"]
+            batch["old_per_token_logps"] = torch.where(mask.bool(), sampler, now)
         if step.training and self._record.credit is not None:
             self._credit(step, batch)
         branches: list[str | None] = ["grpo"] * len(rows)
@@ -274,10 +285,19 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
                 step.choices = masked.gathered_choices(found, self.pad_to_multiple_of, self.accelerator.device)
         else:
             prompt_ids = self._tokenize_prompts(prompts)[0]
-            in_training = getattr(self, "is_in_train", False)
-            turns = nullcontext() if self.replay_passes is None else self.replay_passes.turns(step)
-            with turns as recorder, self._generator(recorder) as generator:
-                played = self.rollouts.play(step, prompt_ids, isinstance(prompts[0], str), generator, in_training)
+            in_training, plain = getattr(self, "is_in_train", False), isinstance(prompts[0], str)
+            ahead = self.rollouts.ahead if step.training and in_training else None
+            recorder = None
+            if ahead is not None and (episodes := ahead.take(prompt_ids)) is not None:
+                step.ahead = True
+                played = self.rollouts.played(step, prompt_ids, plain, episodes)
+                self._add_metrics(True, {"rollout/ahead_wait": ahead.waited})
+            else:
+                turns = nullcontext() if self.replay_passes is None else self.replay_passes.turns(step)
+                with turns as recorder, self._generator(recorder) as generator:
+                    played = self.rollouts.play(step, prompt_ids, plain, generator, in_training)
+            if ahead is not None:
+                self._play_ahead(ahead)
             output = played.output
             if step.training:
                 self.state.num_input_tokens_seen += played.tokens
@@ -287,6 +307,39 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
         if self.replay_passes is not None:
             self.replay_passes.take(step, output, recorder)
         return output
+
+    def _play_ahead(self, ahead: Ahead) -> None:
+        """Begin the next generation batch, if this run has one."""
+        assert self.rollouts is not None
+        if self.rollouts.stop_because is not None or self.rollouts.losses.verdict is not None:
+            return
+        args, every, group = self.args, self._generate_every, self.num_generations
+        number = self._step // every + 1
+        if number * every >= self.state.max_steps * args.gradient_accumulation_steps:
+            return
+        data, prompts = self.train_dataset, args.generation_batch_size // group
+        chosen = rows_of_batch(number, len(data), prompts, bool(self.shuffle_dataset), args.seed)
+        mine, start = len(self.generation_step.rows), self.accelerator.process_index * len(self.generation_step.rows)
+        rows = [data[i] for i in chosen for _ in range(group)][start : start + mine]
+        trained_at = number * every // args.gradient_accumulation_steps
+        step = GenerationStep(columns.without_pictures(rows), True, trained_at)
+        prompt_ids = self._tokenize_prompts([row["prompt"] for row in step.rows])[0]
+        sampling, own, ends = sampling_of(args), self.rollouts.tokenizer, self.eos_token_ids
+        generator = TransformersGenerator(ahead.policy, own, sampling, eos_ids=ends, keep_tokens=ALL_TOKENS)
+        play = self.rollouts.episodes(step, prompt_ids, generator, keep_loop=True, bar=False)
+
+        def by_the_copy() -> Any:
+            with self.accelerator.autocast():
+                return play()
+
+        ahead.begin(self._base(self.model), prompt_ids, by_the_copy)
+
+    def _scored_now(self, batch: dict[str, Any]) -> Tensor:
+        """Log-probs [B, T] of a generation batch under the newest weights, as TRL scores the old policy's."""
+        score, size = self._get_per_token_logps_and_entropies, self.args.per_device_train_batch_size
+        with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+            found: Tensor = score(self.model, *sequences(batch), batch_size=size)[0]
+        return found
 
     def _generator(self, recorder: Any) -> Any:
         """A context: the policy's generator for one batch of episodes."""
@@ -436,10 +489,15 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
         return output
 
     def evaluate(self, eval_dataset: Any = None, *rest: Any, **kwargs: Any) -> Any:
+        self._wait_ahead()
         given = self.eval_dataset if eval_dataset is None else eval_dataset
         if not isinstance(given, str):
             check_eval_rows(given, self.args, self.num_generations_eval)
         return super().evaluate(eval_dataset, *rest, **kwargs)
+
+    def _wait_ahead(self) -> None:
+        if self.rollouts is not None and self.rollouts.ahead is not None:
+            self.rollouts.ahead.wait()
 
     def _get_train_sampler(self, dataset: Any = None) -> Any:
         self._train_sampler = super()._get_train_sampler(dataset)
@@ -477,6 +535,7 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         self.bad_steps.check_weights(self.model)
+        self._wait_ahead()
         theirs = partial(super()._save_checkpoint, model, trial)
         inside = self._step % self._generate_every != 0
         output = Path(self._get_output_dir(trial))

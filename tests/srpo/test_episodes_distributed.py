@@ -45,11 +45,11 @@ def compared(folder, case, tmp_path):
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
-    launched(folder, "plain", "lost", "decisions", "gone", "gone_decisions")
+    launched(folder, "plain", "lost", "decisions", "gone", "gone_decisions", "ahead")
     return folder
 
 
-@pytest.mark.parametrize("case", ["plain", "lost", "gone"])
+@pytest.mark.parametrize("case", ["plain", "lost", "gone", "ahead"])
 def test_ranks_with_different_numbers_of_turns(two, tmp_path, case):
     ranks = compared(two, case, tmp_path)
     for record in ranks:
@@ -57,7 +57,7 @@ def test_ranks_with_different_numbers_of_turns(two, tmp_path, case):
     tensors = [load_file(two / f"{case}_rank{r}.st") for r in (0, 1)]
     assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
     lost = [entry["rollout/stop/lost"] for entry in ranks[0]["log"] if "loss" in entry]
-    assert lost == [{"plain": 0.0, "lost": 0.25, "gone": 0.5}[case]] * 2
+    assert lost == [{"plain": 0.0, "lost": 0.25, "gone": 0.5, "ahead": 0.25}[case]] * 2
 
 
 @pytest.mark.parametrize("case", ["decisions", "gone_decisions"])

@@ -35,6 +35,8 @@ CASES: dict[str, dict[str, Any]] = {
     "plain": {},
     # 20 rollouts in groups of four: the third group lies on both ranks, and loses one of its members.
     "lost": {"rollouts": 20, "lose": True},
+    # The second batch is played while the first one trains, with rows that are lost and ranks that play differently.
+    "ahead": {"rollouts": 20, "lose": True, "rollout_ahead": 1},
     "zero3": {},
     "zero3_sharded": {"ds3_gather_for_generation": False},
     # Failures are distilled; on the first rank decisions and texts, on the second texts only.
