@@ -231,7 +231,8 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
         if self._step % self._generate_every == 0 or self._buffered_inputs is None:
             scored = self._generate_and_score_completions(generation_batch)
             rank, router_loss = self.accelerator.process_index, self.aux_loss_enabled
-            self._buffered_inputs = micro_batches(scored, self.args, rank, router_loss, shared=False)
+            shared = self.args.shared_prefix != "off"
+            self._buffered_inputs = micro_batches(scored, self.args, rank, router_loss, shared)
         return self._buffered_inputs[self._step % self.args.steps_per_generation]
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
