@@ -111,7 +111,12 @@ class Rollouts:
         return self.played(step, prompt_ids, plain, self.episodes(step, prompt_ids, generator, keep_loop)())
 
     def episodes(
-        self, step: GenerationStep, prompt_ids: list[Any], generator: Generator, keep_loop: bool, bar: bool = True
+        self,
+        step: GenerationStep,
+        prompt_ids: list[Any],
+        generator: TransformersGenerator | VLLMGenerator,
+        keep_loop: bool,
+        bar: bool = True,
     ) -> Callable[[], list[Trajectory]]:
         """What plays the episodes of one generation batch, of this rank alone; arguments as of `play`."""
         if keep_loop and self._loop is None:
