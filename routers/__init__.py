@@ -8,6 +8,7 @@ from routers.data.table import Recorded, ReplyTable, load_table, quickstart_tabl
 from routers.router import Decision, Router, load_router
 
 if TYPE_CHECKING:
+    from routers.environments.messages.served import episode
     from routers.tasks.query_routing.router import QueryRouter
     from routers.tasks.step_routing.conversations import Conversations
     from routers.tasks.step_routing.router import StepRouter
@@ -24,6 +25,7 @@ __all__ = [
     "RouterAgent",
     "StepRouter",
     "cost",
+    "episode",
     "load_catalogue",
     "load_router",
     "load_table",
@@ -31,7 +33,8 @@ __all__ = [
 ]
 
 
-_NEED_TORCH = {
+_LATE = {
+    "episode": "routers.environments.messages.served",
     "Conversations": "routers.tasks.step_routing.conversations",
     "QueryRouter": "routers.tasks.query_routing.router",
     "RouterAgent": "routers.tasks.think_route.agent",
@@ -40,10 +43,10 @@ _NEED_TORCH = {
 
 
 def __getattr__(name: str) -> Any:
-    if name in _NEED_TORCH:  # only when they are asked for
-        return getattr(importlib.import_module(_NEED_TORCH[name]), name)
+    if name in _LATE:  # only when they are asked for: most need torch
+        return getattr(importlib.import_module(_LATE[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_NEED_TORCH})
+    return sorted({*globals(), *_LATE})

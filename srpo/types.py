@@ -108,7 +108,11 @@ class Episode(Protocol):
 
 
 class Environment(Protocol):
-    """Makes episodes. Its state (a ledger, budgets) is saved with every checkpoint."""
+    """Makes episodes. Its state (a ledger, budgets) is saved with every checkpoint.
+
+    One that has to wait for others when an episode begins says so by an attribute `waits` that is True: `episode` is
+    then called in threads, for many at once.
+    """
 
     def episode(self, row: Row, seed: str) -> Episode:
         """A fresh episode of a dataset row; the same row and seed give the same world."""

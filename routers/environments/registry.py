@@ -44,6 +44,7 @@ BENCHMARKS = {
     "alfworld": ("routers.environments.alfworld.environment:AlfWorldBenchmark", ""),
     "appworld": ("routers.environments.appworld.environment:AppWorldBenchmark", "appworld"),
     "bfcl": ("routers.environments.bfcl:BfclBenchmark", "bfcl-eval"),
+    "messages": ("routers.environments.messages.environment:MessagesBenchmark", ""),
     "scienceworld": ("routers.environments.scienceworld.environment:ScienceWorldBenchmark", "scienceworld"),
     "textworld": ("routers.environments.textworld:TextWorldBenchmark", "textworld"),
 }

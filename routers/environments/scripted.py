@@ -7,9 +7,11 @@ completion tokens costs at the list price of a large model ($2 and $8 per millio
 
 import random
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 from routers.environments.alfworld.explorer import explore
-from routers.environments.protocol import Act, GameError, View
+from routers.environments.messages.repairs import Junior, Senior
+from routers.environments.protocol import Act, Executor, GameError, View
 from routers.environments.scienceworld.novice import novice
 from srpo.types import Reply
 
@@ -89,5 +91,9 @@ class RandomActor(_Scripted):
         return random.Random(f"random/{view.seed}/{len(view.steps)}").choice(view.admissible)
 
 
-SCRIPTED: dict[str, type[_Scripted]] = {kind.name: kind for kind in (Explorer, Novice, Planner, RandomActor)}
-"""Names that recipes use."""
+SCRIPTED: dict[str, Callable[[float], Executor]] = {
+    **{kind.name: kind for kind in (Explorer, Novice, Planner, RandomActor)},
+    "junior": Junior,
+    "senior": Senior,
+}
+"""Names that recipes use -> made with USD per call; `junior` and `senior` are paid for their tokens besides."""

@@ -32,7 +32,7 @@ from srpo.columns import OF_ROLLOUT, TURNS, check_word
 from srpo.ranges import Ranges, above, at_least, check_numbers
 from srpo.rollout.thinking import opened_by
 from srpo.rollout.untrusted import encode_frame, encode_untrusted
-from srpo.rollout.worker_loop import EpisodeLoop, Failure, Flow, Job
+from srpo.rollout.worker_loop import EpisodeLoop, Failure, Flow, Job, in_thread
 from srpo.types import LOST, STOP, Columns, Environment, Episode, Observation, Row, Stop, Trajectory, Turn
 
 if TYPE_CHECKING:  # torch, which processes that play by rules do not need
@@ -202,7 +202,10 @@ def _make(
 ) -> None:
     def job(play: _Play) -> Any:
         async def make() -> Any:
-            episode = environment.episode(rows[play.row], seeds[play.row])
+            def begin() -> Episode:
+                return environment.episode(rows[play.row], seeds[play.row])
+
+            episode = await in_thread(begin) if getattr(environment, "waits", False) else begin()
             return episode, episode.choices()
 
         return make

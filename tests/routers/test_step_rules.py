@@ -59,15 +59,16 @@ def test_what_went_wrong() -> None:
 
 
 def test_advantages_by_hand() -> None:
-    """State a: the expensive one wins 2 of 2, the cheapest 1 of 2; in b it is the other way round; c is seen once."""
+    """State a: the expensive one wins 2 of 2, the cheapest 1 of 2; in b it is the other way round; c is seen once. A
+    step costs 1, one of the expensive executor 3 more; an episode of it alone 12."""
     episodes = [
-        ([("a", True), ("b", False)], 1.0),
-        ([("a", True), ("b", False)], 1.0),
-        ([("a", False), ("b", True)], 1.0),
-        ([("a", False), ("b", True), ("c", True)], 0.0),
+        ([("a", True), ("b", False)], 1.0, 5.0),
+        ([("a", True), ("b", False)], 1.0, 5.0),
+        ([("a", False), ("b", True)], 1.0, 5.0),
+        ([("a", False), ("b", True), ("c", True)], 0.0, 9.0),
     ]
-    found = estimate(episodes, 0.25, fewest=2)
-    assert found.gains == {"a": 0.5, "b": -0.5} and found.gain("c") == 0.0
+    found = estimate(episodes, 12.0, fewest=2)
+    assert found.gains == {"a": 0.5, "b": -0.5} and found.gain("c") == 0.0 and found.price == pytest.approx(0.25)
     said = [("large", Observation(before="<error><f2><e1><t3>")), ("small", Observation())]
     assert steps_of(said, "small") == [(FIRST, True), ("<error><f2>", False)]
     assert state_of(Observation(body="> go\nError: no")) == "<error>"

@@ -14,11 +14,13 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
+
+import numpy as np
 
 from routers.language.digest import Head, failed
 from srpo.types import Observation
@@ -68,13 +70,23 @@ def state_of(told: Observation | None) -> str:
 
 
 def estimate(
-    episodes: Iterable[tuple[Sequence[tuple[str, bool]], float]], price: float, fewest: int = _FEWEST
+    episodes: Sequence[tuple[Sequence[tuple[str, bool]], float, float]], large_usd: float, fewest: int = _FEWEST
 ) -> Advantages:
-    """Advantages from episodes: ((state, whether the expensive executor acted) of every step, score)."""
+    """Advantages from episodes.
+
+    Args:
+        episodes: ((state, whether the expensive executor acted) of every step, score, USD).
+        large_usd: of an episode of the expensive executor alone.
+        fewest: steps of each executor in a state.
+    """
     scores: dict[str, dict[bool, list[float]]] = defaultdict(lambda: {True: [], False: []})
-    for steps, score in episodes:
+    for steps, score, _ in episodes:
         for state, large in steps:
             scores[state][large].append(score)
+    # least squares: an episode costs so much per step, and so much more per step of the expensive executor
+    counts = [(len(steps), sum(large for _, large in steps)) for steps, _, _ in episodes]
+    usd = np.linalg.lstsq(np.array(counts, float), np.array([usd for _, _, usd in episodes]), rcond=None)[0][1]
+    price = float(usd) / large_usd if large_usd else 0.0
     return Advantages(
         {
             state: fmean(by[True]) - fmean(by[False])

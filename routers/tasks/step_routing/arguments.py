@@ -91,13 +91,17 @@ class StepRoutingArguments:
     }
 
     environment: str = field(
-        default="alfworld", metadata={"help": "Benchmark: alfworld, appworld, bfcl, scienceworld or textworld."}
+        default="alfworld",
+        metadata={
+            "help": "Benchmark: alfworld, appworld, bfcl, messages (agents that speak OpenAI's), scienceworld "
+            "or textworld."
+        },
     )
     train_tasks: str = field(
         default="generated/train",
         metadata={
             "help": "Part of the benchmark: generated/SPLIT or a file or folder of games (alfworld), a split "
-            "(scienceworld, appworld), a category (bfcl), a folder of games (textworld)."
+            "(scienceworld, appworld), a category (bfcl), a folder of games (textworld), AGENT/SPLIT (messages)."
         },
     )
     heldout_tasks: list[str] = field(
@@ -115,7 +119,7 @@ class StepRoutingArguments:
         default_factory=lambda: [EXPLORER_USD, PLANNER_USD],
         metadata={
             "help": "USD per call of each scripted executor; those that `catalogue` lists cost what their tokens do "
-            "there, prompt cache included."
+            "there, prompt cache included (junior, senior: tokens besides, where it does not)."
         },
     )
     labels: list[str] = field(

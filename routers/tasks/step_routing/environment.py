@@ -96,6 +96,7 @@ class StepRoutingEnvironment:
         deadline: seconds for one call of an executor.
         ledger: of the pool behind live executors: what the run has spent, and its cap. None: the episodes' costs at
             list prices are what is spent.
+        waits: episodes wait for others before their first step; see `srpo.types.Environment`.
 
     Raises:
         ValueError: fewer than two executors, or labels or names that are not different.
@@ -110,6 +111,7 @@ class StepRoutingEnvironment:
         labels: Sequence[str] | None = None,
         deadline: float = 60.0,
         ledger: Ledger | None = None,
+        waits: bool = False,
     ) -> None:
         names = [executor.name for executor in executors]
         self.labels = dict(zip(names, names if labels is None else labels, strict=True))
@@ -126,6 +128,7 @@ class StepRoutingEnvironment:
         self.budget = Budget(None) if budget is None else budget
         self.deadline = deadline
         self.ledger = ledger
+        self.waits = waits
         self._spent = 0.0
         self._episodes: list[dict[str, float]] = []
         self._outcomes: dict[str, tuple[int, int]] = {}

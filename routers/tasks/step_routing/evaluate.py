@@ -220,13 +220,12 @@ def estimate_advantages(world: StepWorld, tasks: Mapping[str, BoundaryProfile], 
     jobs = [Job(seed, {TASK: name}, seed, random_mix(0.5)) for name, seed in seeds]
     player = world.player((world.arguments.train_tasks, world.train_limit))
     partial = folder / "advantages.partial"
-    played = play_jobs(
-        jobs, partial, player, lambda driven: (steps_of(driven.decisions, cheapest), float(driven.columns[CORRECT]))
-    )
-    [start] = world.environment().starts({TASK: next(iter(tasks))}, [None])
-    small, *_, large = start.bounds.values()  # of one call: scripted executors may be priced by their tokens
-    episode = sum(profile.cost_large for profile in tasks.values()) / len(tasks)
-    estimate(played, (large - small) / episode if episode else 0.0).save(path)
+
+    def kept(driven: Driven) -> tuple[Any, float, float]:
+        return steps_of(driven.decisions, cheapest), float(driven.columns[CORRECT]), float(driven.columns[COST])
+
+    played = play_jobs(jobs, partial, player, kept)
+    estimate(played, sum(profile.cost_large for profile in tasks.values()) / len(tasks)).save(path)
     partial.unlink()
 
 

@@ -16,6 +16,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
+from routers.environments.messages.members import LiveMember
 from routers.environments.protocol import Executor, Session, Step, View
 from routers.environments.react import ReActExecutor
 from routers.pool import Ledger, Pool, Spending
@@ -240,6 +241,9 @@ def _usd(value: float) -> str:
 def call_usd(executor: Executor, view: View, limit: int) -> tuple[float, float]:
     """Bounds in USD of a call at the first step, and of the mean call of an episode whose observations are all as long
     as the first. Scripted executors cost nothing that is real."""
+    if isinstance(executor, LiveMember):
+        longer = [executor.bound(view, 1.0 + n) for n in range(limit)]
+        return longer[0], sum(longer) / limit
     if not isinstance(executor, ReActExecutor):
         return 0.0, 0.0
     step = Step("", view.first[: executor.characters])

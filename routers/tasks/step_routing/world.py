@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from rewards.boundary import Boundary, BoundaryReward, cheap_failure_pays
 from routers.data.catalogue import Member, load_catalogue
+from routers.environments.messages.agent import agent_of
+from routers.environments.messages.members import LiveMember, ScriptedMember
 from routers.environments.priced import PricedExecutor
 from routers.environments.protocol import Executor
 from routers.environments.react import ReActExecutor
@@ -90,10 +92,15 @@ class StepWorld:
             )
         for name, usd in zip(task.executors, task.executor_usd, strict=True):
             if pool is not None and name not in SCRIPTED:
-                found.append(ReActExecutor(pool, name))
-            else:
-                scripted = SCRIPTED[name](usd)
-                found.append(PricedExecutor(scripted, priced[name]) if name in priced else scripted)
+                by_messages = task.environment == "messages"
+                found.append(LiveMember(priced[name], pool.ledger) if by_messages else ReActExecutor(pool, name))
+                continue
+            scripted = SCRIPTED[name](usd)
+            if name in priced and isinstance(scripted, ScriptedMember):
+                scripted.member = priced[name]
+            elif name in priced:
+                scripted = PricedExecutor(scripted, priced[name])
+            found.append(scripted)
         return found
 
     def environment(self, *parts: tuple[str, int | None]) -> StepRoutingEnvironment:
@@ -112,6 +119,7 @@ class StepWorld:
             task.budget(),
             task.labels,
             ledger=None if pool is None else pool.ledger,
+            waits=self.arguments.environment == "messages" and agent_of(task.train_tasks.partition("/")[0]).waits,
         )
 
     def player(self, *parts: tuple[str, int | None]) -> Player:
