@@ -1,5 +1,7 @@
 """The benchmarks of training speed: their counts by hand, and each of them once in small."""
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -78,3 +80,20 @@ def test_a_benchmark_prints_its_table(script, repository):
         for row in rows[-2:]:
             theirs, ours = row[6].split(", ")
             assert theirs == ours and float(row[4]) > 0  # the same number of tokens on both sides
+
+
+@pytest.mark.slow
+def test_the_gpu_benchmark_runs_in_small(repository, tmp_path):
+    out = tmp_path / "small.json"
+    command = [sys.executable, Path(repository, "scripts", "benchmark_gpu.py"), "--small", "--out", out]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=540, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    parts = json.loads(out.read_text())["parts"]
+    assert all("result" in part for part in parts.values()), parts
+    for model in ("tiny", "moe"):
+        found = parts[f"exactness {model}"]["result"]
+        assert found["log-probs, nats"]["shared against plain, both fp32"]["max"] < 1e-4 and found["exact enough"]
+        assert [record["trainer"] for record in parts[f"steps {model}"]["result"]] == ["trl-grpo", "grpo", "srpo"]
+    assert parts["attention"]["result"]["largest difference"] < 1e-4
