@@ -46,11 +46,20 @@ def valid(draw: random.Random) -> dict[str, Any]:
     return body
 
 
-def bodies(number: int, seed: int = 0) -> Iterator[bytes]:
-    """So many, the same ones for a seed."""
+def as_response(body: dict[str, Any]) -> dict[str, Any]:
+    """The same request for /v1/responses."""
+    moved = {"messages": "input", "max_tokens": "max_output_tokens"}
+    kept = {moved.get(name, name): value for name, value in body.items() if name not in ("stop", "n", "seed")}
+    return {name: value for name, value in kept.items() if name not in ("response_format", "stream_options", "tools")}
+
+
+def bodies(number: int, seed: int = 0, responses: bool = False) -> Iterator[bytes]:
+    """So many, the same ones for a seed; of /v1/responses every other one, from the second on."""
     draw = random.Random(seed)
-    for _ in range(number):
+    for place in range(number):
         body: Any = valid(draw)
+        if responses and place % 2:
+            body = as_response(body)
         for _ in range(draw.choice([0, 1, 1, 1, 2, 3, 5])):
             body = _changed(draw, body)
         data = _written(draw, body)
