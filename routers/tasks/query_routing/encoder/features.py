@@ -24,9 +24,13 @@ def counted(texts: Sequence[str]) -> list[sp.csr_matrix]:
 
 def tfidf(parts: Sequence[sp.csr_matrix], idf: np.ndarray) -> sp.csr_matrix:
     """``[texts, 2 * WIDTH]``, each half of a row of length 1/sqrt(2) (0 where it is empty); `idf`: ``[2 * WIDTH]``."""
-    scaled = [part @ sp.diags(weights) for part, weights in zip(parts, np.split(idf, 2), strict=True)]
-    lengths = [np.sqrt(np.asarray(part.multiply(part).sum(axis=1)).ravel()) for part in scaled]
-    halves = [sp.diags(0.5**0.5 / np.maximum(n, 1e-9)) @ part for part, n in zip(scaled, lengths, strict=True)]
+    halves = []
+    for part, weights in zip(parts, np.split(idf, 2), strict=True):  # products of sparse matrices take a ms
+        row = np.repeat(np.arange(part.shape[0]), np.diff(part.indptr))
+        data = part.data * weights[part.indices]
+        lengths = np.sqrt(np.bincount(row, data.astype(np.float64) ** 2, part.shape[0]))
+        data = data * (0.5**0.5 / np.maximum(lengths, 1e-9))[row]
+        halves.append(sp.csr_matrix((data, part.indices, part.indptr), part.shape))
     return sp.hstack(halves, format="csr", dtype=np.float32)
 
 
