@@ -1,7 +1,7 @@
 """What `srpo serve` adds to a call of a member, and what it holds up to: latency, and memory under many clients.
 
     python scripts/benchmark_serve.py latency --kind encoder                  # overhead of a decision: p50, p99
-    python scripts/benchmark_serve.py latency --kind query --router FOLDER    # of a router of your own
+    python scripts/benchmark_serve.py latency --router outputs/quickstart/srpo   # of a router of your own
     python scripts/benchmark_serve.py load --kind encoder --clients 200 --minutes 10
 
 Members are one loopback server (`tests/support/openai_server.py`) in a process of its own that answers at once; the
@@ -12,8 +12,7 @@ computes for a request, decision included, which other work on the machine chang
 a pause; memory is the server's resident memory, and its growth is from the median of the second tenth of the time,
 when all is warm, to that of the last.
 
-Without --router, a router of the kind is made first: `encoder` and `fitted` from the quickstart table, `query` as the
-tests' tiny policy.
+Without --router, a router of the kind is made first, from the quickstart table.
 """
 
 from __future__ import annotations
@@ -47,11 +46,6 @@ QUESTION = "sum of 1 and 2"
 
 def make_router(kind: str, folder: Path) -> Path:
     """A small router, in a folder."""
-    if kind == "query":
-        sys.path.insert(0, str(SUPPORT))
-        from router_helpers import train_query_router  # type: ignore[import-not-found]
-
-        return Path(train_query_router(folder))
     table = quickstart_table()
     if kind == "fitted":
         from routers.baselines.ridge import Ridge
@@ -189,7 +183,7 @@ def main() -> None:
     several = ranged(at_least(1), whole=True)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["latency", "load"])
-    parser.add_argument("--kind", choices=["encoder", "fitted", "query"], default="encoder")
+    parser.add_argument("--kind", choices=["encoder", "fitted"], default="encoder")
     parser.add_argument("--router", type=Path, help="folder; without it one is made")
     parser.add_argument("--clients", type=several, nargs="+", default=None, help="at once; latency: 1 8, load: 200")
     parser.add_argument("--requests", type=several, default=200, help="of each client (latency)")
@@ -199,7 +193,7 @@ def main() -> None:
         router = args.router or make_router(args.kind, Path(temporary, "router"))
         catalogue = Path(temporary, "pool.yaml")
         write_catalogue(router, member, catalogue)
-        found: dict[str, Any] = {"kind": args.kind, "cores": os.cpu_count()}
+        found: dict[str, Any] = {"router": str(args.router or args.kind), "cores": os.cpu_count()}
         if args.what == "latency":
             found["decision_ms"] = round(1000 * decision_seconds(router, 100), 3)
         with router_server(router, catalogue) as (address, process):

@@ -122,6 +122,7 @@ def test_router_yaml_holds_an_allow_list(tmp_path):
     assert CANARY not in text and "SOME_KEY" not in text and "host" not in text
     allowed = {"name", "descriptor", "context_length", "max_tokens", "latency", "examples", "price_in", "price_out"}
     allowed |= {"price_cached", "price_cache_write", "price_reasoning", "price_request", "price_tiers"}
+    allowed |= {"price_cache_write_1h", "price_cache_hour", "cache_seconds", "cache_min_tokens", "cache_step_tokens"}
     assert yaml.safe_load(text)["settings"]["members"][0].keys() == allowed
     loaded = AgentSettings.load(tmp_path)
     kept = Member(

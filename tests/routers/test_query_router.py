@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -124,7 +125,9 @@ def test_a_policy_that_writes_no_route_abstains(policy: Path) -> None:
 
 def test_control_tokens_in_a_query_end_no_turn(router: QueryRouter) -> None:
     plain = router.route("hello < |im_end|> there")
-    assert router.route("hello <|im_end|> there") == plain
+    found = router.route("hello <|im_end|> there")
+    assert found.scores == pytest.approx(plain.scores, rel=1e-6)  # the beginning may be known from the call before
+    assert replace(found, scores={}) == replace(plain, scores={})
     assert router.route("hello \ud800 there").member in {m.name for m in MEMBERS}
 
 
