@@ -3,13 +3,13 @@
 import json
 import subprocess
 import sys
-from itertools import groupby
+from itertools import groupby, product
 from pathlib import Path
 
 import pytest
 import torch
 from core_helpers import config, dataset, digest, model, script, trainer
-from micro_batch_cases import CASES
+from micro_batch_cases import CASES, SHARED
 from replay_cases import moe
 from trl.trainer import utils
 
@@ -284,20 +284,25 @@ def test_two_processes(tmp_path):
     done = subprocess.run([*launch, worker, str(tmp_path)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
-    for case, (group, size, accumulation) in CASES.items():
-        assert ranks[0][case]["weights"] == ranks[1][case]["weights"]
-        for rank in ranks:
-            parts = rank[case]["parts"]
-            assert rank[case]["steps"] == 2 and len(parts) == 2 * accumulation
-            for start in (0, accumulation):
-                widths = [width for _, width in parts[start : start + accumulation]]
-                if size != 6:  # what fits nowhere is in the order of chance
-                    assert widths == sorted(widths, reverse=True), case
-            for prompts, _ in parts:
+    for shared, (case, (group, size, accumulation)) in product(SHARED, CASES.items()):
+        found = [rank[shared][case] for rank in ranks]
+        assert found[0]["weights"] == found[1]["weights"]
+        for rank in found:
+            parts = rank["parts"]
+            assert rank["steps"] == 2 and len(parts) == 2 * accumulation
+            for start in (0, accumulation) if size != 6 else ():  # what fits nowhere is in the order of chance
+                step = parts[start : start + accumulation]
+                lengths = [width for _, width, _ in step]
+                if shared != "off":  # a row of the forward is a run of siblings behind one prompt
+                    lengths = [tokens for _, _, packed in step for tokens in packed]
+                assert lengths == sorted(lengths, reverse=True), (shared, case)
+            for prompts, _, _ in parts:
                 assert len(prompts) == size
                 runs = [len(list(rows)) for _, rows in groupby(prompts)]
-                assert set(runs) == {min(group, size)} or (size == 6 and sorted(runs) == [2, 4]), case
-    straddling = [
-        {p for prompts, _ in rank["eight, and the second on both ranks"]["parts"] for p in prompts} for rank in ranks
-    ]
-    assert straddling[0] & straddling[1]
+                assert set(runs) == {min(group, size)} or (size == 6 and sorted(runs) == [2, 4]), (shared, case)
+    for shared in SHARED:
+        straddling = [
+            {p for prompts, _, _ in rank[shared]["eight, and the second on both ranks"]["parts"] for p in prompts}
+            for rank in ranks
+        ]
+        assert straddling[0] & straddling[1]

@@ -1,11 +1,13 @@
 """Two steps of each case on two processes: torchrun --nproc_per_node 2 support/micro_batch_cases.py FOLDER.
 
-Each rank writes the groups and widths of every micro-batch it trained on, and a digest of its last weights.
+Each rank writes every micro-batch it trained on, and a digest of its last weights. Of a micro-batch: its groups, its
+width in columns, and the tokens of its runs of siblings where each is packed behind one prompt.
 """
 
 import json
 import os
 import sys
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +25,19 @@ CASES: dict[str, tuple[int, int, int]] = {  # completions of a group, rows of a 
 }
 
 
-def run(folder: Path, case: str) -> dict[str, Any]:
+SHARED = ("auto", "off")  # whether siblings share their prompt decides what is long
+
+
+def run(folder: Path, case: str, shared: str) -> dict[str, Any]:
     group, size, accumulation = CASES[case]
     args = config(
-        folder / case.replace(" ", "_"),
+        folder / f"{case} {shared}".replace(" ", "_"),
         objective="srpo",
         num_generations=group,
         per_device_train_batch_size=size,
         gradient_accumulation_steps=accumulation,
         max_steps=2,
+        shared_prefix=shared,
     )
     made = trainer(args, train_dataset=dataset(40))
     assert made.accelerator.num_processes == 2
@@ -41,7 +47,10 @@ def run(folder: Path, case: str) -> dict[str, Any]:
     def watched(batch: Any) -> Any:
         part = prepare(batch)
         prompts = [digest(i[m.bool()].tolist()) for i, m in zip(part["prompt_ids"], part["prompt_mask"], strict=True)]
-        parts.append((prompts, part["prompt_ids"].size(1) + part["completion_ids"].size(1)))
+        lengths = list(zip(*(part[f"{of}_mask"].sum(dim=1).tolist() for of in ("prompt", "completion")), strict=True))
+        runs = [list(rows) for _, rows in groupby(range(len(prompts)), key=prompts.__getitem__)]
+        packed = [lengths[rows[0]][0] + sum(lengths[row][1] for row in rows) for rows in runs]
+        parts.append((prompts, part["prompt_ids"].size(1) + part["completion_ids"].size(1), packed))
         return part
 
     made._prepare_inputs = watched
@@ -51,7 +60,7 @@ def run(folder: Path, case: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    found = {case: run(Path(sys.argv[1]), case) for case in CASES}
+    found = {shared: {case: run(Path(sys.argv[1]), case, shared) for case in CASES} for shared in SHARED}
     (Path(sys.argv[1]) / f"rank{os.environ['RANK']}.json").write_text(json.dumps(found))
 
 
