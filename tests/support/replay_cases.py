@@ -138,6 +138,9 @@ class Spy:
             return
         self.seen[name].append({})
         table = self.seen[name][-1]
+        if mask.dim() == 4:
+            self._packed(table, ids, mask, experts)
+            return
         for row, real, chosen in zip(ids.tolist(), mask[:, -columns:].tolist(), experts, strict=True):
             whole: list[int] = []
             for token, is_real, one in zip(row, real, chosen, strict=True):
@@ -146,6 +149,14 @@ class Spy:
                     table[tuple(whole)] = tuple(frozenset(layer) for layer in one)
             # The last token is never fed while sampling, and what it routes to influences nothing.
             table.pop(tuple(whole), None)
+
+    def _packed(self, table: dict[tuple[int, ...], Experts], ids: Any, mask: Any, experts: Any) -> None:
+        """Rows that share their beginnings: before a token are the columns that it sees, whatever laid them out."""
+        seen = (mask if mask.dtype == torch.bool else mask == 0).expand(len(ids), -1, -1, -1)[:, 0]
+        for row, sees, chosen in zip(ids, seen, experts, strict=True):
+            leads_on = sees.sum(dim=0) > 1  # others see it: neither the last token of a row nor a filler
+            for column in leads_on.nonzero().flatten().tolist():
+                table[tuple(row[sees[column]].tolist())] = tuple(frozenset(layer) for layer in chosen[column])
 
     def _told(self, rows: list[tuple[int, ...]], positions: torch.Tensor) -> None:
         """What the last forward of a rollout was; nothing where another model or an environment's turn ran."""
