@@ -10,6 +10,7 @@ os.environ["WANDB_MODE"] = "offline"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ.pop("HF_TOKEN", None)  # nothing here may act in somebody's name
 
+import gc
 import importlib.util
 import shutil
 import signal
@@ -32,6 +33,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
         if not vllm and item.get_closest_marker("vllm"):
             item.add_marker(pytest.mark.skip(reason="vLLM is not installed; bash scripts/setup.sh --vllm does it"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_collections() -> None:
+    """Every training collects garbage at its end, and to look through all that the imports made takes longer than a
+    tiny training: what is there before a module's tests is set aside."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,5 @@
 """A TRL user changes the import and one line: TRL's own config, every loss type, and names that can be listed."""
 
-import gc
 import logging
 
 import pytest
@@ -30,15 +29,6 @@ def run(cls, args):
     made = cls(model(), reward, args, dataset(), processing_class=tokenizer(), rollout_func=scripted)
     made.train()
     return made
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_collections():
-    """A training collects garbage at its end: among all that the imports made, that takes longer than the training."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.mark.parametrize("loss", LOSSES)
