@@ -61,6 +61,7 @@ def main() -> None:
         optim="adamw_torch",
         learning_rate=1e-2,
         loss_type="minirl",
+        seed=1,  # its first samples of a group differ in reward, so that there is a gradient
         **extra,
     )
     assert run.accelerator.num_processes == 2
