@@ -8,7 +8,6 @@ becomes part of the mask (`Layout.sees`).
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from srpo.prefix.tree import Layout
+from srpo.trainer.forward_checks import takes_positions
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 _MASKS = ("sdpa", "eager")
@@ -78,7 +78,7 @@ def attention_of(model: Any) -> Attention:
     """
     text = model.config.get_text_config()
     kinds = _kinds(model, text)
-    if "position_ids" not in inspect.signature(type(model).forward).parameters:
+    if not takes_positions(model):
         raise NotShared("it takes no position ids")
     if getattr(text, "alibi", False):
         raise NotShared("its attention counts columns (ALiBi)")

@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from srpo.prefix.costs import Costs, costs_of
 from srpo.prefix.families import Attention, NotShared, attention_of
 from srpo.prefix.tree import Layout, Tree
 from srpo.replay.replay import RoutingReplay
+from srpo.trainer.forward_checks import positions_of
 
 logger = logging.get_logger(__name__)
 
@@ -92,7 +94,7 @@ class PrefixSharing:
         if not isinstance(mask, Tensor) or mask.shape != ids.shape:
             return Way(picked=picked)
         if self.sharded:  # before anything that one rank may decide otherwise
-            self._try_once(ids[:, -attention.shortest :], mask[:, -attention.shortest :], attention)
+            self._try_once(ids[:, -attention.shortest :], mask[:, -attention.shortest :], attention, narrow=False)
         length = int(mask.sum(dim=1).max())
         if attention.longest is not None and ids.size(1) > attention.longest:
             self._say(f"its positions are computed otherwise in rows of more than {attention.longest} tokens")
@@ -103,7 +105,7 @@ class PrefixSharing:
         layout = self._layout(ids, mask, gradient, costs) if length else None
         if layout is None:
             return Way(picked=picked)
-        self._try_once(ids, mask, attention)
+        self._try_once(ids, mask, attention, attention.narrows(length))
         if self._refused is not None:
             return Way(picked=picked)
         return Way(layout, attention.mask(layout, length, self._mask_dtype()), picked=True)
@@ -133,14 +135,21 @@ class PrefixSharing:
         factors = torch.empty(told.size(-1), dtype=torch.int64).random_(generator=torch.Generator().manual_seed(0))
         return (told * factors).sum(dim=-1)
 
+    @cached_property
+    def attention(self) -> Attention | None:
+        """What its layers see; None: no row of it is packed, by its configuration or by the mode. Whether it was
+        refused when it was tried is not in here: a resumed run would not know that yet."""
+        if self.mode == "off":
+            return None
+        try:
+            return attention_of(self.model)
+        except NotShared as why:
+            self._say(str(why))
+            return None
+
     def _about(self) -> tuple[Attention | None, Costs]:
         if self._known is None:
-            attention = None
-            try:
-                attention = attention_of(self.model)
-            except NotShared as why:
-                self._say(str(why))
-            self._known = attention, costs_of(self.model)
+            self._known = self.attention, costs_of(self.model)
         return self._known
 
     def _say(self, why: str) -> None:
@@ -203,9 +212,13 @@ class PrefixSharing:
 
     # --------------------------------------------------------------------------------------------------- trying out
 
-    def _try_once(self, ids: Tensor, mask: Tensor, attention: Attention) -> None:
-        """Refuse, for good, a model that says something else of packed rows; once for each kind of pass."""
-        kind = (torch.is_autocast_enabled(ids.device.type), attention.narrows(int(mask.sum(dim=1).max())))
+    def _try_once(self, ids: Tensor, mask: Tensor, attention: Attention, narrow: bool) -> None:
+        """Refuse, for good, a model that says something else of packed rows; once for each kind of pass.
+
+        Args:
+            narrow: a row is longer than some window.
+        """
+        kind = (torch.is_autocast_enabled(ids.device.type), narrow)
         if kind in self._tried:
             return
         self._tried.add(kind)
@@ -245,8 +258,7 @@ class PrefixSharing:
     def _states(self, way: Way, ids: Tensor, mask: Tensor) -> Tensor:
         """[B, S, D]"""
         with self.packed(way, None) as found:
-            positions = {"position_ids": (mask.long().cumsum(dim=-1) - 1).clamp(min=0)}
-            self.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False, **positions)
+            self.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False, position_ids=positions_of(mask))
         return found[0]
 
     @contextmanager

@@ -83,9 +83,8 @@ class Tree:
         real = attention.bool()
         self._real = real
         self._places = [np.flatnonzero(row) for row in real.cpu().numpy()]
-        told_apart = (ids if keys is None else keys).cpu().numpy()
-        rows = [row[at] for row, at in zip(told_apart, self._places, strict=True)]
-        self._ids = [row[at] for row, at in zip(ids.cpu().numpy(), self._places, strict=True)]
+        self._ids = self._unpadded(ids)
+        rows = self._ids if keys is None else self._unpadded(keys)
         listed = [row.tolist() for row in rows]
         self.order = sorted(range(len(rows)), key=listed.__getitem__)
         self.lengths = [len(listed[b]) for b in self.order]
@@ -93,11 +92,11 @@ class Tree:
 
     def cut(self, cost: Cost) -> list[range]:
         """Runs of `order`, each a packed row, at the least cost of all of them as wide as the widest."""
-        width, sizes = 0, set()
+        sizes: set[int] = set()
         for start in range(len(self.order)):
             width = 0
             for k in range(start, len(self.order)):
-                width += self.lengths[k] - (self.common[k] if k > start else 0)
+                width += self._new(k, k == start)
                 sizes.add(width)
         widest = max(self.lengths)
         tried = sorted(size for size in sizes if size >= widest)
@@ -129,6 +128,9 @@ class Tree:
             last[r, path] = end - 1
         made = [torch.from_numpy(one).to(self._device) for one in (ids, positions, last, columns)]
         return Layout(made[0], made[1], made[2], made[3], self._real)
+
+    def _unpadded(self, values: Tensor) -> list[np.ndarray]:
+        return [row[at] for row, at in zip(values.cpu().numpy(), self._places, strict=True)]
 
     def _new(self, k: int, first: bool) -> int:
         return self.lengths[k] - (0 if first else self.common[k])

@@ -1,12 +1,10 @@
 """Which columns of a forward pass are new while `model.generate` of transformers runs, and whose tokens they were.
 
-What is read from the passes of one generation (log-probs, experts) belongs to tokens by their column. A pass with a
+The experts that are read from the passes of one generation belong to tokens by their column. A pass with a
 KV cache brings new columns only; one without it (`use_cache: false`, in whatever configuration) brings the whole
 sequence again; beam search, assisted decoding and guidance move rows, take columns back or slip passes of their own in
-between. So nothing is assumed: every pass says what it was fed, and the tokens fed must be those that came back.
+between. So nothing is assumed: every pass says what it was fed, and must continue the one before it.
 """
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -49,24 +47,3 @@ class FedTokens:
         self.columns += self.new
         if self._ids is not None:
             self._ids.append(tokens[:, known:].detach().clone())
-
-    def check(self, width: int, completion_ids: Sequence[Sequence[int]]) -> None:
-        """See that the completions that came back, from column `width` on, are what the passes were fed.
-
-        Raises:
-            RuntimeError: they are not, so that what was read from the passes belongs to other tokens.
-        """
-        if self._ids is None:
-            return
-        fed = torch.cat(self._ids, dim=1)[:, width:].tolist()
-        longest = max(map(len, completion_ids))
-        # The last token of the longest completion is drawn, and never fed.
-        if (
-            len(fed) != len(completion_ids)
-            or self.columns - width < longest - 1
-            or any(list(ids[: len(row)]) != row[: len(ids)] for ids, row in zip(completion_ids, fed, strict=True))
-        ):
-            raise RuntimeError(
-                "the forward passes of the rollout were not fed the tokens that it returned, so whose log-probs and "
-                f"experts they computed is unknown: {_ASK}"
-            )

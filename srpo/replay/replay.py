@@ -24,7 +24,7 @@ Layout of the routes: `srpo.replay.expert_table`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -58,7 +58,6 @@ class RoutingReplay:
         self.spec = self._hooks.spec
         self._measured: Armed | None = None
         self._recorded: list[Tensor] = []
-        self._fed = FedTokens()
 
     def remove(self) -> None:
         """Take the hooks off the model."""
@@ -128,8 +127,8 @@ class RoutingReplay:
         What is armed, recorded and measured stays by row and column. Routes that are armed stay packed afterwards: its
         backward pass may run layers again.
         """
-        if self._hooks.armed is not None:
-            self._hooks.armed.lay(layout)
+        if (armed := self._hooks.armed) is not None and armed.layout is not layout:
+            armed.lay(layout)
         self._hooks.layout = layout
         try:
             yield
@@ -189,7 +188,7 @@ class RoutingReplay:
         """
         steps: list[Tensor] = []
         self._recorded = steps
-        self._fed = fed = FedTokens()
+        fed = FedTokens()
         with self._recording(lambda routes: steps.append(routes[:, routes.size(1) - fed.new :])):
             caches: list[Any] = []
             self._hooks.watched, self._hooks.fed = caches, fed
@@ -223,10 +222,6 @@ class RoutingReplay:
         if not self._recorded:
             raise RuntimeError("nothing recorded: no forward of this model ended in record() or record_once()")
         return torch.cat(self._recorded, dim=1).cpu()
-
-    def check_fed(self, width: int, completion_ids: Sequence[Sequence[int]]) -> None:
-        """Raise RuntimeError if the last `record` saw other completions, from column `width` on, than these."""
-        self._fed.check(width, completion_ids)
 
     @contextmanager
     def _recording(self, keep: Callable[[Tensor], None]) -> Iterator[None]:

@@ -298,16 +298,17 @@ class TransformersGenerator:
             if (choices := rows[b].request.choices) is not None:
                 scores = logits[b, list(choices)].float() / (self.sampling.temperature or 1.0)
                 rows[b].scores = tuple(torch.log_softmax(scores, dim=-1).tolist())
+        allowed = [self._allowed_now(rows[b]) for b in going]
         ids, logprobs = draw(
             logits[going],
             self.sampling,
             [rows[b].draws.random() for b in going],
-            [self._allowed_now(rows[b]) for b in going],
+            allowed,
             [(*rows[b].request.ids, *rows[b].ids) for b in going] if penalised else None,
         )
         scored = logprobs
         if self.sampling.cuts:
-            scored = whole_logprobs(logits[going], self.sampling, ids, [self._allowed_now(rows[b]) for b in going])
+            scored = whole_logprobs(logits[going], self.sampling, ids, allowed)
         for b, token, logprob, plain in zip(going, ids, logprobs, scored, strict=True):
             row = rows[b]
             row.ids.append(token)

@@ -142,9 +142,11 @@ def add_scoring_head(model: PreTrainedModel, sharing: PrefixSharing, temperature
 
         with sharing.packed(way, places if way.picked else None, watch) as found:
             output = fused_forward(*args, **kwargs, **told)
-        hidden = found[0].squeeze(0) if way.picked else found[0][scored]
         if way.picked:
             _by_row(output, scored[:, :-1])
+        if self.scored_choices is None and targets is None:
+            return PolicyOutput(**output)
+        hidden = found[0].squeeze(0) if way.picked else found[0][scored]
         if self.scored_choices is not None:
             _among_choices(self, output, hidden, scored[:, :-1], tokens, temperature)
         if targets is None:

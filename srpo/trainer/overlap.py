@@ -91,12 +91,13 @@ def rows_of_batch(number: int, rows: int, prompts: int, shuffle: bool, seed: int
         prompts: of a generation batch.
     """
     epoch, place = divmod(number, rows // prompts)
-    order = list(range(rows))
+    order = torch.arange(rows)
     if shuffle:
         generator = torch.Generator().manual_seed(seed)
         for _ in range(epoch + 1):
-            order = torch.randperm(rows, generator=generator).tolist()
-    return order[place * prompts : (place + 1) * prompts]
+            order = torch.randperm(rows, generator=generator)
+    chosen: list[int] = order[place * prompts : (place + 1) * prompts].tolist()
+    return chosen
 
 
 def refuse_ahead(args: Any, adapter: bool, sharded: bool, dataset: Any) -> None:

@@ -40,7 +40,7 @@ from srpo.prefix.sharing import PrefixSharing
 from srpo.replay.metrics import audited
 from srpo.replay.passes import EXPERT_IDS, engine_that_replay_needs, replay_passes
 from srpo.replay.replay import RoutingReplay
-from srpo.rollout.generator import ALL_TOKENS, TransformersGenerator
+from srpo.rollout.generator import ALL_TOKENS
 from srpo.rollout.sampler_logprobs import batch_mismatch, settle_ends
 from srpo.rollout.sampling_rules import own_settings_aside, samples_itself
 from srpo.rollout.thinking import opened_by
@@ -69,7 +69,7 @@ from srpo.trainer.overlap import Ahead, refuse_ahead, rows_of_batch
 from srpo.trainer.precision import engine_keeps_masters, train_in_fp32
 from srpo.trainer.reference import Reference, reference_of
 from srpo.trainer.rollouts import Rollouts
-from srpo.trainer.sampler import Sampler, sampling_of
+from srpo.trainer.sampler import Sampler
 from srpo.types import FEEDBACK, Environment, World
 
 logger = logging.get_logger(__name__)
@@ -189,9 +189,9 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
                 self.rollouts.ahead = Ahead(plain_copy(self._base(self.model)))
             self.add_callback(RunLimits(self.rollouts))
         replay = None if self.replay_passes is None else self.replay_passes.replay
-        for scored, replayed in ((self.model, replay), (self.ref_model, None), (twin, None)):
-            if scored is not None:
-                self._add_scoring_head(self._base(scored), replayed)
+        self.sharing = self._add_scoring_head(self._base(self.model), replay)
+        for other in filter(None, (self.ref_model, twin)):
+            self._add_scoring_head(self._base(other), None)
         self.add_callback(Clock(self._begin_training, self._end_step))
         self.distiller: Distiller | None = None
         if distils and not self._is_vlm:
@@ -209,10 +209,12 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
             models = [self._base(m) for m in (self.model, *others) if m is not None]
             self.add_callback(ForwardChecks(self.model, models, args, self.accelerator.autocast))
 
-    def _add_scoring_head(self, base: PreTrainedModel, replay: RoutingReplay | None) -> None:
+    def _add_scoring_head(self, base: PreTrainedModel, replay: RoutingReplay | None) -> PrefixSharing:
         mode = "off" if self._is_vlm else self.args.shared_prefix
         sharded = self.accelerator.distributed_type in ("DEEPSPEED", "FSDP")
-        add_scoring_head(base, PrefixSharing(base, mode, sharded, replay), self.temperature)
+        sharing = PrefixSharing(base, mode, sharded, replay)
+        add_scoring_head(base, sharing, self.temperature)
+        return sharing
 
     def _base(self, model: torch.nn.Module) -> PreTrainedModel:
         """The transformers model inside."""
@@ -231,7 +233,7 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
         if self._step % self._generate_every == 0 or self._buffered_inputs is None:
             scored = self._generate_and_score_completions(generation_batch)
             rank, router_loss = self.accelerator.process_index, self.aux_loss_enabled
-            shared = self.args.shared_prefix != "off"
+            shared = self.sharing.attention is not None
             self._buffered_inputs = micro_batches(scored, self.args, rank, router_loss, shared)
         return self._buffered_inputs[self._step % self.args.steps_per_generation]
 
@@ -325,8 +327,8 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
         trained_at = number * every // args.gradient_accumulation_steps
         step = GenerationStep(columns.without_pictures(rows), True, trained_at)
         prompt_ids = self._tokenize_prompts([row["prompt"] for row in step.rows])[0]
-        sampling, own, ends = sampling_of(args), self.rollouts.tokenizer, self.eos_token_ids
-        generator = TransformersGenerator(ahead.policy, own, sampling, eos_ids=ends, keep_tokens=ALL_TOKENS)
+        sampler = Sampler(args, self.accelerator, self.rollouts.tokenizer)  # the thread's own tokenizer
+        generator = sampler.make_generator(ahead.policy, self.eos_token_ids, keep_tokens=ALL_TOKENS)
         play = self.rollouts.episodes(step, prompt_ids, generator, keep_loop=True, bar=False)
 
         def by_the_copy() -> Any:
@@ -355,7 +357,6 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
 
     def _generate_single_turn(self, prompt_ids: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         step, passes = self.generation_step, self.replay_passes
-        recording = nullcontext() if passes is None else passes.sampling(step)
         if not self.samples_itself:
             recorder = None
             policy = self.accelerator.unwrap_model(self.model)
@@ -364,8 +365,9 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
         else:
             allowed = None if self.allowed_tokens is None else self.allowed_tokens.after
             how: dict[str, Any] = {"allowed": allowed, "keep_tokens": None}
-            policy = partial(self.sampler.policy, self.model_wrapped, self._dist, self.eos_token_ids)
-            with recording as recorder, policy(recorder=recorder, **how) as generator:
+            sampler = partial(self.sampler.policy, self.model_wrapped, self._dist, self.eos_token_ids)
+            recording = nullcontext() if passes is None else passes.sampling(step)
+            with recording as recorder, sampler(recorder=recorder, **how) as generator:
                 samples = self.sampler.completions(generator, step, prompt_ids)
             completion_ids = [list(sample.ids) for sample in samples]
             read = self._record.sampler_logps or self.args.routing_replay != "off"
