@@ -228,7 +228,7 @@ class Conversations:
         home, state, caches = self._find(chain, owner, conversation)
         try:
             if self._members:
-                caches = caches.then(estimated_messages([*messages, *(tools or ())]), max(self._clock(), caches.now))
+                caches = caches.then(estimated_messages([*(tools or ()), *messages]), max(self._clock(), caches.now))
             usd = {name: expected_usd(member, caches) for name, member in self._members.items()}
             session, restarted = self._session(home, state, told)
             prefer = self._sticky(session, usd)
