@@ -101,10 +101,9 @@ class Refused(Exception):
 class Allowance:
     """Money of one request, set aside: `usd` is the most that it may cost. Settled once, or given back."""
 
-    def __init__(self, usd: float, parts: list[Reservation], changed: Callable[[], None]) -> None:
+    def __init__(self, usd: float, parts: list[Reservation]) -> None:
         self.usd = usd
         self._parts: list[Reservation] | None = parts
-        self._changed = changed
 
     def settle(self, spent: float) -> None:
         """Spend this much, USD. What is no number >= 0 is not believed and counts as `usd`. Later calls do nothing."""
@@ -112,7 +111,6 @@ class Allowance:
             for part in self._parts:
                 part.settle(spent)
             self._parts = None
-            self._changed()
 
     def cancel(self) -> None:
         """Nothing was spent. Does nothing after `settle`."""
@@ -138,8 +136,6 @@ class Key:
         self._day = self._today()
         self.today = Account(self.limits.usd_per_day)
         self.total = Account(self.limits.usd_total)
-        self.changed = True
-        """Something was spent since this was last set to False."""
 
     def count(self) -> None:
         """One more request begins.
@@ -168,11 +164,11 @@ class Key:
         self._cap()
         usd = min(at_most, self.limits.request_usd, self.today.available, self.total.available)
         if math.isinf(usd):  # a key without budgets
-            return Allowance(usd, [], self._spent)
+            return Allowance(usd, [])
         if usd <= 0 < min(at_most, self.limits.request_usd):
             raise self._empty()
         parts = [account.reserve(usd) for account in (self.today, self.total)]
-        return Allowance(usd, parts, self._spent)
+        return Allowance(usd, parts)
 
     def _empty(self) -> Refused:
         total, today = self.limits.usd_total, self.limits.usd_per_day
@@ -211,9 +207,6 @@ class Key:
         if self._day != self._today():
             self._day, self.today = self._today(), Account(self.limits.usd_per_day)  # what runs settles with its day
 
-    def _spent(self) -> None:
-        self.changed = True
-
     def _today(self) -> str:
         return datetime.fromtimestamp(self._clock(), UTC).date().isoformat()
 
@@ -247,6 +240,8 @@ class Keys:
         self._known: dict[str, Key] = {}
         """Also those that a newer file has no more: one that comes back has spent what it has."""
         self._stamp: Any = None
+        self._written: Any = None
+        """What the file of spending says."""
         self.reloads = {"read": 0, "refused": 0}
         """How often a changed file was taken over, or could not be."""
         self.open = self._path is None
@@ -307,20 +302,20 @@ class Keys:
         return found
 
     def save(self) -> None:
-        """Write what was spent, if there is a file for it and anything changed.
+        """Write what was spent, if there is a file for it and it says something else.
 
         Raises:
             OSError: it cannot be written.
         """
-        changed = [key for key in self._known.values() if key.changed]
-        if self._spending is None or not changed:
+        if self._spending is None:
             return
         document = {"spending": {name: key.spending() for name, key in sorted(self._known.items())}}
+        if document == self._written:
+            return
         beside = self._spending.with_name(f"{self._spending.name}.new")
         beside.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
         beside.replace(self._spending)
-        for key in changed:
-            key.changed = bool(key.today.reserved or key.total.reserved)  # to be settled, or given back
+        self._written = document
 
     def _take(self, found: Mapping[str, tuple[list[bytes], KeyLimits]]) -> None:
         digests = {}

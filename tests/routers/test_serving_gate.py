@@ -234,6 +234,11 @@ def test_days_begin_anew_and_spendings_outlive_the_server(tmp_path: Path) -> Non
     held.settle(0.125)
     held.settle(5.0)
     keys.save()
+    open_call = key.allow(0.0625)  # nothing was set aside when the file was written last
+    keys.save()
+    assert json.loads(spending.read_text())["spending"]["a"]["day_usd"] == 0.9375
+    open_call.cancel()
+    keys.save()
     again = Keys(path, spending, clock).find(b"one")
     assert again is not None and (again.today.spent, again.total.spent) == (0.875, 0.875)
     with pytest.raises(Refused, match=r"of today of key .a., 0\.5 USD, is spent") as refused:
