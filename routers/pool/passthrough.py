@@ -17,13 +17,13 @@ from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import Any
 
-from routers.data.billing import highest, price
+from routers.data.billing import highest, price, saved
 from routers.data.catalogue import Member
 from routers.pool.call import Call, Declined, Failed, chunks
 from routers.pool.caller import LONGEST_PAUSE
-from routers.pool.completion import error_of, not_json, read_json
+from routers.pool.completion import choices_of, error_of, not_json, read_json
 from routers.pool.endpoint import Endpoint, retry_after
-from routers.pool.events import DONE, choices_of, chunks_of, data_of
+from routers.pool.events import DONE, chunks_of, data_of
 from routers.pool.ledger import Ledger, OverBudget, Reservation, Spending
 from routers.pool.limits import Breaker, CircuitOpen, Entry, Spacing, TokenBucket
 from routers.pool.protocol import CIRCUIT_OPEN, OVER_BUDGET, TIMEOUT
@@ -229,6 +229,8 @@ class Passthrough:
             cost=usd,
             cached_tokens=usage.cached_tokens,
             reasoning_tokens=usage.reasoning_tokens,
+            cache_write_tokens=usage.cache_write_tokens,
+            saved=saved(self.member, usage),
             estimated=int(billed is not None and billed.estimated),
             bounded=int(billed is not None and billed.bounded),
             unmetered=int(call.began and billed is None),
