@@ -7,7 +7,8 @@ from typing import Any
 
 from routers.data.billing import HOUR, price
 from routers.data.catalogue import Member
-from routers.pool.events import choices_of, texts_in
+from routers.pool.completion import choices_of
+from routers.pool.events import texts_in
 from routers.pool.request import Request
 from routers.pool.usage import Bill, bill
 from srpo.types import Usage

@@ -87,6 +87,12 @@ def not_json(body: bytes, content_type: str) -> NoAnswer:
     return NoAnswer(MALFORMED, told, retry=text[0] in "{[")  # JSON that broke off; a page will be the same again
 
 
+def choices_of(document: dict[str, Any]) -> list[dict[str, Any]]:
+    """Of a completion or a chunk; whatever else stands there is left out."""
+    choices = document.get("choices")
+    return [choice for choice in choices if isinstance(choice, dict)] if isinstance(choices, list) else []
+
+
 def read_completion(document: Any, asked: str = "") -> Answer | NoAnswer:
     """The body of a status 200.
 
@@ -97,8 +103,7 @@ def read_completion(document: Any, asked: str = "") -> Answer | NoAnswer:
     Args:
         asked: the question, which an error may repeat; its words are not the provider's.
     """
-    choices = document.get("choices") if isinstance(document, dict) else None
-    choices = [choice for choice in choices if isinstance(choice, dict)] if isinstance(choices, list) else []
+    choices = choices_of(document) if isinstance(document, dict) else []
     if (error := error_of(document, bool(choices))) is not None:
         return refusal(200, error, asked)
     if not choices:

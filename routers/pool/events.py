@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from typing import Any
 
+from routers.pool.completion import choices_of
 from routers.pool.transport import LONGEST_BODY, Refused
 
 DONE = b"[DONE]"
@@ -45,12 +46,6 @@ async def data_of(pieces: AsyncIterator[bytes], longest: int) -> AsyncGenerator[
         data.append(DONE)
     if data:  # it ended without the empty line; half a line is none
         yield b"\n".join(data)
-
-
-def choices_of(document: dict[str, Any]) -> list[dict[str, Any]]:
-    """Of a completion or a chunk; whatever else stands there is left out."""
-    choices = document.get("choices")
-    return [choice for choice in choices if isinstance(choice, dict)] if isinstance(choices, list) else []
 
 
 def texts_in(message: Any) -> Iterator[str]:

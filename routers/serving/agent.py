@@ -79,14 +79,13 @@ class AgentWorker:
     Args:
         agent: who answers.
         name: as clients say it.
-        metrics: None: new ones.
     """
 
     queues = False
 
-    def __init__(self, agent: Any, name: str = "router", metrics: ServerMetrics | None = None) -> None:
+    def __init__(self, agent: Any, name: str = "router") -> None:
         self.agent, self.name = agent, name
-        self.metrics = metrics or ServerMetrics()
+        self.metrics = ServerMetrics()
         self.count_tokens = agent.count_tokens
         if agent.pool is not None:
             self.metrics.follow(agent.pool.ledger)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -34,6 +35,11 @@ class ChatRequest:
         metadata = {name: value for name, value in self.body.get("metadata", {}).items() if name != CONVERSATION_ID}
         body = {name: value for name, value in self.body.items() if name != "metadata"}
         return replace(self, body={**body, "metadata": metadata} if metadata else body)
+
+    @property
+    def cap(self) -> float:
+        """USD that the request may cost."""
+        return math.inf if self.max_cost_usd is None else self.max_cost_usd
 
     @property
     def messages(self) -> list[dict[str, Any]]:

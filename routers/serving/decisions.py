@@ -81,10 +81,6 @@ class Decisions:
                 future.set_exception(RuntimeError("no more is decided: the server is stopping"))
         if self._deciding is not None:
             await self._deciding
-        self.close()
-
-    def close(self) -> None:
-        """End the thread. Where an event loop has decided, `aclose` comes first."""
         self._thread.shutdown(wait=False)
 
     async def _decide(self) -> None:

@@ -6,60 +6,48 @@ import asyncio
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 from routers.data.catalogue import Member
 from routers.pool import Ledger, Pool, ReplyCache, live_pool
 from routers.pool.protocol import OVER_BUDGET, kind
-from routers.router import Answer, OnTurn
+from routers.router import Answer, CannotDo
+from srpo.types import Reply
 
 AS_IT_IS = "{query}"
 """What a member of a query router is told: the query, unlike a sub-question of an agent."""
 
 
 class Forwarder:
-    """Routes queries and asks the chosen members. Safe in many tasks at once; closes its router and pool.
+    """Routes queries and asks the chosen members, one after the other. Closes its router.
 
     Args:
         router: decides: `route` of one query, `members`.
-        pool: who is asked; None: nobody, and the answer is the member's name.
+        pool: who is asked; None: nobody can answer.
         call_seconds: deadline of one call of a member, retries included.
-        max_concurrent: decisions that wait for the policy at once; it makes them in batches.
     """
 
-    def __init__(
-        self, router: Any, pool: Pool | None = None, *, call_seconds: float = 60.0, max_concurrent: int = 64
-    ) -> None:
+    def __init__(self, router: Any, pool: Pool | None = None, *, call_seconds: float = 60.0) -> None:
         self.router = router
         self.pool = pool
-        self.cost_weights = router.cost_weights
         self._seconds = call_seconds
         self._numbers = itertools.count()
-        self._threads = ThreadPoolExecutor(max_concurrent, thread_name_prefix="query-router")
 
-    async def aanswer(
-        self,
-        query: str,
-        max_cost_usd: float | None = None,
-        *,
-        cost_weight: float | None = None,
-        on_turn: OnTurn | None = None,
-    ) -> Answer:
+    def answer(self, query: str, max_cost_usd: float | None = None, *, cost_weight: float | None = None) -> Answer:
         """The reply of the member that the router chooses.
 
         Args:
             query: forwarded as it is.
             max_cost_usd: hard cap of the member's call: it is only made if the most that it could cost still fits.
             cost_weight: price sensitivity, for a router that was trained with several.
-            on_turn: told what the policy wrote, before the member is asked.
+
+        Raises:
+            CannotDo: there is no pool to ask.
         """
-        route = partial(self.router.route, query, cost_weight=cost_weight)
-        decision = await asyncio.get_running_loop().run_in_executor(self._threads, route)
-        if on_turn is not None:
-            on_turn(decision.text)
+        if self.pool is None:
+            raise CannotDo("there is nobody to ask: give a catalogue whose members have a base_url")
+        pool, decision = self.pool, self.router.route(query, cost_weight=cost_weight)
         found = Answer(
             answer=decision.member,
             stop="done",
@@ -73,39 +61,25 @@ class Forwarder:
         )
         if decision.member is None:
             return replace(found, stop="lost", error=f"the router chose no member: {decision.error}")
-        if self.pool is None:
-            return found
         number = f"query {next(self._numbers)}"
-        self.pool.ledger.policy(decision.prompt_tokens, decision.completion_tokens, number)
+        pool.ledger.policy(decision.prompt_tokens, decision.completion_tokens, number)
         cap = math.inf if max_cost_usd is None else max(0.0, max_cost_usd - decision.policy_usd)
-        reply = await self.pool.ask(decision.member, query, self._seconds, query_id=number, max_cost=cap)
+
+        async def asked() -> Reply:
+            try:
+                return await pool.ask(decision.member, query, self._seconds, query_id=number, max_cost=cap)
+            finally:
+                await pool.aclose()
+
+        reply = asyncio.run(asked())
         if kind(reply) == OVER_BUDGET:
             return replace(found, answer=None, stop="budget", error=reply.error, members=())
-        usd = decision.policy_usd + self.pool.price(decision.member, reply.usage)
+        usd = decision.policy_usd + pool.price(decision.member, reply.usage)
         if reply.error is not None:
             return replace(found, answer=None, stop="lost", error=reply.error, cost_usd=usd)
         return replace(found, answer=reply.text, cost_usd=usd)
 
-    def answer(self, query: str, max_cost_usd: float | None = None, **options: Any) -> Answer:
-        """`aanswer`, for callers without an event loop."""
-
-        async def once() -> Answer:
-            try:
-                return await self.aanswer(query, max_cost_usd, **options)
-            finally:
-                if self.pool is not None:
-                    await self.pool.aclose()
-
-        return asyncio.run(once())
-
-    async def aclose(self) -> None:
-        """Finish what was begun, then give back threads and connections."""
-        await asyncio.to_thread(self.close)
-        if self.pool is not None:
-            await self.pool.aclose()
-
     def close(self) -> None:
-        self._threads.shutdown(wait=True, cancel_futures=True)
         self.router.close()
 
 

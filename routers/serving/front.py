@@ -25,7 +25,7 @@ from routers.pool.request import Refusal
 from routers.serving.chat import ChatRequest
 from routers.serving.errors import RequestError
 from routers.serving.metrics import ServerMetrics
-from routers.serving.served import Spent, counted
+from routers.serving.served import Served, Spent, counted
 from srpo.types import Usage
 
 
@@ -63,35 +63,49 @@ class Front:
         lines: the way to each member, by name.
         ledger: where the router's own tokens are booked.
         name: of the router, as clients say it.
-        metrics: None: new ones.
     """
 
-    def __init__(
-        self, lines: Mapping[str, Line], ledger: Ledger, name: str = "router", metrics: ServerMetrics | None = None
-    ) -> None:
+    def __init__(self, lines: Mapping[str, Line], ledger: Ledger, name: str = "router") -> None:
         self.lines, self.ledger, self.name = lines, ledger, name
-        self.metrics = metrics or ServerMetrics()
+        self.metrics = ServerMetrics()
         self.metrics.follow(ledger)
 
-    def document(self, reply: Reply, told: dict[str, Any], spent: Spent) -> dict[str, Any]:
-        """A whole reply."""
-        theirs = reply.document or {}
-        usage = self._usage(theirs.get("usage"), reply, spent)
-        return {**theirs, "model": self.name, "usage": usage, "srpo": self.costs(told, spent)}
-
-    async def chunks(
+    def served(
         self,
         reply: Reply,
         asked: ChatRequest,
         told: dict[str, Any],
         spent: Spent,
         over: Callable[[str | None], None] = lambda error: None,
-    ) -> AsyncGenerator[dict[str, Any] | None, None]:
-        """The member's chunks. The usage, which it is always asked for, comes last, if the client wants it.
+        more: Mapping[str, str] | None = None,
+    ) -> Served:
+        """A member's reply as the client gets it.
 
         Args:
             over: called when the member has said all, before the client knows, with None; or with why it broke off.
+            more: headers.
         """
+        headers = {**self.headers(told, spent), **(more or {})}
+        if reply.document is None:
+            return Served(headers, chunks=self._chunks(reply, asked, told, spent, over))
+        over(None)
+        headers["x-srpo-cost-usd"] = f"{spent.usd:.10g}"
+        return Served(headers, document=self._document(reply, told, spent))
+
+    def _document(self, reply: Reply, told: dict[str, Any], spent: Spent) -> dict[str, Any]:
+        theirs = reply.document or {}
+        usage = self._usage(theirs.get("usage"), reply, spent)
+        return {**theirs, "model": self.name, "usage": usage, "srpo": self.costs(told, spent)}
+
+    async def _chunks(
+        self,
+        reply: Reply,
+        asked: ChatRequest,
+        told: dict[str, Any],
+        spent: Spent,
+        over: Callable[[str | None], None],
+    ) -> AsyncGenerator[dict[str, Any] | None, None]:
+        """The usage, which the member is always asked for, comes last, if the client wants it."""
         first, usage = True, None
         head: dict[str, Any] = {}
         try:

@@ -125,25 +125,27 @@ def _step_worker(args: argparse.Namespace, file: RouterFile, name: str) -> Worke
     if missing := [member for member in names if member not in catalogue]:
         raise ValueError(f"{args.catalogue}: there is no member {missing[0]!r}, which the router was trained with")
     members = {member: catalogue[member] for member in names}
-    trained = router.settings.policy_price
-    given = (args.policy_price_in, args.policy_price_out)
-    own = tuple(old if new is None else new for new, old in zip(given, trained, strict=True))
-    ledger = Ledger(args.max_total_usd, own)
+    ledger = Ledger(args.max_total_usd, _own_price(args, router.settings.policy_price))
     decisions = Conversations(
         router, cap=args.conversation_cap, unit=args.conversation_unit, members=members, worth_usd=args.sticky_usd
     )
     return StepProxy(decisions, {one: Passthrough(member, ledger) for one, member in members.items()}, ledger, name)
 
 
+def _own_price(args: argparse.Namespace, trained: tuple[float, float]) -> tuple[float, float]:
+    """USD per million tokens that the policy reads and writes: as in training, where the command line says nothing."""
+    read, wrote = args.policy_price_in, args.policy_price_out
+    return trained[0] if read is None else read, trained[1] if wrote is None else wrote
+
+
 def _query_router(args: argparse.Namespace, file: RouterFile) -> tuple[Any, Ledger]:
     """One that decides once per query, and where its own tokens and its members' are booked."""
     router = load_router(args.model, members=args.members, catalogue=args.catalogue)
-    price, own = (args.policy_price_in, args.policy_price_out), (0.0, 0.0)
+    own = (0.0, 0.0)
     if file.kind == "query_routing":
-        trained = router.settings.policy_price
-        own = tuple(old if new is None else new for new, old in zip(price, trained, strict=True))
+        own = _own_price(args, router.settings.policy_price)
         router.settings = replace(router.settings, policy_price=own)
-    elif any(price):
+    elif args.policy_price_in or args.policy_price_out:
         raise ValueError(f"a router of kind {file.kind} reads and writes no tokens: leave --policy-price-* out")
     return router, Ledger(args.max_total_usd, own)
 

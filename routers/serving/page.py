@@ -34,10 +34,19 @@ class Recent:
             seconds: since it was admitted.
             status: of HTTP; of a stream that broke off what it would have been, 499 where the client left.
         """
-        found = {"member": None, "scores": {}, "tried": [], **spent.told}
-        found["tried"] = [{"member": one["member"]} for one in found["tried"]]  # not the words of members' errors
-        more = {"time": time.time(), "key": key, "seconds": seconds, "cost_usd": spent.usd, "status": status}
-        self._kept.appendleft({name: found[name] for name in ("member", "scores", "tried")} | more)
+        told = spent.told
+        self._kept.appendleft(
+            {
+                "member": told.get("member"),
+                "scores": told.get("scores", {}),
+                "tried": [{"member": one["member"]} for one in told.get("tried", ())],  # not the words of their errors
+                "time": time.time(),
+                "key": key,
+                "seconds": seconds,
+                "cost_usd": spent.usd,
+                "status": status,
+            }
+        )
 
     def listed(self) -> list[dict[str, Any]]:
         return list(self._kept)

@@ -8,7 +8,6 @@ byte) is followed by the next in the router's own order: its choice, then by pro
 
 from __future__ import annotations
 
-import math
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
@@ -22,7 +21,6 @@ from routers.serving.chat import ChatRequest
 from routers.serving.decisions import Decisions
 from routers.serving.errors import RequestError
 from routers.serving.front import Front, Line, Reply
-from routers.serving.metrics import ServerMetrics
 from routers.serving.served import Served, Spent
 from srpo.well_formed import well_formed
 
@@ -33,7 +31,7 @@ class Proxy(Front):
     Args:
         router: decides by `route`.
         lines: the way to each of its members, by name.
-        ledger, name, metrics: as of `Front`.
+        ledger, name: as of `Front`.
         safe: who gets what the router abstains from; None: that is an error, for a person to see.
 
     Raises:
@@ -48,13 +46,12 @@ class Proxy(Front):
         lines: Mapping[str, Line],
         ledger: Ledger,
         name: str = "router",
-        metrics: ServerMetrics | None = None,
         safe: str | None = None,
     ) -> None:
         if safe is not None and safe not in lines:
             known = ", ".join(lines)
             raise ValueError(f"there is no member {safe!r} for what the router abstains from; there are {known}")
-        super().__init__(lines, ledger, name, metrics)
+        super().__init__(lines, ledger, name)
         self.router, self.safe = router, safe
         self.count_tokens = router.count_tokens
         self._decisions = Decisions(router, metrics=self.metrics)
@@ -77,12 +74,7 @@ class Proxy(Front):
             raise RequestError(422, words, code="no_member", srpo=self.costs(told, spent))
         async with AsyncExitStack() as stack:
             spent.call = reply = await self._answering(stack, asked, decision, spent, told)
-            headers = self.headers(told, spent)
-            if reply.document is None:
-                yield Served(headers, chunks=self.chunks(reply, asked, told, spent))
-            else:
-                headers["x-srpo-cost-usd"] = f"{spent.usd:.10g}"
-                yield Served(headers, document=self.document(reply, told, spent))
+            yield self.served(reply, asked, told, spent)
 
     async def _route(self, asked: ChatRequest, members: Sequence[str] | None = None) -> Decision:
         try:
@@ -95,7 +87,6 @@ class Proxy(Front):
         self, stack: AsyncExitStack, asked: ChatRequest, decision: Decision, spent: Spent, told: dict[str, Any]
     ) -> Reply:
         """The reply of the first member in the router's order that answers; `told` learns who was tried."""
-        cap = math.inf if asked.max_cost_usd is None else asked.max_cost_usd
         failed: Failed | None = None
         declined: Declined | None = None
         refused: Refusal | None = None
@@ -106,7 +97,7 @@ class Proxy(Front):
                 told["tried"].append({"member": name, "error": refusal.words})
                 continue
             try:
-                call = line.call(asked.body, stream=asked.stream, max_cost=cap - spent.usd)
+                call = line.call(asked.body, stream=asked.stream, max_cost=asked.cap - spent.usd)
                 reply = await stack.enter_async_context(call)
             except Declined as error:
                 declined = declined or error

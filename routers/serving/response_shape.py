@@ -14,7 +14,8 @@ import uuid
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from routers.pool.events import choices_of, chunks_of, texts_in
+from routers.pool.completion import choices_of
+from routers.pool.events import chunks_of, texts_in
 from routers.serving.errors import RequestError
 from routers.serving.shapes import event
 
@@ -68,18 +69,30 @@ class ResponseShape:
 
     def whole(self, document: dict[str, Any]) -> dict[str, Any]:
         for chunk in chunks_of(document):  # the same items, by the same rules
-            for _ in self.chunk(chunk):
+            for _ in self._took(chunk):
                 pass
         for _ in self._close():
             pass
         return self._response()
 
     def begin(self) -> Iterator[bytes]:
+        return _sent(self._began())
+
+    def chunk(self, chunk: dict[str, Any]) -> Iterator[bytes]:
+        return _sent(self._took(chunk))
+
+    def end(self) -> Iterator[bytes]:
+        return _sent(self._ended())
+
+    def failed(self, error: RequestError) -> Iterator[bytes]:
+        return _sent(self._broke(error))
+
+    def _began(self) -> Iterator[dict[str, Any]]:
         started = {**self._base, "status": "in_progress", "error": None, "incomplete_details": None, "output": []}
         yield self._event("response.created", response={**started, "usage": None})
         yield self._event("response.in_progress", response={**started, "usage": None})
 
-    def chunk(self, chunk: dict[str, Any]) -> Iterator[bytes]:
+    def _took(self, chunk: dict[str, Any]) -> Iterator[dict[str, Any]]:
         self._usage = chunk.get("usage") or self._usage
         self._srpo = chunk.get("srpo") or self._srpo
         for choice in choices_of(chunk):
@@ -101,12 +114,12 @@ class ResponseShape:
             if isinstance(choice.get("finish_reason"), str):
                 self._finish = choice["finish_reason"]
 
-    def end(self) -> Iterator[bytes]:
+    def _ended(self) -> Iterator[dict[str, Any]]:
         yield from self._close()
         response = self._response()
         yield self._event(f"response.{response['status']}", response=response)
 
-    def failed(self, error: RequestError) -> Iterator[bytes]:
+    def _broke(self, error: RequestError) -> Iterator[dict[str, Any]]:
         yield from self._close("incomplete")
         told = {"code": error.code or "server_error", "message": error.message}
         response = {**self._response(), "status": "failed", "error": told, "incomplete_details": None}
@@ -124,11 +137,11 @@ class ResponseShape:
             "srpo": self._srpo,
         }
 
-    def _event(self, kind: str, /, **more: Any) -> bytes:
+    def _event(self, kind: str, /, **more: Any) -> dict[str, Any]:
         self._number += 1
-        return event({"type": kind, "sequence_number": self._number - 1, **more}, kind)
+        return {"type": kind, "sequence_number": self._number - 1, **more}
 
-    def _begin(self, item: dict[str, Any]) -> Iterator[bytes]:
+    def _begin(self, item: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield from self._close()
         self._open = item
         self._items.append(item)
@@ -137,7 +150,7 @@ class ResponseShape:
     def _where(self, item: Mapping[str, Any]) -> dict[str, Any]:
         return {"item_id": item["id"], "output_index": self._items.index(item)}  # type: ignore[arg-type]
 
-    def _write(self, kind: str, part_kind: str, text: str) -> Iterator[bytes]:
+    def _write(self, kind: str, part_kind: str, text: str) -> Iterator[dict[str, Any]]:
         """Text of a message or of reasoning; the part of another kind before it ends."""
         if self._open is None or self._open["type"] != kind:
             more: dict[str, Any] = {"role": "assistant"} if kind == "message" else {"summary": []}
@@ -155,7 +168,7 @@ class ResponseShape:
         where = {**self._where(self._open), "content_index": len(parts) - 1}
         yield self._event(f"response.{part_kind}.delta", **where, delta=text, **_logprobs(part_kind))
 
-    def _call(self, delta: dict[str, Any]) -> Iterator[bytes]:
+    def _call(self, delta: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """A piece of a call of a tool."""
         function = delta["function"] if isinstance(delta.get("function"), dict) else {}
         index = delta["index"] if isinstance(delta.get("index"), int) else 0
@@ -172,7 +185,7 @@ class ResponseShape:
             where = self._where(item)
             yield self._event("response.function_call_arguments.delta", **where, delta=arguments)
 
-    def _end_part(self) -> Iterator[bytes]:
+    def _end_part(self) -> Iterator[dict[str, Any]]:
         item = self._open
         if item is None or not item.get("content"):
             return
@@ -181,7 +194,7 @@ class ResponseShape:
         yield self._event(f"response.{kind}.done", **where, **{field: part[field]}, **_logprobs(kind))
         yield self._event("response.content_part.done", **where, part=dict(part))
 
-    def _close(self, status: str = "completed") -> Iterator[bytes]:
+    def _close(self, status: str = "completed") -> Iterator[dict[str, Any]]:
         """The item that is being written ends."""
         item = self._open
         if item is None:
@@ -193,6 +206,10 @@ class ResponseShape:
             yield self._event("response.function_call_arguments.done", **self._where(item), **told)
         index = self._where(item)["output_index"]
         yield self._event("response.output_item.done", output_index=index, item=dict(item))
+
+
+def _sent(events: Iterator[dict[str, Any]]) -> Iterator[bytes]:
+    return (event(one, one["type"]) for one in events)
 
 
 def _logprobs(kind: str) -> dict[str, Any]:

@@ -127,7 +127,7 @@ def create_app(
         asked = read_chat(chat_of(document), name, request.headers.get(CONVERSATION_HEADER))
         return _Reply(worker, door, key, asked, ResponseShape(document, name), recent)
 
-    return Watch(app, door, door.metrics)
+    return Watch(app, door)
 
 
 def make_gate(worker: Worker, keys: Keys | None = None, limits: GateLimits | None = None) -> Gate:

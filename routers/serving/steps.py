@@ -28,7 +28,6 @@ from routers.serving.chat import ChatRequest
 from routers.serving.errors import RequestError
 from routers.serving.front import Front, Line, Reply
 from routers.serving.gate import current_ticket
-from routers.serving.metrics import ServerMetrics
 from routers.serving.served import Served, Spent
 from routers.tasks.step_routing.conversations import Call, Conversations
 
@@ -43,7 +42,6 @@ class StepProxy(Front):
         lines: the way to each member of the router, by name.
         ledger: where the policy's own tokens are booked.
         name: of the router, as clients say it.
-        metrics: None: new ones.
     """
 
     queues = True  # decisions meet in the router's batches
@@ -54,9 +52,8 @@ class StepProxy(Front):
         lines: Mapping[str, Line],
         ledger: Ledger,
         name: str = "router",
-        metrics: ServerMetrics | None = None,
     ) -> None:
-        super().__init__(lines, ledger, name, metrics)
+        super().__init__(lines, ledger, name)
         self.conversations = conversations
         self.router = cast(Any, conversations.router)
         self.count_tokens = self.router.count_tokens
@@ -76,24 +73,19 @@ class StepProxy(Front):
         async with AsyncExitStack() as stack:
             stack.callback(turn.left)  # whatever happens, the call is settled once
             spent.call = turn.reply = reply = await self._answering(stack, asked, turn, spent)
-            headers = {**self.headers(turn.told, spent), "x-srpo-conversation": call.conversation}
-            if reply.document is None:
-                yield Served(headers, chunks=self.chunks(reply, asked, turn.told, spent, over=turn.over))
-            else:
-                turn.over(None)
-                headers["x-srpo-cost-usd"] = f"{spent.usd:.10g}"
-                yield Served(headers, document=self.document(reply, turn.told, spent))
+            more = {"x-srpo-conversation": call.conversation}
+            yield self.served(reply, asked, turn.told, spent, turn.over, more)
 
     async def _decided(self, asked: ChatRequest, spent: Spent) -> Call:
-        cap = math.inf if asked.max_cost_usd is None else asked.max_cost_usd
         refusals = {name: line.refusal(asked.body) for name, line in self.lines.items()}
         bounds = {name: line.bound(asked.body) for name, line in self.lines.items()}
         able = [name for name, why in refusals.items() if why is None]
-        fitting = [name for name in able if bounds[name] <= cap]
+        fitting = [name for name in able if bounds[name] <= asked.cap]
         if not fitting:
             why: Any = next((why for why in refusals.values() if why and not able), None)
             least = min((bounds[name] for name in able), default=0.0)
-            why = why or Declined(OVER_BUDGET, f"a call costs at most {least:.6g} USD, and {cap:.6g} USD are left")
+            words = f"a call costs at most {least:.6g} USD, and {asked.cap:.6g} USD are left"
+            why = why or Declined(OVER_BUDGET, words)
             raise self.without_reply(why, {"member": None, "scores": {}, "tried": []}, spent)
         ticket = current_ticket()
         try:
@@ -110,12 +102,11 @@ class StepProxy(Front):
 
     async def _answering(self, stack: AsyncExitStack, asked: ChatRequest, turn: _Turn, spent: Spent) -> Reply:
         """The reply of the member that was chosen, or of the next likeliest one that answers."""
-        cap = math.inf if asked.max_cost_usd is None else asked.max_cost_usd
         failed: Failed | Declined | None = None
         while turn.call.member is not None:
             line = self.lines[turn.call.member]
             try:
-                calling = line.call(asked.body, stream=asked.stream, max_cost=cap - spent.usd)
+                calling = line.call(asked.body, stream=asked.stream, max_cost=asked.cap - spent.usd)
                 return await stack.enter_async_context(calling)
             except Declined as error:
                 failed = failed or error

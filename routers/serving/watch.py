@@ -8,15 +8,15 @@ told so (503) if its answer has not begun.
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Collection, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from routers.serving.errors import RequestError
 from routers.serving.gate import Gate
-from routers.serving.metrics import OTHER, ServerMetrics
+from routers.serving.metrics import OTHER
+from routers.serving.shapes import json_bytes
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -33,19 +33,17 @@ class Watch:
 
     Args:
         app: any ASGI application.
-        gate: knows which requests wait.
-        metrics: counts requests by the paths of `kinds` and their status.
-        kinds: paths that are counted under their own name.
+        gate: knows which requests wait; its metrics count requests by their path, if it is one of `WORK`, and status.
     """
 
-    def __init__(self, app: App, gate: Gate, metrics: ServerMetrics, kinds: Collection[str] = WORK) -> None:
-        self._app, self.gate, self.metrics, self._kinds = app, gate, metrics, frozenset(kinds)
+    def __init__(self, app: App, gate: Gate) -> None:
+        self._app, self.gate, self.metrics = app, gate, gate.metrics
         self._served: set[_Served] = set()
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        kind = scope["path"] if scope["path"] in self._kinds else OTHER
+        kind = scope["path"] if scope["path"] in WORK else OTHER
         served = _Served(receive, send)
         started = time.monotonic()
         self._served.add(served)
@@ -153,7 +151,7 @@ class _Served:
 
     async def _say_stopped(self) -> None:
         error = RequestError(503, "the server is stopping; ask again", code="server_stopping")
-        body = json.dumps(error.document()).encode()
+        body = json_bytes(error.document())
         headers = [(b"content-type", b"application/json"), (b"retry-after", b"1"), (b"connection", b"close"),
                    (b"content-length", str(len(body)).encode())]  # fmt: skip
         await self._app_send({"type": "http.response.start", "status": 503, "headers": headers})

@@ -81,7 +81,7 @@ class Gated:
             Route("/done", lambda _: JSONResponse([self.router.done, self.ended])),
         ]
         inner = Starlette(routes=routes, lifespan=lifespan, exception_handlers={RequestError: refused})
-        self.app = Watch(inner, gate, gate.metrics)
+        self.app = Watch(inner, gate)
 
     async def _chat(self, request: Request) -> Response:
         key = self.gate.authorise(request.headers)
