@@ -131,9 +131,10 @@ def refreshed(catalogue: Path, source: str | None = None, out: Path | None = Non
 def _before(catalogue: Path, document: Mapping[str, Any], table: Path | None) -> dict[str, Member]:
     """Members as the catalogue prices them today; without those of whom its table says nothing that can be used."""
     found = {}
+    read = functools.cache(lambda: litellm_table(table))
     for position, entry in enumerate(document["members"]):
         try:
-            member = read_member(entry, functools.partial(litellm_table, table), catalogue, position)
+            member = read_member(entry, read, catalogue, position)
         except ValueError:
             continue
         found[member.name] = member

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from routers.data.billing import highest, price
 from routers.data.catalogue import Member
-from routers.data.prompt_cache import Conversation, estimated_tokens
+from routers.data.prompt_cache import Conversation, Sent, estimated_tokens
 from routers.environments.protocol import Act, Executor, View
 
 COMPLETION_TOKENS = 50
@@ -22,11 +22,15 @@ COMPLETION_TOKENS = 50
 def conversation(view: View, member: Member) -> Conversation:
     """An episode as prompt caches see it, for a call of this member: each call's prompt is what every prompt of it
     begins with, the first observation, and all steps before the call."""
-    told, messages = Conversation(), [member.extra_prompt_tokens, estimated_tokens(view.first)]
-    for step in view.steps:
-        told = told.then(messages, step.at).asked(step.by)
-        messages.append(estimated_tokens(step.action) + estimated_tokens(step.observation))
-    return told.then(messages, view.now)
+    messages = tuple(_prompt(view, member))
+    sent = {step.by: Sent(messages[: 2 + i], step.at) for i, step in enumerate(view.steps)}  # the last call of each
+    return Conversation(sent=sent, last=view.steps[-1].by if view.steps else None).then(messages, view.now)
+
+
+def _prompt(view: View, member: Member) -> list[int]:
+    """Tokens of what every prompt begins with, the first observation, and each step."""
+    steps = (estimated_tokens(step.action) + estimated_tokens(step.observation) for step in view.steps)
+    return [member.extra_prompt_tokens, estimated_tokens(view.first), *steps]
 
 
 class PricedExecutor:
@@ -47,7 +51,7 @@ class PricedExecutor:
         self._executor = executor
 
     def bound(self, view: View) -> float:
-        return highest(self.member, conversation(view, self.member).prompt_tokens, COMPLETION_TOKENS)
+        return highest(self.member, sum(_prompt(view, self.member)), COMPLETION_TOKENS)
 
     async def act(self, view: View, deadline: float) -> Act:
         act = await self._executor.act(view, deadline)

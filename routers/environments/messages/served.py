@@ -37,6 +37,7 @@ from typing import Any
 from routers.data.prompt_cache import estimated_messages, tokens_of
 from routers.environments.messages.agent import CutOff, MemberFailed, Talk
 from routers.environments.protocol import GameError
+from routers.pool.events import chunks_of
 
 LONGEST_BODY = 32 * 2**20
 QUIET_SECONDS = 600.0
@@ -330,16 +331,13 @@ class _Handler(BaseHTTPRequestHandler):
             "created": int(time.time()),
             "model": body.get("model", "router"),
         }
+        choice = {"index": 0, "message": message, "finish_reason": reason}
+        document = {**head, "object": "chat.completion", "choices": [choice], "usage": usage}
         if not body.get("stream"):
-            choice = {"index": 0, "message": message, "finish_reason": reason}
-            return self._send(200, {**head, "object": "chat.completion", "choices": [choice], "usage": usage})
-        calls = [{"index": i, **call} for i, call in enumerate(message.get("tool_calls") or ())]
-        deltas = [({**message, **({"tool_calls": calls} if calls else {})}, None), ({}, reason)]
-        head["object"] = "chat.completion.chunk"
-        chunks = [{**head, "choices": [{"index": 0, "delta": d, "finish_reason": r}]} for d, r in deltas]
-        if (body.get("stream_options") or {}).get("include_usage"):
-            chunks.append({**head, "choices": [], "usage": usage})
-        text = "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks) + "data: [DONE]\n\n"
+            return self._send(200, document)
+        if not (body.get("stream_options") or {}).get("include_usage"):
+            del document["usage"]
+        text = "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks_of(document)) + "data: [DONE]\n\n"
         self._send(200, text.encode(), "text/event-stream")
 
     def _error(self, status: int, message: str) -> None:

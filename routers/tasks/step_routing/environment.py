@@ -282,7 +282,9 @@ class StepRoutingEpisode:
         if (member := members.get(name)) is None:
             return step
         last = members.get(self.calls[-1]) if self.steps else None
-        lost = 0.0 if last is None else switch_cost(last, member, conversation(view, member))
+        lost = 0.0
+        if last is not None and last.name != member.name and member.cache_seconds is not None:  # else it is 0
+            lost = switch_cost(last, member, conversation(view, member))
         return replace(step, saved_usd=saved(member, act.reply.usage), switch_usd=lost)
 
     def _after(self, act: Act) -> Observation:

@@ -23,13 +23,12 @@ from typing import Any, cast
 
 from routers.environments.protocol import AgentEnvironment, Executor
 from routers.environments.react import ReActExecutor
-from routers.language.digest import digest
 from routers.pool.ledger import Account
-from routers.router import Decision, Router, RouterFile, check_queries
+from routers.router import Decision, Router, RouterFile
 from routers.tasks.step_routing.arguments import Unit
 from routers.tasks.step_routing.budget import BudgetGate
 from routers.tasks.step_routing.environment import RoutedStep, StepRoutingEnvironment, StepRoutingEpisode
-from routers.tasks.step_routing.session import StepSession, StepState
+from routers.tasks.step_routing.session import StepSession, StepState, first_call
 from routers.tasks.step_routing.settings import KIND, StepSettings
 from srpo.rollout.generator import Request, Sample, TransformersGenerator
 from srpo.rollout.loop import Labels, Limits, play
@@ -180,10 +179,6 @@ class StepRouter(Router):
         """
         if self._closed:
             raise RuntimeError("the router was closed")
-        limit = self.settings.step_limit if step_limit is None else step_limit
-        if limit < 1:
-            raise ValueError(f"step_limit is {limit}; it must be at least 1")
-        number = next(self._numbers)
         return StepSession(
             self.settings,
             BudgetGate(self.settings.budget(cap, unit), account),
@@ -191,9 +186,9 @@ class StepRouter(Router):
             self._labels,
             self._clean,
             self._batches.submit,
-            number=number,
-            seed=f"episode {number}" if seed is None else seed,
-            limit=limit,
+            number=next(self._numbers),
+            seed=seed,
+            limit=step_limit,
             task=task,
             task_type=task_type,
             state=state,
@@ -222,14 +217,7 @@ class StepRouter(Router):
             raise self._cannot("take a cost_weight: it was trained with one")
         if self.settings.observation == "compact":
             raise self._cannot("route a query where it was trained on ALFWorld's `compact` words")
-        if members is not None and not set(members) & set(self.settings.executors):
-            raise ValueError(f"members {', '.join(members)}: it was trained with {', '.join(self.settings.executors)}")
-        if context is None:
-            check_queries([query])
-        found = digest([{"role": "user", "content": query}] if context is None else context)
-        bounds = dict.fromkeys(self.settings.executors, 0.0)
-        with self.session(found.task, seed=found.text) as session:
-            return session.decide(found.text, bounds, among=members)
+        return first_call(self, query, context, members)
 
     def play(
         self,

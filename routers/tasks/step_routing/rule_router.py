@@ -14,15 +14,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from routers.language.digest import digest
 from routers.pool.ledger import Account
-from routers.router import Decision, Router, RouterFile, check_queries, plain_settings, write_router
+from routers.router import Decision, Router, RouterFile, plain_settings, write_router
 from routers.tasks.step_routing.advantages import Advantages
 from routers.tasks.step_routing.arguments import Unit
 from routers.tasks.step_routing.budget import BudgetGate
 from routers.tasks.step_routing.environment import Choose, Situation
 from routers.tasks.step_routing.rules import FAMILIES, arbitrage
-from routers.tasks.step_routing.session import StepSession, StepState
+from routers.tasks.step_routing.session import StepSession, StepState, first_call
 from routers.tasks.step_routing.settings import StepSettings
 from srpo.rollout.generator import Request, Sample
 
@@ -80,14 +79,13 @@ class RuleRouter(Router):
         account: Account | None = None,
     ) -> StepSession:
         """As `StepRouter.session`."""
-        number = next(self._numbers)
         return _RuleSession(
             self.how.rule(),
             self.settings,
             BudgetGate(self.settings.budget(cap, unit), account),
-            number=number,
-            seed=f"episode {number}" if seed is None else seed,
-            limit=self.settings.step_limit if step_limit is None else step_limit,
+            number=next(self._numbers),
+            seed=seed,
+            limit=step_limit,
             task=task,
             task_type=task_type,
             state=state,
@@ -104,12 +102,7 @@ class RuleRouter(Router):
         """As `StepRouter.route`."""
         if cost_weight is not None:
             raise self._cannot("take a cost_weight")
-        if context is None:
-            check_queries([query])
-        found = digest([{"role": "user", "content": query}] if context is None else context)
-        bounds = dict.fromkeys(self.settings.executors, 0.0)
-        with self.session(found.task, seed=found.text) as session:
-            return session.decide(found.text, bounds, among=members)
+        return first_call(self, query, context, members)
 
     def save(self, folder: str | Path) -> None:
         write_router(folder, KIND, plain_settings(self.how))

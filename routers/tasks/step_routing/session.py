@@ -25,8 +25,9 @@ from typing import Any, cast
 
 from routers.environments.alfworld.memory import remember
 from routers.environments.protocol import AgentEnvironment, Step, View
+from routers.language.digest import digest
 from routers.pool.ledger import OverBudget, Reservation
-from routers.router import Decision
+from routers.router import Decision, check_queries
 from routers.tasks.step_routing.budget import BudgetGate
 from routers.tasks.step_routing.environment import RoutedStep, Situation
 from routers.tasks.step_routing.settings import StepSettings, Told
@@ -67,10 +68,13 @@ class StepSession:
         tokenizer, labels, clean: of the policy; `clean` breaks control tokens in texts of others.
         submit: asks the policy.
         number: tells this episode's turns from those of others; the same for all of them.
-        seed: names the dice of the policy's choices.
-        limit: steps of the episode.
+        seed: names the dice of the policy's choices; None: the number.
+        limit: steps of the episode; None: as many as in training.
         task, task_type: what has to be done, for prompts that say it.
         state: where the episode stands; a session may go on where another one stood.
+
+    Raises:
+        ValueError: a limit below 1.
     """
 
     def __init__(
@@ -83,8 +87,8 @@ class StepSession:
         submit: Callable[[Request], Future[Sample]],
         *,
         number: int,
-        seed: str,
-        limit: int,
+        seed: str | None,
+        limit: int | None,
         task: str = "",
         task_type: str = "",
         state: StepState | None = None,
@@ -92,15 +96,17 @@ class StepSession:
         state = StepState() if state is None else state
         self.settings = settings
         self.gate = gate
-        self.seed = seed
-        self.limit = limit
+        self.seed = f"episode {number}" if seed is None else seed
+        self.limit = settings.step_limit if limit is None else limit
+        if self.limit < 1:
+            raise ValueError(f"step_limit is {self.limit}; it must be at least 1")
         self.stop: str | None = None
         """Why `choose` returns None: "budget", "turns" or "closed"."""
         self._tokenizer, self._labels, self._clean, self._submit = tokenizer, labels, clean, submit
         self._number = number if state.row is None else state.row
-        self._told = Told(task, task_type, seed=seed)
+        self._told = Told(task, task_type, seed=self.seed)
         self._first, self._ids, self._steps = state.first, state.ids, list(state.steps)
-        self._left = limit
+        self._left = self.limit
         self._reservation: Reservation | None = None
         self._call = threading.Lock()  # held from a choice until its call is settled
 
@@ -224,15 +230,14 @@ class StepSession:
         Raises:
             RuntimeError: no call is open.
         """
-        last, state = self._open_step(), self.state
+        last = self._open_step()
         self.paid(usd, error=error)
         with self._deciding():
             fitting = self.gate.allowed(last.bounds, self._left)
             if (name := self._reserved(scores, None, last.bounds, fitting)) is None:
                 return None
-            chosen = self._tokens([name])
             self._steps[-1] = replace(self._steps[-1], executor=name, probability=scores[name])
-            self._ids = (*state.ids[:-1], *chosen)
+            self._ids = (*self._ids[:-1], *self._tokens([name]))
         return name
 
     def close(self, error: str = "left open") -> None:
@@ -399,3 +404,20 @@ class StepSession:
         if bad := [name for name in names if not (math.isfinite(given[name]) and given[name] >= 0)]:
             raise ValueError(f"the bound of {bad[0]} is {given[bad[0]]!r}; it must be a number of USD >= 0")
         return {name: float(given[name]) for name in names}
+
+
+def first_call(router: Any, query: str, context: Any, members: Sequence[str] | None) -> Decision:
+    """Who would answer the first call of an agent, without a cap: `StepRouter.route` and that of rules.
+
+    Raises:
+        ValueError: `members` holds nobody that the router has, or the query is empty.
+    """
+    names = router.settings.executors
+    if members is not None and not set(members) & set(names):
+        raise ValueError(f"members {', '.join(members)}: it was trained with {', '.join(names)}")
+    if context is None:
+        check_queries([query])
+    found = digest([{"role": "user", "content": query}] if context is None else context)
+    with router.session(found.task, seed=found.text) as session:
+        decision: Decision = session.decide(found.text, dict.fromkeys(names, 0.0), among=members)
+        return decision

@@ -229,10 +229,10 @@ class RouterAgent(Router):
         self,
         interest: _Interest,
         question: str,
-        max_cost_usd: float | None = None,
-        cost_weight: float | None = None,
-        on_turn: OnTurn | None = None,
-        drawing: Drawing = AS_USUAL,
+        max_cost_usd: float | None,
+        cost_weight: float | None,
+        on_turn: OnTurn | None,
+        drawing: Drawing,
     ) -> Answer:
         if self._world is None:
             raise CannotDo("the agent has nobody to ask: give load_router a catalogue whose members have a base_url")
@@ -310,14 +310,13 @@ class RouterAgent(Router):
         self.settings.with_members(self.members).save(folder, self._made_from)
 
     def _make_world(self, pool: Pool, call_seconds: float) -> ThinkRoute:
-        tokenizer = self._tokenizer
         return ThinkRoute(
             pool,
             grammar=self.settings.grammar,
             forward_empty=self.settings.forward_empty,
             failed_call="observe",
             call_seconds=call_seconds,
-            count_tokens=lambda text: len(tokenizer.encode(text, add_special_tokens=False)),
+            count_tokens=self.count_tokens,
         )
 
     def _answer(self, trajectory: Trajectory) -> Answer:
