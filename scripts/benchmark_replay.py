@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from benchmark_step import reward
+from benchmark_step import right_in_ten
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
 
@@ -87,7 +87,7 @@ def make(mode: str, path: str | None, data: Dataset, rollouts: int, audits: int,
         disable_tqdm=True,
     )
     model, tokenizer = policy(path, [row[0]["content"] for row in data["prompt"]])
-    trainer = SRPOTrainer(model, reward, config, data, processing_class=tokenizer)
+    trainer = SRPOTrainer(model, right_in_ten(4), config, data, processing_class=tokenizer)
     trainer.remove_callback(PrinterCallback)
     return trainer
 

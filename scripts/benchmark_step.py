@@ -18,7 +18,7 @@ machine lengthens them little, unlike those of a clock. On a GPU they are of the
 import argparse
 import tempfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,10 +48,17 @@ PEERS = {"trl-grpo": "trl-grpo", "grpo": "trl-grpo", "srpo": "trl-grpo", "trl-sd
 """Trainer -> the one of TRL's that it is compared with."""
 
 
-def reward(prompts: Sequence[Any], completions: Sequence[Any], **_: Any) -> list[float]:
-    """1 for six in ten pairs of prompt and completion, by a checksum of the text."""
-    pairs = zip(prompts, completions, strict=True)
-    return [float(zlib.crc32(f"{p}{c}".encode()) % 10 < 6) for p, c in pairs]
+def right_in_ten(number: int) -> Callable[..., list[float]]:
+    """A reward: 1 for so many in ten pairs of prompt and completion, by a checksum of the text."""
+
+    def reward(prompts: Sequence[Any], completions: Sequence[Any], **_: Any) -> list[float]:
+        pairs = zip(prompts, completions, strict=True)
+        return [float(zlib.crc32(f"{p}{c}".encode()) % 10 < number) for p, c in pairs]
+
+    return reward
+
+
+reward = right_in_ten(6)
 
 
 @dataclass(frozen=True)
