@@ -3,14 +3,13 @@
 import io
 import itertools
 import json
-import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+from browser import browsed, needs_chromium
 from test_evaluation import episodes
 from test_evaluation_episodes import COST, KNOWN, MEMBERS, QUERIES
 
@@ -210,26 +209,11 @@ def test_texts_of_the_data_cannot_act(tmp_path: Path) -> None:
     assert "&lt;script&gt;" in page and "default-src &#x27;none&#x27;" not in page and "default-src 'none'" in page
 
 
-def chromium() -> str | None:
-    names = ("chromium", "chromium-browser", "google-chrome")
-    return next((path for name in names if (path := shutil.which(name))), None)
-
-
-def console(page: Path, profile: Path) -> list[str]:
-    """What a page's console says in a real browser."""
-    browser = chromium()
-    assert browser is not None
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={profile}", "--enable-logging=stderr"]
-    ran = subprocess.run([browser, *flags, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=120)
-    assert "</html>" in ran.stdout
-    return [line for line in ran.stderr.splitlines() if "CONSOLE" in line]
-
-
-@pytest.mark.skipif(chromium() is None, reason="no Chromium is installed (Debian: apt-get install chromium)")
+@needs_chromium
 def test_the_report_in_a_browser(tmp_path: Path) -> None:
     """No error of any kind, with the most hostile texts; and the test would see one."""
     report(hostile(), tmp_path, title=HOSTILE)
-    assert console(tmp_path / "report.html", tmp_path / "profile") == []
+    assert browsed((tmp_path / "report.html").as_uri(), tmp_path / "profile")[1] == []
     bad = tmp_path / "bad.html"
     bad.write_text((tmp_path / "report.html").read_text().replace("</body>", "<script>1</script></body>"))
-    assert console(bad, tmp_path / "profile") != []
+    assert browsed(bad.as_uri(), tmp_path / "profile")[1] != []

@@ -206,11 +206,13 @@ def test_a_request_s_price_sensitivity_reaches_the_prompt(policy: Path, stream: 
             bodies = [json.dumps({**body, "cost_weight": weight}) for weight in weights]
             return [await http.post("/v1/chat/completions", content=body) for body in bodies]
 
-    reply, *refused = asyncio.run(post(0.8, 0.9, "0.8", True, math.nan))
+    reply, *refused, as_usual = asyncio.run(post(0.8, 0.9, "0.8", True, math.nan, None))
     agent.close()
-    assert reply.status_code == 200 and "Price sensitivity: 0.80" in read[0] and len(read) == 1
+    assert reply.status_code == 200 and "Price sensitivity: 0.80" in read[0]
+    assert as_usual.status_code == 200 and "Price sensitivity: 0.10" in read[1] and len(read) == 2
     assert [r.status_code for r in refused] == [400] * 4
     assert "trained with: 0.1, 0.8" in refused[0].json()["error"]["message"]
+    assert [r.json()["error"]["param"] for r in refused[1:3]] == ["cost_weight"] * 2
 
 
 def test_a_conversation_is_a_question() -> None:

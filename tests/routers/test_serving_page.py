@@ -3,13 +3,12 @@
 import base64
 import hashlib
 import re
-import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
+from browser import browsed, needs_chromium
 from chat_server import ChatServer, Said, said, usage
 from serving_helpers import Proxied, proxied, until
 
@@ -71,22 +70,12 @@ def test_there_is_none_unless_it_is_asked_for() -> None:
         assert httpx.get(f"{running.address}/ui").status_code == 404
 
 
-def chromium() -> str | None:
-    names = ("chromium", "chromium-browser", "google-chrome")
-    return next((path for name in names if (path := shutil.which(name))), None)
-
-
-@pytest.mark.skipif(chromium() is None, reason="no Chromium is installed (Debian: apt-get install chromium)")
+@needs_chromium
 def test_in_a_browser(served: Proxied, tmp_path: Path) -> None:
     """What the members did, in a real browser, with a name that would be a picture if it were HTML; and no error."""
-    browser = chromium()
-    assert browser is not None
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}", "--enable-logging=stderr"]
-    flags += ["--virtual-time-budget=4000", "--dump-dom"]
-    ran = subprocess.run([browser, *flags, f"{served.address}/ui"], capture_output=True, text=True, timeout=300)
-    assert [line for line in ran.stderr.splitlines() if "CONSOLE" in line] == []
-    assert "live, " in ran.stdout, ran.stdout[-2000:]
-    rows = re.findall(r"<tr>(.*?)</tr>", ran.stdout)
+    page, console = browsed(f"{served.address}/ui", tmp_path, "--virtual-time-budget=4000")
+    assert console == [] and "live, " in page, page[-2000:]
+    rows = re.findall(r"<tr>(.*?)</tr>", page)
     cells = [[re.sub("<.*?>", "", cell) for cell in re.findall("<td.*?>(.*?)</td>", row)] for row in rows]
     by_member = {row[0]: row for row in cells if len(row) == 10}
     assert by_member["small"][2:5] == ["50.0 %", "2", "0"] and by_member["small"][8] == "$0.6"
