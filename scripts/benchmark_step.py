@@ -73,13 +73,17 @@ class Case:
     """Of one step."""
     micro: int = 16
     """Rows of a micro-batch; whole groups."""
+    steps: int = 3
+    """Of every turn."""
+    turns: int = 2
+    """Of every trainer."""
 
 
 TABLE = (
     Case("tiny", 400, 48, 8),
     Case("moe", 400, 48, 8),
     Case("tiny", 32, 256, 2),
-    Case("smollm2", 400, 48, 8, rows=16),
+    Case("smollm2", 400, 48, 8, rows=8, micro=8, steps=2, turns=1),
 )
 
 
@@ -182,11 +186,11 @@ def measure(case: Case, args: argparse.Namespace) -> dict[str, Measured]:
     with tempfile.TemporaryDirectory() as folder:
         model = make_model(case.model, folder, case.completion)
         data = make_prompts(load_tokenizer(model), 64, case.prompt, args.common_tokens)
-        for turn in range(args.repeats):
+        for turn in range(case.turns):
             for name, measured in found.items():
                 output = str(Path(folder, name))
                 trainer = make_trainer(
-                    name, case, model, data, output, args.steps, args.device, dict(args.set) if name in OURS else {}
+                    name, case, model, data, output, case.steps, args.device, dict(args.set) if name in OURS else {}
                 )
                 take_turn(measured, trainer, args.device, args.clock == "wall", args.warmup)
                 print(f"turn {turn + 1}: {case.model} {name} {measured.whole[-1]:.2f} s a step", flush=True)
@@ -265,7 +269,7 @@ def main(argv: Sequence[str] | None = None) -> str:
     if args.device == "cpu":
         torch.set_num_threads(args.threads)
     grid = [
-        Case(model, prompt, completion, group, args.rows, args.micro_batch)
+        Case(model, prompt, completion, group, args.rows, args.micro_batch, args.steps, args.repeats)
         for model in args.model
         for prompt in args.prompt_tokens
         for completion in args.completion_tokens

@@ -155,9 +155,13 @@ def saved(member: Member, usage: Usage) -> float:
     Raises:
         ValueError: as `cost`.
     """
-    requests = [request for request in usage.calls or (usage,) if request.usd is None]
+    requests = [r for r in usage.calls or (usage,) if r.usd is None and _cache_used(r)]
     without = [Usage(r.prompt_tokens, r.completion_tokens, reasoning_tokens=r.reasoning_tokens) for r in requests]
     return sum((_of_one(member, a) - _of_one(member, b) for a, b in zip(without, requests, strict=True)), 0.0)
+
+
+def _cache_used(usage: Usage) -> bool:
+    return bool(usage.cached_tokens or usage.cache_write_tokens or usage.cache_token_hours)
 
 
 def highest(member: Member, prompt_tokens: int, completion_tokens: int) -> float:

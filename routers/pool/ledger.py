@@ -220,9 +220,11 @@ class Ledger:
         with self._lock:
             self._run += spending
             self._step += spending
-            self._queries[query_id] = self._queries.get(query_id, Spending()) + spending
+            before = self._queries.get(query_id)
+            self._queries[query_id] = spending if before is None else before + spending
             if member is not None:
-                self._members[member] = self._members.get(member, Spending()) + spending
+                before = self._members.get(member)
+                self._members[member] = spending if before is None else before + spending
         if self.on_book is not None:
             self.on_book(member, spending)
 

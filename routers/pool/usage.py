@@ -152,13 +152,13 @@ def _read(document: Any) -> _Report:
         prompt += _count(usage.get(_TOOL_USE)) or 0
     if completion is None and _count(usage.get(_THOUGHTS)) is not None:
         completion = 0  # it thought, and wrote nothing
-    inside = [usage[name] for name in _PROMPT_DETAILS if isinstance(usage.get(name), Mapping)]
+    inside = _parts(usage, _PROMPT_DETAILS)
     cached = max((_largest(part, _CACHED) or 0 for part in (*inside, usage)), default=0)
     written = max((_largest(part, _WRITTEN) or 0 for part in (*inside, usage)), default=0)
-    times = [part[name] for part in (*inside, usage) for name in _TIMES if isinstance(part.get(name), Mapping)]
+    times = [time for part in (*inside, usage) for time in _parts(part, _TIMES)]
     long = max((count for part in times if (count := _count(part.get(_LONG))) is not None), default=None)
     written = max(written, *(sum(_count(part.get(name)) or 0 for name in (_SHORT, _LONG)) for part in times), 0)
-    details = [usage[name] for name in _COMPLETION_DETAILS if isinstance(usage.get(name), Mapping)]
+    details = _parts(usage, _COMPLETION_DETAILS)
     reasoning = max((_largest(part, _REASONING) or 0 for part in (*details, usage)), default=0)
     total = _total(usage)
     if total is not None and (prompt is None) != (completion is None):
@@ -193,8 +193,12 @@ def _total(usage: Mapping[str, Any]) -> int | None:
     return _largest(usage, ("total_tokens", "totalTokenCount"))
 
 
+def _parts(usage: Mapping[str, Any], names: Iterable[str]) -> list[Mapping[str, Any]]:
+    return [usage[name] for name in names if name in usage and isinstance(usage[name], Mapping)]
+
+
 def _largest(part: Mapping[str, Any], names: Iterable[str]) -> int | None:
-    counts = [count for name in names if (count := _count(part.get(name))) is not None]
+    counts = [count for name in names if name in part and (count := _count(part[name])) is not None]
     return max(counts, default=None)
 
 
