@@ -26,6 +26,7 @@ from urllib.parse import urlsplit
 from routers.data.catalogue import Member
 from routers.pool import Pool, live_pool
 from srpo.ranges import at_least, ranged
+from srpo.run.processes import set_imports_aside
 
 SERVER = Path(__file__).resolve().parents[1] / "tests" / "support" / "openai_server.py"
 QUERY = "Which country has the capital Lima? " * 8
@@ -82,6 +83,7 @@ def main(argv: Sequence[str] | None = None) -> str:
     parser.add_argument("--calls", type=count, default=20, help="Per round, client and call in flight.")
     parser.add_argument("--rounds", type=count, default=3)
     args = parser.parse_args(argv)
+    set_imports_aside()  # as `srpo train` and `srpo serve` do
     lines = [
         "| in flight | reply s | server's limit /s | pool /s | ratio | pool's CPU ms per call |",
         "|" + "---|" * 6,

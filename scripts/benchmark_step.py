@@ -58,7 +58,7 @@ def right_in_ten(number: int) -> Callable[..., list[float]]:
     return reward
 
 
-reward = right_in_ten(6)
+reward = right_in_ten(8)
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from srpo.rollout.special_tokens import settle_special_tokens
 from srpo.run.derived import check_made_from, is_made_from, made_from, mark, source, unmark
 from srpo.run.files import EVALUATION
 from srpo.run.folder import claim, finish
+from srpo.run.processes import set_imports_aside
 from srpo.run.signals import heeded
 from srpo.run.steps import check_rows_of_a_batch
 from srpo.run.whole import resume_from
@@ -54,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> Evaluation:
 def _run(argv: Sequence[str] | None) -> Evaluation:
     quiet()
     task_class, recipe = load_run(argv)
+    set_imports_aside()
     arguments, how, args = recipe
     check_report_to(args.report_to)
     state = PartialState()

@@ -10,7 +10,6 @@ os.environ["WANDB_MODE"] = "offline"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ.pop("HF_TOKEN", None)  # nothing here may act in somebody's name
 
-import gc
 import importlib.util
 import shutil
 import signal
@@ -19,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from srpo.run.processes import set_imports_aside
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # in the background of a shell; children would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -39,8 +40,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def quick_collections() -> None:
     """Every training collects garbage at its end, and to look through all that the imports made takes longer than a
     tiny training: what is there before a module's tests is set aside."""
-    gc.collect()
-    gc.freeze()
+    set_imports_aside()
 
 
 @pytest.fixture(scope="session")

@@ -21,6 +21,7 @@ from typing import Any
 
 from routers.serving.making import make_worker, router_arguments, serving_arguments
 from srpo.ranges import at_least, between, ranged
+from srpo.run.processes import set_imports_aside
 
 
 def _on_a_line(prog: str) -> argparse.HelpFormatter:
@@ -57,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     limits = GateLimits(question_tokens=args.question_tokens, queue_tokens=args.queue_tokens)
     gate = make_gate(worker, keys, limits)
     app = create_app(worker, name=args.name, gate=gate, public_metrics=args.public_metrics, ui=args.ui)
+    set_imports_aside()
     serve_app(app, keys, host=args.host, port=args.port, limits=ConnectionLimits(drain=args.drain_seconds))
 
 
