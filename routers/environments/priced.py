@@ -53,8 +53,11 @@ class PricedExecutor:
     def bound(self, view: View) -> float:
         return highest(self.member, sum(_prompt(view, self.member)), COMPLETION_TOKENS)
 
+    def caches(self, view: View) -> Conversation:
+        return conversation(view, self.member)
+
     async def act(self, view: View, deadline: float) -> Act:
         act = await self._executor.act(view, deadline)
-        usage = conversation(view, self.member).expected(self.member, COMPLETION_TOKENS)
+        usage = self.caches(view).expected(self.member, COMPLETION_TOKENS)
         usd = price(self.member, usage)
         return Act(act.action, usd, replace(act.reply, usage=usage, cost=usd, seconds=self.member.latency or 0.0))

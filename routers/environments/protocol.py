@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
+from routers.data.catalogue import Member
+from routers.data.prompt_cache import Conversation
 from srpo.rollout.worker_loop import in_thread
 from srpo.types import Reply
 
@@ -119,11 +121,7 @@ class Act:
 
 
 class Executor(Protocol):
-    """Chooses actions, for a price.
-
-    One whose calls are priced by their tokens may have a `member` (`routers.data.catalogue.Member`) of its name: then
-    what its prompt cache saves, and a switch loses, is told.
-    """
+    """Chooses actions, for a price. One whose calls are priced by their tokens may be a `PricedByTokens`."""
 
     @property
     def name(self) -> str: ...
@@ -133,6 +131,17 @@ class Executor(Protocol):
 
     async def act(self, view: View, deadline: float) -> Act:
         """The next action. `deadline`: seconds from now over everything, as in `routers.pool`."""
+
+
+class PricedByTokens(Executor, Protocol):
+    """Then what its prompt cache saves, and a switch loses, is told."""
+
+    @property
+    def member(self) -> Member:
+        """Of its name: prices, and the rules of its cache."""
+
+    def caches(self, view: View) -> Conversation:
+        """Its next prompt, and what every member has of the episode in its prompt cache, before the call."""
 
 
 class Session:

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from routers.data.catalogue import Member
+from routers.data.prompt_cache import Conversation
+from routers.environments.priced import conversation
 from routers.environments.protocol import Act, View
 from srpo.types import Reply, Usage
 
@@ -59,6 +61,11 @@ class ReActExecutor:
     def member(self) -> Member | None:
         """With its prices and cache, where the pool tells."""
         return getattr(self.pool, "members", {}).get(self.name)
+
+    def caches(self, view: View) -> Conversation:
+        """As if every step were shown: its older ones, which `history` leaves out, end what prompts share."""
+        assert self.member is not None
+        return conversation(view, self.member)
 
     def query(self, view: View) -> str:
         """The prompt of the next call."""

@@ -1,6 +1,8 @@
 """Prompt caches in episodes: what a step costs, saves and loses, worked by hand; and in the table of an evaluation."""
 
+import asyncio
 import dataclasses
+import json
 import math
 from typing import Any
 
@@ -10,13 +12,20 @@ from step_helpers import drive
 
 from routers.data.billing import highest
 from routers.data.catalogue import Member
+from routers.environments.messages.agent import Talk as Messages
+from routers.environments.messages.environment import MessagesEnvironment
+from routers.environments.messages.members import ScriptedMember
 from routers.environments.priced import COMPLETION_TOKENS, PricedExecutor, conversation
 from routers.environments.protocol import Act
 from routers.evaluation.episodes import CACHES, Episodes
 from routers.evaluation.tables import render
 from routers.pool.ledger import Spending
 from routers.tasks.step_routing.arguments import StepRoutingArguments
+from routers.tasks.step_routing.conversations import Conversations
 from routers.tasks.step_routing.environment import Situation, StepRoutingEnvironment
+from routers.tasks.step_routing.rule_router import RuleRouter, RuleSettings
+from routers.tasks.step_routing.rules import boxes
+from routers.tasks.step_routing.settings import StepSettings
 from routers.tasks.step_routing.spending import report
 from routers.tasks.step_routing.world import StepWorld
 from srpo.types import COST, Observation, Reply
@@ -135,6 +144,74 @@ def test_an_executor_needs_a_member_of_its_name_with_prices() -> None:
     for member in (dataclasses.replace(SMALL, name="other"), Member("small", "no prices")):
         with pytest.raises(ValueError, match="executor 'small': needs a member of its name"):
             PricedExecutor(Goer("small"), member)
+
+
+# ---- agents that speak messages: the whole request is the prompt, not the digest of it that the policy reads ----
+
+
+def message(role: str, tokens: int) -> dict[str, str]:
+    """Of so many tokens, four bytes each as JSON."""
+    bare = {"role": role, "content": ""}
+    return {**bare, "content": "x" * (4 * tokens - len(json.dumps(bare)))}
+
+
+class Asking:
+    """An agent whose prompts have 1,000, 1,300, 1,600 ... tokens."""
+
+    waits = False
+
+    def tasks(self, split: str, count: int = 0) -> dict[str, str]:
+        return {"one": "ask"}
+
+    def talk(self, task: str) -> Messages:
+        messages: list[Any] = [message("user", 1000)]
+        for _ in range(5):
+            reply = yield {"messages": list(messages)}
+            messages += [reply, message("user", 200)]
+        return 1.0
+
+
+class Answering(ScriptedMember):
+    def say(self, request: Any, seed: str) -> dict[str, Any]:
+        return message("assistant", 100)
+
+
+def test_an_agent_s_switches_by_hand_in_the_simulator_and_behind_a_server() -> None:
+    both = [Answering(dataclasses.replace(member, max_tokens=200)) for member in (SMALL, LARGE)]
+    environment = StepRoutingEnvironment(
+        lambda row: MessagesEnvironment(Asking(), "asking/one", "ask", 9), both, lambda now: Observation()
+    )
+    seen: list[Situation] = []
+
+    def rule(situation: Situation, affordable: Any) -> str:  # small, small, large, large, small
+        seen.append(situation)
+        return boxes(2)(situation, affordable)
+
+    columns = drive(environment, {}, "x", rule).columns
+    prompts = [
+        1000 * 1.25,
+        1000 * 0.1 + 300 * 1.25,
+        1600 * 3.75,
+        1600 * 0.3 + 300 * 3.75,
+        1300 * 0.1 + 900 * 1.25,  # what it was sent two calls ago is still warm
+    ]
+    assert columns[COST] == pytest.approx((sum(prompts) + 3 * 100 * 5 + 2 * 100 * 15) / 1e6, rel=1e-12)
+    read, hit, _, lost = ([columns[what + name] for name in ("small", "large")] for what in CACHES)
+    assert read == [1000 + 1300 + 2200, 1600 + 1900] and hit == [1000 + 1300, 1600]
+    # at the first switch small holds 1,300 tokens that large has not; at the second large 1,900, of which small has 1,300
+    assert lost == pytest.approx([600 * (1.25 - 0.1) / 1e6, 1300 * (3.75 - 0.3) / 1e6], rel=1e-12)
+    assert environment.metrics()["cache/switch_usd"] == pytest.approx(sum(lost))
+
+    how = RuleSettings("boxes", 2, StepSettings(("small", "large"), ("<s>", "<l>"), observation="signs"))
+    clock = iter(range(0, 500, 5))
+    conversations = Conversations(RuleRouter(how), members={"small": SMALL, "large": LARGE}, clock=lambda: next(clock))
+    messages, expected = [message("user", 1000)], list[float]()
+    for _ in range(5):
+        call = asyncio.run(conversations.decide(messages, conversation="one"))
+        expected.append(call.expected_usd[str(call.member)] * 1e6)
+        conversations.settle(call, 0.0)
+        messages += [message("assistant", 100), message("user", 200)]
+    assert expected == pytest.approx(prompts, rel=1e-12), "what a server foretells is what training was paid for"
 
 
 # ---- scripted executors at the prices of a catalogue ----

@@ -17,7 +17,7 @@ from routers.tasks.step_routing.budget import Budget, BudgetGate
 from routers.tasks.step_routing.conversations import Conversations
 from routers.tasks.step_routing.environment import Situation
 from routers.tasks.step_routing.evaluate import ADVANTAGES, estimate_advantages
-from routers.tasks.step_routing.rule_router import RuleRouter, RuleSettings, rule_of
+from routers.tasks.step_routing.rule_router import RuleRouter, RuleSettings
 from routers.tasks.step_routing.rules import boxes, escalate, explore, rules_of, sticky, went_wrong
 from routers.tasks.step_routing.settings import Told
 from srpo.types import Observation
@@ -100,7 +100,7 @@ def test_arbitrage_is_estimated_on_training_tasks_and_kept(tmp_path: Path) -> No
 def test_a_rule_is_a_router_of_conversations(tmp_path: Path) -> None:
     """The same as a trained one: served, capped, with failover; loaded from a file."""
     told = steps.settings("signs", BOTH, unit="usd", environment="messages")
-    rule_of("escalate inf", told).save(tmp_path)
+    RuleRouter(RuleSettings("escalate", math.inf, told)).save(tmp_path)
     router = load_router(tmp_path)
     assert isinstance(router, RuleRouter) and router.name == "escalate inf"
     assert router.route("Do it.").scores == {"small": 1.0, "large": 0.0}
@@ -119,8 +119,8 @@ def test_a_rule_is_a_router_of_conversations(tmp_path: Path) -> None:
 
     # .02 for two small calls, .3 for three large ones; .03 is left, which is not enough for another
     assert asyncio.run(main()) == ["small", "small", "large", "large", "large", "None"]
-    with pytest.raises(ValueError, match="'escalade 3' is no rule"):
-        rule_of("escalade 3", told)
+    with pytest.raises(ValueError, match="rule 'escalade' 3: use one of"):
+        RuleSettings("escalade", 3, told)
     with pytest.raises(ValueError, match="arbitrage with advantages"):
         RuleSettings("arbitrage", 1.0, told)
     known = RuleRouter(RuleSettings("arbitrage", 1.0, told, Advantages({FIRST: 0.5}, 0.1)))

@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 
 from routers.data.billing import highest, price
 from routers.data.catalogue import Member
-from routers.data.prompt_cache import estimated_messages, tokens_of
+from routers.data.prompt_cache import Conversation, estimated_messages, tokens_of
 from routers.environments.messages.environment import MessagesEnvironment, answer
 from routers.environments.protocol import Act, GameError, View
 from routers.pool.call import Declined, Failed
@@ -36,7 +36,10 @@ class ScriptedMember(ABC):
         self.name = member.name
 
     def bound(self, view: View) -> float:
-        return highest(self.member, _world(view).caches.prompt_tokens, self.member.max_tokens)
+        return highest(self.member, self.caches(view).prompt_tokens, self.member.max_tokens)
+
+    def caches(self, view: View) -> Conversation:
+        return _world(view).caches
 
     @abstractmethod
     def say(self, request: Mapping[str, Any], seed: str) -> dict[str, Any]:
@@ -69,6 +72,9 @@ class LiveMember:
         self._ledger = ledger
         Passthrough(member, ledger)
         self._by_loop: WeakKeyDictionary[asyncio.AbstractEventLoop, Passthrough] = WeakKeyDictionary()
+
+    def caches(self, view: View) -> Conversation:
+        return _world(view).caches
 
     def bound(self, view: View, longer: float = 1.0) -> float:
         """As `Executor.bound`; `longer`: for a prompt of so many times its length."""

@@ -15,8 +15,7 @@ from typing import Any
 
 from routers.data.billing import saved
 from routers.data.prompt_cache import switch_cost
-from routers.environments.priced import conversation
-from routers.environments.protocol import Act, AgentEnvironment, Executor, Session, View
+from routers.environments.protocol import Act, AgentEnvironment, Executor, PricedByTokens, Session, View
 from routers.evaluation.episodes import CACHES
 from routers.pool.ledger import Ledger, OverBudget
 from routers.pool.protocol import CIRCUIT_OPEN
@@ -119,9 +118,7 @@ class StepRoutingEnvironment:
             raise ValueError(f"executors {names} with labels {list(self.labels.values())}: two or more, all different")
         self.names = {label: name for name, label in self.labels.items()}
         self.executors = {executor.name: executor for executor in executors}
-        members = {executor.name: getattr(executor, "member", None) for executor in executors}
-        self.members = {name: member for name, member in members.items() if member is not None}
-        """Of executors whose calls are priced by their tokens."""
+        self.priced: dict[str, PricedByTokens] = {e.name: e for e in executors if getattr(e, "member", None)}  # type: ignore[misc]
         self.cheapest = names[0]
         self.make = make
         self.describe = describe
@@ -172,7 +169,7 @@ class StepRoutingEnvironment:
         }
         if episode.gate.used is not None:
             numbers["budget/used"] = episode.gate.used
-        if self.members:
+        if self.priced:
             read = sum(step.usage.prompt_tokens for step in episode.steps)
             numbers["cache/share"] = sum(step.usage.cached_tokens for step in episode.steps) / max(read, 1)
             numbers["cache/saved_usd"] = sum(step.saved_usd for step in episode.steps)
@@ -227,7 +224,7 @@ class StepRoutingEpisode:
         self._parent = parent
         self._environment = environment
         self._session = session
-        self._members = parent.members
+        self._priced = parent.priced
         self.situation = self._look()
         gate.check_start(self.situation.bounds, environment.limit)
         if refuse and not self.situation.affordable:
@@ -278,14 +275,13 @@ class StepRoutingEpisode:
 
     def _with_cache(self, step: RoutedStep, act: Act, view: View) -> RoutedStep:
         """The step with its tokens, and what the cache did to its price."""
-        step, name, members = replace(step, error=act.reply.error, usage=act.reply.usage), step.executor, self._members
-        if (member := members.get(name)) is None:
+        step = replace(step, error=act.reply.error, usage=act.reply.usage)
+        if (executor := self._priced.get(step.executor)) is None:
             return step
-        last = members.get(self.calls[-1]) if self.steps else None
-        lost = 0.0
-        if last is not None and last.name != member.name and member.cache_seconds is not None:  # else it is 0
-            lost = switch_cost(last, member, conversation(view, member))
-        return replace(step, saved_usd=saved(member, act.reply.usage), switch_usd=lost)
+        caches = executor.caches(view)
+        last = self._priced.get(caches.last or "")
+        lost = 0.0 if last is None else switch_cost(last.member, executor.member, caches)
+        return replace(step, saved_usd=saved(executor.member, act.reply.usage), switch_usd=lost)
 
     def _after(self, act: Act) -> Observation:
         """What the policy is told of this action; reads all of the world that is looked at before the next one."""
@@ -327,7 +323,7 @@ class StepRoutingEpisode:
     def _cached(self) -> dict[str, float]:
         """Per priced executor its prompt tokens, those out of its cache, and USD saved and lost; see `CACHES`."""
         found: dict[str, float] = {}
-        for name in self._members:
+        for name in self._priced:
             steps = [step for step in self.steps if step.executor == name]
             sums = (
                 sum(step.usage.prompt_tokens for step in steps),

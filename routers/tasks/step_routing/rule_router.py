@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -135,19 +135,3 @@ class _RuleSession(StepSession):
         future: Future[Sample] = Future()
         future.set_result(Sample(self._tokens([name]), (0.0,), True, scores))
         return future
-
-
-def rule_of(name: str, told: StepSettings, advantages: Advantages | None = None) -> RuleRouter:
-    """The router of a rule by the name that tables give it, such as "escalate 3".
-
-    Raises:
-        ValueError: no such rule.
-    """
-    family, _, knob = name.rpartition(" ")
-    known: Mapping[str, Any] = FAMILIES
-    if name in known:
-        return RuleRouter(RuleSettings(name, 0.0, told, advantages))
-    try:
-        return RuleRouter(RuleSettings(family, float(knob), told, advantages))
-    except ValueError as error:
-        raise ValueError(f"{name!r} is no rule of steps: {error}") from None
