@@ -82,7 +82,8 @@ class Episodes:
 
     The header is JSON: `task`, `split`, `item` (what one is called: query, question, episode), `score` (what the score
     is: right answers, success), `rule` (of the reward), `train_reward` (router -> mean reward on training data that it
-    was not fitted on; baselines are chosen by it), `note`, and what a task adds.
+    was not fitted on; baselines are chosen by it), `chosen_on` (what that reward is of, where not of training data),
+    `note`, and what a task adds.
 
     Raises:
         ValueError: names the column, router and item that cannot be used.

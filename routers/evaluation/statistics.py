@@ -336,6 +336,15 @@ class Paired:
             found[one.router] = Reference(label, one.router, one.how)
         return list(found.values())
 
+    @cached_property
+    def rules(self) -> list[Reference]:
+        """The best setting of every family of rules."""
+        families: dict[str, list[str]] = {}
+        for name in self.of_kind("rule"):
+            if curve := self.curves[name]:
+                families.setdefault(curve, []).append(name)
+        return [self._best(family, names) for family, names in families.items()]
+
     def start_of(self, policy: str) -> Reference | None:
         """What the training of a policy began from, with the same setting where there is one."""
         starts, (base, comma, how) = self.of_kind("start"), policy.partition(", ")
@@ -346,7 +355,8 @@ class Paired:
     def _best(self, label: str, names: Sequence[str]) -> Reference:
         trained: Mapping[str, float] = self.header.get("train_reward", {})
         if all(name in trained for name in names):
-            return Reference(label, max(names, key=lambda name: trained[name]), "chosen on training data")
+            how = f"chosen on {self.header.get('chosen_on', 'training data')}"
+            return Reference(label, max(names, key=lambda name: trained[name]), how)
         best = max(names, key=lambda name: self.mean(name, "reward"))
         return Reference(label, best, "chosen on these very items, which favours it")
 

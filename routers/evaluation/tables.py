@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,17 +99,23 @@ def aligned(rows: Sequence[tuple[str, ...]], markdown: bool, bold: Collection[tu
 
 
 def shown(paired: Paired) -> list[str]:
-    """Routers as the table lists them: the strongest baseline, policies and their starts, the rest by reward, oracle.
+    """Routers as the table lists them: the strongest baseline; where there are families of rules, each at its best
+    setting, and the members, by reward; policies and their starts; the rest by reward; the oracle.
 
-    Settings of a rule are not listed, but for the strongest, nor those of a router that was played without one, too;
-    the picture shows them all.
+    Other settings of a rule are not listed, nor those of a router that was played without one, too; the picture shows
+    them all.
     """
+
+    def by_reward(names: Iterable[str]) -> list[str]:
+        return sorted(filter(paired.played, names), key=lambda name: -paired.mean(name, "reward"))
+
+    rules = [rule.router for rule in paired.rules]
     strongest = [reference.router for reference in paired.references[-1:]]
-    policies, oracle = [*paired.listed("policy"), *paired.listed("start")], paired.listed("oracle")
-    first = [*strongest, *(name for name in policies if name not in strongest)]
+    policies = filter(paired.played, [*paired.listed("policy"), *paired.listed("start")])
+    first = [*strongest, *by_reward([*rules, *paired.of_kind("member")] if rules else []), *policies]
+    oracle = [name for name in paired.listed("oracle") if paired.played(name)]
     rest = [name for name in paired.routers if name not in {*first, *oracle} and not paired.curves[name]]
-    everybody = [*first, *sorted(rest, key=lambda name: -paired.mean(name, "reward")), *oracle]
-    return [name for name in everybody if paired.played(name)]
+    return list(dict.fromkeys([*first, *by_reward(rest), *oracle]))
 
 
 def named(paired: Paired, name: str) -> str:
@@ -161,7 +167,8 @@ def _main(paired: Paired) -> Section:
             cells.append(" ".join(f"{value:.3f}" for value in seeds) if len(seeds) > 1 else "")
         rows.append(tuple(cells))
     better = [0, *(value for metric in metrics for value in (metric.better, *([0] * metric.interval)))]
-    return Section("", rows, bold=_best(rows, better, paired))
+    how = [f"Of each family of rules, its best setting: {paired.rules[0].how}."] if paired.rules else []
+    return Section("", rows, how, bold=_best(rows, better, paired))
 
 
 def _best(rows: Sequence[tuple[str, ...]], better: Sequence[int], paired: Paired) -> set[tuple[int, int]]:
@@ -199,22 +206,21 @@ def _gains(paired: Paired) -> Section:
 
 
 def _beyond_mixing(paired: Paired) -> Section:
-    """What policies reach beyond drawing lots at their own cost."""
+    """What policies reach beyond drawing lots at their own cost: the strongest opponent of each first."""
     score, curves = METRICS[0], paired.frontiers
     routers = [name for name in paired.listed("policy", "start", "learned") if paired.played(name)]
     if not curves or not routers:
         return Section("")
     rules = any(paired.curves[name] for name in paired.of_kind("rule"))
-    cells = [cell for curve in curves for cell in (f"beyond {curve}", INTERVAL)]
     ratios = ["cost of the dearest", "score of the dearest"] if rules else []
-    rows = [(f"{header(score, paired)} at equal cost", *cells, *ratios)]
+    rows = [("", f"{header(score, paired)} at equal cost", INTERVAL, *ratios)]
     dearest = max(paired.of_kind("member"), key=lambda name: paired.mean(name, "usd"), default="")
     for name in routers:
-        gains = [paired.beyond_mixing(name, points) for points in curves.values()]
-        cells = [name, *(c for g in gains for c in (score.show_difference(g.value), interval(g, score, True)))]
-        if rules:
-            cells += [f"{paired.ratio(name, dearest, of).value:.1%}" if dearest else "" for of in ("usd", "score")]
-        rows.append(tuple(cells))
+        gains = {curve: paired.beyond_mixing(name, points) for curve, points in curves.items()}
+        shares = [f"{paired.ratio(name, dearest, of).value:.1%}" if dearest else "" for of in ("usd", "score")]
+        for curve, gain in sorted(gains.items(), key=lambda found: found[1].value):
+            shown_gain = (score.show_difference(gain.value), interval(gain, score, True))
+            rows.append((f"{name} beyond {curve}", *shown_gain, *(shares if rules else ())))
     return Section("Beyond mixing", rows)
 
 

@@ -2,16 +2,19 @@
 
 import asyncio
 import json
+import math
 import threading
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import step_helpers as steps
 from chat_server import ChatServer, Said, usage, whole
+from serving_helpers import running
 
 from routers import Member, StepRouter
 from routers.environments.messages.agent import AGENTS, CutOff, MemberFailed, Talk, agent_of
@@ -23,7 +26,10 @@ from routers.environments.messages.served import ServedAgent, Visitors, episode
 from routers.environments.protocol import GameError, Session
 from routers.language.digest import Head
 from routers.pool.ledger import Ledger
-from routers.tasks.step_routing.conversations import Conversations
+from routers.pool.passthrough import Passthrough
+from routers.serving.server import create_app
+from routers.serving.steps import StepProxy
+from routers.tasks.step_routing.conversations import Call, Conversations
 from routers.tasks.step_routing.player import Job as Play
 from routers.tasks.step_routing.prompts import OBSERVATIONS
 from routers.tasks.step_routing.rules import always_large, always_small, escalate, first_large
@@ -287,45 +293,81 @@ def test_what_an_agent_may_meet(agents: Any) -> None:
         left.reset()
 
 
-def test_what_was_learned_here_is_served_there() -> None:
-    """Token for token: the policy's decisions in `play` of this environment, and for this agent behind a server."""
+class ByItsMessages(Junior):
+    """Its luck hangs on what it is asked, and on nothing that only a simulator knows: it is the same behind HTTP."""
+
+    def say(self, request: Mapping[str, Any], seed: str = "") -> dict[str, Any]:
+        return super().say(request, f"{request['messages'][1]}/{len(request['messages'])}")
+
+
+class Heard(Conversations):
+    """What the policy had read and written at every decision, by conversation."""
+
+    ids: dict[str, tuple[int, ...]]
+
+    async def decide(self, *given: Any, **named: Any) -> Call:
+        call = await super().decide(*given, **named)
+        self.ids[call.conversation] = call._session.ids  # type: ignore[union-attr]
+        return call
+
+
+def test_training_play_and_server_decide_alike() -> None:
+    """Token for token, for the same conversations: what the policy reads, whom it chooses and how surely. Training's
+    rollout and `play` simulate the members; the agent asks a server by HTTP, which asks members on loopback."""
     words = dict.fromkeys(word for style in OBSERVATIONS.values() for word in style.words)
     tasks = list(repairs().tasks("repairs/test", 10))
     tokenizer = train_tokenizer([Job(number).text for number in range(50)], 700, [*steps.LABELS, *words])
     model = tiny_causal_lm(tokenizer, hidden=48, layers=2, heads=2, intermediate=64, seed=1).eval()
     how = steps.settings("signs", ("junior", "senior"), environment="messages", step_limit=14, unit="usd")
-    members = {"junior": Junior(), "senior": Senior()}
+    both = {"junior": ByItsMessages(), "senior": Senior()}
+    for cap in (None, 0.02):
+        rolled = steps.rollout(model, tokenizer, how, tasks, cap, members=list(both.values()))
+        with StepRouter(model, tokenizer, how) as router:
+            for task, trajectory in zip(tasks, rolled, strict=True):
+                played = router.play(MessagesEnvironment(Repairs(), task, "", 14), list(both.values()), cap, seed=task)
+                assert played.error is None and played.ids == steps.ids_of(trajectory)
+                assert [step.executor for step in played.steps] == trajectory.columns["members"]
+                assert played.executor_usd == pytest.approx(trajectory.columns[COST], rel=1e-12)
+                assert cap is None or played.executor_usd <= cap
+        if cap is None:
+            free = rolled
 
-    async def served(router: StepRouter, task: str) -> tuple[list[str], tuple[int, ...], float]:
-        """The agent's loop, asking a server: messages only, and what the members' calls cost at most and at last."""
-        conversations, acted, talk = Conversations(router, cap=0.02), list[str](), Repairs().talk(task.split("/")[1])
-        other = MessagesEnvironment(Repairs(), task, "", 14)  # keeps the members' caches, for their prices
-        session = Session(other, task)
-        session.start()
-        body, ids = next(talk), tuple[int, ...]()
-        while len(acted) < 14:
-            bounds = {name: member.bound(session.view) for name, member in members.items()}
-            call = await conversations.decide(body["messages"], body["tools"], conversation=task, bounds=bounds)
-            if call.member is None:
-                break
-            act = await members[call.member].act(session.view, 1.0)
-            conversations.settle(call, act.cost)
-            acted.append(call.member)
-            ids = call._session.ids  # type: ignore[union-attr]
-            session.take(act.action)
-            try:
-                body = talk.send(json.loads(act.action)["message"])
-            except StopIteration:
-                break
-        return acted, ids, call.spent_usd
+    def respond(member: Any) -> Any:
+        return lambda request: Said(body=whole(member.say(request, ""), usage(100, 10), "tool_calls"))
 
-    with StepRouter(model, tokenizer, how) as router:
-        for task in tasks:
-            made = MessagesEnvironment(Repairs(), task, "", 14)
-            played = router.play(made, list(members.values()), 0.02, seed=task)
-            names, ids, spent = asyncio.run(served(router, task))
-            assert played.error is None and names == [step.executor for step in played.steps]
-            assert ids == played.ids[: len(ids)] and 0 < spent <= played.executor_usd <= 0.02
+    with ChatServer(respond(both["junior"])) as junior, ChatServer(respond(both["senior"])) as senior:
+        urls = {"junior": junior.url, "senior": senior.url}
+        made = {name: replace(one.member, base_url=urls[name], timeout=30.0) for name, one in both.items()}
+        ledger, router = Ledger(), StepRouter(model, tokenizer, how)
+        lines = {name: Passthrough(member, ledger) for name, member in made.items()}
+        heard = Heard(router, members=made)
+        heard.ids = {}
+        with running(create_app(StepProxy(heard, lines, ledger))) as address:  # it closes the router
+            for task, trajectory in zip(tasks, free, strict=True):
+                policy = [turn for turn in trajectory.turns if turn.owner == "policy"]
+                told, score = asked_by_http(address, task, len(policy))
+                assert [one["member"] for one in told] == trajectory.columns["members"], task
+                assert score in (None, trajectory.columns[CORRECT])
+                ids = heard.ids[task]
+                assert ids == steps.ids_of(trajectory)[: len(ids)] and ids[-1] == policy[-1].ids[-1]
+                sure = [one["scores"][one["member"]] for one in told]
+                assert sure == pytest.approx([math.exp(turn.logprobs[0]) for turn in policy], rel=1e-4)
+
+
+def asked_by_http(address: str, task: str, most: int) -> tuple[list[dict[str, Any]], float | None]:
+    """What a served router said of each call of an agent's loop, and the score; None: cut off after `most` calls."""
+    talk, told = Repairs().talk(task.partition("/")[2]), list[dict[str, Any]]()
+    request = next(talk)
+    while len(told) < most:
+        body = {"model": "router", **request, "metadata": {"conversation_id": task}}
+        status, reply = post(f"{address}/v1/chat/completions", body)
+        assert status == 200, reply
+        told.append(reply["srpo"])
+        try:
+            request = talk.send(reply["choices"][0]["message"])
+        except StopIteration as end:
+            return told, float(end.value)
+    return told, None
 
 
 def test_a_live_member_gets_the_request_as_it_is() -> None:

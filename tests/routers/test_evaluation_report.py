@@ -108,14 +108,17 @@ def test_what_step_routing_adds() -> None:
     capped = frames[-1].assign(cap=2.0, used=0.5, violated=[False, True, False, False])
     found = Episodes(pd.concat([*frames, capped]), {"item": "episode", "score": "success"})
     main = table_of(found)
-    assert "mix 0.7" not in main and "expensive calls" in main[""]
+    # rewards by hand: what a family is shown by is its best setting, before policies; members beside it
+    assert list(main)[1:] == ["always-large (dearest)", "mix 0.5", "always-small (cheapest)", "bopo"], main
+    assert "expensive calls" in main[""]
     parts = {section.title: section.rows for section in sections(Paired(found))}
     assert parts["Under a cap"][1] == ("bopo", "2", "100.0%", "[100.0%, 100.0%]", "50%", "1")
     assert parts["By difficulty"][0] == ("success", "easy (2)", "hard (2)")
     assert ("bopo", "100.0%", "100.0%") in parts["By difficulty"]
     frontier = {row[0]: row[1:] for row in parts["Beyond mixing"]}
     # at cost 3 between small (.5 at 1) and the setting (.75 at 4); cost 3 of 11
-    assert frontier["bopo"][0] == "+33.3 pt" and frontier["bopo"][2:] == ("27.3%", "100.0%")
+    assert frontier["bopo beyond mixing"][0] == "+33.3 pt"
+    assert frontier["bopo beyond mixing"][2:] == ("27.3%", "100.0%")
     # at .2 of the axis: .2 x .5 + .8; the rule's settings at .3: .3 x .5 + .7 x .75
     areas = {row[0]: row[parts["Frontier"][0].index("AUC")] for row in parts["Frontier"]}
     assert (areas["bopo"], areas["mixing"]) == ("0.900", "0.675")

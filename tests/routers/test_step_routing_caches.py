@@ -198,7 +198,7 @@ def test_an_agent_s_switches_by_hand_in_the_simulator_and_behind_a_server() -> N
     assert columns[COST] == pytest.approx((sum(prompts) + 3 * 100 * 5 + 2 * 100 * 15) / 1e6, rel=1e-12)
     read, hit, _, lost = ([columns[what + name] for name in ("small", "large")] for what in CACHES)
     assert read == [1000 + 1300 + 2200, 1600 + 1900] and hit == [1000 + 1300, 1600]
-    # at the first switch small holds 1,300 tokens that large has not; at the second large 1,900, of which small has 1,300
+    # at the first switch small holds 1,300 tokens that large has not; at the second large 1,900, small 1,300 of them
     assert lost == pytest.approx([600 * (1.25 - 0.1) / 1e6, 1300 * (3.75 - 0.3) / 1e6], rel=1e-12)
     assert environment.metrics()["cache/switch_usd"] == pytest.approx(sum(lost))
 

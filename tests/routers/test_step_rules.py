@@ -11,15 +11,29 @@ import step_helpers as steps
 
 from routers import load_router
 from routers.environments.protocol import Step, View
+from routers.evaluation.tables import render
 from routers.language.digest import digest
+from routers.tasks.step_routing import evaluate
 from routers.tasks.step_routing.advantages import FIRST, Advantages, estimate, state_of, steps_of
 from routers.tasks.step_routing.budget import Budget, BudgetGate
 from routers.tasks.step_routing.conversations import Conversations
 from routers.tasks.step_routing.environment import Situation
-from routers.tasks.step_routing.evaluate import ADVANTAGES, estimate_advantages
+from routers.tasks.step_routing.evaluate import ADVANTAGES, choose_rules, estimate_advantages, play_rules
 from routers.tasks.step_routing.rule_router import RuleRouter, RuleSettings
-from routers.tasks.step_routing.rules import boxes, escalate, explore, rules_of, sticky, went_wrong
+from routers.tasks.step_routing.rules import (
+    LARGE,
+    SMALL,
+    always_large,
+    always_small,
+    boxes,
+    escalate,
+    explore,
+    rules_of,
+    sticky,
+    went_wrong,
+)
 from routers.tasks.step_routing.settings import Told
+from srpo.task import Share
 from srpo.types import Observation
 
 BOTH = ("small", "large")
@@ -126,3 +140,34 @@ def test_a_rule_is_a_router_of_conversations(tmp_path: Path) -> None:
     known = RuleRouter(RuleSettings("arbitrage", 1.0, told, Advantages({FIRST: 0.5}, 0.1)))
     known.save(tmp_path)
     assert load_router(tmp_path).how == known.how and known.route("x").member == "large"
+
+
+def test_rules_choose_their_settings_on_validation_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of a family's frontier there, and its best; only they meet held-out tasks, and the table says so."""
+    world = steps.world(
+        None, 10, environment="messages", train_tasks="repairs/train", heldout_tasks=["repairs/test"],
+        executors=["junior", "senior"], executor_usd=[0, 0], step_limit=14, profile_runs=1, observation="signs",
+        validation_tasks="repairs/validation",
+    )  # fmt: skip
+    few = {name: rule for name, rule in rules_of(world.arguments)[0].items() if name[:-1] in ("cascade ", "boxes ")}
+    both = {name: rules_of(world.arguments)[0][name] for name in (SMALL, LARGE)}
+    # a setting that is dearer than the large one alone, and no better
+    silly = {"boxes 9": ("time-boxed", always_large), "cascade 1": ("cascade", always_small)}
+    monkeypatch.setattr(evaluate, "rules_of", lambda *_: ({**both, **few, **silly}, 2))
+    chosen = choose_rules(world, tmp_path)
+    assert chosen is not None and {SMALL, LARGE} <= set(chosen) < {*both, *few, *silly}
+    assert {name.split()[0] for name in chosen} == {SMALL, LARGE, "cascade", "boxes"}
+    assert "cascade 12" not in few and not list(tmp_path.glob("*test*")), "no held-out task was looked at"
+    assert choose_rules(world, tmp_path) == chosen
+    profiles = {"test": world.profiles("test", "repairs/test", world.heldout()["test"], 10, tmp_path)}
+    played = play_rules(world, profiles, Share(0, 1), tmp_path, chosen)
+    assert list(played.routers) == list(chosen) and set(played.frame["set"]) == {"test"}
+    text = render(played)
+    assert "Of each family of rules, its best setting: chosen on validation tasks." in text
+    rows = [line.split("  ")[0] for line in text.split("Frontier")[0].splitlines()]
+    families = {name: rule[0] for name, rule in {**few, **silly}.items()}
+    for family in ("cascade", "time-boxed"):
+        best = max((name for name in chosen if families.get(name) == family), key=chosen.__getitem__)
+        assert [row for row in rows if families.get(row) == family] == [best]
+    with pytest.raises(ValueError, match="'repairs/validation' would be called 'validation', which another part is"):
+        steps.world(heldout_tasks=["repairs/validation"], validation_tasks="repairs/validation")

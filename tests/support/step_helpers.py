@@ -64,12 +64,22 @@ def executors() -> list[Any]:
 
 
 def rollout(
-    model: Any, tokenizer: Any, how: StepSettings, games: Sequence[str], cap: float | None, temperature: float = 1.0
+    model: Any,
+    tokenizer: Any,
+    how: StepSettings,
+    games: Sequence[str],
+    cap: float | None,
+    temperature: float = 1.0,
+    members: Sequence[Any] = (),
 ) -> list[Trajectory]:
-    """The same episodes as training plays them; the seed of an episode is its game."""
+    """The same episodes as training plays them; the seed of an episode is its game.
+
+    Args:
+        members: executors; none: ALFWorld's.
+    """
     environment = StepRoutingEnvironment(
-        lambda row: benchmark("alfworld").make(row[TASK], how.step_limit),
-        executors(),
+        lambda row: benchmark(how.environment).make(row[TASK], how.step_limit),
+        members or executors(),
         how.style.describe,
         Budget(None, how.unit, how.tail_calls, how.on_empty),  # type: ignore[arg-type]
         how.labels,

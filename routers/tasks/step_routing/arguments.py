@@ -68,6 +68,10 @@ class Synthesis:
             raise ValueError(f"strata={self.strata!r} is not one of class, p_large, none")
 
 
+VALIDATION = "validation"
+"""Name of the set of `validation_tasks`."""
+
+
 @dataclass
 class StepRoutingArguments:
     """At every step of an agent the policy picks who acts, under a budget."""
@@ -106,6 +110,13 @@ class StepRoutingArguments:
     )
     heldout_tasks: list[str] = field(
         default_factory=lambda: ["generated/test"], metadata={"help": "Parts to evaluate on, one table each."}
+    )
+    validation_tasks: str | None = field(
+        default=None,
+        metadata={
+            "help": "Part on which rules choose their settings (heldout_limit of its tasks); None: all settings are "
+            "played on the held-out tasks."
+        },
     )
     step_limit: int = field(default=20, metadata={"help": "Steps of an episode."})
     executors: list[str] = field(
@@ -226,9 +237,10 @@ class StepRoutingArguments:
             ValueError: two parts would share a name.
         """
         sets: dict[str, str] = {}
+        taken = {"train", *([] if self.validation_tasks is None else [VALIDATION])}
         for which in self.heldout_tasks:
             name = "generated" if which == "generated/test" else Path(which).name.split(".")[0].split(":")[0]
-            if name in sets or name == "train":
+            if name in {*sets, *taken}:
                 raise ValueError(f"heldout_tasks: {which!r} would be called {name!r}, which another part is called")
             sets[name] = which
         return sets

@@ -8,13 +8,17 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from transformers import PreTrainedModel
 
 from rewards.boundary import BoundaryReward
 from routers.environments.scripted import SCRIPTED
 from routers.evaluation.episodes import CACHES, THEN, Episodes, Kind
+from routers.evaluation.frontier import pareto_hull
+from routers.evaluation.statistics import Paired
 from routers.tasks.step_routing.advantages import EPISODES, Advantages, estimate, steps_of
+from routers.tasks.step_routing.arguments import VALIDATION
 from routers.tasks.step_routing.environment import TASK, StepRoutingEnvironment
 from routers.tasks.step_routing.player import (
     NOTHING,
@@ -27,7 +31,7 @@ from routers.tasks.step_routing.player import (
     play_jobs,
 )
 from routers.tasks.step_routing.profiles import BoundaryProfile
-from routers.tasks.step_routing.rules import LARGE, SMALL, estimates_advantages, random_mix, rules_of
+from routers.tasks.step_routing.rules import LARGE, SMALL, Rules, estimates_advantages, random_mix, rules_of
 from routers.tasks.step_routing.settings import StepSettings
 from routers.tasks.step_routing.world import StepWorld, boundary_of
 from srpo.rollout.generator import ALL_TOKENS, TransformersGenerator
@@ -189,26 +193,71 @@ def _known(name: str, trajectory: Trajectory) -> Mapping[str, Any]:
     return failed(trajectory)
 
 
-def play_rules(world: StepWorld, profiles: Profiles, share: Share, folder: Path) -> Episodes:
+def choose_rules(world: StepWorld, folder: Path) -> Mapping[str, float] | None:
+    """Settings of rules (and the members) that may meet the held-out tasks, with their mean reward on the validation
+    tasks (each is played once): of every family those on its frontier there, and the best; None: there are no validation tasks, all may.
+
+    What is played lies in `folder`, as in `play_rules`.
+    """
+    part, types = world.arguments.validation_tasks, world.validation()
+    if part is None:
+        return None
+    profiles = world.profiles(VALIDATION, part, types, world.heldout_limit, folder)
+    record, (rules, _) = Record(world, {VALIDATION: profiles}), _rules(world, folder)
+    _play_rules(record, world, rules, 1, VALIDATION, part, list(types), folder / "rules_validation.jsonl")
+    paired = Paired(record.episodes(), resamples=1)
+    kept = {*paired.of_kind("member"), *(rule.router for rule in paired.rules)}
+    for names in paired.frontiers.values():
+        usd, score = (np.array([paired.mean(name, what) for name in names]) for what in ("usd", "score"))
+        kept |= {names[i] for i in pareto_hull(usd, score)}
+    return {name: round(paired.mean(name, "reward"), 6) for name in rules if name in kept}
+
+
+def play_rules(
+    world: StepWorld, profiles: Profiles, share: Share, folder: Path, chosen: Mapping[str, float] | None = None
+) -> Episodes:
     """Every rule on its share of every held-out set, without a cap. What was played before lies in `folder`, a line
-    per episode, and is not played again."""
+    per episode, and is not played again.
+
+    Args:
+        chosen: what `choose_rules` says; only these are played.
+    """
+    record, (rules, repetitions) = Record(world, profiles), _rules(world, folder)
+    some = rules if chosen is None else {name: rules[name] for name in chosen}
+    for which, types in world.heldout().items():
+        part, path = world.arguments.heldout_sets()[which], folder / f"rules_{which}_{share.rank}of{share.world}.jsonl"
+        _play_rules(record, world, some, repetitions, which, part, share.of(list(types)), path)
+    found = record.episodes()
+    told = {} if chosen is None else {"train_reward": dict(chosen), "chosen_on": "validation tasks"}
+    return Episodes(found.frame, {**found.header, **told})
+
+
+def _rules(world: StepWorld, folder: Path) -> tuple[Rules, int]:
     known = folder / ADVANTAGES
     if estimates_advantages(world.arguments) and not known.exists():
         print(f"WARNING: the rule arbitrage is left out: {folder} was not made by a training, and has no {ADVANTAGES}")
-    rules, repetitions = rules_of(world.arguments, Advantages.load(known) if known.exists() else None)
-    record = Record(world, profiles)
-    for which, types in world.heldout().items():
-        part = world.arguments.heldout_sets()[which]
-        keys = [(rule, k, name) for rule in rules for k in range(repetitions) for name in share.of(list(types))]
-        jobs = [
-            Job(f"{rule}/{k}/{name}", {TASK: name}, f"evaluation/{k}/{name}", rules[rule][1]) for rule, k, name in keys
-        ]
-        player = world.player((part, world.heldout_limit))
-        path = folder / f"rules_{which}_{share.rank}of{share.world}.jsonl"
-        for (rule, k, name), columns in zip(keys, play_jobs(jobs, path, player, _columns), strict=True):
-            kind: Kind = "member" if rule in (SMALL, LARGE) else "rule"
-            record.add(rule, kind, which, name, columns, columns["stop"], seed=k, curve=rules[rule][0])
-    return record.episodes()
+    return rules_of(world.arguments, Advantages.load(known) if known.exists() else None)
+
+
+def _play_rules(
+    record: Record,
+    world: StepWorld,
+    rules: Rules,
+    repetitions: int,
+    which: str,
+    part: str,
+    names: Sequence[str],
+    path: Path,
+) -> None:
+    """Every rule on these tasks of the set `which`."""
+    keys = [(rule, k, name) for rule in rules for k in range(repetitions) for name in names]
+    jobs = [
+        Job(f"{rule}/{k}/{name}", {TASK: name}, f"evaluation/{k}/{name}", rules[rule][1]) for rule, k, name in keys
+    ]
+    played = play_jobs(jobs, path, world.player((part, world.heldout_limit)), _columns)
+    for (rule, k, name), columns in zip(keys, played, strict=True):
+        kind: Kind = "member" if rule in (SMALL, LARGE) else "rule"
+        record.add(rule, kind, which, name, columns, columns["stop"], seed=k, curve=rules[rule][0])
 
 
 def estimate_advantages(world: StepWorld, tasks: Mapping[str, BoundaryProfile], folder: Path) -> None:

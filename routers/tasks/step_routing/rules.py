@@ -174,7 +174,7 @@ def rules_of(task: StepRoutingArguments, advantages: Advantages | None = None) -
     """
     if estimates_advantages(task):
         return {
-            **_rules(_SHARES, range(1, 7), range(2, 20, 2)),
+            **_rules(_SHARES, range(1, 7), range(2, min(20, task.step_limit), 2)),
             **{f"sticky {p:g}": ("sticky", sticky(p)) for p in (0.1, 0.3, 0.6)},
             **{f"escalate {n:g}": ("escalate on error", escalate(n)) for n in (1, 3, math.inf)},
             **{f"explore {k}": ("explore", explore(k)) for k in (2, 4)},
@@ -197,7 +197,7 @@ def estimates_advantages(task: StepRoutingArguments) -> bool:
     return not task.live and task.environment not in _SLOW
 
 
-_SHARES = (0.02, 0.04, 0.06, 0.08, 0.1, 0.13, 0.16, 0.2, 0.25, 0.3, 0.4, 0.6)
+_SHARES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6)
 _SLOW = ("scienceworld", "textworld")
 """Benchmarks whose steps take hundredths of a second, with scripted executors too."""
 

@@ -114,7 +114,7 @@ class StepRouting:
         """Profiles of the tasks of these rows (none: no training follows) and of the held-out ones."""
         from accelerate import PartialState
 
-        from routers.tasks.step_routing.evaluate import estimate_advantages
+        from routers.tasks.step_routing.evaluate import choose_rules, estimate_advantages
         from routers.tasks.step_routing.spending import Money, estimate, phases
         from routers.tasks.step_routing.world import describe_rows
 
@@ -133,12 +133,15 @@ class StepRouting:
                 how = (task.train_tasks, some, self.run.train_limit, self._folder)
                 with self._money.phase("profiling"):
                     self._profiled = world.profiles("train", *how)
+            if rows:
                 estimate_advantages(world, self._profiled, self._folder)
             with self._money.phase("profiling of held-out tasks"):
                 self._heldout = {
                     name: world.profiles(name, which, world.heldout()[name], self.run.heldout_limit, self._folder)
                     for name, which in task.heldout_sets().items()
                 }
+            with self._money.phase("rules on validation tasks"):
+                self._rules = choose_rules(world, self._folder)
         self._rows: list[Row] = list(world.completed(rows, self._profiled))
         if rows and state.is_main_process:
             print(describe_rows(task.reward(), self._rows), flush=True)
@@ -264,7 +267,7 @@ class StepRouting:
         self._money.take_back()
         self._money.share()
         with self._money.phase("rules"):
-            return play_rules(self.tasks, self._heldout, share, self._folder)
+            return play_rules(self.tasks, self._heldout, share, self._folder, self._rules)
 
     def report(self, evaluation: Episodes, output: Path) -> str:
         from routers.evaluation.report import report

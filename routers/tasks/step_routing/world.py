@@ -64,6 +64,11 @@ class StepWorld:
         sets = self.arguments.heldout_sets()
         return {name: self.tasks(which, self.heldout_limit) for name, which in sets.items()}
 
+    def validation(self) -> Mapping[str, str]:
+        """Tasks on which rules choose their settings; none: they do not."""
+        part = self.arguments.validation_tasks
+        return {} if part is None else self.tasks(part, self.heldout_limit)
+
     def tasks(self, which: str, limit: int | None) -> Mapping[str, str]:
         """Tasks of a part, id -> type; loaded once per process."""
         return _load_tasks(self.arguments.environment, which, limit)
@@ -220,6 +225,7 @@ class StepWorld:
     def check_parts(self) -> None:
         """Raise where a held-out part cannot be read, or a given `task_dir` is for something else; writes nothing."""
         self.heldout()
+        self.validation()
         if self.arguments.task_dir is not None:
             folder = Path(self.arguments.task_dir)
             if (folder / "settings.json").exists():
