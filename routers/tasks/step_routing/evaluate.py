@@ -195,7 +195,8 @@ def _known(name: str, trajectory: Trajectory) -> Mapping[str, Any]:
 
 def choose_rules(world: StepWorld, folder: Path) -> Mapping[str, float] | None:
     """Settings of rules (and the members) that may meet the held-out tasks, with their mean reward on the validation
-    tasks (each is played once): of every family those on its frontier there, and the best; None: there are no validation tasks, all may.
+    tasks, each played once: of every family those on its frontier there, and the best. None: there are no validation
+    tasks, all may.
 
     What is played lies in `folder`, as in `play_rules`.
     """
