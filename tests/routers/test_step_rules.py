@@ -164,7 +164,7 @@ def test_rules_choose_their_settings_on_validation_tasks(tmp_path: Path, monkeyp
     assert list(played.routers) == list(chosen) and set(played.frame["set"]) == {"test"}
     text = render(played)
     assert "Of each family of rules, its best setting: chosen on validation tasks." in text
-    rows = [line.split("  ")[0] for line in text.split("Frontier")[0].splitlines()]
+    rows = [line.split("  ")[0] for line in text.split("Prompt caches")[0].splitlines()]
     families = {name: rule[0] for name, rule in {**few, **silly}.items()}
     for family in ("cascade", "time-boxed"):
         best = max((name for name in chosen if families.get(name) == family), key=chosen.__getitem__)
