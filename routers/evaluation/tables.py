@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from routers.evaluation.episodes import CACHES, LOST, Episodes
+from routers.evaluation.episodes import CACHES, LOST, Episodes, Kind
 from routers.evaluation.frontier import apgr, brier, calibration_error, cpt
 from routers.evaluation.statistics import LEFT_OUT, METRICS, PER_ITEMS, Estimate, Metric, Paired, Reference, sets
 
@@ -208,7 +208,8 @@ def _gains(paired: Paired) -> Section:
 def _beyond_mixing(paired: Paired) -> Section:
     """What policies reach beyond drawing lots at their own cost: the strongest opponent of each first."""
     score, curves = METRICS[0], paired.frontiers
-    routers = [name for name in paired.listed("policy", "start", "learned") if paired.played(name)]
+    kinds: tuple[Kind, ...] = ("policy", "start", "learned")
+    routers = [name for kind in kinds for name in paired.listed(kind) if paired.played(name)]
     if not curves or not routers:
         return Section("")
     rules = any(paired.curves[name] for name in paired.of_kind("rule"))
