@@ -193,22 +193,21 @@ class OneOf:
 
 
 def choice_probabilities(
-    ask: Callable[[Sequence[Request]], list[Sample]], tree: Node, context: Sequence[int], row: int
-) -> dict[str, float]:
-    """Probability of each alternative, when the policy chooses under the mask after `context`; they sum to 1.
+    ask: Callable[[Sequence[Request]], list[Sample]], choices: Sequence[tuple[Node, Sequence[int], int]]
+) -> list[dict[str, float]]:
+    """Probability of each alternative, when the policy chooses under the mask; those of a choice sum to 1.
 
     Args:
-        ask: a generator's `generate`: told the choices of a fork, it says the log-probability of each.
-        tree: of `OneOf.inside`.
-        context: ids of the prompt and of the turn up to there.
-        row: whose cache is continued.
+        ask: a generator's `generate`: told the choices of a fork, it says the log-probability of each. Asked once.
+        choices: of each (tree of `OneOf.inside`; ids of the prompt and of the turn up to there; whose cache is
+            continued).
     """
-    forks = dict(_forks(tree))
-    samples = ask([Request(row, (*context, *path), "", 1, tuple(node)) for path, node in forks.items()])
-    scores = {
-        path: dict(zip(forks[path], sample.scores, strict=True)) for path, sample in zip(forks, samples, strict=True)
-    }
-    return _products(tree, scores)
+    forks = [(n, path, node) for n, (tree, _, _) in enumerate(choices) for path, node in _forks(tree)]
+    requests = [Request(choices[n][2], (*choices[n][1], *path), "", 1, tuple(node)) for n, path, node in forks]
+    scores: list[dict[tuple[int, ...], dict[int, float]]] = [{} for _ in choices]
+    for (n, path, node), sample in zip(forks, ask(requests), strict=True):
+        scores[n][path] = dict(zip(node, sample.scores, strict=True))
+    return [_products(tree, known) for (tree, _, _), known in zip(choices, scores, strict=True)]
 
 
 def _forks(node: Node, path: tuple[int, ...] = ()) -> Iterator[tuple[tuple[int, ...], Node]]:

@@ -31,16 +31,20 @@ class Batches:
         Raises:
             RuntimeError: closed.
         """
-        future: Future[Sample] = Future()
+        return self._put([request])[0]
+
+    def ask(self, requests: Sequence[Request]) -> list[Sample]:
+        """`submit` for several, which are generated together, and wait for them."""
+        return [future.result() for future in self._put(requests)]
+
+    def _put(self, requests: Sequence[Request]) -> list[Future[Sample]]:
+        futures: list[Future[Sample]] = [Future() for _ in requests]
         with self._lock:
             if self._closed:
                 raise RuntimeError("the policy was closed")
-            self._waiting.put((request, future))
-        return future
-
-    def ask(self, requests: Sequence[Request]) -> list[Sample]:
-        """`submit` for several, and wait for them."""
-        return [future.result() for future in [self.submit(request) for request in requests]]
+            for item in zip(requests, futures, strict=True):
+                self._waiting.put(item)
+        return futures
 
     def close(self) -> None:
         """Answer what waits, then end the thread."""
@@ -53,12 +57,13 @@ class Batches:
     def _work(self) -> None:
         while (first := self._waiting.get()) is not None:
             batch = [first]
-            while len(batch) < self._size and not self._waiting.empty():
-                item = self._waiting.get()
-                if item is None:
-                    self._waiting.put(None)  # closes after this batch
-                    break
-                batch.append(item)
+            with self._lock:  # whoever asks for several has put them all
+                while len(batch) < self._size and not self._waiting.empty():
+                    item = self._waiting.get()
+                    if item is None:
+                        self._waiting.put(None)  # closes after this batch
+                        break
+                    batch.append(item)
             batch = [item for item in batch if item[1].set_running_or_notify_cancel()]
             try:
                 samples = self._generator.generate([request for request, _ in batch])

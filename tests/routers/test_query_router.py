@@ -62,6 +62,16 @@ def test_many_queries_are_decided_as_one_by_one(router: QueryRouter) -> None:
         assert all(math.isclose(one.scores[m], other.scores[m], abs_tol=1e-4) for m in one.scores)
 
 
+def test_many_take_as_many_forwards_as_one(router: QueryRouter) -> None:
+    def forwards(queries: list[str]) -> int:
+        before = router._batches._generator.forwards  # type: ignore[attr-defined]
+        router.route_all(queries)
+        return router._batches._generator.forwards - before  # type: ignore[attr-defined]
+
+    forwards(["sum of 1 and 2"] * 2)  # then the beginning of all prompts is known
+    assert forwards(["sum of 1 and 2"] * 8) == forwards(["sum of 1 and 2"])
+
+
 def test_members_can_be_dropped_for_a_call_and_at_load(router: QueryRouter, policy: Path) -> None:
     decision = router.route("name a river", members=["small", "small-maths"])
     assert decision.member in ("small", "small-maths") and set(decision.scores) == {"small", "small-maths"}

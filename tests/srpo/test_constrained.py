@@ -140,7 +140,7 @@ def test_probabilities_sum_to_one_and_are_what_is_sampled(tokenizer, names):
     opening = tokenizer("why <route>", add_special_tokens=False)["input_ids"]
     length, tree = names.inside(opening)
     assert length == len(opening)
-    found = choice_probabilities(generator(tokenizer, network).generate, tree, opening, 0)
+    [found] = choice_probabilities(generator(tokenizer, network).generate, [(tree, opening, 0)])
     assert set(found) == set(NAMES) and math.isclose(sum(found.values()), 1.0, abs_tol=1e-9)
     for name in NAMES:  # by hand: one full forward, renormalised at each step over what was allowed there
         path = names.spelling(tree, name)
@@ -177,7 +177,7 @@ def test_one_choice_needs_no_forward():
     tokenizer = TOKENIZERS["tags are tokens"]()
     only = OneOf(tokenizer, "<route>", ["small"], ["</route>"])
     ids = tokenizer("<route>", add_special_tokens=False)["input_ids"]
-    assert choice_probabilities(lambda requests: [], only.inside(ids)[1], ids, 0) == {"small": 1.0}
+    assert choice_probabilities(lambda requests: [], [(only.inside(ids)[1], ids, 0)]) == [{"small": 1.0}]
 
 
 def test_several_closings_of_one_alternative():
@@ -185,7 +185,8 @@ def test_several_closings_of_one_alternative():
     names = OneOf(tokenizer, "<search>", ["a", "ab"], [":", "</search>"])
     ids = tokenizer("<search>a", add_special_tokens=False)["input_ids"]
     assert {text_of(tokenizer, [i]) for i in names.after(ids)} == {"b", ":", "<"}
-    found = choice_probabilities(generator(tokenizer, policy(tokenizer)).generate, names.inside(ids)[1], ids[:-1], 0)
+    ask = generator(tokenizer, policy(tokenizer)).generate
+    [found] = choice_probabilities(ask, [(names.inside(ids)[1], ids[:-1], 0)])
     assert set(found) == {"a", "ab"} and math.isclose(sum(found.values()), 1.0)
 
 

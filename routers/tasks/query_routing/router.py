@@ -21,7 +21,7 @@ from routers.language.grammar import parse
 from routers.language.prompts import stated_cost_weight
 from routers.router import CannotDo, Decision, Router, RouterFile, check_queries, members_now
 from routers.tasks.query_routing.settings import KIND, QuerySettings
-from srpo.rollout.constrained import OneOf, choice_probabilities
+from srpo.rollout.constrained import Node, OneOf, choice_probabilities
 from srpo.rollout.generator import Request, TransformersGenerator
 from srpo.rollout.sampling import Sampling, text_of
 from srpo.rollout.shared import Batches, load_checkpoint
@@ -158,19 +158,27 @@ class QueryRouter(Router):
                 for row, prompt in zip(rows, prompts, strict=True)
             ]
         )
+        begun = {n: found for n, turn in enumerate(turns) if (found := mask.inside(turn.ids)) is not None}
+        forks = [(tree, [*prompts[n], *turns[n].ids[:length]], rows[n]) for n, (length, tree) in begun.items()]
+        chosen = dict(zip(begun, choice_probabilities(self._batches.ask, forks) if forks else (), strict=True))
         return [
-            self._decision(row, prompt, list(turn.ids), mask, pool)
-            for row, prompt, turn in zip(rows, prompts, turns, strict=True)
+            self._decision(prompts[n], list(turn.ids), begun.get(n), chosen.get(n, {}), mask, pool)
+            for n, turn in enumerate(turns)
         ]
 
     def _decision(
-        self, row: int, prompt: Sequence[int], turn: list[int], mask: OneOf, pool: Sequence[Member]
+        self,
+        prompt: Sequence[int],
+        turn: list[int],
+        begun: tuple[int, Node] | None,
+        found: Mapping[str, float],
+        mask: OneOf,
+        pool: Sequence[Member],
     ) -> Decision:
         members = {member.name: member for member in pool}
-        begun, scores, chosen = mask.inside(turn), dict.fromkeys(members, 0.0), None
+        scores, chosen = {**dict.fromkeys(members, 0.0), **found}, None
         if begun is not None:
             length, tree = begun
-            scores |= choice_probabilities(self._batches.ask, tree, [*prompt, *turn[:length]], row)
             chosen = max(members, key=lambda name: scores[name])  # of equals the one that is shown first
             turn = [*turn[:length], *mask.spelling(tree, chosen)]
         text = opened_by(self._tokenizer, prompt) + text_of(self._tokenizer, turn)

@@ -17,6 +17,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from contextvars import copy_context
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -174,7 +175,7 @@ class RouterAgent(Router):
         if begun := self._mask.inside(turn.ids):
             length, tree = begun
             context_ids = [*prompt, *turn.ids[:length]]
-            found = choice_probabilities(self._batches.ask, tree, context_ids, next(self._numbers))
+            [found] = choice_probabilities(self._batches.ask, [(tree, context_ids, next(self._numbers))])
             scores = {name: found.get(name, 0.0) + found.get(f" {name}", 0.0) for name in names}
         text = opened_by(self._tokenizer, prompt) + text_of(self._tokenizer, turn.ids)
         action = parse_turn(text, names, self.settings.grammar, forward_empty=self.settings.forward_empty)
@@ -282,7 +283,10 @@ class RouterAgent(Router):
         """`answer` for asyncio. Cancelled, it ends at once where it waits, for a member too; a turn of the policy that
         is being written is the last."""
         interest = _Interest()
-        future = self._threads.submit(self._play, interest, question, max_cost_usd, cost_weight, on_turn, drawing)
+        play = copy_context().run  # so that calls of members know whose they are
+        future = self._threads.submit(
+            play, self._play, interest, question, max_cost_usd, cost_weight, on_turn, drawing
+        )
         try:
             return await asyncio.wrap_future(future)
         except asyncio.CancelledError:
