@@ -1,6 +1,6 @@
 """The pool of models that a policy calls: ask(member, query, deadline) -> Reply, with limits, cache and ledger."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from routers.data.catalogue import Member
 from routers.pool.cache import ReplyCache
@@ -19,13 +19,17 @@ def live_pool(
     cache: ReplyCache | None = None,
     retry: Retry | None = None,
     agent_prompt: str = AGENT_PROMPT,
+    endpoint: Callable[[Member, str], Endpoint] = Endpoint,
 ) -> Pool:
     """Every member of a catalogue behind its OpenAI-compatible endpoint.
+
+    Args:
+        endpoint: made of a member and the agent prompt.
 
     Raises:
         ValueError: a member without ``base_url``, or whose key's environment variable is not set.
     """
-    backends = {name: Endpoint(member, agent_prompt) for name, member in catalogue.items()}
+    backends = {name: endpoint(member, agent_prompt) for name, member in catalogue.items()}
     return Pool(catalogue, backends, ledger=ledger, cache=cache, retry=retry)
 
 

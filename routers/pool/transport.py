@@ -18,6 +18,7 @@ import weakref
 import zlib
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -40,6 +41,9 @@ _HEADERS = {
     "Content-Type": "application/json",
     "User-Agent": "srpo",
 }
+TRACE: ContextVar[Mapping[str, str]] = ContextVar("trace", default={})  # noqa: B039  (nobody writes into it)
+"""Headers of the requests that this task sends: who asks, for whoever follows calls through several servers
+(`routers.serving.tracing`)."""
 
 
 class Refused(Exception):
@@ -158,7 +162,7 @@ class Transport:
         """``post`` for a body that is read piece by piece; ``timeout`` covers the reading too (None: no limit of its
         own), and bytes are sent as they are. Leaving the context before the end of the body, or being cancelled,
         closes the connection."""
-        headers = {} if key is None else {"Authorization": Secret(f"Bearer {key}")}
+        headers = {**TRACE.get(), **({} if key is None else {"Authorization": Secret(f"Bearer {key}")})}
         data = body if isinstance(body, bytes) else _written(body)
         limit = aiohttp.ClientTimeout(total=timeout, ceil_threshold=math.inf)
         here, url = self._here(), self.url

@@ -32,7 +32,7 @@ from routers.serving.chat import ChatRequest, refuse_others, text_of
 from routers.serving.errors import RequestError
 from routers.serving.fields import AGENT_FIELDS
 from routers.serving.metrics import ServerMetrics
-from routers.serving.served import Served, Spent, counted, new_head
+from routers.serving.served import Served, Spent, Text, counted, new_head
 from srpo.types import Usage
 from srpo.well_formed import well_formed
 
@@ -90,22 +90,22 @@ class AgentWorker:
         if agent.pool is not None:
             self.metrics.follow(agent.pool.ledger)
 
-    def reads(self, asked: ChatRequest) -> str:
+    def reads(self, asked: ChatRequest) -> Text:
         refuse_others(asked, AGENT_FIELDS, _WHO)
         if asked.body.get("n", 1) != 1:
             raise RequestError(400, f"{_WHO} gives one answer: 'n' must be 1", "n", "unsupported_parameter")
-        return question_of(asked.messages)
+        return Text(question_of(asked.messages))
 
     @asynccontextmanager
-    async def serve(self, asked: ChatRequest, spent: Spent) -> AsyncIterator[Served]:
-        question, cost, loop = self.reads(asked), _Cost(), asyncio.get_running_loop()
+    async def serve(self, asked: ChatRequest, read: Text, spent: Spent) -> AsyncIterator[Served]:
+        cost, loop = _Cost(), asyncio.get_running_loop()
         spent.call = cost
         turns: asyncio.Queue[str | None] = asyncio.Queue()
 
         def told(text: str) -> None:
             loop.call_soon_threadsafe(turns.put_nowait, text)
 
-        answering = asyncio.ensure_future(self._answer(question, asked, cost, spent, told))
+        answering = asyncio.ensure_future(self._answer(read.text, asked, cost, spent, told))
         answering.add_done_callback(lambda _: turns.put_nowait(None))
         try:
             if asked.stream:

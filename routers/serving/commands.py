@@ -8,6 +8,7 @@ r"""Serve a trained router on an OpenAI-compatible endpoint: its decisions carri
     curl localhost:8000/v1/chat/completions -H 'Content-Type: application/json' \
       -d '{"model": "router", "max_cost_usd": 0.001, "messages": [{"role": "user", "content": "Calculate 12 - 8"}]}'
 
+OTEL_EXPORTER_OTLP_ENDPOINT says where spans go, with the extra `otel` (see `routers.serving.tracing`).
 `usage.cost_usd` of a reply says what it cost. `--keys` says who may ask, and how much (see `routers.serving.keys`).
 SIGTERM stops the server when all that has arrived is answered, or after --drain-seconds. Needs the extra: pip install
 'srpo[serve]'.
@@ -15,6 +16,7 @@ SIGTERM stops the server when all that has arrived is answered, or after --drain
 
 import argparse
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,8 @@ from typing import Any
 from routers.serving.making import make_worker, router_arguments, serving_arguments
 from srpo.ranges import at_least, between, ranged
 from srpo.run.processes import set_imports_aside
+
+_RECEIVERS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 
 
 def _on_a_line(prog: str) -> argparse.HelpFormatter:
@@ -53,13 +57,37 @@ def main(argv: Sequence[str] | None = None) -> None:
     from routers.serving.lifecycle import serve as serve_app
     from routers.serving.server import create_app, make_gate
 
-    keys = make_keys(args)
-    worker = make_worker(args, args.name)
+    keys, tracing = make_keys(args), make_tracing()
+    worker = make_worker(args, args.name, tracing)
     limits = GateLimits(question_tokens=args.question_tokens, queue_tokens=args.queue_tokens)
     gate = make_gate(worker, keys, limits)
-    app = create_app(worker, name=args.name, gate=gate, public_metrics=args.public_metrics, ui=args.ui)
+    shown = {"public_metrics": args.public_metrics, "ui": args.ui}
+    app = create_app(worker, name=args.name, gate=gate, **shown, tracing=tracing)
     set_imports_aside()
     serve_app(app, keys, host=args.host, port=args.port, limits=ConnectionLimits(drain=args.drain_seconds))
+
+
+def make_tracing() -> Any:
+    """`Tracing`, where OpenTelemetry's variables name a receiver; None: they do not, or say so, or it cannot be.
+
+    The variables may be meant for every program of a machine, so what is missing here is said and ends nothing.
+    """
+    told = os.environ.get
+    kind, off = told("OTEL_TRACES_EXPORTER", "otlp"), told("OTEL_SDK_DISABLED", "").lower() == "true"
+    if off or kind == "none" or not any(told(name) for name in _RECEIVERS):
+        return None
+    protocol = told("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL") or told("OTEL_EXPORTER_OTLP_PROTOCOL") or "http/protobuf"
+    if (kind, protocol) != ("otlp", "http/protobuf"):
+        why = f"the exporter is {kind} over {protocol}, and only otlp over http/protobuf is here"
+    else:
+        try:
+            from routers.serving.tracing import Tracing
+        except ImportError:
+            why = "pip install 'srpo[otel]'"
+        else:
+            return Tracing()
+    print(f"srpo serve: OTEL_EXPORTER_OTLP_ENDPOINT is set, and no spans are sent: {why}", file=sys.stderr)
+    return None
 
 
 def make_keys(args: argparse.Namespace) -> Any:

@@ -8,7 +8,7 @@
 
 What is wrong with a request is a `RequestError` before anything works for it:
 
-    401  no key, or a wrong one                          413  more bytes, characters or tokens than are taken
+    401  no key, or a wrong one; 403: no admin's         413  more bytes, characters or tokens than are taken
     400  no UTF-8, no JSON, or JSON that others choke on 415  a body that is packed
     408  a body that does not arrive                     429  rate, budget or queue of the key, with Retry-After
 
@@ -163,11 +163,14 @@ class Gate:
         spent = "Spent of them, and set aside."
         self.metrics.watch("router_budget_spent_usd", spent, lambda: keys.budgets(spent=True), *whose)
 
-    def authorise(self, headers: Mapping[str, str]) -> Key:
+    def authorise(self, headers: Mapping[str, str], *, admin: bool = False) -> Key:
         """Whose request this is.
 
+        Args:
+            admin: it asks for what not every key may see.
+
         Raises:
-            RequestError: 401.
+            RequestError: 401, or 403.
         """
         scheme, _, given = headers.get("authorization", "").partition(" ")
         given = given.strip() if scheme.lower() == "bearer" else ""
@@ -177,6 +180,9 @@ class Gate:
                 "key", RequestError(401, "the API key is missing or wrong", code="invalid_api_key",
                                     headers={"WWW-Authenticate": "Bearer"}),
             )  # fmt: skip
+        if admin and not key.limits.admin:
+            words = f"key {key.name!r} may not see the numbers of the whole server; `admin: true` in the file of keys "
+            raise self._refusal("key", RequestError(403, f"{words}lets it", code="insufficient_permissions"))
         return key
 
     async def body(self, request: Request) -> Any:

@@ -9,6 +9,7 @@ r"""Who may ask, and how much: API keys by name, each with its own budgets and r
         usd_total: 100.0                         # since `spending.json` began; without that file, since the start
         usd_per_request: 0.05                    # cap of each; without it a hundredth of the smaller budget
         requests_per_minute: 120                 # in any 60 seconds
+        admin: true                              # sees /metrics and /ui, which are of the whole server
       team-b:
         sha256: [2c26b46b68ffc68ff9..., fcde2b2edba56bf408...]   # old and new, while clients change over
 
@@ -57,7 +58,7 @@ class KeyLimits:
     """What a key may use. None: no limit.
 
     Raises:
-        ValueError: a number out of its range.
+        ValueError: a number out of its range, or `admin` that is no truth value.
     """
 
     RANGES: ClassVar[Ranges] = {
@@ -71,9 +72,13 @@ class KeyLimits:
     usd_total: float | None = None
     usd_per_request: float | None = None
     requests_per_minute: int | None = None
+    admin: bool = False
+    """Sees the numbers of the whole server: names of keys, their budgets, who answered."""
 
     def __post_init__(self) -> None:
         check_numbers(self)
+        if not isinstance(self.admin, bool):
+            raise ValueError("admin must be true or false")
 
     @property
     def request_usd(self) -> float:
@@ -248,7 +253,7 @@ class Keys:
         """Anybody may ask."""
         before = self._read_spending()
         if self._path is None:
-            self._known[ANYONE] = Key(ANYONE, clock=clock)
+            self._known[ANYONE] = Key(ANYONE, KeyLimits(admin=True), clock)
         else:
             self._stamp = self._now_stamp()
             self._take(read_keys(self._path))
@@ -258,7 +263,7 @@ class Keys:
 
     @classmethod
     def single(cls, secret: str) -> Keys:
-        """One key without limits, named `ANYONE`."""
+        """One key without limits, named `ANYONE`, which may see everything."""
         keys = cls()
         keys.open = False
         keys._digests = {_digest(secret.encode()): keys._known[ANYONE]}

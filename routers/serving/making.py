@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from routers.data.catalogue import load_catalogue
 from routers.data.table import load_table, quickstart_table
-from routers.pool import Ledger, Pool, ReplyCache, live_pool, recorded_pool
+from routers.pool import Endpoint, Ledger, Pool, ReplyCache, live_pool, recorded_pool
 from routers.pool.passthrough import Passthrough
 from routers.router import RouterFile, load_router, members_now, read_router
 from routers.serving.agent import AgentWorker
@@ -20,6 +21,9 @@ from routers.serving.served import Worker
 from routers.serving.stand_ins import NameOnly, RecordedReplies
 from srpo.quarantine import MAX_BAD_SHARE
 from srpo.ranges import at_least, between, ranged
+
+if TYPE_CHECKING:
+    from routers.serving.tracing import Tracing
 
 
 def router_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,6 +48,7 @@ def serving_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--safe-member", help="who gets what a query router abstains from; without it that is a 422")
     parser.add_argument("--conversation-cap", type=usd, help="of a step router: hard limit of an agent's conversation")
     parser.add_argument("--conversation-unit", choices=("usd", "large_calls"), help="of that cap; default: as trained")
+    parser.add_argument("--conversations", type=Path, help="of a step router: file that keeps them over restarts")
     parser.add_argument("--sticky-usd", type=usd, help="of a step router: what certainty must be worth for a switch")
 
 
@@ -67,29 +72,31 @@ def make_router(args: argparse.Namespace) -> Any:
     return Forwarder(router, forwarding_pool(router.members, ledger, _cache(args)))
 
 
-def make_worker(args: argparse.Namespace, name: str) -> Worker:
+def make_worker(args: argparse.Namespace, name: str, tracing: Tracing | None = None) -> Worker:
     """For `srpo serve`: who answers its requests, under this name.
 
     Args:
         args: of `router_arguments` and `serving_arguments`.
+        tracing: makes a span of each attempt at a member; None: nobody does.
 
     Raises:
         ValueError: options that do not go together, or an agent or a step router without a pool.
     """
     file = _checked(args)
     if file.kind == "step_routing":
-        return _step_worker(args, file, name)
-    if any(one is not None for one in (args.conversation_cap, args.conversation_unit, args.sticky_usd)):
+        return _step_worker(args, file, name, tracing)
+    given = (args.conversation_cap, args.conversation_unit, args.conversations, args.sticky_usd)
+    if any(one is not None for one in given):
         raise ValueError(
-            f"a router of kind {file.kind} keeps no conversations: leave --conversation-cap, --conversation-unit and "
-            "--sticky-usd out"
+            f"a router of kind {file.kind} keeps no conversations: leave --conversation-cap, --conversation-unit, "
+            "--conversations and --sticky-usd out"
         )
     if file.kind == "think_route":
         if not (args.catalogue or args.table):
             raise ValueError("an agent answers with a pool: give --catalogue or --table")
         if args.safe_member:
             raise ValueError("an agent answers by itself: leave --safe-member out")
-        return AgentWorker(_agent(args, file), name)
+        return AgentWorker(_agent(args, file, tracing), name)
     if args.reply_cache:
         raise ValueError("a server in front of members keeps no replies: leave --reply-cache out")
     router, ledger = _query_router(args, file)
@@ -98,7 +105,8 @@ def make_worker(args: argparse.Namespace, name: str) -> Worker:
         pool = recorded(args, [member.name for member in router.members], ledger)
         lines = {member.name: RecordedReplies(pool, member.name) for member in router.members}
     elif with_endpoints(router.members):
-        lines = {member.name: Passthrough(member, ledger) for member in router.members}
+        line = Passthrough if tracing is None else tracing.passthrough
+        lines = {member.name: line(member, ledger) for member in router.members}
     else:
         lines = {member.name: NameOnly(member.name) for member in router.members}
     return Proxy(router, lines, ledger, name, safe=args.safe_member)
@@ -111,9 +119,10 @@ def _checked(args: argparse.Namespace) -> RouterFile:
     return file
 
 
-def _step_worker(args: argparse.Namespace, file: RouterFile, name: str) -> Worker:
+def _step_worker(args: argparse.Namespace, file: RouterFile, name: str, tracing: Tracing | None) -> Worker:
     from routers.serving.steps import StepProxy
     from routers.tasks.step_routing.conversations import Conversations
+    from routers.tasks.step_routing.kept import Kept
 
     if args.table or args.members or args.reply_cache or args.safe_member or not args.catalogue:
         raise ValueError(
@@ -126,10 +135,31 @@ def _step_worker(args: argparse.Namespace, file: RouterFile, name: str) -> Worke
         raise ValueError(f"{args.catalogue}: there is no member {missing[0]!r}, which the router was trained with")
     members = {member: catalogue[member] for member in names}
     ledger = Ledger(args.max_total_usd, _own_price(args, router.settings.policy_price))
+    kept = None
+    if args.conversations:
+        unit = args.conversation_unit or router.settings.unit
+        kept = Kept(args.conversations, f"{unit} of {_fingerprint(args.model)}")
     decisions = Conversations(
-        router, cap=args.conversation_cap, unit=args.conversation_unit, members=members, worth_usd=args.sticky_usd
+        router,
+        cap=args.conversation_cap,
+        unit=args.conversation_unit,
+        members=members,
+        worth_usd=args.sticky_usd,
+        kept=kept,
     )
-    return StepProxy(decisions, {one: Passthrough(member, ledger) for one, member in members.items()}, ledger, name)
+    line = Passthrough if tracing is None else tracing.passthrough
+    return StepProxy(decisions, {one: line(member, ledger) for one, member in members.items()}, ledger, name)
+
+
+def _fingerprint(model: str) -> str:
+    """Of what the ids in a conversation mean: a router's settings, and its tokenizer."""
+    from srpo.rollout.shared import find_file  # imports torch
+
+    found = hashlib.sha256()
+    for name in ("router.yaml", "tokenizer.json"):
+        if (path := find_file(model, name)) is not None:
+            found.update(path.read_bytes())
+    return found.hexdigest()
 
 
 def _own_price(args: argparse.Namespace, trained: tuple[float, float]) -> tuple[float, float]:
@@ -150,7 +180,7 @@ def _query_router(args: argparse.Namespace, file: RouterFile) -> tuple[Any, Ledg
     return router, Ledger(args.max_total_usd, own)
 
 
-def _agent(args: argparse.Namespace, file: RouterFile) -> Any:
+def _agent(args: argparse.Namespace, file: RouterFile, tracing: Tracing | None = None) -> Any:
     from routers.tasks.think_route.settings import KIND, AgentSettings
 
     ledger = Ledger(args.max_total_usd, (args.policy_price_in or 0.0, args.policy_price_out or 0.0))
@@ -159,7 +189,9 @@ def _agent(args: argparse.Namespace, file: RouterFile) -> Any:
         asked = recorded(args, args.members or [member.name for member in trained] or None, ledger)
     elif args.catalogue:
         members = members_now(trained, args.members, args.catalogue)
-        asked = live_pool({member.name: member for member in members}, ledger=ledger, cache=_cache(args))
+        endpoint = Endpoint if tracing is None else tracing.endpoint
+        named = {member.name: member for member in members}
+        asked = live_pool(named, ledger=ledger, cache=_cache(args), endpoint=endpoint)
     return load_router(args.model, members=args.members, pool=asked)
 
 

@@ -21,7 +21,7 @@ from routers.serving.chat import ChatRequest
 from routers.serving.decisions import Decisions
 from routers.serving.errors import RequestError
 from routers.serving.front import Front, Line, Reply
-from routers.serving.served import Served, Spent
+from routers.serving.served import Served, Spent, Text
 from srpo.well_formed import well_formed
 
 
@@ -56,12 +56,12 @@ class Proxy(Front):
         self.count_tokens = router.count_tokens
         self._decisions = Decisions(router, metrics=self.metrics)
 
-    def reads(self, asked: ChatRequest) -> str:
-        return well_formed(asked.query)
+    def reads(self, asked: ChatRequest) -> Text:
+        return Text(well_formed(asked.query))
 
     @asynccontextmanager
-    async def serve(self, asked: ChatRequest, spent: Spent) -> AsyncIterator[Served]:
-        decision = await self._route(asked)
+    async def serve(self, asked: ChatRequest, read: Text, spent: Spent) -> AsyncIterator[Served]:
+        decision = await self._route(asked, read.text)
         spent.policy_usd = self.ledger.policy(decision.prompt_tokens, decision.completion_tokens)
         told: dict[str, Any] = {"member": None, "scores": dict(decision.scores), "decision": decision.text}
         told["tried"] = []
@@ -73,24 +73,30 @@ class Proxy(Front):
             words = f"the router chose no member: {decision.error}"
             raise RequestError(422, words, code="no_member", srpo=self.costs(told, spent))
         async with AsyncExitStack() as stack:
-            spent.call = reply = await self._answering(stack, asked, decision, spent, told)
+            spent.call = reply = await self._answering(stack, asked, read.text, decision, spent, told)
             yield self.served(reply, asked, told, spent)
 
-    async def _route(self, asked: ChatRequest, members: Sequence[str] | None = None) -> Decision:
+    async def _route(self, asked: ChatRequest, query: str, members: Sequence[str] | None = None) -> Decision:
         try:
-            return await self._decisions.decide(self.reads(asked), cost_weight=asked.cost_weight, members=members)
+            return await self._decisions.decide(query, cost_weight=asked.cost_weight, members=members)
         except ValueError as error:
             param = None if asked.cost_weight is None else "cost_weight"
             raise RequestError(400, str(error), param, "invalid_value") from None
 
     async def _answering(
-        self, stack: AsyncExitStack, asked: ChatRequest, decision: Decision, spent: Spent, told: dict[str, Any]
+        self,
+        stack: AsyncExitStack,
+        asked: ChatRequest,
+        query: str,
+        decision: Decision,
+        spent: Spent,
+        told: dict[str, Any],
     ) -> Reply:
         """The reply of the first member in the router's order that answers; `told` learns who was tried."""
         failed: Failed | None = None
         declined: Declined | None = None
         refused: Refusal | None = None
-        async for name in self._order(asked, decision):
+        async for name in self._order(asked, query, decision):
             line = self.lines[name]
             if (refusal := line.refusal(asked.body)) is not None:
                 refused = refused or refusal
@@ -113,7 +119,7 @@ class Proxy(Front):
                 return reply
         raise self.without_reply(failed or declined or refused, told, spent)
 
-    async def _order(self, asked: ChatRequest, decision: Decision) -> AsyncIterator[str]:
+    async def _order(self, asked: ChatRequest, query: str, decision: Decision) -> AsyncIterator[str]:
         """The router's choice, then by its probabilities; a router that states none is asked again without those."""
         left = [name for name in self.lines if name not in decision.members]
         for name in decision.members:
@@ -122,7 +128,7 @@ class Proxy(Front):
             if all(name in decision.scores for name in left):
                 best: str | None = max(left, key=lambda name: decision.scores[name])
             else:
-                best = (await self._route(asked, left)).member
+                best = (await self._route(asked, query, left)).member
             if best is None:
                 return
             left.remove(best)

@@ -50,6 +50,20 @@ class Served:
     """Of a stream, ``chat.completion.chunk``; None among them: nothing new, but all is well."""
 
 
+class Reading(Protocol):
+    """What a policy reads of a request."""
+
+    @property
+    def text(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Text:
+    """A `Reading` that is no more than its text."""
+
+    text: str
+
+
 class Worker(Protocol):
     """Answers chat requests: a router with its members, or an agent."""
 
@@ -60,11 +74,12 @@ class Worker(Protocol):
     def count_tokens(self, text: str) -> int:
         """Of what the policy reads; from any thread."""
 
-    def reads(self, asked: ChatRequest) -> str:
+    def reads(self, asked: ChatRequest) -> Reading:
         """What the policy will read of a request; RequestError if the request cannot be answered."""
 
-    def serve(self, asked: ChatRequest, spent: Spent) -> AbstractAsyncContextManager[Served]:
-        """Answer. RequestError before the reply begins, and out of its chunks where it breaks off."""
+    def serve(self, asked: ChatRequest, read: Any, spent: Spent) -> AbstractAsyncContextManager[Served]:
+        """Answer a request, of which this is `read`. RequestError before the reply begins, and out of its chunks where
+        it breaks off."""
 
     async def aclose(self) -> None:
         """Finish, and give back threads and connections."""

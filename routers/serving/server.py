@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, PlainTextResponse, Response
@@ -31,6 +31,11 @@ from routers.serving.served import Spent, Worker
 from routers.serving.shapes import ChatShape, Shape, json_bytes
 from routers.serving.watch import LEFT, Watch
 
+if TYPE_CHECKING:
+    from routers.serving.tracing import Tracing
+
+Tell = Callable[[str, Spent, float, int], None]
+"""See `Recent.add`."""
 _EVENTS = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-store"}
 
 
@@ -41,8 +46,9 @@ def create_app(
     gate: Gate | None = None,
     public_metrics: bool = False,
     ui: bool = False,
+    tracing: Tracing | None = None,
 ) -> Watch:
-    """The application; closes the worker when it shuts down.
+    """The application; closes the worker, and what traces it, when it shuts down.
 
     Args:
         worker: who answers.
@@ -50,14 +56,18 @@ def create_app(
         gate: who may ask, and how much (see `make_gate`); None: anybody, within its limits.
         public_metrics: `/metrics`, and what `/ui` shows, need no key.
         ui: there is a page to watch it by, `/ui`.
+        tracing: makes spans of its requests; None: nobody does.
     """
     recent = Recent() if ui else None
+    tell: list[Tell] = [one.add for one in (recent, tracing) if one is not None]
     door = gate or make_gate(worker)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
         await worker.aclose()
+        if tracing is not None:
+            await tracing.aclose()
 
     app = FastAPI(title="srpo router", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
 
@@ -78,7 +88,7 @@ def create_app(
     @app.get("/metrics")
     async def numbers(request: Request) -> PlainTextResponse:
         if not public_metrics:
-            door.authorise(request.headers)
+            door.authorise(request.headers, admin=True)
         return PlainTextResponse(door.metrics.text(), media_type="text/plain; version=0.0.4")
 
     @app.get("/v1/models")
@@ -103,7 +113,7 @@ def create_app(
         @app.get("/ui/decisions")
         async def decided(request: Request) -> Response:
             if not public_metrics:
-                door.authorise(request.headers)
+                door.authorise(request.headers, admin=True)
             return Response(json_bytes(recent.listed()), media_type="application/json")
 
     @app.get("/openapi.json")
@@ -118,16 +128,16 @@ def create_app(
     async def chat(request: Request) -> Response:
         key = door.authorise(request.headers)
         asked = read_chat(await door.body(request), name, request.headers.get(CONVERSATION_HEADER))
-        return _Reply(worker, door, key, asked, ChatShape(), recent)
+        return _Reply(worker, door, key, asked, ChatShape(), tell)
 
     @app.post("/v1/responses", response_model=None)
     async def respond(request: Request) -> Response:
         key = door.authorise(request.headers)
         document = await door.body(request)
         asked = read_chat(chat_of(document), name, request.headers.get(CONVERSATION_HEADER))
-        return _Reply(worker, door, key, asked, ResponseShape(document, name), recent)
+        return _Reply(worker, door, key, asked, ResponseShape(document, name), tell)
 
-    return Watch(app, door)
+    return Watch(app, door, tracing)
 
 
 def make_gate(worker: Worker, keys: Keys | None = None, limits: GateLimits | None = None) -> Gate:
@@ -149,11 +159,11 @@ class _Reply(Response):
     """Does its work while it is sent, so that what admits a request spans all of it, a stream too."""
 
     def __init__(
-        self, worker: Worker, gate: Gate, key: Key, asked: ChatRequest, shape: Shape, recent: Recent | None
+        self, worker: Worker, gate: Gate, key: Key, asked: ChatRequest, shape: Shape, tell: Sequence[Tell]
     ) -> None:
         super().__init__()
         self._worker, self._gate, self._key, self._asked, self._shape = worker, gate, key, asked, shape
-        self._recent, self._status = recent, LEFT
+        self._tell, self._status = tell, LEFT
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         spent, started = Spent(), time.monotonic()
@@ -163,15 +173,15 @@ class _Reply(Response):
             self._status = error.status
             raise
         finally:
-            if self._recent is not None:
-                self._recent.add(self._key.name, spent, time.monotonic() - started, self._status)
+            for tell in self._tell:
+                tell(self._key.name, spent, time.monotonic() - started, self._status)
 
     async def _answer(self, spent: Spent, scope: Scope, receive: Receive, send: Send) -> None:
-        text = self._worker.reads(self._asked)
-        async with self._gate.admitted(self._key, text, at_most=self._asked.max_cost_usd) as ticket:
+        read = self._worker.reads(self._asked)
+        async with self._gate.admitted(self._key, read.text, at_most=self._asked.max_cost_usd) as ticket:
             asked = self._asked if math.isinf(ticket.max_usd) else replace(self._asked, max_cost_usd=ticket.max_usd)
             try:
-                async with self._worker.serve(asked, spent) as served:
+                async with self._worker.serve(asked, read, spent) as served:
                     headers, document = served.headers, served.document
                     if served.chunks is not None:
                         await send(_start(200, {**headers, **_EVENTS}))

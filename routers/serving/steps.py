@@ -20,7 +20,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, cast
 
-from routers.language.digest import digest
+from routers.language.digest import Digest, digest
 from routers.pool import Ledger
 from routers.pool.call import Declined, Failed
 from routers.pool.protocol import OVER_BUDGET
@@ -58,13 +58,13 @@ class StepProxy(Front):
         self.router = cast(Any, conversations.router)
         self.count_tokens = self.router.count_tokens
 
-    def reads(self, asked: ChatRequest) -> str:
-        return digest(asked.messages, asked.body.get("tools")).text
+    def reads(self, asked: ChatRequest) -> Digest:
+        return digest(asked.messages, asked.body.get("tools"))
 
     @asynccontextmanager
-    async def serve(self, asked: ChatRequest, spent: Spent) -> AsyncIterator[Served]:
+    async def serve(self, asked: ChatRequest, read: Digest, spent: Spent) -> AsyncIterator[Served]:
         asked = asked.without_conversation()
-        call = await self._decided(asked, spent)
+        call = await self._decided(asked, read, spent)
         spent.policy_usd = self.ledger.policy(call.prompt_tokens, call.completion_tokens)
         turn = _Turn(self.conversations, call)
         spent.told = turn.told
@@ -76,7 +76,7 @@ class StepProxy(Front):
             more = {"x-srpo-conversation": call.conversation}
             yield self.served(reply, asked, turn.told, spent, turn.over, more)
 
-    async def _decided(self, asked: ChatRequest, spent: Spent) -> Call:
+    async def _decided(self, asked: ChatRequest, read: Digest, spent: Spent) -> Call:
         refusals = {name: line.refusal(asked.body) for name, line in self.lines.items()}
         bounds = {name: line.bound(asked.body) for name, line in self.lines.items()}
         able = [name for name, why in refusals.items() if why is None]
@@ -96,6 +96,7 @@ class StepProxy(Front):
                 conversation=asked.conversation,
                 bounds=bounds,
                 among=fitting,
+                read=read,
             )
         except ValueError as error:
             raise RequestError(400, str(error), "messages", "invalid_value") from None
@@ -129,6 +130,7 @@ class StepProxy(Front):
     async def aclose(self) -> None:
         await self.router.aclose()
         await super().aclose()
+        self.conversations.close()
 
 
 class _Turn:

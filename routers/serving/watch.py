@@ -11,12 +11,16 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
 
 from routers.serving.errors import RequestError
 from routers.serving.gate import Gate
 from routers.serving.metrics import OTHER
 from routers.serving.shapes import json_bytes
+
+if TYPE_CHECKING:
+    from routers.serving.tracing import Tracing
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -34,10 +38,11 @@ class Watch:
     Args:
         app: any ASGI application.
         gate: knows which requests wait; its metrics count requests by their path, if it is one of `WORK`, and status.
+        tracing: makes a span of each of these; None: nobody does.
     """
 
-    def __init__(self, app: App, gate: Gate) -> None:
-        self._app, self.gate, self.metrics = app, gate, gate.metrics
+    def __init__(self, app: App, gate: Gate, tracing: Tracing | None = None) -> None:
+        self._app, self.gate, self.metrics, self._tracing = app, gate, gate.metrics, tracing
         self._served: set[_Served] = set()
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
@@ -48,8 +53,10 @@ class Watch:
         started = time.monotonic()
         self._served.add(served)
         self.metrics.began(kind)
+        tracing = None if kind == OTHER else self._tracing
         try:
-            await served.run(self._app, scope)
+            with nullcontext() if tracing is None else tracing.request(scope, served):
+                await served.run(self._app, scope)
         finally:
             self._served.discard(served)
             if served.cut == "left":

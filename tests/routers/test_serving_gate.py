@@ -179,6 +179,7 @@ def test_a_limit_below_what_is_spent_leaves_nothing_and_a_higher_one_no_more_tha
         (f"keys: {{a: {{sha256: {digest('x')}, usd_total: -1}}}}", "usd_total=-1: must be at least 0"),
         (f"keys: {{a: {{sha256: {digest('x')}, usd_per_day: .nan}}}}", "usd_per_day=nan"),
         (f"keys: {{a: {{sha256: {digest('x')}, requests_per_minute: 1.5}}}}", "must be a whole number"),
+        (f"keys: {{a: {{sha256: {digest('x')}, admin: 1}}}}", "admin must be true or false"),
         (f"keys: {{a: {{sha256: {digest('x')}}}, b: {{sha256: [{digest('x')}]}}}}", "b and a have the same key"),
         (f"keys: {{a: {{sha256: {digest('x')}}}, a: {{}}}}", "the key 'a' was already written"),
     ],

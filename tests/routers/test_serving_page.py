@@ -65,6 +65,23 @@ def test_without_a_key_it_shows_nothing() -> None:
         assert httpx.get(f"{running.address}/ui/decisions", headers=heads).json() == []
 
 
+def test_the_numbers_of_the_whole_server_are_for_admins(tmp_path: Path) -> None:
+    digests = {name: hashlib.sha256(name.encode()).hexdigest() for name in ("boss", "team")}
+    path = tmp_path / "keys.yaml"
+    path.write_text(f"keys: {{a: {{sha256: {digests['boss']}, admin: true}}, b: {{sha256: {digests['team']}}}}}")
+    with (
+        ChatServer(said("x", usage(1, 1))) as member,
+        proxied({"small": (member, {})}, keys=Keys(path), ui=True) as running,
+    ):
+        for page in ("metrics", "ui/decisions"):
+            seen = {
+                name: httpx.get(f"{running.address}/{page}", headers={"Authorization": f"Bearer {name}"})
+                for name in digests
+            }
+            assert seen["boss"].status_code == 200 and seen["team"].status_code == 403
+            assert "`admin: true`" in seen["team"].json()["error"]["message"]
+
+
 def test_there_is_none_unless_it_is_asked_for() -> None:
     with ChatServer(said("x", usage(1, 1))) as member, proxied({"small": (member, {})}) as running:
         assert httpx.get(f"{running.address}/ui").status_code == 404

@@ -47,8 +47,10 @@ from routers.language.digest import Digest, digest
 from routers.pool.ledger import Account
 from routers.router import CannotDo
 from routers.tasks.step_routing.arguments import Unit
+from routers.tasks.step_routing.kept import Entry, Kept, Point
 from routers.tasks.step_routing.session import StepSession, StepState
 from routers.tasks.step_routing.settings import StepSettings
+from srpo.well_formed import well_formed
 
 Reason = Literal["policy", "sticky", "failover", "budget", "failed"]
 """policy: its own choice. sticky: a switch would have cost more than it brings. failover: who was asked before failed.
@@ -76,16 +78,6 @@ class Sessions(Protocol):
     ) -> StepSession: ...
 
 
-@dataclass(frozen=True)
-class _Point:
-    """Where a conversation stood before and after a decision."""
-
-    before: StepState
-    after: StepState
-    caches: PromptCaches
-    """After it: what every member has in its prompt cache."""
-
-
 @dataclass
 class _Conversation:
     """One conversation: its money, and where it stood after its last calls."""
@@ -99,7 +91,7 @@ class _Conversation:
     """Hash of the request that began it."""
     listed: bool
     """It is found by its messages."""
-    points: OrderedDict[bytes, _Point] = field(default_factory=OrderedDict)
+    points: OrderedDict[bytes, Point] = field(default_factory=OrderedDict)
     """By hash of a request, the latest last."""
     open: int = 0
     calls: int = 0
@@ -151,11 +143,13 @@ class Conversations:
         max_conversations: kept at once. Beyond it the owner with the most loses its least recently used one, whose
             budget then begins anew: `counts()` says how often ("evicted").
         idle_seconds: after so long without a call a conversation is forgotten ("expired").
-        clock: seconds.
+        kept: where they outlive this process, within the same limits of number and age; closed by `close`. None:
+            nowhere.
+        clock: seconds; None: of this machine, or since 1970 where conversations are kept.
 
     Raises:
         CannotDo: a policy that reads ALFWorld's words only.
-        ValueError: a number out of its range.
+        ValueError: a number out of its range, or a file that cannot be read.
     """
 
     def __init__(
@@ -168,7 +162,8 @@ class Conversations:
         worth_usd: float | None = None,
         max_conversations: int = 4_096,
         idle_seconds: float = 3600.0,
-        clock: Callable[[], float] = time.monotonic,
+        kept: Kept | None = None,
+        clock: Callable[[], float] | None = None,
     ) -> None:
         if router.settings.observation == "compact":
             raise CannotDo(
@@ -185,13 +180,17 @@ class Conversations:
         self._members = {} if members is None else {name: members[name] for name in router.settings.executors}
         self.router = router
         self.cap, self.unit = cap, unit or router.settings.unit
-        self._worth, self._most, self._idle, self._clock = worth_usd, max_conversations, idle_seconds, clock
+        self._worth, self._most, self._idle = worth_usd, max_conversations, idle_seconds
+        self._kept = kept
+        self._clock = clock or (time.monotonic if kept is None else time.time)
         router.settings.budget(cap, unit)
         self._lock = threading.Lock()
         self._known: OrderedDict[tuple[str, str], _Conversation] = OrderedDict()  # the latest used last
         self._owners: Counter[str] = Counter()
         self._requests: dict[bytes, _Conversation] = {}  # by hash, of those that are listed; the latest of two wins
         self._counts: Counter[str] = Counter()
+        for entry in () if kept is None else kept.entries():
+            self._restore(entry)
 
     async def decide(
         self,
@@ -202,6 +201,7 @@ class Conversations:
         conversation: str | None = None,
         bounds: Mapping[str, float] | None = None,
         among: Collection[str] | None = None,
+        read: Digest | None = None,
     ) -> Call:
         """Who answers this call; its bound is reserved until `settle` or `instead`.
 
@@ -211,6 +211,7 @@ class Conversations:
             conversation: id that the client gave; None: its messages say.
             bounds: USD that the call costs at most, of every member.
             among: only these can answer (tools, images, `max_cost_usd`); None: all. None of them fits: "budget".
+            read: their digest, where somebody has made it already.
 
         Raises:
             ValueError: no messages, messages that are no JSON, bounds that are not one number >= 0 per member, `among`
@@ -224,7 +225,9 @@ class Conversations:
             raise ValueError("there are no messages")
         if conversation is not None and not 0 < len(conversation) <= _LONGEST_ID:
             raise ValueError(f"the id of a conversation has 1 to {_LONGEST_ID} characters")
-        told, chain = digest(messages, tools), hashes(messages, owner)
+        if conversation is not None and well_formed(conversation) != conversation:
+            raise ValueError("the id of a conversation holds half of a surrogate pair, which is no character")
+        told, chain = read or digest(messages, tools), hashes(messages, owner)
         home, state, caches = self._find(chain, owner, conversation)
         try:
             if self._members:
@@ -244,7 +247,7 @@ class Conversations:
                 home.open -= 1
                 self._counts["refused"] += 1
             else:
-                self._keep(home, chain[-1], _Point(state, session.state, caches.asked(decision.member)))
+                self._keep(home, chain[-1], Point(state, session.state, caches.asked(decision.member)))
             kept = prefer is not None and prefer.kept
             self._counts["sticky"] += kept
             reason: Reason = "budget" if decision.member is None else "sticky" if kept else "policy"
@@ -281,6 +284,7 @@ class Conversations:
         with self._lock:
             home.open -= 1
             home.usd += session.executor_usd - before
+            self._write(home)
             self._counts["settled" if error is None else "failed"] += 1
 
     def instead(self, call: Call, error: str, usd: float | None = None) -> Call:
@@ -306,17 +310,23 @@ class Conversations:
                 self._counts["failover"] += 1
                 if (point := home.points.get(call._request)) is not None:
                     caches = point.caches.asked(member)
-                    home.points[call._request] = _Point(point.before, session.state, caches)
+                    home.points[call._request] = Point(point.before, session.state, caches)
+            self._write(home, call._request)
             more = {"spent_usd": home.usd, "remaining": home.account.available, "failed": failed}
         return replace(call, member=member, reason="failed" if member is None else "failover", **more)  # type: ignore[arg-type]
+
+    def close(self) -> None:
+        """Close the file, if there is one; the router stays open."""
+        if self._kept is not None:
+            self._kept.close()
 
     def counts(self) -> dict[str, int]:
         """Events since the start: decided, settled, failed (calls of members), failover, sticky, refused (budget),
         begun, retried, branched, rewritten (known by their id only), restarted, expired, evicted, abandoned (forgotten
-        with a call open); and `open` conversations now."""
+        with a call open), restored (out of the file); and `open` conversations now."""
         names = (
             "decided settled failed failover sticky refused begun retried branched rewritten restarted expired "
-            "evicted abandoned"
+            "evicted abandoned restored"
         )
         with self._lock:
             return {**{name: self._counts[name] for name in names.split()}, "open": len(self._known)}
@@ -378,16 +388,43 @@ class Conversations:
             self._requests[request] = home
         return home
 
-    def _keep(self, home: _Conversation, request: bytes, point: _Point) -> None:
+    def _keep(self, home: _Conversation, request: bytes, point: Point) -> None:
         if self._known.get(home.key) is not home:  # forgotten meanwhile
             return
         home.points[request] = point
         home.points.move_to_end(request)
         if home.listed:
             self._requests[request] = home
+        gone = []
         while len(home.points) > _KEPT:
             old, _ = home.points.popitem(last=False)
             self._unlist(home, old)
+            gone.append(old)
+        self._write(home, request, gone)
+
+    def _write(self, home: _Conversation, request: bytes = b"", gone: Sequence[bytes] = ()) -> None:
+        """Its money, what is set aside as spent, and the point of a request: before anybody is asked for it."""
+        if self._kept is None or self._known.get(home.key) is not home:
+            return
+        held = home.account.spent + home.account.reserved + home.account.overrun
+        points = [(request, home.points[request])] if request in home.points else []
+        known = (home.key, home.used, home.first, home.listed, held, home.usd, home.calls)
+        self._kept.put(Entry(*known, points), gone)
+
+    def _restore(self, entry: Entry) -> None:
+        """A conversation of an earlier server; of too many, the one that was used longest ago goes."""
+        home = _Conversation(
+            entry.key[1], entry.key, Account(self.cap), entry.used, entry.first, entry.listed,
+            OrderedDict(entry.points), calls=entry.calls, usd=entry.usd,
+        )  # fmt: skip
+        home.account.restart(entry.held)
+        while len(self._known) >= self._most:
+            self._forget(next(iter(self._known.values())), "evicted")
+        self._known[home.key] = home
+        self._owners[home.key[0]] += 1
+        self._counts["restored"] += 1
+        if home.listed:
+            self._requests.update(dict.fromkeys([home.first, *home.points], home))
 
     def _unlist(self, home: _Conversation, request: bytes) -> None:
         """The first request stays: whoever continues it pays from the same budget, however long ago."""
@@ -402,6 +439,8 @@ class Conversations:
         for request in {home.first, *home.points}:
             if self._requests.get(request) is home:
                 del self._requests[request]
+        if self._kept is not None:
+            self._kept.forget(home.key)
         self._counts.update({why: 1, "abandoned": int(home.open > 0)})
 
     def _session(self, home: _Conversation, state: StepState, told: Digest) -> tuple[StepSession, bool]:
