@@ -4,10 +4,13 @@ Optional: `pip install --no-deps bfcl-eval mpmath`. The package's tools and its 
 Its way of running a call, which evaluates the model's text as Python, is not: see `tool_calls`.
 """
 
+import ast
 import copy
+import functools
 import hashlib
 import importlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
@@ -92,12 +95,64 @@ class BfclBenchmark:
         self._loaded |= {task.id: task for task in found}
         return {task.id: task.category for task in found}
 
+    def task(self, name: str) -> BfclTask:
+        """A task of a part that was listed."""
+        if name not in self._loaded:
+            raise GameError(f"{name}: no part of BFCL with it was listed")
+        return self._loaded[name]
+
     def make(self, task: str, limit: int) -> "Bfcl":
-        if task not in self._loaded:
-            raise GameError(f"{task}: no part of BFCL with it was listed")
-        return Bfcl(self._loaded[task], limit)
+        return Bfcl(self.task(task), limit)
 
     def close(self) -> None: ...
+
+
+class Conversation:
+    """The tools of a conversation, and its score by the rules of the package's `multi_turn_checker`."""
+
+    def __init__(self, task: BfclTask) -> None:
+        self.task = task
+        self.turn = 0
+        """Of the user; the number of turns once all were dealt with."""
+        self.right = True
+        """Whether all turns that ended were right."""
+        self._said: list[str] = []
+        self._called = False
+        self._tools, self._gold_tools = _tools(task), _tools(task)
+
+    @property
+    def over(self) -> bool:
+        return self.turn == len(self.task.turns) or not self.right
+
+    @property
+    def won(self) -> bool:
+        return self.right and self.turn == len(self.task.turns)
+
+    def run(self, call: Callable[[dict[str, Any], tuple[str, ...]], str]) -> str:
+        """The result of a call on (tools, methods that are not there)."""
+        self._called = True
+        self._said.append(call(self._tools, self.task.excluded))
+        return self._said[-1]
+
+    def end_turn(self) -> str:
+        """End the user's turn; what the user says next, "" where it is over."""
+        self.right = self._check()
+        self.turn += 1
+        return "" if self.over else self.task.turns[self.turn]
+
+    def _check(self) -> bool:
+        """Whether the turn that ends was right."""
+        checker = importlib.import_module("bfcl_eval.eval_checker.multi_turn_eval.multi_turn_checker")
+        gold = self.task.gold[self.turn]
+        results = [call_tool(self._gold_tools, call, ()) for text in gold for call in read_calls(text)]
+        called, self._called = self._called, False
+        if not gold:  # something is missing; what was called nevertheless shows in the state of the next turn
+            return True
+        return bool(
+            called
+            and checker.state_checker(self._tools, self._gold_tools)["valid"]
+            and checker.response_checker(self._said, results, self.turn)["valid"]
+        )
 
 
 class Bfcl:
@@ -114,12 +169,11 @@ class Bfcl:
         self._task = task
         self.seed, self.task, self.task_type, self.limit = task.id, task.turns[0], task.category, limit
         self.steps = 0
-        self.won = False
-        self._turn = -1
-        self._right = True
-        self._said: list[str] = []
-        self._called = False
-        self._tools, self._gold_tools = _tools(task), _tools(task)
+        self._conversation: Conversation | None = None
+
+    @property
+    def won(self) -> bool:
+        return self._conversation is not None and self._conversation.won
 
     @property
     def score(self) -> float:
@@ -127,45 +181,31 @@ class Bfcl:
 
     @property
     def done(self) -> bool:
-        return self.steps >= self.limit or self._turn == len(self._task.turns) or not self._right
+        return self.steps >= self.limit or (self._conversation is not None and self._conversation.over)
 
     def reset(self) -> str:
-        if self._turn >= 0:
+        if self._conversation is not None:
             raise GameError(f"{self.seed}: an episode object is played once; make a new one")
-        self._turn = 0
-        docs = "\n".join(json.dumps(doc) for doc in _documents(self._task))
+        self._conversation = Conversation(self._task)
+        docs = "\n".join(json.dumps(doc) for doc in documents(self._task))
         return f"{docs}\n\n{self._task.turns[0]}"
 
     def step(self, action: str) -> tuple[str, bool]:
-        if self._turn < 0 or self.done:
-            raise GameError(f"{self.seed}: step() {'before reset()' if self._turn < 0 else 'after the end'}")
+        if self._conversation is None or self.done:
+            raise GameError(f"{self.seed}: step() {'after the end' if self._conversation else 'before reset()'}")
         self.steps += 1
         if not action:  # an executor that could not be reached has not said that it is done
             return NOTHING_HAPPENS, self.done
-        calls = read_calls(action)
-        if calls:
-            self._called = True
-            results = [call_tool(self._tools, call, self._task.excluded) for call in calls]
-            self._said += results
+        if calls := read_calls(action):
+            run = self._conversation.run
+            results = [run(functools.partial(_written, call)) for call in calls]
             return "\n".join(results), self.done
-        self._right = self._check()
-        self._turn += 1
-        self.won = self._right and self._turn == len(self._task.turns)
-        return ("" if self.done else self._task.turns[self._turn]), self.done
+        said = self._conversation.end_turn()
+        return ("" if self.done else said), self.done
 
-    def _check(self) -> bool:
-        """Whether the turn that ends was right, by the rules of the package's `multi_turn_checker`."""
-        checker = importlib.import_module("bfcl_eval.eval_checker.multi_turn_eval.multi_turn_checker")
-        gold = self._task.gold[self._turn]
-        results = [call_tool(self._gold_tools, call, ()) for text in gold for call in read_calls(text)]
-        called, self._called = self._called, False
-        if not gold:  # something is missing; what was called nevertheless shows in the state of the next turn
-            return True
-        return (
-            called
-            and checker.state_checker(self._tools, self._gold_tools)["valid"]
-            and checker.response_checker(self._said, results, self._turn)["valid"]
-        )
+
+def _written(call: ast.Call, tools: dict[str, Any], excluded: tuple[str, ...]) -> str:
+    return call_tool(tools, call, excluded)
 
 
 def _backends() -> Any:
@@ -182,7 +222,8 @@ def _tools(task: BfclTask) -> dict[str, Any]:
     return made
 
 
-def _documents(task: BfclTask) -> list[dict[str, Any]]:
+def documents(task: BfclTask) -> list[dict[str, Any]]:
+    """What the package says of the functions of a task."""
     files = (_backends().MULTI_TURN_FUNC_DOC_FILE_MAPPING[name] for name in task.classes)
     docs = (doc for file in files for doc in _lines(f"multi_turn_func_doc/{file}"))
     return [doc for doc in docs if doc["name"] not in task.excluded]

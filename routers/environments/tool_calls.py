@@ -1,8 +1,9 @@
-"""Calls that a model wrote as text, run without evaluating it: literal arguments, methods of given objects only."""
+"""Calls that a model wrote, run without evaluating its text: literal arguments, methods of given objects only."""
 
 import ast
 import inspect
 import json
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 
@@ -18,18 +19,38 @@ def read_calls(text: str) -> list[ast.Call]:
 
 
 def call_tool(tools: dict[str, Any], call: ast.Call, excluded: tuple[str, ...]) -> str:
-    """Run one call on the tool that has such a method; what goes wrong in it is its result.
+    """Run one call that was written as text; see `call_named`."""
+
+    def read() -> tuple[list[Any], dict[str, Any]]:
+        words = {word.arg: ast.literal_eval(word.value) for word in call.keywords if word.arg}
+        return [ast.literal_eval(value) for value in call.args], words
+
+    return call_named(tools, call.func.id, read, excluded)  # type: ignore[attr-defined]
+
+
+def call_named(
+    tools: dict[str, Any],
+    name: str,
+    read: Callable[[], tuple[Sequence[Any], Mapping[str, Any]]],
+    excluded: tuple[str, ...],
+) -> str:
+    """Run a call on the tool that has such a method; what goes wrong in it is its result.
 
     Private and `excluded` methods are not there. A tool may take long: bound the time from outside.
+
+    Args:
+        tools: objects by their name.
+        name: of the method.
+        read: its arguments, those by position and those by name; what it raises goes wrong in the call.
+        excluded: methods that are not there.
     """
-    name = call.func.id  # type: ignore[attr-defined]
     methods = (getattr(tool, name, None) for tool in tools.values())
     found = next((method for method in methods if inspect.ismethod(method)), None)
     if name.startswith("_") or name in excluded or found is None:
         return f"Error during execution: name '{name}' is not defined"
     try:
-        arguments = [ast.literal_eval(value) for value in call.args]
-        result = found(*arguments, **{word.arg: ast.literal_eval(word.value) for word in call.keywords if word.arg})
+        arguments, words = read()
+        result = found(*arguments, **words)
     except Exception as error:
         return f"Error during execution: {error}"
     if isinstance(result, dict):

@@ -17,7 +17,7 @@ of other people, which call a server, become talks by `routers.environments.mess
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from importlib.metadata import entry_points
 from typing import Any, Protocol
 
@@ -59,27 +59,34 @@ AGENTS: dict[str, Agent] = {}
 
 
 def agent_of(name: str) -> Agent:
-    """The agent with this name: of `AGENTS`, of the library (`repairs`, and the benchmarks of `registry`), or of an
-    installed package (entry points, `GROUP`).
+    """The agent with this name: of `AGENTS`, of the library (`repairs`, and the benchmarks of `registry`), of another
+    one (`named.FAMILIES`), or of an installed package (entry points, `GROUP`).
 
     Raises:
         GameError: no such agent.
     """
     if name not in AGENTS:
-        from routers.environments.messages.games import GameAgent
-        from routers.environments.messages.repairs import Repairs
-        from routers.environments.registry import BENCHMARKS
-
-        known = {point.name: point for point in entry_points(group=GROUP)}
-        games = [game for game in BENCHMARKS if game != "messages"]
-        if name == "repairs":
-            AGENTS[name] = Repairs()
-        elif name in games:
-            AGENTS[name] = GameAgent(name)
-        elif name in known:
-            found = known[name].load()
-            AGENTS[name] = found() if isinstance(found, type) or not hasattr(found, "talk") else found
-        else:
-            there = ", ".join(dict.fromkeys(["repairs", *games, *AGENTS, *known]))
-            raise GameError(f"there is no agent {name!r}; there are {there}")
+        AGENTS[name] = _found(name)
     return AGENTS[name]
+
+
+def _found(name: str) -> Agent:
+    from routers.environments.messages.bfcl import BfclAgent
+    from routers.environments.messages.games import GameAgent
+    from routers.environments.messages.named import FAMILIES, named
+    from routers.environments.messages.repairs import Repairs
+    from routers.environments.registry import BENCHMARKS
+
+    if (other := named(name)) is not None:
+        return other
+    games = {game: lambda: GameAgent(name) for game in BENCHMARKS if game != "messages"}
+    ours: dict[str, Callable[[], Agent]] = {"repairs": Repairs, **games, "bfcl": BfclAgent}
+    if name in ours:
+        return ours[name]()
+    known = {point.name: point for point in entry_points(group=GROUP)}
+    if name not in known:
+        there = ", ".join(dict.fromkeys([*ours, *(f"{family}:..." for family in FAMILIES), *AGENTS, *known]))
+        raise GameError(f"there is no agent {name!r}; there are {there}")
+    found = known[name].load()
+    made: Agent = found() if isinstance(found, type) or not hasattr(found, "talk") else found
+    return made

@@ -23,6 +23,7 @@ from __future__ import annotations
 import json
 import queue
 import secrets
+import sys
 import threading
 import time
 import urllib.request
@@ -87,6 +88,10 @@ class _Episode:
 class _Http(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 1024  # five, as it is else, are refused by a reset where many agents call at once
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exception(), ConnectionError):  # an agent that leaves is no error
+            super().handle_error(request, client_address)
 
 
 class _Server:

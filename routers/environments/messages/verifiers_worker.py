@@ -1,0 +1,93 @@
+"""verifiers' side of `verifiers`, run by the Python that verifiers is installed in: no package of ours is there.
+
+    python -I verifiers_worker.py          in the folder where modules of environments may lie
+
+Requests are lines of JSON on stdin, answered on stdout in any order, each by its number:
+
+    [n, "tasks", id, arguments]                              -> {split: type of each task}
+    [n, "play", id, arguments, split, row, base URL]         -> the rubric's reward
+
+or {"error": words}. When stdin ends, everything ends.
+"""
+
+import asyncio
+import json
+import os
+import sys
+from typing import Any
+
+
+class Environments:
+    """Those that were asked for, each loaded once."""
+
+    def __init__(self) -> None:
+        self._loaded: dict[str, Any] = {}
+
+    def _load(self, name: str, arguments: dict[str, Any]) -> Any:
+        import verifiers
+
+        key = json.dumps([name, arguments])
+        if key not in self._loaded:
+            self._loaded[key] = verifiers.load_environment(name, **arguments)
+        return self._loaded[key]
+
+    def _rows(self, environment: Any, split: str) -> Any:
+        """The dataset of a split; None: there is none. Asked for held-out rows, verifiers would give training rows."""
+        return environment.build_dataset() if split == "train" else environment.build_eval_dataset()
+
+    async def tasks(self, name: str, arguments: dict[str, Any]) -> dict[str, list[str]]:
+        environment, found = self._load(name, arguments), {}
+        for split in ("train", "eval"):
+            if (rows := self._rows(environment, split)) is not None:
+                infos = rows["info"] if "info" in rows.column_names else [None] * len(rows)
+                found[split] = [_kind(info) or name for info in infos]
+        return found
+
+    async def play(self, name: str, arguments: dict[str, Any], split: str, row: int, base_url: str) -> float:
+        from openai import AsyncOpenAI
+        from verifiers.clients import OpenAIChatCompletionsClient
+
+        environment = self._load(name, arguments)
+        # A call waits for its decision as long as that takes, and is not made twice: each is a step of the episode.
+        async with AsyncOpenAI(base_url=base_url, api_key="none", timeout=None, max_retries=0) as client:
+            played = await environment.run_rollout(
+                dict(self._rows(environment, split)[row]), OpenAIChatCompletionsClient(client), "router", {}
+            )
+        error = played.get("error")
+        if error and "ModelError" not in str(error) and "OverlongPrompt" not in str(error):
+            raise RuntimeError(f"the rollout failed: {error}")
+        return float(played["reward"])  # of what there is, where a member failed or the steps were used up
+
+
+def _kind(info: Any) -> str | None:
+    """Which environment of a group the row is for."""
+    told = json.loads(info) if isinstance(info, str) else info
+    kind = told.get("env_id") if isinstance(told, dict) else None
+    return kind if isinstance(kind, str) else None
+
+
+async def main() -> None:
+    # The protocol keeps the two streams; what environments print goes to stderr.
+    requests, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(2, 1)
+    sys.path.insert(0, os.getcwd())
+    environments, running = Environments(), set()
+
+    async def answer(number: int, what: str, *arguments: Any) -> None:
+        try:
+            result = {"result": await getattr(environments, what)(*arguments)}
+        except Exception as error:
+            result = {"error": f"{type(error).__name__}: {error}"}
+        answers.write(json.dumps([number, result]).encode() + b"\n")
+        answers.flush()
+
+    while line := await asyncio.to_thread(requests.readline):
+        task = asyncio.create_task(answer(*json.loads(line)))
+        running.add(task)
+        task.add_done_callback(running.discard)
+    os._exit(0)  # whatever still runs
+
+
+if __name__ == "__main__":
+    asyncio.run(main())

@@ -1,0 +1,62 @@
+"""Stands in for the package verifiers where it is not installed: as much of it as `tiny_env` and our worker use."""
+
+import importlib
+import json
+from typing import Any
+
+
+class Rubric:
+    def __init__(self, funcs: Any) -> None:
+        self.funcs = funcs
+
+
+class MultiTurnEnv:
+    def __init__(
+        self, dataset: Any, rubric: Rubric, eval_dataset: Any = None, tools: Any = (), max_turns: int = 1
+    ) -> None:
+        self.dataset, self.eval_dataset, self.rubric, self.max_turns = dataset, eval_dataset, rubric, max_turns
+        self.functions = {tool.__name__: tool for tool in tools}
+
+    def build_dataset(self) -> Any:
+        return self.dataset.map(lambda row: {"prompt": [{"role": "user", "content": row["question"]}]})
+
+    def build_eval_dataset(self) -> Any:
+        return self.eval_dataset
+
+    async def env_response(self, messages: Any, state: Any) -> Any:
+        return [
+            {"role": "tool", "tool_call_id": call["id"], "content": str(self._call(call["function"]))}
+            for call in messages[-1].get("tool_calls") or ()
+        ]
+
+    def _call(self, function: Any) -> Any:
+        return self.functions[function["name"]](**json.loads(function["arguments"]))
+
+    async def run_rollout(self, row: Any, client: Any, model: str, sampling: Any) -> dict[str, Any]:
+        messages = list(row["prompt"])
+        more = {"tools": [{"type": "function", "function": {"name": name}} for name in self.functions]}
+        error = None
+        for turn in range(self.max_turns):
+            try:
+                made = await client.client.chat.completions.create(
+                    model=model, messages=messages, **(more if self.functions else {})
+                )
+            except Exception:
+                error = "ModelError"
+                break
+            messages.append(made.choices[0].message.model_dump())
+            if turn + 1 < self.max_turns:
+                if not (answer := await self.env_response(messages, row)):
+                    break
+                messages += answer
+        reward = sum(
+            func(completion=messages[len(row["prompt"]) :], answer=row["answer"]) for func in self.rubric.funcs
+        )
+        return {"reward": reward, "error": error}
+
+
+SingleTurnEnv = ToolEnv = MultiTurnEnv
+
+
+def load_environment(name: str, **arguments: Any) -> Any:
+    return importlib.import_module(name.replace("-", "_")).load_environment(**arguments)

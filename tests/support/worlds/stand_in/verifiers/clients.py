@@ -1,0 +1,6 @@
+from typing import Any
+
+
+class OpenAIChatCompletionsClient:
+    def __init__(self, client: Any) -> None:
+        self.client = client
