@@ -11,6 +11,7 @@ or {"error": words}. When stdin ends, everything ends.
 """
 
 import asyncio
+import importlib
 import json
 import os
 import sys
@@ -24,11 +25,9 @@ class Environments:
         self._loaded: dict[str, Any] = {}
 
     def _load(self, name: str, arguments: dict[str, Any]) -> Any:
-        import verifiers
-
         key = json.dumps([name, arguments])
         if key not in self._loaded:
-            self._loaded[key] = verifiers.load_environment(name, **arguments)
+            self._loaded[key] = importlib.import_module("verifiers").load_environment(name, **arguments)
         return self._loaded[key]
 
     def _rows(self, environment: Any, split: str) -> Any:
@@ -44,15 +43,12 @@ class Environments:
         return found
 
     async def play(self, name: str, arguments: dict[str, Any], split: str, row: int, base_url: str) -> float:
-        from openai import AsyncOpenAI
-        from verifiers.clients import OpenAIChatCompletionsClient
-
-        environment = self._load(name, arguments)
+        environment, api = self._load(name, arguments), importlib.import_module("openai").AsyncOpenAI
+        client_of = importlib.import_module("verifiers.clients").OpenAIChatCompletionsClient
         # A call waits for its decision as long as that takes, and is not made twice: each is a step of the episode.
-        async with AsyncOpenAI(base_url=base_url, api_key="none", timeout=None, max_retries=0) as client:
-            played = await environment.run_rollout(
-                dict(self._rows(environment, split)[row]), OpenAIChatCompletionsClient(client), "router", {}
-            )
+        async with api(base_url=base_url, api_key="none", timeout=None, max_retries=0) as client:
+            asked = dict(self._rows(environment, split)[row])
+            played = await environment.run_rollout(asked, client_of(client), "router", {})
         error = played.get("error")
         if error and "ModelError" not in str(error) and "OverlongPrompt" not in str(error):
             raise RuntimeError(f"the rollout failed: {error}")

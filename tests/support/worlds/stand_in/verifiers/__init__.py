@@ -18,10 +18,13 @@ class MultiTurnEnv:
         self.functions = {tool.__name__: tool for tool in tools}
 
     def build_dataset(self) -> Any:
-        return self.dataset.map(lambda row: {"prompt": [{"role": "user", "content": row["question"]}]})
+        return self._prompted(self.dataset)
 
     def build_eval_dataset(self) -> Any:
-        return self.eval_dataset
+        return self.eval_dataset and self._prompted(self.eval_dataset)
+
+    def _prompted(self, rows: Any) -> Any:
+        return rows.map(lambda row: {"prompt": [{"role": "user", "content": row["question"]}]})
 
     async def env_response(self, messages: Any, state: Any) -> Any:
         return [
