@@ -35,9 +35,11 @@ from routers.tasks.step_routing.player import Job as Play
 from routers.tasks.step_routing.prompts import OBSERVATIONS
 from routers.tasks.step_routing.rules import always_large
 from srpo import train
+from srpo.plan import plan
 from srpo.types import CORRECT, COST, LOST
 
 WORLDS = Path(__file__).resolve().parents[1] / "support" / "worlds"
+CATALOGUE = ("--catalogue", str(WORLDS.parents[2] / "recipes" / "catalogues" / "gpt41_tools.yaml"))
 
 
 @pytest.fixture
@@ -296,6 +298,19 @@ def test_a_python_that_has_none(tmp_path: Path) -> None:
     ours.close()
 
 
+def test_plans_of_the_recipes(tiny: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows, calls and money of the recipes for GPUs; nothing is asked and nothing is written."""
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    name, parts = "Qwen2.5-1.5B-Instruct/bopo/verifiers", "verifiers:tiny-env?kind=twice&rows=40"
+    said = plan([name, "--train_tasks", f"{parts}/train", "--heldout_tasks", f"{parts}/eval", *CATALOGUE], 8)
+
+    assert "training rows        40\n" in said and "2 executors, live; at most " in said
+    assert "16 rows x 8 completions" in said and "128 completions" in said and "2 held-out tasks" in said
+    assert f"{150 * 16 * 20:,} in training per process; 2 held-out tasks; at most $500" in said
+    with pytest.raises(GameError, match=r"verifiers:YOUR-ENV/eval: .*YOUR.ENV"):
+        plan([name, *CATALOGUE])
+
+
 @pytest.mark.slow
 def test_two_steps_of_training_in_an_environment_of_verifiers(
     tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -398,7 +413,7 @@ def test_environments_behind_openenv_s_server(guess: str) -> None:
 # BFCL
 
 
-def test_bfcl_by_tool_calls(agents: Any) -> None:
+def test_bfcl_by_tool_calls(agents: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The right calls score 1 in every category; what goes wrong in a call is its result; words too early score 0."""
     pytest.importorskip("bfcl_eval", reason="BFCL is not installed: pip install --no-deps bfcl-eval mpmath")
     agent = agent_of("bfcl")
@@ -429,6 +444,9 @@ def test_bfcl_by_tool_calls(agents: Any) -> None:
         made.step(answer("m", call(name)))
         assert shown(made) == f"Error during execution: name '{name}' is not defined"
     assert made.step(answer("m", {"role": "assistant", "content": "I am done."})) == ("", True) and made.score == 0.0
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    said = plan(["Qwen2.5-1.5B-Instruct/bopo/bfcl", *CATALOGUE])
+    assert "training rows        111\n" in said and "16 rows x 8 completions" in said and "178 held-out tasks" in said
 
 
 def by_name(text: str, tools: Mapping[str, Any]) -> dict[str, Any]:

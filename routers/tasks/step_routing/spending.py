@@ -178,6 +178,10 @@ class Phase:
     dearest: int
     any: int
 
+    @property
+    def most(self) -> int:
+        return self.cheapest + self.dearest + self.any
+
 
 def phases(world: StepWorld, args: SRPOConfig, runs_per_row: int, processes: int) -> list[Phase]:
     """The phases of a run, as if nothing had been played before.

@@ -83,6 +83,23 @@ class StepRouting:
             self._begun = self.tasks.rows(self.tasks.train_tasks(), self.arguments.train_caps, bad)
         return self._begun
 
+    def plan(self) -> tuple[int, list[str]]:
+        from routers.tasks.step_routing.spending import phases
+
+        task, world = self.arguments, self.tasks
+        calls = {phase.name: phase.most for phase in phases(world, self.config, self._swept, 1)}
+        training = calls.pop("training")
+        members = f"{len(task.executors)} executors, {'live' if task.live else 'scripted'}"
+        said = f"at most {sum(calls.values()):,} calls before and after training, {training:,} in training per process"
+        held_out = sum(len(types) for types in world.heldout().values())
+        return len(world.train_tasks()) * len(task.train_caps), [members, said, f"{held_out} held-out tasks"]
+
+    @property
+    def _swept(self) -> int:
+        """Episodes at most for the demonstrations of a row."""
+        demonstrated = self.run.sft_epochs > 0 and self.run.start_from is None
+        return self.arguments.profile_runs + self.arguments.sft_sweep - 1 if demonstrated else 0
+
     def corpus(self) -> Corpus:
         """The prompts, and the words that are one token each. Few words and two actions need little."""
         texts = [row["prompt"][0]["content"] for row in self._begin()]
@@ -122,9 +139,8 @@ class StepRouting:
         self._output, self._folder = output, Path(task.task_dir or output / "task")
         self._money = Money(world.pool(), args.max_cost_usd, output / f"spending_{state.process_index}.json")
         if rows and task.live and state.is_main_process:
-            demonstrated = self.run.sft_epochs > 0 and self.run.start_from is None
-            runs = task.profile_runs + task.sft_sweep - 1 if demonstrated else 0
-            print(estimate(world, phases(world, args, runs, state.num_processes), args.max_cost_usd), flush=True)
+            found = phases(world, args, self._swept, state.num_processes)
+            print(estimate(world, found, args.max_cost_usd), flush=True)
         with state.main_process_first():  # the others read what the first has written
             named = {row["task"] for row in rows}
             self._profiled = self._given or {}
