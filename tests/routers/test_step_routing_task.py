@@ -131,3 +131,33 @@ def test_one_command_runs_it_all(tmp_path: Path, capsys: Any) -> None:
     some = frame[(frame["router"] == "bopo") & frame["item"].isin(mine["item"])]
     columns = ["item", "cap", "score", "usd", "reward", "member", "stop"]
     pd.testing.assert_frame_equal(mine[columns].reset_index(drop=True), some[columns].reset_index(drop=True))
+
+
+@pytest.mark.slow
+def test_the_table_of_an_agent_s_run_is_what_its_episodes_say(tmp_path: Path, capsys: Any) -> None:
+    """Printed, in the report and on the page; every family of rules first, at settings chosen on validation jobs."""
+    out = tmp_path / "out"
+    arguments = {
+        "config": ROOT / "recipes/quickstart/agent.yaml", "output_dir": out, "train_limit": 10, "heldout_limit": 5,
+        "max_steps": 1, "sft_epochs": 1, "per_device_train_batch_size": 16, "gradient_accumulation_steps": 1,
+    }  # fmt: skip
+    train.main([word for key, value in arguments.items() for word in (f"--{key}", str(value))])
+    text, found = (out / "report.md").read_text(), Episodes.read(out)
+    assert text in capsys.readouterr().out
+    lines = (line for line in text.splitlines() if line.startswith("| "))
+    rows = [[cell.strip(" *") for cell in line.strip("|").split("|")] for line in lines]
+    table = {row[0].split(" (")[0]: row for row in rows[2 : [row[0] for row in rows].index("start") + 1]}
+    chosen, families = found.header["train_reward"], set(found.frame["curve"]) - {""}
+    assert list(table)[-2:] == ["bopo", "start"] and set(list(table)[:-2]) <= set(chosen)
+    assert next(iter(table)) == max(chosen, key=chosen.__getitem__) and families == {
+        "random mixing", "first-large", "cascade", "sticky", "escalate on error", "explore", "time-boxed", "arbitrage",
+    }  # fmt: skip
+    assert {found.of(router=name).frame["curve"].iloc[0] for name in table} == {*families, ""}
+    page = (out / "report.html").read_text()
+    for name, row in table.items():
+        frame = found.of(router=name).frame
+        assert row[1] == f"{frame['score'].mean():.1%}" and row[3] == f"{1000 * frame['usd'].mean():.4f}"
+        assert row[4] == f"{frame['reward'].mean():.3f}" and row[3] in page
+    beyond = [row[0] for row in rows if " beyond " in row[0]]
+    assert sorted(beyond) == sorted(f"{name} beyond {family}" for name in ("bopo", "start") for family in families)
+    assert beyond[0].startswith("bopo ") and "Prompt caches" in text
