@@ -204,10 +204,10 @@ def _largest(part: Mapping[str, Any], names: Iterable[str]) -> int | None:
 
 def _count(value: Any) -> int | None:
     """A number of tokens, also where it is written as 20.0 or "20"; None for anything else."""
-    if isinstance(value, bool) or value is None:
-        return None
+    if type(value) is int:  # nearly always, and several for every reply
+        return value if value >= 0 else None
     if isinstance(value, str):
         return int(value) if value.isascii() and value.isdecimal() and len(value) < 20 else None
     if isinstance(value, float):
         return int(value) if math.isfinite(value) and value >= 0 and value.is_integer() else None
-    return value if isinstance(value, int) and value >= 0 else None
+    return None
