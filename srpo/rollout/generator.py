@@ -220,6 +220,12 @@ class TransformersGenerator:
         kept = {ids: self._known(rs[0]) for ids, rs in sharing.items()}
         self._forget({request.row for request in requests})
         kept |= self._opened({ids: rs for ids, rs in sharing.items() if not kept[ids].ids})
+        known, *others = {(len(kept[ids].ids), len(ids)) for ids in sharing}
+        if known[0] and not others:  # nothing is padded: the forward's own cache is what is wanted
+            cache, mask, logits = self._feed(sharing, kept)
+            if len(sharing) < len(requests):
+                cache.reorder_cache(index)
+            return cache, mask[index], logits[index]
         found: dict[tuple[int, ...], Kept] = {}
         rows: dict[tuple[int, ...], Tensor] = {}
         for part in _of_a_length({ids: len(ids) - len(kept[ids].ids) for ids in sharing}):
