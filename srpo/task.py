@@ -165,6 +165,7 @@ class Task(Protocol):
     def made_from(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Of the task's own: what the supervised start depends on, and what an evaluation depends on besides."""
 
+    # Optional: `tools`, after `rows`: the environment's (`srpo.types.Environment`), which a prompt's length counts.
     # Optional: `own_policy(self, name) -> OwnPolicy | None`, where the task has policies that it trains itself
     # (srpo/own_policy.py).
 

@@ -87,7 +87,7 @@ def _run(argv: Sequence[str] | None) -> Evaluation:
         max_prompt_length=how.max_prompt_length,
         quarantine_path=quarantine,
         max_bad_share=how.max_bad_share,
-        chat_template_kwargs=args.chat_template_kwargs,
+        chat_template_kwargs={**(args.chat_template_kwargs or {}), "tools": getattr(task, "tools", None)},
     )
     check_rows_of_a_batch(len(dataset), args, f"the training data, without what {quarantine} lists,")
 

@@ -110,8 +110,13 @@ class Episode(Protocol):
 class Environment(Protocol):
     """Makes episodes. Its state (a ledger, budgets) is saved with every checkpoint.
 
-    One that has to wait for others when an episode begins says so by an attribute `waits` that is True: `episode` is
-    then called in threads, for many at once.
+    Optional attributes:
+        waits: True where it has to wait for others when an episode begins: `episode` is then called in threads, for
+            many at once.
+        whole_turns: True where nothing but the policy's end token ends a turn: one that a limit cut ends the episode
+            ("tokens"), for the world could not tell that it is unfinished.
+        tools: schemas of functions that the chat template is given with every prompt, as `apply_chat_template` takes
+            them.
     """
 
     def episode(self, row: Row, seed: str) -> Episode:

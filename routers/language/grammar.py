@@ -8,7 +8,8 @@ Only text that the policy sampled may be given to the parsers: replies of pool m
 Two kinds of policy share it. A *router* (`parse`, `render`) writes one turn that names a member:
 ``<think>why</think><route>name</route>``. A *think/route agent* (`parse_turn`, `render_route`, `render_answer`) writes
 turns until it answers: ``<think>why</think><search>name:query</search>`` or ``<think>..</think><answer>..</answer>``.
-The agent's default tags are those of Router-R1 (arXiv:2506.09033, data_process/prompt_pool.py).
+The agent's default tags are those of Router-R1 (arXiv:2506.09033, data_process/prompt_pool.py). In place of tags an
+agent may write function calls (`routers.language.calls`); `routers.language.actions` is the face of both.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Literal
+from typing import Literal, Protocol
 
 _TAG_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 _SHOWABLE = re.compile(r"[A-Za-z0-9][A-Za-z0-9 _.,/-]{0,39}")
@@ -38,6 +39,20 @@ class Action:
     query: str = ""
     answer: str | None = None
     final: bool = False
+
+
+class Marks(Protocol):
+    """What text of others must not spell, and where reasoning stands."""
+
+    @property
+    def think(self) -> str: ...
+
+    @property
+    def names(self) -> Sequence[str]: ...
+
+    @property
+    def tags(self) -> re.Pattern[str]:
+        """Any opening or closing tag of these names."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +121,7 @@ def parse(text: str, members: Collection[str], grammar: Grammar | None = None) -
         text than a short plain word, because it is shown to a model again as feedback.
     """
     grammar = grammar or Grammar()
-    think, error, rest = _think_block(text, grammar, required=True)
+    think, error, rest = think_block(text, grammar, required=True)
     if error:
         return Action("invalid", None, think, error)
     _, body, error = _action_block(rest, (grammar.route,), grammar)
@@ -144,7 +159,7 @@ def parse_turn(
     def invalid(error: str) -> Action:
         return Action("invalid", None, think, error, final=final)
 
-    think, error, rest = _think_block(text, grammar, needs_think)
+    think, error, rest = think_block(text, grammar, needs_think)
     if error:
         return invalid(error)
     kind, body, error = _action_block(rest, (grammar.route, grammar.answer), grammar)
@@ -212,16 +227,21 @@ def _block(what: str, body: str, tag: str, grammar: Grammar) -> str:
     return f"{grammar.open(tag)}{body}{grammar.close(tag)}"
 
 
-def _think_block(text: str, grammar: Grammar, required: bool) -> tuple[str, str, str]:
+def shown_name(name: str) -> str:
+    """A name that a policy wrote, for an error: quoted, or "something" where it is no short plain word."""
+    return repr(name) if _SHOWABLE.fullmatch(name) else "something"
+
+
+def think_block(text: str, marks: Marks, required: bool) -> tuple[str, str, str]:
     """(reasoning, error, what follows the block)."""
-    opening, closing = grammar.open(grammar.think), grammar.close(grammar.think)
+    opening, closing = f"<{marks.think}>", f"</{marks.think}>"
     text = text.strip()
     if not text:
         return "", "The text was empty.", ""
     if not text.startswith(opening):
         return "", f"The text did not start with {opening}." if required else "", text
     body = text[len(opening) :]
-    tag = grammar.tags.search(body)
+    tag = marks.tags.search(body)
     if tag is None:
         return "", f"The think block was not closed with {closing}.", ""
     if tag.group() != closing:
@@ -261,5 +281,4 @@ def _member_error(name: str, members: Collection[str]) -> str:
     known = ", ".join(members)
     if not name:
         return f"The route action named no member. The members are: {known}."
-    shown = f" {name!r}" if _SHOWABLE.fullmatch(name) else ""
-    return f"The route action named{shown or ' something'}, which is not one member. The members are: {known}."
+    return f"The route action named {shown_name(name)}, which is not one member. The members are: {known}."

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import unicodedata
 
-from routers.language.grammar import Grammar
+from routers.language.grammar import Grammar, Marks
 from srpo.types import Observation
 
 REASONING = "\n\nIts reasoning, to the end: "
@@ -19,14 +19,14 @@ _LONGEST_TAIL = 64  # characters between a tag's name and its ">", such as attri
 _IGNORED = ("Cf", "Mn", "Me", "Cc")  # zero-width and other format characters, combining marks, controls
 
 
-def neutralise(text: str, grammar: Grammar) -> str:
-    """``text`` with every tag of the grammar in round brackets: ``</answer>`` becomes ``(/answer)``. Linear time.
+def neutralise(text: str, marks: Marks) -> str:
+    """``text`` with every tag of these names in round brackets: ``</answer>`` becomes ``(/answer)``. Linear time.
 
     Also taken for tags: other case, white space or attributes inside, no closing bracket (a tag may be cut off at the
     end), full-width and other compatibility forms, and zero-width or combining characters in between.
     """
     plain, origin = _plain(text)
-    names = "|".join(map(re.escape, grammar.names))
+    names = "|".join(map(re.escape, marks.names))
     blanks = r"\s{0,8}"  # every repeat is bounded: linear on any text
     tag = re.compile(
         rf"<{blanks}(?:/{blanks})?(?:{names})(?![a-z0-9_-])(?:[^<>]{{0,{_LONGEST_TAIL}}}>)?", re.IGNORECASE
@@ -39,27 +39,24 @@ def neutralise(text: str, grammar: Grammar) -> str:
     return "".join(out)
 
 
-def reply_observation(text: str, grammar: Grammar, reasoning: str = "") -> Observation:
-    """A member's reply in the information frame. The frame is closed after the rollout has cut the body to size.
+def framed(text: str, marks: Marks, before: str, after: str, reasoning: str = "") -> Observation:
+    """Text of others between a frame of ours, which is closed after the rollout has cut the text to size.
 
-    ``reasoning`` is what the member thought aloud: its end is shown behind the answer, where there is room for it.
+    ``reasoning`` is what a member thought aloud: its end is shown behind the answer, where there is room for it.
     """
-    body = neutralise(text, grammar).strip()
     return Observation(
-        body=body,
-        before=f"\n\n{grammar.open(grammar.information)}",
-        after=f"{grammar.close(grammar.information)}\n\n",
-        aside=neutralise(reasoning, grammar).strip(),
+        body=neutralise(text, marks).strip(),
+        before=before,
+        after=after,
+        aside=neutralise(reasoning, marks).strip(),
         between=REASONING if reasoning else "",
     )
 
 
-def note_observation(words: str, grammar: Grammar, reasoning: str = "") -> Observation:
-    """What the library itself has to say, such as what was wrong with a turn.
-
-    It may quote the policy or name members, so it gets the same treatment as a reply.
-    """
-    return reply_observation(words, grammar, reasoning)
+def reply_observation(text: str, grammar: Grammar, reasoning: str = "") -> Observation:
+    """A member's reply in the information frame of Router-R1."""
+    opening, closing = grammar.open(grammar.information), grammar.close(grammar.information)
+    return framed(text, grammar, f"\n\n{opening}", f"{closing}\n\n", reasoning)
 
 
 def _plain(text: str) -> tuple[str, list[int] | range]:

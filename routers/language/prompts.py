@@ -14,7 +14,7 @@ from typing import Any
 
 from routers.data.catalogue import Member, describe
 from routers.data.table import ReplyTable
-from routers.language.grammar import ROUTER_R1, Grammar
+from routers.language.grammar import ROUTER_R1, Grammar, Marks
 from routers.language.observations import neutralise
 
 Messages = list[dict[str, str]]
@@ -148,6 +148,70 @@ def short_think_route_prompt(
     return [{"role": "user", "content": "\n".join(lines)}]
 
 
+def call_prompt(
+    question: str,
+    marks: Marks,
+    *,
+    short: bool = False,
+    cost_weight: float | None = None,
+    clean: Clean | None = None,
+) -> Messages:
+    """One user message: the prompt of an agent whose chat template tells it the members, as functions (`schemas`).
+
+    Args:
+        marks: of its text.
+        short: one line of instructions, for a policy of a million parameters.
+        question, cost_weight, clean: as in `think_route_prompt`.
+    """
+    lines = [
+        "Answer the question at the end.",
+        f"Reason inside <{marks.think}> ... </{marks.think}> first, and again whenever you have received a reply.",
+        "If you lack knowledge, call a function: each asks another model, which reads your query and nothing else.",
+        "Rules for calling:",
+        "- The query is a concrete question of your own. Never copy a model's description.",
+        "- The models differ in strengths, price and speed. Compare them, do not always take the same one; you may "
+        "call several times.",
+        "- Make one call, then stop and wait for the reply.",
+        *_sensitivity(cost_weight),
+        "When you know enough, write the answer alone instead of a call, as short as possible, for example: Beijing",
+    ]
+    if short:
+        lines = [*_sensitivity(cost_weight), "Call a function, or write the answer"]
+    return [{"role": "user", "content": "\n".join([*lines, f"Question: {_safe(question, marks, clean)}"])}]
+
+
+def schemas(
+    members: Mapping[str, Member],
+    marks: Marks,
+    *,
+    short: bool = False,
+    needs_query: bool = True,
+    clean: Clean | None = None,
+) -> list[dict[str, Any]]:
+    """The members as functions, for ``apply_chat_template(tools=...)``.
+
+    Args:
+        members: by the name of their function.
+        needs_query: False: a call without a query sends the question itself.
+        marks, short, clean: as in `call_prompt`.
+
+    Raises:
+        ValueError: there is no member.
+    """
+    _check(list(members.values()))
+    query = {"type": "string"} | ({} if short else {"description": "What to ask"})
+    parameters = {"type": "object", "properties": {"query": query}, "required": ["query"] if needs_query else []}
+
+    def told(member: Member) -> str:
+        text = f"{price(member)} {member.descriptor}".strip() if short else describe(member)
+        return _safe(text, marks, clean)
+
+    return [
+        {"type": "function", "function": {"name": name, "description": told(member), "parameters": parameters}}
+        for name, member in members.items()
+    ]
+
+
 def weighed(row: Mapping[str, Any], weights: Sequence[float], weight: float | None = None) -> dict[str, Any]:
     """A row with its price sensitivity, where prompts state one: `weight`, or drawn of `weights` by the query's id."""
     if not weights:
@@ -216,8 +280,8 @@ def _sensitivity(cost_weight: float | None) -> list[str]:
     return [f"Price sensitivity: {cost_weight:.2f} (0: only a right answer counts, 1: price counts as much)"]
 
 
-def _safe(text: str, grammar: Grammar, clean: Clean | None) -> str:
-    return neutralise(clean(text) if clean else text, grammar)
+def _safe(text: str, marks: Marks, clean: Clean | None) -> str:
+    return neutralise(clean(text) if clean else text, marks)
 
 
 def _check(members: Sequence[Member]) -> None:

@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 
 from srpo.columns import OF_ROLLOUT, TURNS, check_word
 from srpo.ranges import Ranges, above, at_least, check_numbers
-from srpo.rollout.thinking import opened_by
+from srpo.rollout.thinking import opened_by, opened_in
 from srpo.rollout.untrusted import encode_frame, encode_untrusted
 from srpo.rollout.worker_loop import EpisodeLoop, Failure, Flow, Job, in_thread
 from srpo.types import LOST, STOP, Columns, Environment, Episode, Observation, Row, Stop, Trajectory, Turn
@@ -96,7 +96,7 @@ class _Play:
     text: str = ""
     """What the policy wrote in its last turn."""
     opened: str = ""
-    """The think tag in which its first text begins, where the prompt has opened one."""
+    """The think tag in which its next text begins, where prompt or observation have opened one."""
     stop: Stop | None = None
     cause: str | None = None
 
@@ -155,7 +155,7 @@ def play(
     rule = None if hasattr(decider, "generate") else decider
     opened = ["" if rule else opened_by(tokenizer, ids) for ids in prompt_ids]
     plays = [_Play(i, tuple(ids), opened=tag) for i, (ids, tag) in enumerate(zip(prompt_ids, opened, strict=True))]
-    labels = Labels(tokenizer)
+    labels, whole = Labels(tokenizer), getattr(environment, "whole_turns", False)
     with EpisodeLoop() if loop is None else nullcontext(loop) as loop:
         _make(environment, plays, rows, seeds, loop, limits)
         ready = [p for p in plays if p.stop is None]
@@ -174,7 +174,7 @@ def play(
                     for p in ready:
                         answer(p)
                 elif ready:
-                    _policy_turns(ready, seeds, decider, labels, tokenizer, limits, answer)  # type: ignore[arg-type]
+                    _policy_turns(ready, seeds, decider, labels, tokenizer, limits, answer, whole)  # type: ignore[arg-type]
                     window = math.inf if rounds else _WINDOW[0] + _WINDOW[1] * (time.monotonic() - began)
                 answers = flow.take(window)
                 came = [plays[row] for row in sorted(answers)]
@@ -225,6 +225,7 @@ def _policy_turns(
     tokenizer: Any,
     limits: Limits,
     answer: Callable[[_Play], object],
+    whole: bool,
 ) -> None:
     """One turn each; `answer` is called with each that its world has to answer, as soon as its turn is written."""
     from srpo.rollout.generator import Request
@@ -240,7 +241,7 @@ def _policy_turns(
         else:
             play.text = play.opened + text_of(tokenizer, sample.ids)
             play.opened = ""
-        if not sample.ended and play.used >= limits.tokens:
+        if not sample.ended and (whole or play.used >= limits.tokens):
             play.stop = "tokens"  # in the middle of a sentence: there is nothing to answer
         else:
             answer(play)
@@ -295,6 +296,7 @@ def _hear(play: _Play, answer: Any, rule: Rule | None, tokenizer: Any, limits: L
     elif late:
         play.stop = "deadline"
     elif rule is None:
+        play.opened = opened_in(observation.after)
         ids = observation_ids(observation, tokenizer, limits.observation_tokens)
         if play.used + len(ids) >= limits.tokens:
             play.stop = "tokens"

@@ -100,6 +100,7 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
     # Of TRL's trainer; set here too.
     log_completions: bool
     mask_truncated_completions: bool
+    tools: Any
     _last_loaded_step: int
     _buffered_inputs: list[dict[str, Any]] | None
 
@@ -277,6 +278,14 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
             batch |= nothing_distilled(mask)
         self._logs["extra"]["branch"].extend(gather_object(branches))
         return batch
+
+    def _tokenize_prompts(self, prompts: list[Any]) -> tuple[Any, ...]:
+        """With the function schemas of the environment; TRL's own `tools` are Python functions that it calls."""
+        own, self.tools = self.tools, getattr(self.environment, "tools", None) or self.tools
+        try:
+            return super()._tokenize_prompts(prompts)
+        finally:
+            self.tools = own
 
     def _generate(self, prompts: list[Any]) -> tuple[Any, ...]:
         step = self.generation_step

@@ -13,6 +13,7 @@ from think_route_cases import RIGHT, ROUTE, episode
 
 from routers.data.catalogue import Member
 from routers.data.table import ReplyTable
+from routers.language.actions import Tags
 from routers.language.grammar import ROUTER_R1
 from routers.language.observations import REASONING, reply_observation
 from routers.pool import Ledger, Pool, ReplyCache, Retry, kind, live_pool, recorded_pool
@@ -203,6 +204,6 @@ def test_recorded_replies_are_split_for_the_policy_and_in_demonstrations():
     table = ReplyTable([row], {"m": Member("m", "x", 1.0, 1.0)})
     reply = asyncio.run(recorded_pool(table).ask("m", "any", 5.0, query_id="q1"))
     assert (reply.text, reply.reasoning) == ("Paris", "hm")
-    (made,) = demonstrations(table.queries("train"), table, lambda q: [], ROUTER_R1, np.random.default_rng(0))
+    (made,) = demonstrations(table.queries("train"), table, lambda q: [], Tags([]), np.random.default_rng(0))
     _, seen, answer = made.turns
     assert (seen.body, seen.aside) == ("Paris", "hm") and "Paris" in answer and "hm" not in answer

@@ -24,7 +24,6 @@ from think_route_cases import (
     Script,
     asked,
     episode,
-    pool,
     reward,
     world,
 )
@@ -83,7 +82,7 @@ def test_2_every_name_that_can_be_routed_to_has_a_price() -> None:
     environment = world()
     assert all(math.isfinite(environment.pool.price(name, Usage(1, 1))) for name in environment.names)
     with pytest.raises(ValueError, match="no member of the pool"):
-        ThinkRoute(pool(), members=["small", "granite"])
+        world(members=["small", "granite"])
 
 
 # 3. The cost ignores input tokens, the router's own tokens, failed calls and latency.

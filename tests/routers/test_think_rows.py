@@ -9,12 +9,12 @@ import pytest
 
 from routers.data.catalogue import Member
 from routers.data.table import ReplyTable, quickstart_table
+from routers.language.actions import Tags
 from routers.language.grammar import ROUTER_R1, parse_turn
-from routers.tasks.think_route.settings import AgentSettings
 from routers.tasks.think_route.sft_rows import NO_ANSWER, copy_drills, demonstrations, restricted, result_of
 from srpo.types import Observation
 
-SETTINGS = AgentSettings(prompt="short", forward_empty=True)
+ACTIONS = Tags([], forward_empty=True)
 
 
 @pytest.mark.parametrize(
@@ -65,8 +65,8 @@ def episodes(table: ReplyTable, again: float = 0.5) -> list[tuple[list[str], lis
     made = demonstrations(
         table.queries("train"),
         table,
-        lambda q: SETTINGS.messages(q["query"], list(table.catalogue.values())),
-        ROUTER_R1,
+        lambda q: Tags(list(table.catalogue.values()), style="short").prompt(q["query"]),
+        ACTIONS,
         np.random.default_rng(0),
         again=again,
     )
@@ -115,13 +115,13 @@ def test_heldout_questions_are_refused() -> None:
     table = make_table({"a": "A"})
     with pytest.raises(ValueError, match="'q0' is of split 'heldout'"):
         demonstrations(
-            [{**table.queries()[0], "split": "heldout"}], table, lambda q: [], ROUTER_R1, np.random.default_rng(0)
+            [{**table.queries()[0], "split": "heldout"}], table, lambda q: [], ACTIONS, np.random.default_rng(0)
         )
 
 
 def test_drills_repeat_what_is_shown() -> None:
     words = ["ab", " c", "7", "<answer>"]
-    drills = list(copy_drills(["one = two", "x</answer>"], words, ROUTER_R1, np.random.default_rng(0), 100))
+    drills = list(copy_drills(["one = two", "x</answer>"], words, ACTIONS, np.random.default_rng(0), 100))
     shown = []
     for drill in drills:
         body, answer = drill.turns

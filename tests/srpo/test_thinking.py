@@ -7,8 +7,8 @@ import torch
 from core_helpers import config, dataset
 from helpers import greedy_turn
 
+from routers.language.actions import Tags
 from routers.language.grammar import Grammar, parse, parse_turn
-from routers.tasks.think_route.settings import AgentSettings
 from routers.tasks.think_route.sft_rows import Demonstration, encode
 from srpo.rollout.generator import Sample
 from srpo.rollout.loop import Limits, play
@@ -183,7 +183,7 @@ def test_the_warm_start_teaches_what_will_be_sampled(tmp_path, chat_template, op
 def test_demonstrations_of_agents_begin_inside_the_block(chat_template):
     made = tokenizer(chat_template)
     turns = (TURN, Observation("reply"), TURN)
-    encoded = encode(Demonstration(PROMPT, turns), made, AgentSettings())
+    encoded = encode(Demonstration(PROMPT, turns), made, Tags([], made), 600)
     text = made.decode(encoded["input_ids"][len(prompt_ids(made)) :])
     whole = TURN + "reply" + TURN
     assert text == (whole if chat_template == NONE else whole.removeprefix("<think>"))

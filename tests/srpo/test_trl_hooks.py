@@ -8,12 +8,14 @@ import ast
 import inspect
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import trl
 from core_helpers import config, dataset, trainer
 from transformers import Trainer
+from trl import chat_template_utils
 from trl.trainer import utils
 from trl.trainer.callbacks import SyncRefModelCallback
 
@@ -51,7 +53,6 @@ PARAMETERS = {
     "_get_output_dir": "trial",
     "_get_grad_norm": "model grad_norm",
     "_prepare_inputs": "generation_batch",
-    # called, not overridden
     "_tokenize_prompts": "prompts",
 }
 ANY = ("train", "evaluate")
@@ -69,6 +70,7 @@ OVERRIDDEN = (
     "_get_output_dir",
     "_get_train_sampler",
     "_prepare_inputs",
+    "_tokenize_prompts",
     "_load_best_model",
     "_log_completion_extra",
     "_log_metric",
@@ -80,6 +82,15 @@ OVERRIDDEN = (
     "save_model",
     "training_step",
 )
+
+
+def test_how_calls_are_read_is_known_by_the_chat_template_alone():
+    """routers.language.calls asks for it without giving TRL a tokenizer, which it would write into."""
+    known = SimpleNamespace(chat_template=chat_template_utils.llama3_1_chat_template)
+    assert chat_template_utils.add_response_schema(known).response_template is chat_template_utils.llama3_template
+    with pytest.raises(ValueError, match="Unrecognized chat template"):
+        chat_template_utils.add_response_schema(SimpleNamespace(chat_template="another"))
+    assert chat_template_utils.qwen3_template["fields"]["tool_calls"]["open"] == "<tool_call>"  # Hermes
 
 
 def test_the_trl_series_is_the_one_declared():

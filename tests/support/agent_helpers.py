@@ -3,6 +3,7 @@
 To a question that holds "beta" it asks beta, to any other it asks alpha; then it answers "ok".
 """
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,6 @@ import torch
 from scripted import Scripted
 
 from routers.data.catalogue import Member
-from routers.language.grammar import render_answer, render_route
-from routers.language.observations import reply_observation
 from routers.pool import Ledger, Pool
 from routers.tasks.think_route.settings import AgentSettings
 
@@ -29,29 +28,45 @@ QUESTIONS = ("What is one?", "Say beta now", "Which alpha is it?", "Is this beta
 REPLIES = ("a reply", "forty-two", "no idea at all", "12")
 
 
-def train_policy(folder: Path, steps: int = 150) -> Path:
-    """Save model, tokenizer and settings in `folder`."""
-    from srpo.rollout.loop import observation_ids
-    from srpo.rollout.untrusted import encode_frame
-    from srpo.scratch_lm import tiny_causal_lm, train_tokenizer
+def settings_of(action_format: str) -> AgentSettings:
+    if action_format == "tags":
+        return SETTINGS
+    return dataclasses.replace(SETTINGS, action_format=action_format, tokens=160, turn_tokens=48)
 
-    grammar = SETTINGS.grammar
-    tags = [tag(name) for name in grammar.names for tag in (grammar.open, grammar.close)]
-    texts = [SETTINGS.messages(q, MEMBERS)[0]["content"] for q in QUESTIONS] + ["alpha: beta: ok why", *REPLIES]
-    tokenizer = train_tokenizer(texts, vocab_size=400, whole=tags)
+
+def tokenizer_of(settings: AgentSettings) -> Any:
+    """Of the policy's own texts."""
+    from srpo.scratch_lm import train_tokenizer
+
+    if settings.action_format == "tags":
+        grammar = settings.grammar
+        tags = [tag(name) for name in grammar.names for tag in (grammar.open, grammar.close)]
+        texts = [settings.actions(MEMBERS).prompt(q)[0]["content"] for q in QUESTIONS]
+        return train_tokenizer([*texts, "alpha: beta: ok why", *REPLIES], vocab_size=400, whole=tags)
+    from tool_tokenizers import SMALL, tokenizer_with
+
+    first = tokenizer_with(SMALL)
+    actions = settings.actions(MEMBERS, first)
+    texts = [first.decode(actions.ids(actions.prompt(q))) for q in QUESTIONS]
+    return tokenizer_with(SMALL, [*texts, *(actions.route("why", m.name) for m in MEMBERS), "ok", *REPLIES], size=500)
+
+
+def train_policy(folder: Path, steps: int = 150, action_format: str = "tags") -> Path:
+    """Save model, tokenizer and settings in `folder`."""
+    from routers.tasks.think_route.sft_rows import Demonstration, encode
+    from srpo.scratch_lm import tiny_causal_lm
+
+    settings = settings_of(action_format)
+    tokenizer = tokenizer_of(settings)
+    actions = settings.actions(MEMBERS, tokenizer)
     model = tiny_causal_lm(tokenizer, hidden=64, heads=2, intermediate=128, seed=0)
     rows = []
     for question in QUESTIONS:
         for reply in REPLIES:
-            prompt = tokenizer.apply_chat_template(
-                SETTINGS.messages(question, MEMBERS), add_generation_prompt=True, return_dict=False
-            )
             member = "beta" if "beta" in question else "alpha"
-            route = encode_frame(tokenizer, render_route("why", member, "", grammar))
-            seen = list(observation_ids(reply_observation(reply, grammar), tokenizer, 16))
-            answer = encode_frame(tokenizer, render_answer("", "ok", grammar))
-            labels = [-100] * len(prompt) + route + [-100] * len(seen) + answer
-            rows.append((prompt + route + seen + answer, labels))
+            turns = (actions.route("why", member), actions.reply(reply), actions.answer("", "ok"))
+            encoded = encode(Demonstration(actions.prompt(question), turns), tokenizer, actions, 16)
+            rows.append((encoded["input_ids"], encoded["labels"]))
     width = max(len(ids) for ids, _ in rows)
     ids = torch.tensor([row + [0] * (width - len(row)) for row, _ in rows])
     labels = torch.tensor([row + [-100] * (width - len(row)) for _, row in rows])
@@ -64,7 +79,7 @@ def train_policy(folder: Path, steps: int = 150) -> Path:
     assert loss.item() < 0.02, f"the policy did not learn its tricks: loss {loss.item():.3f}"
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    SETTINGS.save(folder)
+    settings.save(folder)
     return folder
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from scripted import Fault, Scripted
 
 from routers.data.catalogue import Member
+from routers.language.actions import Tags
 from routers.pool import Ledger, Pool, ReplyCache, Retry
 from routers.tasks.think_route.environment import ThinkRoute
 from srpo.rollout.generator import Request, Sample
@@ -41,7 +42,9 @@ def pool(
 
 def world(reply: str | Callable[[str], str] = "It is Paris.", **settings: Any) -> ThinkRoute:
     made = {name: settings.pop(name) for name in ("faults", "ledger", "cache", "seconds") if name in settings}
-    return ThinkRoute(pool(reply, **made), **settings)
+    chosen = [CATALOGUE.get(name, Member(name, "unknown")) for name in settings.pop("members", CATALOGUE)]
+    how = {name: settings.pop(name) for name in ("grammar", "forward_empty") if name in settings}
+    return ThinkRoute(pool(reply, **made), Tags(chosen, **how), **settings)
 
 
 def asked(environment: ThinkRoute, member: str) -> list[str]:

@@ -25,7 +25,7 @@ from typing import Any
 
 from routers.data.billing import cost
 from routers.data.catalogue import Member, load_catalogue
-from routers.language.grammar import parse_turn
+from routers.language.grammar import Action
 from routers.language.prompts import stated_cost_weight
 from routers.pool import Pool, live_pool
 from routers.router import Answer, CannotDo, Decision, OnTurn, Router, RouterFile, members_now
@@ -39,7 +39,7 @@ from srpo.rollout.sampling import Sampling, text_of
 from srpo.rollout.shared import Batches, load_checkpoint
 from srpo.rollout.special_tokens import end_ids
 from srpo.rollout.thinking import opened_by
-from srpo.rollout.untrusted import LockedTokenizer, without_control_tokens
+from srpo.rollout.untrusted import LockedTokenizer
 from srpo.rollout.worker_loop import EpisodeLoop
 from srpo.types import COST, LOST, Episode, Observation, Row, Stop, Trajectory
 
@@ -87,8 +87,8 @@ class RouterAgent(Router):
         self._made_from = made_from
         self._model = model
         self._tokenizer = LockedTokenizer(tokenizer)
-        self._clean = without_control_tokens(self._tokenizer)
-        self._mask = settings.mask(self._tokenizer, [member.name for member in self.members])
+        self._actions = settings.actions(self.members, self._tokenizer)
+        self._mask = self._actions.mask(self._tokenizer)
         self._world = None if pool is None else self._make_world(pool, call_seconds)
         self._limits = Limits(
             turns=settings.turns,
@@ -99,7 +99,7 @@ class RouterAgent(Router):
             episode_seconds=episode_seconds,
         )
         self._numbers = itertools.count()
-        self._sampling = Sampling(temperature=temperature, stop=settings.grammar.stops)
+        self._sampling = Sampling(temperature=temperature, stop=self._actions.stops)
         ends = end_ids(model, self._tokenizer)
         make = partial(TransformersGenerator, model, self._tokenizer, eos_ids=ends, allowed=self._mask.after)
         self._batches = Batches(BySampling(make, self._sampling), max_batch)
@@ -129,7 +129,10 @@ class RouterAgent(Router):
             ValueError: the catalogue or the settings cannot be used.
             OSError: no such checkpoint.
         """
-        settings = AgentSettings.load(name) if settings is None else settings
+        if settings is None:
+            settings = AgentSettings.load(name)
+        else:
+            settings.check_policy(name)
         asked = pool if isinstance(pool, Pool) else live_pool(load_catalogue(pool))
         return cls(*load_checkpoint(str(name)), asked, settings, **options)
 
@@ -171,14 +174,18 @@ class RouterAgent(Router):
         row, prompt = self._row(query, None, cost_weight)
         limit = self.settings.turn_tokens or self.settings.tokens
         [turn] = self._batches.ask([Request(next(self._numbers), tuple(prompt), row["query_id"], limit)])
-        scores, names = {}, [member.name for member in self.members]
+        scores: dict[str, float] = {}
         if begun := self._mask.inside(turn.ids):
             length, tree = begun
             context_ids = [*prompt, *turn.ids[:length]]
             [found] = choice_probabilities(self._batches.ask, [(tree, context_ids, next(self._numbers))])
-            scores = {name: found.get(name, 0.0) + found.get(f" {name}", 0.0) for name in names}
+            scores = dict.fromkeys(self._actions.names, 0.0)
+            for alternative, probability in found.items():
+                scores[self._actions.member_of(alternative)] += probability
         text = opened_by(self._tokenizer, prompt) + text_of(self._tokenizer, turn.ids)
-        action = parse_turn(text, names, self.settings.grammar, forward_empty=self.settings.forward_empty)
+        action = self._actions.parse(text, first=True)
+        if self._actions.whole_turns and not turn.ended:
+            action = Action("invalid", None, "", "The turn was longer than it may be.")
         return Decision(
             members=(action.member,) if action.member else (),
             scores=scores,
@@ -256,14 +263,8 @@ class RouterAgent(Router):
         if not isinstance(question, str) or not question.strip():
             raise ValueError("the question is empty")
         weight = stated_cost_weight(self.settings.cost_weights, cost_weight)
-        prompt = self.settings.messages(question, self.members, cost_weight=weight, clean=self._clean)
-        ids = self._tokenizer.apply_chat_template(
-            prompt,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=False,
-            **self.settings.chat_template_kwargs,
-        )
+        prompt = self._actions.prompt(question, weight)
+        ids = self._actions.ids(prompt)
         name = f"question {next(self._numbers)}"
         return {"query": question, "prompt": prompt, "query_id": name, "max_cost_usd": cap}, ids
 
@@ -316,8 +317,7 @@ class RouterAgent(Router):
     def _make_world(self, pool: Pool, call_seconds: float) -> ThinkRoute:
         return ThinkRoute(
             pool,
-            grammar=self.settings.grammar,
-            forward_empty=self.settings.forward_empty,
+            self._actions,
             failed_call="observe",
             call_seconds=call_seconds,
             count_tokens=self.count_tokens,
@@ -407,6 +407,7 @@ class _Listening:
         self._world = world
         self._interest = interest
         self._on_turn = on_turn
+        self.whole_turns = world.whole_turns
 
     def episode(self, row: Row, seed: str) -> Episode:
         return _ListeningEpisode(self._world.episode(row, seed), self._interest, self._on_turn)

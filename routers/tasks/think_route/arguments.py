@@ -13,6 +13,7 @@ POOLS = ("recorded", "endpoint")
 REPLIES = ("full", "result")
 FAILED = ("lost", "observe")
 PROMPTS = ("router_r1", "short")
+FORMATS = ("tags", "json")
 SCHEMES = ("additive", "router_r1", "xrouter")
 
 
@@ -75,6 +76,14 @@ class ThinkRouteArguments:
 
     # Prompt and reward
     prompt: str = field(default="router_r1", metadata=about("short: for the tiny policy.", choices=PROMPTS))
+    action_format: str = field(
+        default="tags",
+        metadata=about(
+            "tags: Router-R1's. json: members are functions in the policy's own "
+            "chat template and form of tool calls; a turn without a call is the answer.",
+            choices=FORMATS,
+        ),
+    )
     forward_empty: bool = field(
         default=False, metadata={"help": "A route without a query is valid, and sends the question itself."}
     )

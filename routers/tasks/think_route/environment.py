@@ -1,9 +1,9 @@
 """The world of a think/route agent: it thinks, asks members of the pool, reads their replies, and answers.
 
 An environment for the rollout loop (`srpo.types`), in training, evaluation and serving alike. What the policy reads
-and may write is Router-R1's (arXiv:2506.09033; routers.language.grammar, routers.language.prompts), what it earns is
-decided by rewards from the columns below. Everything is a function of (row, policy's text, members' replies): no
-history, no clock.
+and may write is in `routers.language.actions` (by default Router-R1's, arXiv:2506.09033), what it earns is decided by
+rewards from the columns below. Everything is a function of (row, policy's text, members' replies): no history, no
+clock.
 
 Columns of an episode
     route           first member asked, None if none was; ``members`` all of them in order, ``calls`` their number
@@ -25,8 +25,8 @@ from typing import Any, Literal, get_args
 from routers.data.catalogue import Member
 from routers.data.catalogue import cost as call_cost
 from routers.evaluation.answers import METRICS, Metric, exact_match, f1, score
-from routers.language.grammar import ROUTER_R1, Action, Grammar, name_error, parse_turn
-from routers.language.observations import note_observation, reply_observation
+from routers.language.actions import Actions, Tags
+from routers.language.grammar import Action, name_error
 from routers.pool.ledger import Account, OverBudget
 from routers.pool.pool import Pool
 from routers.pool.protocol import EMPTY, OVER_BUDGET, kind
@@ -65,10 +65,8 @@ class ThinkRoute:
 
     Args:
         pool: who answers, and the ledger.
-        members: names that may be asked; None: the whole pool.
-        grammar: the tags.
+        actions: who may be asked, and how the policy does it; None: the whole pool, as in Router-R1.
         metric: how answers are graded, where a row does not say.
-        forward_empty: a route without a query sends the question itself.
         failed_call: what a call that failed for good does: "lost" takes the episode out of training (a fault of the
             pool is not the policy's), "observe" tells the policy, which can ask somebody else. A member that thought
             and came to no answer has not failed: the policy is told, and reads the end of the thoughts.
@@ -86,18 +84,17 @@ class ThinkRoute:
     def __init__(
         self,
         pool: Pool,
+        actions: Actions | None = None,
         *,
-        members: Sequence[str] | None = None,
-        grammar: Grammar = ROUTER_R1,
         metric: Metric = "em",
-        forward_empty: bool = False,
         failed_call: FailedCall = "lost",
         call_seconds: float = 45.0,
         max_cost_usd: float | None = None,
         count_tokens: Callable[[str], int] | None = None,
         observation_tokens: int | None = None,
     ) -> None:
-        names = list(pool.members) if members is None else list(members)
+        self.actions: Actions = actions or Tags(list(pool.members.values()))
+        names = list(self.actions.names)
         for name in names:
             if problem := name_error(name):
                 raise ValueError(f"{problem}; rename it in the catalogue, and give the endpoint's name as `model`")
@@ -111,9 +108,8 @@ class ThinkRoute:
             raise ValueError(f"call_seconds is {call_seconds!r}; it must be positive")
         self.pool = pool
         self.names = names
-        self.grammar = grammar
+        self.whole_turns, self.tools = self.actions.whole_turns, self.actions.tools
         self.metric: Metric = metric
-        self.forward_empty = forward_empty
         self.failed_call = failed_call
         self.call_seconds = call_seconds
         self.max_cost_usd = max_cost_usd
@@ -169,15 +165,9 @@ class ThinkRouteEpisode:
         return None
 
     async def step(self, text: str) -> Observation:
-        """Parse one turn and answer it. Ends with an answer tag, valid or not, with a second refusal, or lost."""
+        """Parse one turn and answer it. Ends with an answer, or a tag of one, with a second refusal, or lost."""
         self._book(written=self._count(text))
-        action = parse_turn(
-            text,
-            self._world.names,
-            self._world.grammar,
-            needs_think=self._turns == 0,  # Router-R1: the transcript begins with a think block
-            forward_empty=self._world.forward_empty,
-        )
+        action = self._world.actions.parse(text, first=self._turns == 0)
         self._turns += 1
         if action.kind == "answer":
             self._answer = action.answer
@@ -210,7 +200,7 @@ class ThinkRouteEpisode:
         self._cost += cost
         self._seconds += reply.seconds
         if reply.error is None:
-            return self._shown(reply_observation(well_formed(reply.text), self._world.grammar, reply.reasoning))
+            return self._shown(self._world.actions.reply(well_formed(reply.text), reply.reasoning))
         if kind(reply) == EMPTY and reply.reasoning:  # no fault of the pool: it thought until its tokens were used up
             return self._note(f"{member} came to no answer.", reply.reasoning)
         if kind(reply) == OVER_BUDGET or self._world.failed_call == "lost":
@@ -249,7 +239,7 @@ class ThinkRouteEpisode:
         }
 
     def _note(self, words: str, reasoning: str = "") -> Observation:
-        return self._shown(note_observation(words, self._world.grammar, reasoning))
+        return self._shown(self._world.actions.reply(words, reasoning))
 
     def _shown(self, observation: Observation) -> Observation:
         limit = self._world.observation_tokens

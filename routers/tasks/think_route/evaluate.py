@@ -25,7 +25,6 @@ from srpo.rollout.generator import ALL_TOKENS, TransformersGenerator
 from srpo.rollout.loop import Limits, as_columns, play
 from srpo.rollout.sampling import Sampling
 from srpo.rollout.special_tokens import end_ids
-from srpo.rollout.untrusted import without_control_tokens
 from srpo.types import CORRECT, COST, LOST, STOP, Columns
 
 if TYPE_CHECKING:
@@ -54,24 +53,15 @@ def play_questions(
     step_seconds: float = 60.0,
 ) -> Columns:
     """Greedy episodes of all questions, in order; the model's mode is left as it was."""
-    clean = without_control_tokens(tokenizer)
-    rows = [{**q, "prompt": prompt_of(q, settings, world.members, clean)} for q in questions]
-    prompts = [
-        tokenizer.apply_chat_template(
-            row["prompt"],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=False,
-            **settings.chat_template_kwargs,
-        )
-        for row in rows
-    ]
+    actions = settings.actions(world.members, tokenizer)
+    rows = [{**q, "prompt": prompt_of(q, actions)} for q in questions]
+    prompts = [actions.ids(row["prompt"]) for row in rows]
     generator = TransformersGenerator(
         model,
         tokenizer,
-        Sampling(temperature=0.0, stop=settings.grammar.stops),
+        Sampling(temperature=0.0, stop=actions.stops),
         eos_ids=end_ids(model, tokenizer),
-        allowed=settings.mask(tokenizer, world.names).after,
+        allowed=actions.mask(tokenizer).after,
         keep_tokens=ALL_TOKENS,
     )
     limits = Limits(

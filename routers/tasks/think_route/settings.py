@@ -9,20 +9,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, get_args
 
 from routers.data.catalogue import Member
 from routers.data.typical import TypicalCalls
+from routers.language.actions import ActionFormat, Actions, PromptStyle, Tags
 from routers.language.grammar import ROUTER_R1, Grammar
-from routers.language.prompts import Clean, Messages, short_think_route_prompt, think_route_prompt
-from routers.router import plain_settings, read_router, write_router
+from routers.router import ROUTER_FILE, plain_settings, read_router, write_router
 from srpo.ranges import Ranges, at_least, between, check_numbers
 
-if TYPE_CHECKING:
-    from srpo.rollout.constrained import OneOf
-
 KIND = "think_route"
-PromptStyle = Literal["router_r1", "short"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +26,7 @@ class AgentSettings(TypicalCalls):
     """How a question becomes an episode.
 
     Raises:
-        ValueError: an unknown prompt style, or a number out of its range.
+        ValueError: an unknown prompt style or action format, or a number out of its range.
     """
 
     RANGES: ClassVar[Ranges] = {
@@ -42,8 +38,11 @@ class AgentSettings(TypicalCalls):
     }
 
     prompt: PromptStyle = "router_r1"
-    """`think_route_prompt`, or `short_think_route_prompt` for policies of a million parameters."""
+    """Or short, for policies of a million parameters."""
+    action_format: ActionFormat = "tags"
+    """json: members are functions of the policy's chat template."""
     grammar: Grammar = ROUTER_R1
+    """Of action_format tags."""
     forward_empty: bool = False
     """A route without a query sends the question itself."""
     turns: int = 5
@@ -63,33 +62,37 @@ class AgentSettings(TypicalCalls):
     """Mean USD of a member's reply there, at its prices."""
 
     def __post_init__(self) -> None:
-        if self.prompt not in get_args(PromptStyle):
-            raise ValueError(f"prompt {self.prompt!r} is unknown; use one of {', '.join(get_args(PromptStyle))}")
+        for name, known in (("prompt", get_args(PromptStyle)), ("action_format", get_args(ActionFormat))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} {getattr(self, name)!r} is unknown; use one of {', '.join(known)}")
         check_numbers(self)
 
-    def messages(
-        self,
-        question: str,
-        members: Sequence[Member],
-        *,
-        cost_weight: float | None = None,
-        clean: Clean | None = None,
-    ) -> Messages:
-        """The policy's prompt for a question and a pool."""
-        build = think_route_prompt if self.prompt == "router_r1" else short_think_route_prompt
-        return build(question, members, self.grammar, cost_weight=cost_weight, clean=clean)
+    def actions(self, members: Sequence[Member], tokenizer: Any = None) -> Actions:
+        """What the policy reads and writes with these members.
 
-    def mask(self, tokenizer: Any, names: Sequence[str]) -> OneOf:
-        """Which ids may follow in a turn, so that its routes name members; a space may stand before the name.
+        Args:
+            tokenizer: of the policy; None, with tags alone: prompts are texts, in which no control token is broken.
 
         Raises:
-            ValueError: the tokenizer cannot write a name.
+            ValueError: action_format json, and the chat template takes no tools.
         """
-        from srpo.rollout.constrained import OneOf  # imports torch
+        how = (members, tokenizer, self.chat_template_kwargs)
+        if self.action_format == "json":
+            from routers.language.calls import Calls
 
-        tag = self.grammar.route
-        closings = [":", *([self.grammar.close(tag)] if self.forward_empty else [])]
-        return OneOf(tokenizer, self.grammar.open(tag), [*names, *(f" {name}" for name in names)], closings)
+            return Calls(*how, style=self.prompt, forward_empty=self.forward_empty)
+        return Tags(*how, grammar=self.grammar, style=self.prompt, forward_empty=self.forward_empty)
+
+    def check_policy(self, name: str | Path) -> None:
+        """ValueError for a think/route checkpoint whose policy learned another format."""
+        if not Path(name, ROUTER_FILE).is_file() or (file := read_router(name)).kind != KIND:
+            return
+        learned = file.settings_of(AgentSettings).action_format
+        if learned != self.action_format:
+            raise ValueError(
+                f"{name}: this policy learned action_format: {learned}, and is to be asked with action_format: "
+                f"{self.action_format}; use the first, or a policy that has learned neither"
+            )
 
     def save(self, folder: str | Path, made_from: Mapping[str, Any] | None = None) -> None:
         """Write `router.yaml` into a checkpoint's folder; of the members, what the policy was told, and prices."""

@@ -13,13 +13,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from routers.data.table import ReplyTable
-from routers.language.grammar import Grammar, render_answer, render_route
-from routers.language.observations import reply_observation
+from routers.language.actions import Actions
 from routers.language.prompts import Messages, family_phrase
 from routers.pool.reasoning import split_reasoning
-from routers.tasks.think_route.settings import AgentSettings
 from srpo.rollout.loop import observation_ids
-from srpo.rollout.thinking import inside, opened_by
+from srpo.rollout.thinking import inside, opened_by, opened_in
 from srpo.rollout.untrusted import encode_frame
 from srpo.task import Ids
 from srpo.types import Observation
@@ -88,7 +86,7 @@ def demonstrations(
     queries: Sequence[Mapping[str, Any]],
     table: ReplyTable,
     prompt: Callable[[Mapping[str, Any]], Messages],
-    grammar: Grammar,
+    actions: Actions,
     rng: np.random.Generator,
     *,
     again: float = 0.5,
@@ -104,7 +102,7 @@ def demonstrations(
         queries: ``query_id``, ``query``, ``family`` and ``split``; a held-out query is refused.
         table: what each member replied.
         prompt: query -> the policy's prompt.
-        grammar: the tags.
+        actions: how turns are written.
         rng: draws members; the same generator state gives the same episodes.
         failed: whether a reply is no answer, by its text.
         think: the reasoning of a route.
@@ -122,18 +120,29 @@ def demonstrations(
         reply = ""
         for name in order[:asks]:
             reply, reasoning = split_reasoning(table.lookup(query["query_id"], name).reply.strip())
-            turns += [render_route(think(query), name, "", grammar), reply_observation(reply, grammar, reasoning)]
+            asked = "" if actions.forward_empty else str(query["query"]).strip()
+            turns += [actions.route(think(query), name, asked), actions.reply(reply, reasoning)]
             if not failed(reply):
                 break
-        answer = NO_ANSWER if failed(reply) or grammar.tags.search(reply) else reply
-        made.append(Demonstration(prompt(query), (*turns, render_answer("", answer, grammar))))
+        answer = NO_ANSWER if failed(reply) else reply
+        made.append(
+            Demonstration(prompt(query), (*turns, _answered(answer, actions) or actions.answer("", NO_ANSWER)))
+        )
     return made
+
+
+def _answered(text: str, actions: Actions) -> str | None:
+    """The turn that answers so; None: there is none, as the text holds a tag."""
+    try:
+        return actions.answer("", text)
+    except ValueError:
+        return None
 
 
 def copy_drills(
     replies: Sequence[str],
     words: Sequence[str],
-    grammar: Grammar,
+    actions: Actions,
     rng: np.random.Generator,
     count: int,
 ) -> Iterator[Demonstration]:
@@ -155,31 +164,26 @@ def copy_drills(
         else:
             text = "".join(words[i] for i in rng.integers(len(words), size=rng.integers(1, 9)))
         text = " ".join(text.split())
-        if text and not grammar.tags.search(text):
+        if answer := _answered(text, actions):
             made += 1
-            yield Demonstration([], (reply_observation(text, grammar), render_answer("", text, grammar)))
+            yield Demonstration([], (actions.reply(text), answer))
 
 
-def encode(demonstration: Demonstration, tokenizer: PreTrainedTokenizerBase, settings: AgentSettings) -> Ids:
-    """`input_ids`, and `labels`: -100 on prompt and observations. A turn ends with its closing tag, not with EOS."""
-    ids: list[int] = []
-    if demonstration.prompt:
-        ids += tokenizer.apply_chat_template(
-            demonstration.prompt,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=False,
-            **settings.chat_template_kwargs,
-        )
+def encode(
+    demonstration: Demonstration, tokenizer: PreTrainedTokenizerBase, actions: Actions, observation_tokens: int
+) -> Ids:
+    """`input_ids`, and `labels`: -100 on prompt and observations. A turn ends as the rollout's would."""
+    ids: list[int] = actions.ids(demonstration.prompt) if demonstration.prompt else []
     labels = [-100] * len(ids)
     opened = opened_by(tokenizer, ids)
     for turn in demonstration.turns:
         if isinstance(turn, str):
-            part = encode_frame(tokenizer, inside(opened, turn))
+            part = encode_frame(tokenizer, inside(opened, turn) + actions.end)
             opened = ""
             labels += part
         else:
-            part = list(observation_ids(turn, tokenizer, settings.observation_tokens))
+            part = list(observation_ids(turn, tokenizer, observation_tokens))
+            opened = opened_in(turn.after)
             labels += [-100] * len(part)
         ids += part
     return {"input_ids": ids, "labels": labels}

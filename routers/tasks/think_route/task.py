@@ -56,24 +56,32 @@ class ThinkRoute:
         self.names = world.seen_members(task, self.pool)
         members = [self.pool.members[name] for name in self.names]
         self.settings = world.make_settings(task, args, members, self.table)
+        self.settings.check_policy(self.run.start_from or self.run.model_name_or_path)
+        if args.resume_from_checkpoint:
+            self.settings.check_policy(str(args.resume_from_checkpoint))
         self._rewards = world.make_rewards(task, self.settings.members)
         self.train = [weighed(row, self.settings.cost_weights) for row in train]
-        args.stop_strings = list(self.settings.grammar.stops)
+        args.stop_strings = [] if task.action_format == "json" else list(self.settings.grammar.stops)
 
     def corpus(self) -> Corpus:
         """Prompts, turns and replies of the training questions, and the templates of the self-teacher."""
-        from routers.language.observations import reply_observation
         from routers.pool.reasoning import split_reasoning
         from routers.tasks.think_route.world import prompt_of
 
         if self.table is None:
             raise ValueError("a policy made from nothing needs a table, whose texts its tokenizer is trained on")
+        if self.settings.action_format == "json":
+            raise ValueError(
+                f"action_format: json needs a policy whose chat template takes tools: {self.run.model_name_or_path} "
+                "has none; use action_format: tags, or a policy such as Qwen2.5, Qwen3 or Llama 3.1"
+            )
         grammar, members, args = self.settings.grammar, self.settings.members, self.config
-        texts = [prompt_of(row, self.settings, members)[0]["content"] for row in self.train]
+        actions = self.settings.actions(members)
+        texts = [prompt_of(row, actions)[0]["content"] for row in self.train]
         for row in self.train:
             for member in members:
                 answer, reasoning = split_reasoning(self.table.lookup(row["query_id"], member.name).reply)
-                seen = reply_observation(answer, grammar, reasoning)
+                seen = actions.reply(answer, reasoning)
                 texts += [family_phrase(row), member.name, seen.before, seen.body, seen.after]
                 texts += [seen.between, seen.aside] if reasoning else []
         texts += [args.reprompt_template, args.solution_template, args.feedback_template]
@@ -91,14 +99,14 @@ class ThinkRoute:
 
     def rows(self, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
         from routers.tasks.think_route.world import prompt_of
-        from srpo.rollout.untrusted import without_control_tokens
 
-        clean = without_control_tokens(tokenizer)
-        return [{"prompt": prompt_of(row, self.settings, self.settings.members, clean), **row} for row in self.train]
+        actions = self.settings.actions(self.settings.members, tokenizer)
+        self.tools = actions.tools
+        return [{"prompt": prompt_of(row, actions), **row} for row in self.train]
 
     def made_from(self) -> tuple[dict[str, Any], dict[str, Any]]:
         task = self.arguments
-        of_start = "members unseen_members replies prompt forward_empty cost_weights sft_drills"
+        of_start = "members unseen_members replies prompt action_format forward_empty cost_weights sft_drills"
         of_evaluation = """question_seed pool agent_prompt failed_call metric reward cost_weight format_weight
             cost_scale_usd"""
         start: dict[str, Any] = {"table": source(task.table), "catalogue": source(task.catalogue)}
@@ -114,25 +122,20 @@ class ThinkRoute:
         from routers.pool.reasoning import split_reasoning
         from routers.tasks.think_route.sft_rows import copy_drills, demonstrations, encode, restricted
         from routers.tasks.think_route.world import prompt_of
-        from srpo.rollout.untrusted import without_control_tokens
 
         assert self.table is not None  # __init__ has seen to it
-        settings, rng = self.settings, np.random.default_rng(self.config.seed)
+        rng, actions = np.random.default_rng(self.config.seed), self.settings.actions(self.settings.members, tokenizer)
         queries = [self.train[i] for i in spread(len(self.train), self.run.sft_limit)]
-        shown, clean = restricted(self.table, self.names), without_control_tokens(tokenizer)
-        episodes = demonstrations(
-            queries * int(self.run.sft_epochs),
-            shown,
-            lambda query: prompt_of(query, settings, settings.members, clean),
-            settings.grammar,
-            rng,
-        )
+        shown = restricted(self.table, self.names)
+        epochs = int(self.run.sft_epochs)
+        episodes = demonstrations(queries * epochs, shown, lambda query: prompt_of(query, actions), actions, rng)
         recorded = [shown.lookup(query["query_id"], name).reply for query in queries for name in self.names]
         replies = [split_reasoning(reply)[0] for reply in recorded]
         words = [tokenizer.decode([i]) for i in range(len(tokenizer)) if i not in tokenizer.added_tokens_decoder]
         whole = [word for word in words if "\ufffd" not in word]  # a token may be a part of a character
-        drills = copy_drills(replies, whole, settings.grammar, rng, self.arguments.sft_drills)
-        return [encode(one, tokenizer, settings) for one in (*episodes, *drills)]
+        drills = copy_drills(replies, whole, actions, rng, self.arguments.sft_drills)
+        shown_tokens = self.settings.observation_tokens
+        return [encode(one, tokenizer, actions, shown_tokens) for one in (*episodes, *drills)]
 
     def save(self, folder: Path) -> None:
         self.settings.save(folder, self.made_from()[0])

@@ -11,7 +11,8 @@ from routers.data.questions import load_qa, without_duplicates
 from routers.data.table import ReplyTable, replies_of, spread
 from routers.data.typical import seen_in
 from routers.evaluation.answers import gold_problem
-from routers.language.prompts import COST_WEIGHT, Clean, Messages
+from routers.language.actions import Actions
+from routers.language.prompts import COST_WEIGHT, Messages
 from routers.pool import Ledger, Pool, ReplyCache, live_pool, recorded_pool
 from routers.tasks.think_route.arguments import ThinkRouteArguments
 from routers.tasks.think_route.environment import ThinkRoute, cost_scale
@@ -121,6 +122,7 @@ def make_settings(
     """How the policy asks, as the recipe says; what members' calls cost, as their table does."""
     return AgentSettings(
         prompt=task.prompt,  # type: ignore[arg-type]  # checked there
+        action_format=task.action_format,  # type: ignore[arg-type]
         forward_empty=task.forward_empty,
         turns=args.max_turns,
         tokens=args.max_completion_length,
@@ -137,16 +139,14 @@ def make_world(
     task: ThinkRouteArguments, settings: AgentSettings, pool: Pool, names: Sequence[str], tokenizer: Any, priced: bool
 ) -> ThinkRoute:
     """The environment, with these members; `priced`: the policy's own tokens cost something."""
-    counter = copy.deepcopy(tokenizer)  # steps count while the policy writes, in another thread
+    own = copy.deepcopy(tokenizer)  # steps read and count while the policy writes, in another thread
     return ThinkRoute(
         pool,
-        members=names,
-        grammar=settings.grammar,
+        settings.actions([pool.members[name] for name in names], own),
         metric=task.metric,  # type: ignore[arg-type]  # checked there
-        forward_empty=settings.forward_empty,
         failed_call=task.failed_call,  # type: ignore[arg-type]
         call_seconds=task.call_seconds,
-        count_tokens=(lambda text: len(counter.encode(text, add_special_tokens=False))) if priced else None,
+        count_tokens=(lambda text: len(own.encode(text, add_special_tokens=False))) if priced else None,
     )
 
 
@@ -161,8 +161,6 @@ def make_rewards(task: ThinkRouteArguments, members: Sequence[Member]) -> tuple[
     return additive_rewards(scale, weight, task.format_weight)
 
 
-def prompt_of(
-    row: Mapping[str, Any], settings: AgentSettings, members: Sequence[Member], clean: Clean | None = None
-) -> Messages:
-    """The prompt of a question, with the price sensitivity that it has; `clean` breaks the policy's control tokens."""
-    return settings.messages(row["query"], members, cost_weight=row.get(COST_WEIGHT), clean=clean)
+def prompt_of(row: Mapping[str, Any], actions: Actions) -> Messages:
+    """The prompt of a question, with the price sensitivity that it has."""
+    return actions.prompt(row["query"], row.get(COST_WEIGHT))
