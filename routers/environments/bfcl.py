@@ -10,7 +10,7 @@ import functools
 import hashlib
 import importlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
@@ -18,10 +18,13 @@ from typing import Any
 from routers.environments.protocol import NOTHING_HAPPENS, GameError
 from routers.environments.tool_calls import call_tool, read_calls
 
-CATEGORIES = ("base", "long_context", "miss_param")
-"""Of the package's four; `miss_func`, which hides tools and shows them later, is not supported."""
+CATEGORIES = ("base", "long_context", "miss_param", "miss_func")
 
 SPLITS = ("train", "heldout")
+
+MORE_FUNCTIONS = "I have updated some more functions you can choose from. What about now?"
+"""The package's words where functions are added; only there a turn has none of its own."""
+_MORE = ({"content": MORE_FUNCTIONS},)
 
 INSTRUCTION = (
     "An action is a list of calls of these functions: [f(a=1), g(b='x')]. You see the results and may call again. "
@@ -40,6 +43,8 @@ class BfclTask:
     config: dict[str, Any]
     classes: tuple[str, ...]
     excluded: tuple[str, ...]
+    later: Mapping[int, Sequence[str]]
+    """Functions that are first told of in a turn (`miss_func`), in which the user says `MORE_FUNCTIONS`."""
 
     @property
     def split(self) -> str:
@@ -64,11 +69,12 @@ def load_bfcl(category: str = "base") -> list[BfclTask]:
         BfclTask(
             row["id"],
             category,
-            tuple("\n".join(message["content"] for message in turn) for turn in row["question"]),
+            tuple("\n".join(message["content"] for message in turn or _MORE) for turn in row["question"]),
             tuple(tuple(calls) for calls in gold[row["id"]]),
             row["initial_config"],
             tuple(row["involved_classes"]),
             tuple(row.get("excluded_function", ())),
+            {int(turn): names for turn, names in row.get("missed_function", {}).items()},
         )
         for row in _lines(name)
     ]
@@ -187,8 +193,13 @@ class Bfcl:
         if self._conversation is not None:
             raise GameError(f"{self.seed}: an episode object is played once; make a new one")
         self._conversation = Conversation(self._task)
-        docs = "\n".join(json.dumps(doc) for doc in documents(self._task))
-        return f"{docs}\n\n{self._task.turns[0]}"
+        return self._told(self._task.turns[0])
+
+    def _told(self, said: str) -> str:
+        """What the user says, after the functions that are new in this turn."""
+        assert self._conversation is not None
+        docs = "\n".join(json.dumps(doc) for doc in documents(self._task, self._conversation.turn))
+        return f"{docs}\n\n{said}" if docs else said
 
     def step(self, action: str) -> tuple[str, bool]:
         if self._conversation is None or self.done:
@@ -201,7 +212,7 @@ class Bfcl:
             results = [run(functools.partial(_written, call)) for call in calls]
             return "\n".join(results), self.done
         said = self._conversation.end_turn()
-        return ("" if self.done else said), self.done
+        return ("" if self.done else self._told(said)), self.done
 
 
 def _written(call: ast.Call, tools: dict[str, Any], excluded: tuple[str, ...]) -> str:
@@ -222,11 +233,12 @@ def _tools(task: BfclTask) -> dict[str, Any]:
     return made
 
 
-def documents(task: BfclTask) -> list[dict[str, Any]]:
-    """What the package says of the functions of a task."""
+def documents(task: BfclTask, turn: int) -> list[dict[str, Any]]:
+    """What the package says of the functions that are first told of in a turn."""
     files = (_backends().MULTI_TURN_FUNC_DOC_FILE_MAPPING[name] for name in task.classes)
     docs = (doc for file in files for doc in _lines(f"multi_turn_func_doc/{file}"))
-    return [doc for doc in docs if doc["name"] not in task.excluded]
+    later = {name: number for number, names in task.later.items() for name in names}
+    return [doc for doc in docs if doc["name"] not in task.excluded and later.get(doc["name"], 0) == turn]
 
 
 def _lines(name: str) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from openai_server import Fault, OpenAIServer
 from step_helpers import drive
 
 from routers.data.catalogue import Member
-from routers.environments.bfcl import CATEGORIES, INSTRUCTION, SPLITS, Bfcl, load_bfcl
+from routers.environments.bfcl import CATEGORIES, INSTRUCTION, MORE_FUNCTIONS, SPLITS, Bfcl, load_bfcl
 from routers.environments.protocol import GameError, Session
 from routers.environments.react import ReActExecutor
 from routers.environments.registry import benchmark
@@ -87,8 +87,8 @@ def test_excluded_methods_are_not_there() -> None:
 
 
 def test_unsupported_categories_are_named() -> None:
-    with pytest.raises(GameError, match="'miss_func' is not supported"):
-        load_bfcl("miss_func")
+    with pytest.raises(GameError, match="'live' is not supported"):
+        load_bfcl("live")
 
 
 @pytest.mark.parametrize("category", CATEGORIES)
@@ -121,6 +121,19 @@ def test_a_conversation_and_its_mistakes() -> None:
     second.reset()
     second.step(task.walkthrough[0])
     assert second.step("That is done.") == (task.turns[1], False)
+
+
+def test_functions_that_come_later() -> None:
+    """By the data and the words of the package."""
+    prompts = pytest.importorskip("bfcl_eval.constants.default_prompts", reason=INSTALL)
+    task = load_bfcl("miss_func")[0]  # sort comes in the fourth turn, whose user says nothing else
+    assert task.turns[3] == MORE_FUNCTIONS == prompts.DEFAULT_USER_PROMPT_FOR_ADDITIONAL_FUNCTION_FC
+    assert all(MORE_FUNCTIONS not in task.turns for part in CATEGORIES[:3] for task in load_bfcl(part))
+    made = Bfcl(task)
+    assert '{"name": "sort"' not in made.reset()
+    said = [made.step(action)[0] for action in task.walkthrough]
+    [told] = [text for text in said if text.endswith(MORE_FUNCTIONS)]
+    assert told.startswith('{"name": "sort"') and told.count('{"name": ') == 1 and made.won
 
 
 @pytest.mark.parametrize(
@@ -196,12 +209,12 @@ def test_the_split_is_ours_and_the_same_in_all_categories() -> None:
         assert {**parts["train"], **parts["heldout"]} == made.tasks(category) and len(made.tasks(category)) == 200
         numbers[category] = {name.rsplit("_", 1)[1] for name in parts["heldout"]}
         assert len(numbers[category]) == 89 and len(parts["train"]) == 111
-    assert numbers["base"] == numbers["long_context"] == numbers["miss_param"]
+    assert all(numbers[category] == numbers["base"] for category in CATEGORIES)
     assert list(made.tasks("base:train", 3)) == list(made.tasks("base:train"))[:3]
     with pytest.raises(GameError, match=r"no part 'base:test'; there are base\[:train\|heldout\], long_context"):
         made.tasks("base:test")
-    with pytest.raises(GameError, match="miss_func_1: no part of BFCL with it was listed"):
-        made.make("miss_func_1", 5)
+    with pytest.raises(GameError, match="nothing_1: no part of BFCL with it was listed"):
+        made.make("nothing_1", 5)
 
 
 def test_two_models_behind_an_endpoint_play_a_part_of_the_suite() -> None:

@@ -20,7 +20,7 @@ import yaml
 from chat_server import ChatServer, Said, usage, whole
 
 from routers.data.catalogue import Member
-from routers.environments.bfcl import load_bfcl
+from routers.environments.bfcl import CATEGORIES, MORE_FUNCTIONS, load_bfcl
 from routers.environments.messages import verifiers
 from routers.environments.messages.agent import AGENTS, agent_of
 from routers.environments.messages.environment import MessagesBenchmark, MessagesEnvironment, answer
@@ -417,17 +417,18 @@ def test_bfcl_by_tool_calls(agents: Any, monkeypatch: pytest.MonkeyPatch) -> Non
     """The right calls score 1 in every category; what goes wrong in a call is its result; words too early score 0."""
     pytest.importorskip("bfcl_eval", reason="BFCL is not installed: pip install --no-deps bfcl-eval mpmath")
     agent = agent_of("bfcl")
-    for part in ("base", "long_context", "miss_param"):
+    for part in CATEGORIES:
         agent.tasks(part, 20)
         for task in load_bfcl(part)[:20]:
-            tools = {
-                tool["function"]["name"]: tool["function"]["parameters"]
-                for tool in play(agent, task.id).request["tools"]
-            }
-            said: list[Any] = []
-            for calls in task.gold:
-                said += [by_name(text, tools) for text in calls] + ["Done."]
-            made = play(agent, task.id, *said, limit=99)
+            made = play(agent, task.id, limit=99)
+            for turn, calls in enumerate(task.gold):
+                tools = {tool["function"]["name"]: tool["function"]["parameters"] for tool in made.request["tools"]}
+                for number, names in task.later.items():
+                    assert not names or (names[0] in tools) == (turn >= number)
+                assert (shown(made) == MORE_FUNCTIONS) == (turn in task.later)
+                for text in calls:
+                    made.step(answer("m", by_name(text, tools)))
+                made.step(answer("m", {"role": "assistant", "content": "Done."}))
             assert made.done and made.score == 1.0, task.id
     task = load_bfcl("base")[0]
     made = play(agent, task.id, call("cd", folder="document"))

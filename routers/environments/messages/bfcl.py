@@ -33,15 +33,16 @@ class BfclAgent:
 
     def talk(self, task: str) -> Talk:
         known = self._benchmark.task(task)
-        conversation, tools = Conversation(known), [_tool(document) for document in documents(known)]
+        conversation, tools = Conversation(known), [_tool(document) for document in documents(known, 0)]
         messages: list[Mapping[str, Any]] = [{"role": "user", "content": known.turns[0]}]
         while not conversation.over:
-            reply = yield {"messages": list(messages), "tools": tools}
+            reply = yield {"messages": list(messages), "tools": list(tools)}
             messages.append(reply)
             if calls := reply.get("tool_calls"):
                 messages += [_result(call, conversation) for call in calls]
             else:
                 messages.append({"role": "user", "content": conversation.end_turn()})
+                tools += [_tool(document) for document in documents(known, conversation.turn)]
         return float(conversation.won)
 
 
