@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -364,15 +365,21 @@ def test_two_steps_of_training_in_an_environment_of_verifiers(
 # OpenEnv
 
 
-@pytest.fixture(scope="module", params=["stand-in", "openenv"])
-def guess(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The name of the agent: a server on loopback, in a process of its own."""
-    python, port = os.environ.get("OPENENV_PYTHON"), tmp_path_factory.mktemp("openenv") / "port"
-    if request.param == "openenv" and not python:
+@pytest.fixture(params=["stand-in", "openenv"])
+def server(request: pytest.FixtureRequest) -> str:
+    """The Python that a server is run by."""
+    if request.param == "stand-in":
+        return sys.executable
+    if not (python := os.environ.get("OPENENV_PYTHON")):
         pytest.skip("OPENENV_PYTHON names no Python with openenv")
-    chosen = str(python) if request.param == "openenv" else sys.executable
+    return python
+
+
+@contextmanager
+def guess(python: str, port: Path, *words: str) -> Iterator[str]:
+    """The name of the agent: a server on loopback, in a process of its own."""
     kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    server = subprocess.Popen([chosen, str(WORLDS / "openenv_server.py"), str(port)], env=kept)
+    server = subprocess.Popen([python, str(WORLDS / "openenv_server.py"), str(port), *words], env=kept)
     end = time.monotonic() + 240
     while not port.exists():
         assert server.poll() is None and time.monotonic() < end, "the server did not start"
@@ -384,16 +391,42 @@ def guess(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
             break
         except GameError:
             assert time.monotonic() < end
-    yield name
-    AGENTS.clear()
-    AGENTS.update(before)
-    server.kill()
-    server.wait()
+    try:
+        yield name
+    finally:
+        AGENTS.clear()
+        AGENTS.update(before)
+        server.kill()
+        server.wait()
 
 
-def test_environments_behind_openenv_s_server(guess: str) -> None:
+def test_environments_behind_openenv_s_server(server: str, tmp_path: Path) -> None:
     """Every episode is a session of its own; observations, texts as actions, rewards and ends, by hand."""
-    agent = agent_of(guess)
+    with guess(server, tmp_path / "port") as name:
+        check_texts(name)
+
+
+def test_tools_behind_openenv_s_server(server: str, tmp_path: Path) -> None:
+    """Tools are offered as `tools`; calls, results, errors, rewards and ends, by hand."""
+    with guess(server, tmp_path / "port", "tools") as name:
+        agent = agent_of(name)
+        made = play(agent, "100003", call("say", message="4"))
+        assert [m["role"] for m in made.request["messages"]] == ["system", "user", "assistant", "tool"]
+        assert made.request["messages"][1]["content"] == "say 3" and shown(made) == "you said 4"
+        [tool] = made.request["tools"]
+        assert tool["function"]["name"] == "say" and tool["function"]["parameters"]["required"] == ["message"]
+        for bad, told in ((call("say", message="boom"), "the world broke"), (call("say", massage="3"), "massage")):
+            made.step(answer("m", bad))
+            assert shown(made).startswith("Error: ") and told in shown(made)
+        bad["tool_calls"][0]["function"]["arguments"] = "{"
+        made.step(answer("m", bad))
+        assert shown(made) == "Error: the arguments are not JSON"
+        assert made.step(answer("m", call("say", message="3"))) == ("", True) and made.score == 1.0
+        assert play(agent, "7", call("say", message="1"), "I give up.").score == 0.0
+
+
+def check_texts(name: str) -> None:
+    agent = agent_of(name)
     made = play(agent, "100003", "Action: 4")
     assert [m["content"] for m in made.request["messages"] if m["role"] != "assistant"][1:] == ["say 3", "you said 4"]
     assert "An action is a text: what you say" in made.request["messages"][0]["content"]
@@ -405,7 +438,7 @@ def test_environments_behind_openenv_s_server(guess: str) -> None:
     with pytest.raises(RuntimeError, match="the server answered EXECUTION_ERROR: the world broke"):
         play(agent, "7", "boom")
     acts = {"2": "boom", "5": "hang"}
-    found = drive(guess, map(str, range(8)), lambda last: acts.get(last[-1], last[-1]), seconds=5.0)
+    found = drive(name, map(str, range(8)), lambda last: acts.get(last[-1], last[-1]), seconds=5.0)
     assert [number for number, driven in enumerate(found) if driven.columns[LOST]] == [2, 5]
     assert [d.columns[CORRECT] for d in found if not d.columns[LOST]] == [1.0] * 6
 

@@ -27,7 +27,10 @@ class Environments:
     def _load(self, name: str, arguments: dict[str, Any]) -> Any:
         key = json.dumps([name, arguments])
         if key not in self._loaded:
-            self._loaded[key] = importlib.import_module("verifiers").load_environment(name, **arguments)
+            verifiers = importlib.import_module("verifiers")
+            if not hasattr(verifiers, "load_environment"):
+                raise ImportError(f"{verifiers.__version__} has no load_environment; install verifiers<0.4")
+            self._loaded[key] = verifiers.load_environment(name, **arguments)
         return self._loaded[key]
 
     def _rows(self, environment: Any, split: str) -> Any:

@@ -1,6 +1,8 @@
 """A server of OpenEnv's on loopback, made by the package's own base classes; without it, by aiohttp in its place.
 
 python openenv_server.py PORT_FILE          OPENENV_PYTHON is a Python that has the package
+
+With "tools" behind it, what is said is said by a tool.
 """
 
 import asyncio
@@ -56,10 +58,56 @@ def official() -> Any:
     return create_fastapi_app(Server, Say, Heard, max_concurrent_envs=16)
 
 
+def official_tools() -> Any:
+    from fastmcp import FastMCP
+    from openenv.core.env_server import State, create_fastapi_app
+    from openenv.core.env_server.mcp_environment import MCPEnvironment
+    from openenv.core.env_server.mcp_types import CallToolAction, CallToolObservation
+    from openenv.core.env_server.types import Observation
+
+    class Server(MCPEnvironment):  # type: ignore[misc]
+        SUPPORTS_CONCURRENT_SESSIONS = True
+
+        def __init__(self) -> None:
+            self.world, self.last = Guess(), ("", 0.0, False)
+            tools = FastMCP("guess")
+
+            @tools.tool
+            def say(message: str) -> str:
+                """Says it."""
+                self.last = self.world.step(message)
+                return self.last[0]
+
+            super().__init__(tools)
+
+        def reset(self, seed: int = 0, episode_id: Any = None, **_: Any) -> Any:
+            return Observation(metadata={"text": self.world.reset(seed)[0]})
+
+        async def step_async(self, action: Any, timeout_s: Any = None, **_: Any) -> Any:
+            self.last = ("", 0.0, False)
+            found = await super().step_async(action, timeout_s=timeout_s)
+            found.reward, found.done = self.last[1:]
+            return found
+
+        def _step_impl(self, action: Any, timeout_s: Any = None, **_: Any) -> Any:
+            raise NotImplementedError
+
+        @property
+        def state(self) -> State:
+            return State()
+
+    return create_fastapi_app(Server, CallToolAction, CallToolObservation, max_concurrent_envs=16)
+
+
 def stand_in() -> Any:
     from aiohttp import web
 
-    fields = {"metadata": {"type": "object"}, "message": {"type": "string", "description": "what you say"}}
+    fields: dict[str, Any] = {"message": {"type": "string", "description": "what you say"}}
+    if "tools" in sys.argv:
+        fields = {"type": {"const": "call_tool"}, "tool_name": {"type": "string"}, "arguments": {"type": "object"}}
+    fields["metadata"] = {"type": "object"}
+    takes = {"type": "object", "properties": {"message": {"type": "string"}}, "required": ["message"]}
+    say = {"name": "say", "description": "Says it.", "input_schema": takes}
 
     async def schema(request: Any) -> Any:
         return web.json_response({"action": {"properties": fields, "required": ["message"], "type": "object"}})
@@ -77,11 +125,27 @@ def stand_in() -> Any:
             return "error", {"message": str(error), "code": "EXECUTION_ERROR"}
         return "observation", {"observation": {"text": text, "metadata": {}}, "reward": reward, "done": done}
 
+    def tool(world: Guess, message: Any) -> tuple[str, Any]:
+        asked, seen = message["data"], {"metadata": {}}
+        if message["type"] == "reset":
+            return "observation", {"observation": {"metadata": {"text": world.reset(**asked)[0]}}, "done": False}
+        if asked["type"] == "list_tools":
+            return "observation", {"observation": {"tools": [say]}, "done": False}
+        try:
+            text, reward, done = world.step(**asked["arguments"])
+        except Exception as error:
+            told = {**seen, "result": None, "error": {"message": f"Error calling tool 'say': {error}"}}
+            return "observation", {"observation": told, "reward": 0.0, "done": False}
+        result = {"content": [{"type": "text", "text": text}], "data": text}
+        return "observation", {"observation": {**seen, "result": result}, "reward": reward, "done": done}
+
     async def talk(request: Any) -> Any:
         socket, world = web.WebSocketResponse(), Guess()
         await socket.prepare(request)
         async for message in socket:
-            kind, data = await asyncio.to_thread(answer, world, json.loads(message.data))
+            kind, data = await asyncio.to_thread(
+                tool if "tools" in sys.argv else answer, world, json.loads(message.data)
+            )
             await socket.send_str(json.dumps({"type": kind, "data": data}))
         return socket
 
@@ -96,7 +160,7 @@ async def main() -> None:
     listening = socket.create_server(("127.0.0.1", 0))
     written = Path(sys.argv[1])
     try:
-        app = official()
+        app = official_tools() if "tools" in sys.argv else official()
     except ImportError:
         from aiohttp import web
 
