@@ -3,11 +3,13 @@
 import asyncio
 import json
 import os
+import random
 import signal
 import sqlite3
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -27,6 +29,7 @@ from routers.language.digest import digest
 from routers.tasks.step_routing.conversations import Call, Conversations
 from routers.tasks.step_routing.kept import Kept
 from routers.tasks.step_routing.prompts import OBSERVATIONS
+from routers.tasks.step_routing.rule_router import RuleRouter, RuleSettings
 from srpo.scratch_lm import tiny_causal_lm, train_tokenizer
 from srpo.types import Usage
 
@@ -119,6 +122,43 @@ def test_what_was_set_aside_when_it_was_killed_is_spent(router: StepRouter, tmp_
         assert counts["restored"] == counts["retried"] == 1 and counts["begun"] == 0
     with kept(router, path, cap=0.005) as conversations:  # a smaller one than it has spent
         assert decide(conversations, job(1, 2)).reason == "budget"
+
+
+def test_no_conversation_overspends_over_many_kills(tmp_path: Path) -> None:
+    told = steps.settings("signs", NAMES, environment="messages", unit="usd", step_limit=4)
+    rule = RuleRouter(RuleSettings("escalate", 1.0, told))
+    dice, cap, spent = random.Random(0), 0.5, Counter[str]()
+    answered = refused = 0
+    for _ in range(25):  # servers, one after the other
+        conversations = Conversations(rule, cap=cap, unit="usd", kept=Kept(tmp_path / "file", "mine"))
+
+        async def agent(name: str, conversations: Conversations = conversations) -> None:
+            nonlocal answered, refused
+            for _ in range(dice.randrange(4)):
+                calls = dice.randrange(6)
+                call = await conversations.decide(job(1, calls), bounds=BOUNDS, conversation=name)
+                while call.member is not None:
+                    usd = dice.random() * BOUNDS[call.member]
+                    await asyncio.sleep(0)
+                    fate = dice.random()
+                    if fate < 0.1:  # the server is killed: the member may bill all of it
+                        spent[name] += BOUNDS[call.member]
+                        return
+                    spent[name] += usd
+                    if fate < 0.3:
+                        call = conversations.instead(call, "failed", usd)
+                    else:
+                        conversations.settle(call, usd)
+                        answered += 1
+                        break
+                refused += call.member is None
+
+        async def agents() -> None:
+            await asyncio.gather(*(agent(f"{n}") for n in range(20) for _ in range(2)))
+
+        asyncio.run(agents())
+        conversations.close()
+    assert max(spent.values()) <= cap and answered > 100 and refused > 100
 
 
 def test_it_holds_no_more_than_is_remembered(router: StepRouter, tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """Spans of a server, as a receiver of OTLP on loopback reads them."""
 
-import asyncio
 import http.server
 import json
 import os
@@ -10,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ from serving_helpers import ByName, running, until
 pytest.importorskip("opentelemetry.exporter.otlp.proto.http", reason="the extra otel is missing")
 
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
-from opentelemetry.trace import SpanKind
 
 from routers.data.catalogue import Member
 from routers.pool import Ledger
@@ -281,28 +280,23 @@ def test_without_the_extra_it_is_said(monkeypatch: pytest.MonkeyPatch, capsys: p
     assert make_tracing() is None and capsys.readouterr().err == ""
 
 
-def test_members_of_an_agent_have_spans_too(receiver: Receiver) -> None:
-    """Asked in another thread and loop than their request's, as `RouterAgent` does."""
-    from contextvars import copy_context
+def test_members_of_an_agent_have_spans_too(tmp_path: Path, receiver: Receiver) -> None:
+    """Asked in another thread and event loop than their request's."""
+    from agent_helpers import MEMBERS, train_policy
 
     from routers.pool import live_pool
-    from srpo.rollout.worker_loop import EpisodeLoop
+    from routers.serving.agent import AgentWorker
+    from routers.tasks.think_route.agent import RouterAgent
 
-    with ChatServer(said("hi", usage(5, 2))) as server, EpisodeLoop() as loop:
+    with ChatServer(said(SECRET, usage(5, 2))) as server:
         tracing = Tracing()
-        member = Member("m", "m", 1.0, 2.0, max_tokens=10, base_url=server.url)
-        pool = live_pool({"m": member}, endpoint=tracing.endpoint)
-
-        def play() -> None:
-            loop.run([lambda: pool.ask("m", SECRET, 30.0)], 60.0)
-            loop.run([pool.aclose], 10.0)
-
-        with tracing._span("POST /v1/chat/completions", SpanKind.SERVER, {}):
-            thread = threading.Thread(target=copy_context().run, args=(play,))
-            thread.start()
-            thread.join(60)
-        asyncio.run(tracing.aclose())
+        members = {m.name: replace(m, base_url=server.url, max_tokens=10) for m in MEMBERS}
+        agent = RouterAgent.from_pretrained(train_policy(tmp_path), live_pool(members, endpoint=tracing.endpoint))
+        with running(create_app(AgentWorker(agent), tracing=tracing)) as address:
+            body = {"model": "router", "messages": [{"role": "user", "content": "Is this beta?"}]}
+            assert httpx.post(f"{address}/v1/chat/completions", json=body, timeout=60).status_code == 200
     request, call = receiver.spans()
-    assert call["parent"] == request["id"] and call["name"] == "chat m"
+    assert call["parent"] == request["id"] and call["name"] == "chat beta" and call["kind"] == SENDER
     assert call["told"]["gen_ai.usage.input_tokens"] == 5 and call["told"]["gen_ai.request.max_tokens"] == 10
+    assert request["told"]["srpo.member"] == "beta" and server.headers[-1]["traceparent"].split("-")[2] == call["id"]
     assert SECRET.encode() not in b"".join(receiver.bodies)
