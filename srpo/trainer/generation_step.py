@@ -20,7 +20,8 @@ class GenerationStep:
     number: int = 0
     """Optimiser steps made before."""
     part: int = 0
-    """Micro-steps of the coming optimiser step that were made before: it may take several generation batches."""
+    """Micro-steps of the coming optimiser step that were made before: it may take several generation batches. In an
+    evaluation: its batches before."""
 
     # `_generate`
     opened: Sequence[str] = ()
@@ -55,3 +56,7 @@ class GenerationStep:
     """[B], summed with their weights; NaN: not scored by any function."""
     bad_rewards: Tensor | None = None
     """[B] bool: a reward was NaN or infinite; None: of no rank (`srpo.trainer.bad_numbers`)."""
+
+    def named(self, seed: int) -> str:
+        """What the seeds of all its draws begin with; no other generation batch of the run of this `seed` has it."""
+        return f"{seed}:{'' if self.training else 'eval-'}{self.number}.{self.part}"

@@ -164,9 +164,8 @@ class Rollouts:
 
     def _seeds(self, step: GenerationStep) -> list[str]:
         keys = gather_object([row_key(row) for row in step.rows])
-        when = f"{self.args.seed}:{'' if step.training else 'eval-'}{step.number}"
         start = self.accelerator.process_index * len(step.rows)
-        return row_seeds(keys, when)[start : start + len(step.rows)]
+        return row_seeds(keys, step.named(self.args.seed))[start : start + len(step.rows)]
 
     def _limits(self) -> Limits:
         args = self.args

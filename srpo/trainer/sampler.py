@@ -85,7 +85,7 @@ class Sampler:
         """
         if not all(map(len, prompt_ids)):
             raise ValueError("a prompt has no token: leave its row out, or write something into it")
-        when = f"{self.args.seed}:{'' if step.training else 'eval-'}{step.number}.{step.part}"
+        when = step.named(self.args.seed)
         start = self.accelerator.process_index * len(prompt_ids)
         requests = []
         for i, ids in enumerate(prompt_ids):

@@ -127,6 +127,7 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
         self.correctness, self.allowed_tokens = correctness, allowed_tokens
         self.generation_step = GenerationStep()
         self._train_sampler: Any = None
+        self._evaluated = 0  # batches of an evaluation
 
         # `rest` are TRL's further arguments by position.
         given = inspect.signature(TRLGRPOTrainer).bind(model, reward_funcs, args, train_dataset, *rest, **kwargs)
@@ -240,7 +241,10 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         rows = inputs if self._is_vlm else columns.without_pictures(inputs)
-        part = self._step % self.args.gradient_accumulation_steps
+        if self.model.training:
+            part = self._step % self.args.gradient_accumulation_steps
+        else:
+            part, self._evaluated = self._evaluated, self._evaluated + 1
         step = self.generation_step = GenerationStep(rows, self.model.training, self.state.global_step, part)
         own_reference = self.reference.weights is not None
         beta, self.beta = self.beta, 0.0 if own_reference else self.beta  # TRL's is the model without its adapter
@@ -333,8 +337,8 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
         chosen = rows_of_batch(number, len(data), prompts, bool(self.shuffle_dataset), args.seed)
         mine, start = len(self.generation_step.rows), self.accelerator.process_index * len(self.generation_step.rows)
         rows = [data[i] for i in chosen for _ in range(group)][start : start + mine]
-        trained_at = number * every // args.gradient_accumulation_steps
-        step = GenerationStep(columns.without_pictures(rows), True, trained_at)
+        when = divmod(number * every, args.gradient_accumulation_steps)
+        step = GenerationStep(columns.without_pictures(rows), True, *when)
         prompt_ids = self._tokenize_prompts([row["prompt"] for row in step.rows])[0]
         sampler = Sampler(args, self.accelerator, self.rollouts.tokenizer)  # the thread's own tokenizer
         generator = sampler.make_generator(ahead.policy, self.eos_token_ids, keep_tokens=ALL_TOKENS)
@@ -502,6 +506,7 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
 
     def evaluate(self, eval_dataset: Any = None, *rest: Any, **kwargs: Any) -> Any:
         self._wait_ahead()
+        self._evaluated = 0
         given = self.eval_dataset if eval_dataset is None else eval_dataset
         if not isinstance(given, str):
             check_eval_rows(given, self.args, self.num_generations_eval)

@@ -122,6 +122,26 @@ def test_a_run_that_is_resumed_goes_on_and_what_was_under_way_is_paid(tmp_path):
     assert world.cents == 8 * 2 * (3 + 2)
 
 
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_a_row_that_comes_twice_in_a_step_or_an_evaluation_draws_anew(tmp_path, ahead):
+    """Both generation batches of a step are the same two rows; who plays ahead draws as who does not."""
+    world, seeds = Waiting(waits=False), []
+    episode = world.episode
+    world.episode = lambda row, seed: (seeds.append(seed), episode(row, seed))[1]
+    how = {"gradient_accumulation_steps": 2, "steps_per_generation": 1, "max_steps": 2, "learning_rate": 0.0}
+    run = made(tmp_path, world, **how, rollout_ahead=ahead, shuffle_dataset=False, per_device_eval_batch_size=4)
+    run.train_dataset = dataset(2).select([0, 1, 0, 1])
+    run.train()
+    names = [f"q{row}:{sample}" for row in (0, 1) for sample in range(4)]
+    assert seeds == [f"42:{step}.{part}:{name}" for step in (0, 1) for part in (0, 1) for name in names]
+    texts = ["|".join(made.texts) for made in world.made]
+    assert all(texts[i : i + 8] != texts[i + 8 : i + 16] for i in (0, 8, 16)), "at a learning rate of 0"
+    for _ in range(2):
+        seeds.clear()
+        run.evaluate(dataset(1).select([0, 0]))
+        assert seeds == [f"42:eval-2.{part}:q0:{sample}" for part in (0, 1) for sample in range(4)]
+
+
 def test_what_it_does_not_work_with_is_refused(tmp_path):
     fine = {"use_vllm": False, "routing_replay": "off"}
     refuse_ahead(SimpleNamespace(**fine), False, False, [])
