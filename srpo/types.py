@@ -57,7 +57,8 @@ class Turn:
     owner: Literal["policy", "world"]
     ids: tuple[int, ...]
     logprobs: tuple[float, ...] | None = None
-    """Of each token under the sampling distribution; renormalised over `choices` where there are some."""
+    """Of each token as a trainer scores it, at the sampling temperature; renormalised over `choices` where there are
+    some."""
     choices: tuple[int, ...] | None = None
     """Token ids that were allowed; the turn is then one token. None: any text."""
 

@@ -104,7 +104,7 @@ class LossConfig:
 class LossOutput:
     """`loss`: 0-d, with gradient. `metrics`: detached 0-d tensors that add up over micro-batches as the loss does.
 
-    `tokens`: numbers of tokens, which are logged as shares of all trained tokens of the micro-batch over all ranks.
+    `tokens`: numbers of tokens, which are logged as shares of all trained tokens of the step over all ranks.
     """
 
     loss: Tensor

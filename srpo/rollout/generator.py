@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from srpo.rollout.kv_cache import CachedForward, Kept, cut, reuses_cache, stacked
-from srpo.rollout.sampling import Sampling, Stops, draw, uniforms, whole_logprobs
+from srpo.rollout.sampling import Sampling, Stops, draw, uniforms
 from srpo.rollout.sampling_rules import without_adapter
 
 Recorder = Callable[[list[tuple[int, ...]], Tensor], None]
@@ -59,14 +59,12 @@ class Sample:
 
     ids: tuple[int, ...]
     logprobs: tuple[float, ...]
-    """Nats, of each token under the distribution that it was drawn from (greedy: the untempered one)."""
+    """Nats, of each token as a trainer scores it (`srpo.rollout.sampling.draw`; greedy: untempered). vLLM knows them
+    under what its cuts left only."""
     ended: bool
     """By an end token, a stop string or a choice; False: it was cut at `max_tokens`."""
     scores: tuple[float, ...] = ()
     """Of a request with choices: nats of each of them, in their order; they sum to probability 1."""
-    scored: tuple[float, ...] = ()
-    """Of transformers: as `logprobs`, but without top-k, top-p, min-p and the penalty, which a trainer's log-probs do
-    not know."""
 
 
 class Generator(Protocol):
@@ -88,7 +86,6 @@ class _Row:
     draws: Any
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
-    scored: list[float] = field(default_factory=list)
     ended: bool = False
     scores: tuple[float, ...] = ()
 
@@ -98,7 +95,7 @@ class _Row:
 
     @property
     def sample(self) -> Sample:
-        return Sample(tuple(self.ids), tuple(self.logprobs), self.ended, self.scores, tuple(self.scored))
+        return Sample(tuple(self.ids), tuple(self.logprobs), self.ended, self.scores)
 
 
 _LEAST_SHARED = 32
@@ -312,14 +309,10 @@ class TransformersGenerator:
             allowed,
             [(*rows[b].request.ids, *rows[b].ids) for b in going] if penalised else None,
         )
-        scored = logprobs
-        if self.sampling.cuts:
-            scored = whole_logprobs(logits[going], self.sampling, ids, allowed)
-        for b, token, logprob, plain in zip(going, ids, logprobs, scored, strict=True):
+        for b, token, logprob in zip(going, ids, logprobs, strict=True):
             row = rows[b]
             row.ids.append(token)
             row.logprobs.append(logprob)
-            row.scored.append(plain)
             row.ended = row.request.choices is not None or token in self._eos or self.stops.ended(row.ids)
             if row.over and row.request.told is not None:
                 row.request.told(row.sample)

@@ -1,7 +1,8 @@
 """Log-probs of the completions under the pass that sampled them, mu_old, and how far the trainer's are from them.
 
-vLLM reports them under what was left by top-k, top-p and min-p, `srpo.rollout.generator` without these cuts too
-(`Sample.scored`): comparable with the trainer's, which knows no such cut either.
+Our generator reports them as the trainer scores, without top-k, top-p and min-p (`srpo.rollout.sampling.draw`): what
+is left between the two is what they compute differently. vLLM's (`processed_logprobs`, which TRL demands; its raw ones
+know no temperature) are under what the cuts left: with a cut, pi/mu is then the mass that was kept.
 
     k1 = log mu - log pi        k3 = exp(log pi - log mu) - 1 - (log pi - log mu)        both estimate D_KL[mu || pi]
     F(tau) = share of the tokens with max(pi/mu, mu/pi) > tau

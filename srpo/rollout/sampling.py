@@ -59,7 +59,11 @@ def draw(
     choices: Sequence[Sequence[int] | None],
     contexts: Sequence[Sequence[int]] | None = None,
 ) -> tuple[list[int], list[float]]:
-    """One token per row, and its log-probability (nats) under the distribution that it was drawn from.
+    """One token per row, and its log-probability (nats) as a trainer scores it: at this temperature and among the
+    row's choices, but of the whole distribution, which top-k, top-p, min-p and the penalty take a part of.
+
+    Old, new and reference log-probs know no such cut, in TRL neither: under the cut ones, their ratio would be the
+    mass that was kept, and not 1, before the policy has moved.
 
     Inverse transform sampling in float64: the token is a function of the row's logits and its own uniform number.
 
@@ -80,15 +84,9 @@ def draw(
         ids = torch.searchsorted(mass, points, right=True).squeeze(1)
         if (beyond := ids == logits.size(1)).any():  # rounding at the very end
             ids = torch.where(beyond, scores.argmax(dim=-1), ids)
+    if sampling.cuts:
+        logp = torch.log_softmax(_scores(logits, Sampling(sampling.temperature), choices, ()), dim=-1)
     return ids.tolist(), logp.gather(1, ids.unsqueeze(1)).squeeze(1).tolist()
-
-
-def whole_logprobs(
-    logits: Tensor, sampling: Sampling, ids: Sequence[int], choices: Sequence[Sequence[int] | None]
-) -> list[float]:
-    """Log-probabilities (nats) of drawn ids without the cuts and the penalty; arguments as for `draw`."""
-    logp = torch.log_softmax(_scores(logits, Sampling(sampling.temperature), choices, ()), dim=-1)
-    return logp.gather(1, torch.tensor(ids, device=logp.device).unsqueeze(1)).squeeze(1).tolist()
 
 
 def _scores(

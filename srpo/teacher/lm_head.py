@@ -98,7 +98,8 @@ def add_scoring_head(model: PreTrainedModel, sharing: PrefixSharing, temperature
 
     - its rows share their beginnings (`sharing`), and only positions with a label reach the LM head;
     - `targets=TeacherTargets` adds the divergence to the teacher;
-    - decisions are scored among their choices inside `srpo.teacher.masked_decisions.scored_among`, at `temperature`;
+    - inside `srpo.teacher.masked_decisions.scored_among`, decisions are scored among their choices, at `temperature`,
+      and of the labels only those that are trained on: what the world wrote has one in TRL's passes, and no use;
     - `gradient_probe` is called in the backward pass with the gradient at the last hidden states of the n positions
       with a label, [n, D], in row-major order.
 
@@ -108,7 +109,7 @@ def add_scoring_head(model: PreTrainedModel, sharing: PrefixSharing, temperature
     Call it after TRL's `add_fused_lm_head`, on the base model of a PEFT model.
     """
     fused_forward = model.forward
-    model.scored_choices = None
+    model.scored_choices = model.scored_tokens = None
 
     # Keep the original signature: `generate` validates its model kwargs against it.
     @functools.wraps(type(model).forward)
@@ -129,6 +130,10 @@ def add_scoring_head(model: PreTrainedModel, sharing: PrefixSharing, temperature
         if not kwargs.get("fused_lm_head"):
             return fused_forward(*args, **kwargs)
         labels = kwargs.pop("labels")
+        choices, trained = (_taken(self, name, len(labels)) for name in ("scored_choices", "scored_tokens"))
+        if trained is not None:
+            labels = labels.clone()
+            labels[:, -trained.size(1) :].masked_fill_(trained == 0, -100)
         scored = torch.zeros_like(labels, dtype=torch.bool)
         scored[:, :-1] = labels[:, 1:] != -100  # position t predicts token t + 1
         places, tokens = scored.flatten().nonzero().flatten(), labels[:, 1:][scored[:, :-1]]
@@ -144,11 +149,11 @@ def add_scoring_head(model: PreTrainedModel, sharing: PrefixSharing, temperature
             output = fused_forward(*args, **kwargs, **told)
         if way.picked:
             _by_row(output, scored[:, :-1])
-        if self.scored_choices is None and targets is None:
+        if choices is None and targets is None:
             return PolicyOutput(**output)
         hidden = found[0].squeeze(0) if way.picked else found[0][scored]
-        if self.scored_choices is not None:
-            _among_choices(self, output, hidden, scored[:, :-1], tokens, temperature)
+        if choices is not None:
+            _among_choices(self, output, hidden, scored[:, :-1], tokens, choices, temperature)
         if targets is None:
             return PolicyOutput(**output)
         inside = targets.mask[scored[:, -1 - targets.mask.size(1) : -1]]
@@ -179,12 +184,25 @@ def _by_row(output: FusedCausalLMOutput, scored: Tensor) -> None:
     output.label_mask = scored
 
 
+def _taken(model: Any, name: str, rows: int) -> Tensor | None:
+    """The next rows of what `scored_among` has set."""
+    if (whole := getattr(model, name)) is None:
+        return None
+    mine, rest = whole.split_with_sizes([rows, len(whole) - rows])
+    setattr(model, name, rest)
+    return mine
+
+
 def _among_choices(
-    model: Any, output: FusedCausalLMOutput, hidden: Tensor, scored: Tensor, tokens: Tensor, temperature: float
+    model: PreTrainedModel,
+    output: FusedCausalLMOutput,
+    hidden: Tensor,
+    scored: Tensor,
+    tokens: Tensor,
+    choices: Tensor,
+    temperature: float,
 ) -> None:
     """Log-probs and entropies of decisions, in place of those over the whole vocabulary."""
-    rows = len(scored)
-    choices, model.scored_choices = model.scored_choices.split_with_sizes([rows, len(model.scored_choices) - rows])
     choices = choices[scored[:, -choices.size(1) :]]
     decided = (choices >= 0).any(dim=-1)
     logp, entropy = score_choices(hidden[decided], head_of(model), choices[decided], tokens[decided], temperature)

@@ -67,20 +67,18 @@ def score_choices(
 
 
 @contextmanager
-def scored_among(model: PreTrainedModel, choices: Tensor | None) -> Iterator[None]:
-    """Inside, a `model` with a scoring head scores its last T tokens among `choices` [B, T, A]; None: as ever.
+def scored_among(model: PreTrainedModel, choices: Tensor | None, trained: Tensor | None = None) -> Iterator[None]:
+    """Inside, a `model` with a scoring head scores its last T tokens among `choices` [B, T, A], and of these only
+    `trained` [B, T], 0 or 1; None: as ever, all.
 
     Forwards inside take consecutive rows of them: a batch may be scored in parts.
     """
-    if choices is None:
-        yield
-        return
-    outer = model.scored_choices
-    model.scored_choices = choices
+    outer = model.scored_choices, model.scored_tokens
+    model.scored_choices, model.scored_tokens = choices, trained
     try:
         yield
     finally:
-        model.scored_choices = outer
+        model.scored_choices, model.scored_tokens = outer
 
 
 def gathered_choices(

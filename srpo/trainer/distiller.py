@@ -161,11 +161,12 @@ class Distiller:
             else:
                 for i, states_i in zip(chunk, flat.split(keep.sum(dim=1).tolist()), strict=True):
                     hidden[i] = states_i
-        self._head = head
 
         beta = self.args.entropy_weight_beta if self.objective.teacher_weights else 0.0
         weights = entropy_weights(entropy, omega, beta, self.accelerator.gather)
         count = self._log_teacher(entropy, weights, omega)
+        # Also where this rank has no distilled row: groups may come from others (`srpo.trainer.balance`).
+        self._head = self.teacher.head() if head is None and count > 0 else head
         targets: dict[str, Any] = {
             "distilled": plan.distilled,
             "distillation_weights": weights,

@@ -33,6 +33,8 @@ class GenerationStep:
     choices: Tensor | None = None
     """[B, T, A] ids that were allowed, -1 at the padding (`srpo.teacher.masked_decisions`); None: no token was
     restricted, on any rank."""
+    trained: Tensor | None = None
+    """[B, T] 1 at the policy's tokens, in the padding of the completions; None: others wrote none."""
     expert_rows: Sequence[Tensor] | None = None
     """R3: expert ids that the sampler chose, ragged (`srpo.replay.expert_table`)."""
     expert_ids: Tensor | None = None

@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from srpo.objectives import Counts, LossConfig, LossOutput, Objective, TokenBatch, sampled_token_divergence
+from srpo.objectives import Counts, LossConfig, Objective, TokenBatch, sampled_token_divergence
 from srpo.objectives.batch import per_step
 from srpo.trainer.distiller import Distiller
 
@@ -38,6 +38,9 @@ def constants(args: Any) -> LossConfig:
 class Loss:
     """Called with (model, inputs, whether it trains, micro-batches of an optimiser step).
 
+    What is logged is summed over the micro-batches of a step, and then over ranks, once: however the step was cut, a
+    mean over tokens is that over all its tokens.
+
     Args:
         objective: one with a loss of its own.
         args: the configuration.
@@ -56,11 +59,11 @@ class Loss:
         self.objective, self.constants, self.args = objective, constants(args), args
         self.accelerator, self.distiller, self.router_loss = accelerator, distiller, router_loss
         self._gradients = torch.zeros(2, device=accelerator.device)  # squared norms: distilled, rewarded
+        self._sums: dict[str, Tensor] = {}  # of the micro-batches since `metrics`, of this rank
+        self._shares: dict[str, Tensor] = {}  # the same, of trained tokens
 
-    def __call__(
-        self, model: torch.nn.Module, inputs: dict[str, Any], training: bool, accumulation: int
-    ) -> tuple[Tensor, dict[str, float]]:
-        """The loss, with gradient, and metrics over all ranks."""
+    def __call__(self, model: torch.nn.Module, inputs: dict[str, Any], training: bool, accumulation: int) -> Tensor:
+        """The loss, with gradient."""
         assert self.objective.loss is not None
         mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
         logp, entropy, divergence, router_loss = self.forward(model, inputs, mask)
@@ -79,12 +82,13 @@ class Loss:
             sampler_logp=inputs.get("sampling_per_token_logps"),
         )
         output = self.objective.loss(batch, self.constants)
-        metrics = self._metrics(output, entropy, mask, accumulation)
+        _add(self._sums, output.metrics)
+        _add(self._shares, {"tokens": mask.sum(), "entropy": (entropy * mask).sum(), **output.tokens})
         if self.router_loss is None:
-            return output.loss, metrics
+            return output.loss
         assert router_loss is not None
-        metrics["aux_loss"] = self.accelerator.gather(router_loss.detach()).mean().item()
-        return output.loss + self.router_loss * router_loss / accumulation, metrics
+        _add(self._sums, {"aux_loss": router_loss / accumulation})
+        return output.loss + self.router_loss * router_loss / accumulation
 
     def _counts(self, inputs: dict[str, Any], rows: int, training: bool, accumulation: int) -> Counts:
         """Denominators of one optimiser step; a generation batch may feed several (`per_step`)."""
@@ -98,15 +102,14 @@ class Loss:
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """One forward of the student: log-probs, entropies, divergences [B, T], and the load-balancing loss."""
         ids, attention, length = sequences(inputs)
-        labels = ids.masked_fill(attention == 0, -100)  # completion tokens only, as in TRL
-        labels[:, :-length] = -100
+        labels = torch.full_like(ids, -100)
+        labels[:, -length:] = inputs["completion_ids"].masked_fill(mask == 0, -100)
         distilled = inputs["distilled"]
         omega = mask.bool() & distilled.unsqueeze(1)
         extra: dict[str, Any] = {} if self.router_loss is None else {"output_router_logits": True}
         if self.distiller is not None:
             extra["targets"] = self.distiller.student_targets(inputs, omega)
-
-            taught = distilled.unsqueeze(1).expand_as(labels)[labels != -100]
+            taught = distilled.unsqueeze(1).expand_as(mask)[mask.bool()]
 
             def probe(gradient: Tensor) -> None:
                 squares = gradient.float().square().sum(dim=1)
@@ -121,16 +124,17 @@ class Loss:
             divergence = sampled_token_divergence(logp, inputs["teacher_logps"]) * omega
         return logp, entropy, divergence, output.aux_loss
 
-    def _metrics(self, output: LossOutput, entropy: Tensor, mask: Tensor, accumulation: int) -> dict[str, float]:
-        metrics: dict[str, float] = {}
-        if output.metrics:  # they add up over micro-batches, and TRL averages what is logged of each
-            scaled = torch.stack(list(output.metrics.values())).detach() * accumulation
-            means = self.accelerator.gather(scaled.unsqueeze(0)).mean(dim=0).tolist()
-            metrics |= zip(output.metrics, means, strict=True)
-        shares = {"entropy": (entropy * mask).sum().detach(), **output.tokens}
-        stacked = torch.stack([mask.sum(), *shares.values()]).to(entropy.dtype)
-        sums = self.accelerator.reduce(stacked, reduction="sum")
-        metrics |= zip(shares, (sums[1:] / sums[0].clamp(min=1)).tolist(), strict=True)
+    def metrics(self) -> dict[str, float]:
+        """Over all ranks and what was called since the last time; nothing where nothing was."""
+        if not self._shares:
+            return {}
+        mine = torch.stack([value.float() for value in (*self._sums.values(), *self._shares.values())])
+        found = self.accelerator.reduce(mine, reduction="sum").tolist()
+        sums, (tokens, *shares) = found[: len(self._sums)], found[len(self._sums) :]
+        metrics = {name: value / self.accelerator.num_processes for name, value in zip(self._sums, sums, strict=True)}
+        metrics |= {name: value / max(tokens, 1) for name, value in zip([*self._shares][1:], shares, strict=True)}
+        self._sums.clear()
+        self._shares.clear()
         return metrics
 
     def gradient_share(self) -> dict[str, float]:
@@ -149,3 +153,8 @@ def loss_of(trainer: Any) -> Loss:
         )
     router_loss = trainer.router_aux_loss_coef if trainer.aux_loss_enabled else None
     return Loss(trainer._record, trainer.accelerator, trainer.args, trainer.distiller, router_loss)
+
+
+def _add(totals: dict[str, Tensor], found: dict[str, Tensor]) -> None:
+    for name, value in found.items():
+        totals[name] = totals.get(name, 0) + value.detach()

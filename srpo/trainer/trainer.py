@@ -31,6 +31,7 @@ from transformers.utils import logging
 from trl import GRPOConfig
 from trl import GRPOTrainer as TRLGRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer.utils import pad
 
 from srpo import columns
 from srpo.hub.hub import HubMixin
@@ -234,9 +235,8 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
             return super()._prepare_inputs(generation_batch)
         if self._step % self._generate_every == 0 or self._buffered_inputs is None:
             scored = self._generate_and_score_completions(generation_batch)
-            rank, router_loss = self.accelerator.process_index, self.aux_loss_enabled
             shared = self.sharing.attention is not None
-            self._buffered_inputs = micro_batches(scored, self.args, rank, router_loss, shared)
+            self._buffered_inputs = micro_batches(scored, self.args, self.accelerator, self.aux_loss_enabled, shared)
         return self._buffered_inputs[self._step % self.args.steps_per_generation]
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -319,6 +319,9 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
                 self.state.num_input_tokens_seen += played.tokens
             self._metrics["train" if step.training else "eval"]["num_tokens"] = [self.state.num_input_tokens_seen]
             self._add_metrics(step.training, played.metrics)
+        if (masks := output[2]) is not None:
+            ours = [torch.tensor(mask) for mask in masks]
+            step.trained = pad(ours, 0, "right", self.pad_to_multiple_of).to(self.accelerator.device)
         step.opened = [opened_by(self._tokenizer, ids) for ids in prompt_ids]
         if self.replay_passes is not None:
             self.replay_passes.take(step, output, recorder)
@@ -384,7 +387,7 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
                 samples = self.sampler.completions(generator, step, prompt_ids)
             completion_ids = [list(sample.ids) for sample in samples]
             read = self._record.sampler_logps or self.args.routing_replay != "off"
-            logprobs = [list(sample.scored) for sample in samples] if read and step.training else None
+            logprobs = [list(sample.logprobs) for sample in samples] if read and step.training else None
         if passes is not None:
             passes.sampled(step, prompt_ids, completion_ids, recorder)
         return completion_ids, logprobs
@@ -435,14 +438,15 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
         self, model: Any, input_ids: Tensor, attention_mask: Tensor, *args: Any, **kwargs: Any
     ) -> Any:
         step, passes = self.generation_step, self.replay_passes
-        choices = None if step.scored else step.choices  # of a loss: `_compute_loss` has set its own
+        # A pass of a loss has what `_compute_loss` has set.
+        among = nullcontext() if step.scored else self._among(model, step.choices, step.trained)
         replayed = nullcontext() if passes is None else passes.old_pass(step, model, attention_mask)
-        with self._among(model, choices), replayed:
+        with among, replayed:
             return super()._get_per_token_logps_and_entropies(model, input_ids, attention_mask, *args, **kwargs)
 
-    def _among(self, model: torch.nn.Module, choices: Tensor | None) -> Any:
-        """A context: passes of the model score their tokens among `choices`, where there are any."""
-        return nullcontext() if choices is None else masked.scored_among(self._base(model), choices)
+    def _among(self, model: torch.nn.Module, choices: Tensor | None, trained: Tensor | None) -> Any:
+        """A context: passes of the model score those of their tokens that are trained on, among `choices`."""
+        return masked.scored_among(self._base(model), choices, trained)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         if (passes := self.replay_passes) is not None and EXPERT_IDS in inputs:
@@ -462,20 +466,21 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
         ids, attention, length = sequences(inputs)
 
         def score() -> Tensor:
-            with self._among(self.model, inputs.get("choices")):
+            with self._among(self.model, inputs.get("choices"), inputs.get("tool_mask")):
                 return self._get_per_token_logps_and_entropies(self.model, ids, attention, length)[0]
 
         clip = (self.epsilon_low, self.epsilon_high)
         self._add_metrics(True, audited(score, replay, inputs, clip, self.accelerator))
 
     def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> Tensor:
-        with self._among(model, inputs.get("choices")):
+        with self._among(model, inputs.get("choices"), inputs.get("tool_mask")):
             if self.loss is None or "distilled" not in inputs:  # TRL's own, and where there is no teacher
                 return super()._compute_loss(model, inputs)
             training = self.model.training
             accumulation = self.current_gradient_accumulation_steps if training else 1
-            found, metrics = self.loss(model, inputs, training, accumulation)
-            self._add_metrics(training, metrics)
+            found = self.loss(model, inputs, training, accumulation)
+            if not training:
+                self._add_metrics(False, self.loss.metrics())
             return found
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -484,8 +489,10 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
         finally:
             if self.replay_passes is not None:
                 self.replay_passes.replay.disarm()  # only now: the backward pass may run layers again
-        if self.loss is not None and self.teacher is not None and self.accelerator.sync_gradients:
-            self._add_metrics(True, self.loss.gradient_share())
+        if self.loss is not None and self.accelerator.sync_gradients:
+            self._add_metrics(True, self.loss.metrics())
+            if self.teacher is not None:
+                self._add_metrics(True, self.loss.gradient_share())
         return torch.where(loss.isfinite(), loss, 0.0)  # transformers adds it up, and never gets rid of a NaN
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *rest: Any, **kwargs: Any) -> Any:

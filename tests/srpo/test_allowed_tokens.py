@@ -62,7 +62,7 @@ def test_every_pass_renormalises_over_the_same_ids(tmp_path, lora):
     assert both > 0
     certain = (batch["choices"] >= 0).sum(-1) == 1
     assert (certain & mask).any() and old[certain & mask].abs().max() == 0.0
-    with built._among(built.model, batch["choices"]):
+    with built._among(built.model, batch["choices"], None):
         new = built.loss.forward(built.model, batch, batch["completion_mask"])[0]
     assert torch.equal(new[mask], old[mask]), "the ratio of step one is exactly 1"
     assert (batch["ref_per_token_logps"][mask] - old[mask]).abs().max() < 1e-5

@@ -1,15 +1,19 @@
 """Environments in the trainer: whose tokens learn, what a lost rollout costs, what stops a run, what is logged."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from core_helpers import config, equal, logged, tokenizer, trainer, weights
 from episode_worlds import ScriptedEnvironment
 from peft import LoraConfig
+from trl.trainer import utils
 
+from srpo.prefix.costs import _FIXED
 from srpo.rollout.batch import kept_rows, most_choices, padded_choices, row_seeds
 from srpo.teacher.lm_head import capture_hidden
+from srpo.teacher.masked_decisions import scored_among
 from srpo.trainer.limits import LostRollouts
 from srpo.types import Observation
 
@@ -88,6 +92,33 @@ def test_gradient_on_the_worlds_tokens_is_exactly_zero(tmp_path, objective):
     assert (norms[world] == 0).all()
     moved = (norms > 0) & mask
     assert moved.sum() > 0.5 * mask.sum()
+
+
+@pytest.mark.parametrize("objective", ["grpo", "srpo"])
+def test_only_tokens_that_are_trained_on_reach_the_head(tmp_path, monkeypatch, objective):
+    """In the passes of the old policy, the reference and the loss; numbers and gradients are the plain ones."""
+    rows, theirs = [], utils._ChunkedLogProbFunction.apply
+    counting = SimpleNamespace(apply=lambda hidden, *rest: (rows.append(len(hidden)), theirs(hidden, *rest))[1])
+    monkeypatch.setattr(utils, "_ChunkedLogProbFunction", counting)
+    monkeypatch.setitem(_FIXED, "cpu", 0.0)  # nothing is too small to be saved
+    found = []
+    for mode in ("off", "auto"):
+        world = Graded([1.0, 0.0, 0.5, RuntimeError("x")])
+        changes = {"objective": objective, "beta": 0.1, "num_iterations": 2, "success_reward_threshold": 0.4}
+        made = made_trainer(tmp_path, world, **changes, shared_prefix=mode)
+        if mode == "off":
+            made._among = lambda network, choices, _, base=made._base: scored_among(base(network), choices)
+        batch = scored(made)
+        made.current_gradient_accumulation_steps = 1
+        loss = made._compute_loss(made.model, batch)
+        loss.backward()
+        mask = (batch["completion_mask"] * batch["tool_mask"]).bool()
+        scores = [batch[f"{name}_per_token_logps"][mask] for name in ("old", "ref")]
+        found.append([loss, *scores, *(p.grad / p.grad.norm() for p in made.model.parameters())])
+    assert rows[3:] == [mask.sum()] * 3 and (~mask & batch["completion_mask"].bool()).sum() > 50
+    assert rows[:3] == [batch["prompt_ids"].numel() + mask.numel() - len(mask)] * 3, "TRL's on a CPU: all of them"
+    for plain, picked in zip(*found, strict=True):
+        torch.testing.assert_close(picked, plain, rtol=1e-5, atol=1e-6)
 
 
 def test_sampled_ids_are_trained_ids_and_their_log_probs_agree(tmp_path):

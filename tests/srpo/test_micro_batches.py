@@ -1,9 +1,10 @@
 """Micro-batches: groups whole, like lengths together, no column too many, and the step of TRL's own split."""
 
 import json
+import random
 import subprocess
 import sys
-from itertools import groupby, product
+from itertools import chain, groupby, permutations, product
 from pathlib import Path
 
 import pytest
@@ -13,38 +14,42 @@ from micro_batch_cases import CASES, SHARED
 from replay_cases import moe
 from trl.trainer import utils
 
+from srpo.trainer.balance import dealt, time_of
 from srpo.trainer.loss import sequences
-from srpo.trainer.micro_batches import arrange, cut, depends_on_split, micro_batches
+from srpo.trainer.micro_batches import arrange, cut, depends_on_split, joined, laid, micro_batches
 
 # --------------------------------------------------------------------------------------------------- which rows where
+
+
+def arranged(prompts, completions, groups, size, together, *how, **named):
+    steps = laid(groups, size * together)
+    return [part for step in steps for part in arrange(prompts, completions, step, size, *how, **named)]
 
 
 def test_by_hand():
     """Three groups of two in three micro-batches of two: the longest row of each decides."""
     prompts, completions = [4, 4, 5, 5, 2, 2], [1, 2, 1, 7, 9, 0]  # longest: 6, 12, 11
-    assert arrange(prompts, completions, [0, 0, 1, 1, 2, 2], size=2, together=3) == [[2, 3], [4, 5], [0, 1]]
+    assert arranged(prompts, completions, [0, 0, 1, 1, 2, 2], size=2, together=3) == [[2, 3], [4, 5], [0, 1]]
 
 
 def test_by_hand_where_siblings_share_their_prompt():
     """A group is one row then, of its prompt and all completions: 4 + 3, 5 + 8, 2 + 12."""
     prompts, completions = [4, 4, 5, 5, 2, 2], [1, 2, 1, 7, 9, 3]
-    found = arrange(prompts, completions, [0, 0, 1, 1, 2, 2], size=2, together=3, shared=True)
+    found = arranged(prompts, completions, [0, 0, 1, 1, 2, 2], size=2, together=3, shared=True)
     assert found == [[4, 5], [2, 3], [0, 1]]
 
 
 def test_a_group_larger_than_a_micro_batch_by_hand():
     """Its longest completions come first; the parts of both groups then by length: 9, 8 | 5, 3 | 4, 4 | 1, 0."""
     prompts, completions = [1] * 8, [3, 9, 5, 8, 4, 0, 1, 4]
-    found = arrange(prompts, completions, [0] * 4 + [1] * 4, size=2, together=4)
+    found = arranged(prompts, completions, [0] * 4 + [1] * 4, size=2, together=4)
     assert found == [[1, 3], [2, 0], [4, 7], [6, 5]]
 
 
 def test_like_lengths_together_make_the_least_padded_work():
     """No other way to fill the micro-batches is shorter in total, nor in its k-th longest, for any k."""
-    from itertools import permutations
-
     lengths = [3, 9, 4, 1, 8, 8]
-    found = arrange([1] * 6, lengths, list(range(6)), size=2, together=3)
+    found = arranged([1] * 6, lengths, list(range(6)), size=2, together=3)
     ours = sorted((max(lengths[row] for row in part) for part in found), reverse=True)
     for order in permutations(range(6)):
         parts = [order[i : i + 2] for i in (0, 2, 4)]
@@ -70,7 +75,7 @@ def test_groups_are_whole(group, size, ranks, by_length, shared):
         prompts = [digest(g) % 30 + 1 for g in groups]
         completions = [digest((rank, row)) % 20 for row in range(rows)]
         for together in (t for t in (1, 2, 4, 8, 16) if t * size <= rows):
-            found = arrange(prompts, completions, groups, size, together, by_length, shared)
+            found = arranged(prompts, completions, groups, size, together, by_length, shared)
             assert sorted(row for part in found for row in part) == list(range(rows))
             for part in found:
                 assert len(part) == size
@@ -86,7 +91,7 @@ def test_a_group_that_does_not_fit_is_torn_once():
     groups = [row // 4 for row in range(12)]
     for seed in range(6):
         torch.manual_seed(seed)
-        found = arrange([1] * 12, [digest(row) % 9 for row in range(12)], groups, size=6, together=2)
+        found = arranged([1] * 12, [digest(row) % 9 for row in range(12)], groups, size=6, together=2)
         runs = [run for part in found for run in whole(part, groups)]
         assert sorted(count for _, count in runs) == [2, 2, 4, 4]
 
@@ -95,7 +100,7 @@ def test_steps_get_groups_by_chance_and_not_by_length():
     """Each of four groups comes first about as often as another, and the orders are those of the random state."""
     groups, lengths = [row // 2 for row in range(8)], list(range(8))
     torch.manual_seed(0)
-    first = [groups[arrange([1] * 8, lengths, groups, size=2, together=1)[0][0]] for _ in range(400)]
+    first = [groups[arranged([1] * 8, lengths, groups, size=2, together=1)[0][0]] for _ in range(400)]
     assert all(60 < first.count(group) < 140 for group in range(4))
 
 
@@ -113,6 +118,42 @@ def test_steps_get_groups_by_chance_and_not_by_length():
 )
 def test_what_a_micro_batch_decides_on_its_own_is_left_to_chance(tmp_path, settings, expected):
     assert depends_on_split(config(tmp_path, objective="grpo", **settings)) is expected
+
+
+# ---------------------------------------------------------------------------------------------------------- which rank
+
+
+def test_groups_of_two_ranks_by_hand():
+    """9 and 8 at the same time, then 3 and 2; who has 9 gets 2. Before: 9 and 3, then 8 and 2, which take 17."""
+    assert time_of([[9, 8], [3, 2]], [[0, 0], [1, 1]]) == 17 + 17
+    assert dealt([[9, 8], [3, 2]]) == [[0, 1], [1, 0]]
+    assert time_of([[9, 8], [3, 2]], [[0, 1], [1, 0]]) == 12 + 11
+
+
+def test_groups_that_save_nothing_stay():
+    assert dealt([[5, 5, 5], [5, 5, 5]]) == [[0, 0, 0], [1, 1, 1]]
+    assert dealt([[100, 52], [51, 50]]) == [[0, 0], [1, 1]], "3 of 304"
+    assert dealt([[7]]) == [[0]]
+
+
+def rounds(costs, to):
+    """Time of ranks that meet after each of their groups, longest first."""
+    groups = sorted(zip(to, chain(*costs), strict=True), key=lambda group: -group[1])
+    return sum(map(max, *([cost for rank, cost in groups if rank == own] for own in range(len(costs)))))
+
+
+def test_no_other_way_to_deal_takes_less_time_where_ranks_meet_after_each_group():
+    draw, moved = random.Random(0), 0
+    for ranks, each in ((2, 2), (2, 3), (3, 2)):
+        for _ in range(20):
+            costs = [[draw.randint(1, 30) for _ in range(each)] for _ in range(ranks)]
+            to = dealt(costs)
+            assert sorted(one for own in to for one in own) == sorted(list(range(ranks)) * each)
+            ways = set(permutations([one for own in to for one in own]))
+            stay = sorted(chain(*to)) == list(chain(*to))
+            assert stay or rounds(costs, chain(*to)) == min(rounds(costs, way) for way in ways)
+            moved += not stay
+    assert moved > 20
 
 
 # ------------------------------------------------------------------------------------------------------------ columns
@@ -169,7 +210,8 @@ def test_columns_that_no_row_needs_are_gone_everywhere(tmp_path, case, multiple)
     batch["row"] = torch.arange(16)
     batch["choices"] = torch.stack([batch["completion_ids"], batch["completion_ids"] + 1], dim=2)
     narrower = 0
-    for part in micro_batches(batch, made.args, 0, False, False):
+    halves = [cut(batch, rows, multiple) for rows in ([3, 14, 0, 7, 9], list(range(10, 16)))]
+    for part in (*micro_batches(batch, made.args, made.accelerator, False, False), *halves, joined(halves)):
         rows = part["row"].tolist()
         masks = part["prompt_mask"], part["completion_mask"]
         for mask in masks:
@@ -243,7 +285,7 @@ def test_a_step_is_that_of_trl_s_own_split(tmp_path, case):
     made.model.double()
     assert (batch["tool_mask"] * batch["completion_mask"])[[1, 9]].sum() == 0 and batch["tool_mask"][0, 0] == 1
     theirs = utils.split_tensor_dict(utils.shuffle_sequence_dict(batch), made.args.steps_per_generation)
-    ours = micro_batches(batch, made.args, 0, False, False)
+    ours = micro_batches(batch, made.args, made.accelerator, False, False)
     assert len(ours) == len(theirs) == 4 and sequences(ours[-1])[0].numel() < sequences(theirs[0])[0].numel()
     expected, gradient = total(made, theirs)
     found, own = total(made, ours)
@@ -267,7 +309,7 @@ def test_log_probs_do_not_see_the_padding(tmp_path):
 
     made.generation_step.scored = True
     logp, entropy = score(batch)
-    for part in micro_batches(batch, made.args, 0, False, False):
+    for part in micro_batches(batch, made.args, made.accelerator, False, False):
         rows, mask = part["row"], part["completion_mask"].bool()
         for whole_batch, own in zip((logp, entropy), score(part), strict=True):
             assert torch.allclose(own[mask], whole_batch[rows][:, : mask.size(1)][mask], rtol=1e-5, atol=0)
@@ -292,17 +334,34 @@ def test_two_processes(tmp_path):
             assert rank["steps"] == 2 and len(parts) == 2 * accumulation
             for start in (0, accumulation) if size != 6 else ():  # what fits nowhere is in the order of chance
                 step = parts[start : start + accumulation]
-                lengths = [width for _, width, _ in step]
+                lengths = [width for _, width, _, _ in step]
                 if shared != "off":  # a row of the forward is a run of siblings behind one prompt
-                    lengths = [tokens for _, _, packed in step for tokens in packed]
+                    lengths = [tokens for _, _, _, packed in step for tokens in packed]
                 assert lengths == sorted(lengths, reverse=True), (shared, case)
-            for prompts, _, _ in parts:
+            for prompts, *_ in parts:
                 assert len(prompts) == size
                 runs = [len(list(rows)) for _, rows in groupby(prompts)]
                 assert set(runs) == {min(group, size)} or (size == 6 and sorted(runs) == [2, 4]), (shared, case)
     for shared in SHARED:
         straddling = [
-            {p for prompts, _, _ in rank[shared]["eight, and the second on both ranks"]["parts"] for p in prompts}
+            {p for prompts, *_ in rank[shared]["eight, and the second on both ranks"]["parts"] for p in prompts}
             for rank in ranks
         ]
         assert straddling[0] & straddling[1]
+        ranks_of_a_step(shared, [rank[shared]["two in one of four"] for rank in ranks])
+
+
+def ranks_of_a_step(shared, found):
+    """The longest two of a step's eight groups are trained on at the same time, then the next two; some were moved."""
+    moved = 0
+    for rank in found:
+        moved += len({name for names, *_ in rank["parts"] for name in names} - set(rank["sampled"]))
+    for start in (0, 2):
+        own = [
+            [tokens for part in rank["parts"][start : start + 2] for tokens in part[2 + (shared != "off")]]
+            for rank in found
+        ]
+        assert [len(lengths) for lengths in own] == [4, 4]
+        ordered = sorted(own[0] + own[1], reverse=True)
+        assert sum(map(max, *own)) <= sum(ordered[::2]) / 0.98
+    assert moved > 2

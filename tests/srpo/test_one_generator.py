@@ -7,6 +7,7 @@ import random
 import pytest
 import torch
 from core_helpers import config, logged, model, tokenizer, trainer
+from episode_worlds import ScriptedEnvironment
 from scipy import stats
 from test_generate import EOS, generator, plain, words
 from transformers import (
@@ -31,6 +32,7 @@ from srpo.rollout.kv_cache import ROOM
 from srpo.rollout.sampling import Sampling
 from srpo.trainer.generation_step import GenerationStep
 from srpo.trainer.sampler import Sampler
+from srpo.types import Observation
 
 SMALL = {
     "vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -186,16 +188,15 @@ def test_samples_follow_the_distribution_of_two_tokens(sampling):
     assert stats.chisquare(counts, wanted, sum_check=False).pvalue > 1e-3
     for sample in samples[:50]:
         if len(sample.ids) > 1:
-            assert sample.scored[1] == pytest.approx(whole[sample.ids[0]][sample.ids[1]], abs=1e-5)
-            assert (sample.scored == sample.logprobs) == (not sampling.cuts)
+            assert sample.logprobs[1] == pytest.approx(whole[sample.ids[0]][sample.ids[1]], abs=1e-5)
 
 
-def test_log_probs_of_the_sampler_are_the_scored_ones(tmp_path):
-    """With a cut too: it bends what is sampled, not what is scored."""
-    args = config(
-        tmp_path, objective="grpo", loss_type="minirl", max_steps=2, temperature=0.7, top_p=0.8, num_iterations=2
-    )
-    made = trainer(args, model(layers=2), rollout_func=None)
+@pytest.mark.parametrize("environment", [None, ScriptedEnvironment(lambda row, t, text: Observation(end="done"))])
+def test_log_probs_of_the_sampler_are_the_scored_ones(tmp_path, environment):
+    """With cuts too: they bend what is sampled, not what is scored, by one turn or in an environment's."""
+    how = {"objective": "grpo", "loss_type": "minirl", "num_iterations": 2, "max_steps": 2}
+    args = config(tmp_path, **how, temperature=0.7, top_k=3, top_p=0.8)
+    made = trainer(args, model(layers=2), rollout_func=None, environment=environment)
     made.train()
     assert max(logged(made, "sampling/logp_difference")) < 1e-5
 

@@ -128,7 +128,13 @@ def test_a_row_that_comes_twice_in_a_step_or_an_evaluation_draws_anew(tmp_path, 
     world, seeds = Waiting(waits=False), []
     episode = world.episode
     world.episode = lambda row, seed: (seeds.append(seed), episode(row, seed))[1]
-    how = {"gradient_accumulation_steps": 2, "steps_per_generation": 1, "max_steps": 2, "learning_rate": 0.0}
+    how = {
+        "gradient_accumulation_steps": 2,
+        "steps_per_generation": 1,
+        "max_steps": 2,
+        "learning_rate": 0.0,
+        "top_k": 3,
+    }
     run = made(tmp_path, world, **how, rollout_ahead=ahead, shuffle_dataset=False, per_device_eval_batch_size=4)
     run.train_dataset = dataset(2).select([0, 1, 0, 1])
     run.train()
@@ -136,6 +142,8 @@ def test_a_row_that_comes_twice_in_a_step_or_an_evaluation_draws_anew(tmp_path, 
     assert seeds == [f"42:{step}.{part}:{name}" for step in (0, 1) for part in (0, 1) for name in names]
     texts = ["|".join(made.texts) for made in world.made]
     assert all(texts[i : i + 8] != texts[i + 8 : i + 16] for i in (0, 8, 16)), "at a learning rate of 0"
+    assert len(logged(run, "sampling/logp_difference")) == 2 * ahead
+    assert max(logged(run, "sampling/logp_difference"), default=0) < 1e-5, "the cut is not in the ratio"
     for _ in range(2):
         seeds.clear()
         run.evaluate(dataset(1).select([0, 0]))

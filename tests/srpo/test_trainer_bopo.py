@@ -213,7 +213,7 @@ def test_distilled_decisions_are_compared_among_their_choices(
     batch = made.batch
     mask = batch["completion_mask"] * batch["tool_mask"]
     student, teacher = made.model.eval(), made.teacher.model
-    with made._among(student, batch["choices"]):
+    with made._among(student, batch["choices"], batch["tool_mask"]):
         got = made.loss.forward(student, batch, mask)[2]
     raw, seen = torch.zeros_like(got), 0
     for row, context in made.contexts.items():

@@ -132,7 +132,7 @@ class TRLInOurOrder(trl.GRPOTrainer):
     def _prepare_inputs(self, generation_batch):
         def split(batch, parts):
             assert parts == self.args.steps_per_generation
-            return micro_batches(batch, self.args, rank=0, router_loss=self.aux_loss_enabled, shared=True)
+            return micro_batches(batch, self.args, self.accelerator, router_loss=self.aux_loss_enabled, shared=True)
 
         with (
             patch.object(grpo_trainer, "shuffle_sequence_dict", lambda batch: batch),

@@ -33,12 +33,19 @@ CASES: dict[str, dict[str, Any]] = {
 }
 SHARDED: dict[str, dict[str, Any]] = {
     "zero3_srpo": {"objective": "srpo"},
-    "zero3_idle_rank": {"objective": "srpo", "idle": True},
+    # 20 rollouts: a group lies on both ranks, so that none changes its rank, and the second rank stays idle.
+    "zero3_idle_rank": {"objective": "srpo", "idle": True, "rollouts": 20},
     "zero3_shared_prefix": {"objective": "srpo", "idle": True, "shared_prefix": "on"},
-    "zero3_idle_rank_trust_region": {"objective": "sdpo", "idle": True, "teacher_model_kind": "trust_region"},
+    "zero3_idle_rank_trust_region": {
+        "objective": "sdpo",
+        "idle": True,
+        "rollouts": 20,
+        "teacher_model_kind": "trust_region",
+    },
     "zero3_idle_rank_sampled_token": {
         "objective": "sdpo",
         "idle": True,
+        "rollouts": 20,
         "distillation_mode": "sampled_token",
         "distillation_alpha": 1.0,
     },

@@ -1,7 +1,8 @@
 """Two steps of each case on two processes: torchrun --nproc_per_node 2 support/micro_batch_cases.py FOLDER.
 
-Each rank writes every micro-batch it trained on, and a digest of its last weights. Of a micro-batch: its groups, its
-width in columns, and the tokens of its runs of siblings where each is packed behind one prompt.
+Each rank writes which groups it sampled, every micro-batch it trained on, and a digest of its last weights. Of a
+micro-batch: its groups, its width in columns, and the tokens of its runs of siblings, of the longest and where each is
+packed behind one prompt.
 """
 
 import json
@@ -42,21 +43,33 @@ def run(folder: Path, case: str, shared: str) -> dict[str, Any]:
     made = trainer(args, train_dataset=dataset(40))
     assert made.accelerator.num_processes == 2
     parts: list[Any] = []
-    prepare = made._prepare_inputs
+    prepare, score = made._prepare_inputs, made._generate_and_score_completions
+    sampled: set[int] = set()
+
+    def names(batch: Any) -> list[int]:
+        both = zip(batch["prompt_ids"], batch["prompt_mask"], strict=True)
+        return [digest(ids[mask.bool()].tolist()) for ids, mask in both]
+
+    def scored(rows: Any) -> Any:
+        batch = score(rows)
+        sampled.update(names(batch))
+        return batch
 
     def watched(batch: Any) -> Any:
         part = prepare(batch)
-        prompts = [digest(i[m.bool()].tolist()) for i, m in zip(part["prompt_ids"], part["prompt_mask"], strict=True)]
+        prompts = names(part)
         lengths = list(zip(*(part[f"{of}_mask"].sum(dim=1).tolist() for of in ("prompt", "completion")), strict=True))
         runs = [list(rows) for _, rows in groupby(range(len(prompts)), key=prompts.__getitem__)]
         packed = [lengths[rows[0]][0] + sum(lengths[row][1] for row in rows) for rows in runs]
-        parts.append((prompts, part["prompt_ids"].size(1) + part["completion_ids"].size(1), packed))
+        plain = [lengths[rows[0]][0] + max(lengths[row][1] for row in rows) for rows in runs]
+        parts.append((prompts, part["prompt_ids"].size(1) + part["completion_ids"].size(1), plain, packed))
         return part
 
-    made._prepare_inputs = watched
+    made._prepare_inputs, made._generate_and_score_completions = watched, scored
     made.train()
     total = torch.cat([value.flatten() for value in weights(made.model).values()])
-    return {"parts": parts, "weights": digest(total.tolist()), "steps": made.state.global_step}
+    trained = {"parts": parts, "weights": digest(total.tolist()), "steps": made.state.global_step}
+    return {**trained, "sampled": sorted(sampled)}
 
 
 def main() -> None:
