@@ -129,10 +129,13 @@ class Loss:
         if not self._shares:
             return {}
         mine = torch.stack([value.float() for value in (*self._sums.values(), *self._shares.values())])
-        found = self.accelerator.reduce(mine, reduction="sum").tolist()
-        sums, (tokens, *shares) = found[: len(self._sums)], found[len(self._sums) :]
-        metrics = {name: value / self.accelerator.num_processes for name, value in zip(self._sums, sums, strict=True)}
-        metrics |= {name: value / max(tokens, 1) for name, value in zip([*self._shares][1:], shares, strict=True)}
+        found = self.accelerator.reduce(mine, reduction="sum")
+        tokens = found[len(self._sums)].clamp(min=1)
+        found = torch.cat(
+            [found[: len(self._sums)] / self.accelerator.num_processes, found[len(self._sums) :] / tokens]
+        )
+        metrics = dict(zip((*self._sums, *self._shares), found.tolist(), strict=True))
+        del metrics["tokens"]
         self._sums.clear()
         self._shares.clear()
         return metrics
