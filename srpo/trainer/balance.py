@@ -85,7 +85,8 @@ def exchanged(
             leaving[target] += group
     parts = _sent([cut(batch, rows) if rows else {} for rows in leaving], batch, accelerator.device)
     starts = list(accumulate((len(part.get("prompt_ids", ())) for part in parts), initial=0))
-    rows, arrived = len(steps[0][0]), []
+    rows = len(steps[0][0])
+    arrived: list[list[list[int]]] = []
     for step in to:
         arrived.append([])
         for source in ranks:

@@ -126,7 +126,7 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
         self.heldout_table: str | None = None
         self.world, self.environment = world, environment
         self.correctness, self.allowed_tokens = correctness, allowed_tokens
-        self.generation_step = GenerationStep()
+        self.generation_step = GenerationStep(scored=True)  # a resumed run may begin inside of one
         self._train_sampler: Any = None
         self._evaluated = 0  # batches of an evaluation
 

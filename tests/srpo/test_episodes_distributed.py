@@ -57,15 +57,15 @@ def test_ranks_with_different_numbers_of_turns(two, tmp_path, case):
     tensors = [load_file(two / f"{case}_rank{r}.st") for r in (0, 1)]
     assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
     lost = [entry["rollout/stop/lost"] for entry in ranks[0]["log"] if "loss" in entry]
-    assert lost == [{"plain": 0.0, "lost": 0.25, "gone": 0.5, "ahead": 0.25}[case]] * 2
+    # Of five that fail at their end, one has been ended before, by the limit of its tokens.
+    assert lost == [{"plain": 0.0, "lost": 0.2, "gone": 0.5, "ahead": 0.2}[case]] * 2
 
 
 @pytest.mark.parametrize("case", ["decisions", "gone_decisions"])
 def test_a_rank_without_a_decision_beside_one_that_distils_them(two, tmp_path, case):
     ranks = compared(two, case, tmp_path)
-    some = all if case == "decisions" else any  # half of the groups are gone, those left need a success too
-    for record in ranks:
-        assert some(entry["srpo/distilled_share"] > 0 for entry in record["log"] if "loss" in entry)
+    for record in ranks:  # a group needs a success too
+        assert any(entry["srpo/distilled_share"] > 0 for entry in record["log"] if "loss" in entry)
 
 
 @pytest.mark.slow
