@@ -81,43 +81,8 @@ def _refuse(bad: Tensor, routes: Tensor, what: str) -> None:
         )
 
 
-def ragged_routes(routes: Tensor, mask: Tensor) -> list[Tensor]:
-    """Rows of real tokens: ``[B, S, L, k]`` and the attention mask ``[B, S]`` -> B times ``[T, L, k]``."""
-    if routes.shape[:2] != mask.shape:
-        raise ValueError(f"routes of {tuple(routes.shape[:2])} columns do not fit a mask of {tuple(mask.shape)}")
-    return [row[real] for row, real in zip(routes, mask.bool(), strict=True)]
-
-
-def cut_routes(recorded: Tensor, mask: Tensor) -> list[Tensor]:
-    """What `transformers`' ``generate`` recorded -> ragged.
-
-    Prefill and C - 1 decoding steps are W + C - 1 columns for W + C tokens, because the last token is never fed. Early
-    finishers saw more columns than they have tokens; the mask drops those. The row of the last real token of a
-    sequence is -1 even where a batch fed it, so that a sequence does not depend on its batch.
-
-    Args:
-        recorded: ``[B, S_seen, L, k]``; S_seen >= S - 1 (under ZeRO-3 finished ranks run extra steps).
-        mask: ``[B, S]``, 1 for the real tokens of prompt and completion, in the columns of ``generate``'s output.
-
-    Raises:
-        ValueError: fewer columns than tokens were fed.
-    """
-    batch, columns = mask.shape
-    if recorded.shape[0] != batch or recorded.shape[1] < columns - 1:
-        raise ValueError(
-            f"recorded {tuple(recorded.shape[:2])} (sequences, columns), expected {batch} sequences and at least "
-            f"{columns - 1} columns; was every forward inside record()?"
-        )
-    routes = recorded.new_full((batch, columns, *recorded.shape[2:]), NATIVE)
-    routes[:, : columns - 1] = recorded[:, : columns - 1]
-    rows = ragged_routes(routes, mask)
-    for row in rows:
-        row[-1:] = NATIVE
-    return rows
-
-
 def pad_routes(rows: Sequence[Tensor], mask: Tensor) -> Tensor:
-    """Ragged -> ``[B, S, L, k]`` in the layout of an attention mask ``[B, S]``, pads -1. Inverse of `ragged_routes`.
+    """Ragged -> ``[B, S, L, k]`` in the layout of an attention mask ``[B, S]``, pads -1.
 
     Raises:
         ValueError: a sequence has another number of rows than real tokens.

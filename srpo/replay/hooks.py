@@ -15,8 +15,6 @@ from torch.overrides import TorchFunctionMode
 from srpo.prefix.tree import Layout
 from srpo.replay.expert_table import NATIVE, RouterSpec
 from srpo.replay.families import find_routers
-from srpo.replay.fed_tokens import FedTokens
-from srpo.rollout.kv_cache import given_cache
 
 _TOPK = (torch.topk, Tensor.topk)
 _MASK = (torch.masked_fill, Tensor.masked_fill)
@@ -98,8 +96,6 @@ class RouterHooks:
         spec: what the model's routes look like.
         armed: routes to replay. A plain attribute, visible in the threads in which autograd runs a layer again.
         keep: called with the routes ``[B, S, L, k]`` of each finished forward.
-        watched: key-value caches that were made to refuse what `record` cannot follow; None: do not.
-        fed: told what each forward of a `record` is fed; None: nobody wants to know.
         layout: how the coming forward packs its tokens; None: not at all.
     """
 
@@ -107,8 +103,6 @@ class RouterHooks:
         self.decoder, self._routers, self.spec = find_routers(model)
         self.armed: Armed | None = None
         self.keep: Callable[[Tensor], None] | None = None
-        self.watched: list[Any] | None = None
-        self.fed: FedTokens | None = None
         self.layout: Layout | None = None
         self._thread = threading.local()  # `selection`: modes are per thread; `pinned`: a re-forward's own routes
         self._fired: dict[int, Tensor] = {}
@@ -163,30 +157,11 @@ class RouterHooks:
         if self.keep is not None:
             if "write_index" in kwargs:
                 raise RuntimeError("continuous batching packs sequences into one row: routes cannot be told apart")
-            cache = given_cache(kwargs)
-            if self.fed is not None:
-                self.fed.feed(tokens, cached=cache is not None)
-            if self.watched is not None and cache is not None:
-                self._watch(cache, self.watched)
         elif self.armed is not None:
             if self.armed.shape != self._columns:
                 raise ValueError(f"routes of {self.armed.shape} are armed for a forward of {self._columns} tokens")
             # Moved once for all layers; the object stays, because a checkpoint may already hold it.
             self.armed.routes = self.armed.routes.to(tokens.device, non_blocking=True)
-
-    def _watch(self, cache: Any, watched: list[Any]) -> None:
-        """`record` keeps routes by row and column of the batch; refuse what moves the cache's rows and columns."""
-        if any(cache is one for one in watched):
-            return
-
-        def refuse(what: str) -> Callable[..., None]:
-            def method(*args: Any, **kwargs: Any) -> None:
-                raise RuntimeError(f"{what} cannot be recorded for replay: sample with num_beams=1, unassisted")
-
-            return method
-
-        cache.reorder_cache, cache.crop = refuse("beam search"), refuse("assisted decoding")
-        watched.append(cache)
 
     def _after_model(self) -> None:
         silent = [self.spec.layers[place] for place in range(len(self._routers)) if place not in self._fired]

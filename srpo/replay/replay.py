@@ -26,14 +26,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from srpo.prefix.tree import Layout
 from srpo.replay.expert_table import NATIVE, RowRecorder, check_routes
-from srpo.replay.fed_tokens import FedTokens
 from srpo.replay.hooks import Armed, RouterHooks
 
 
@@ -57,7 +55,7 @@ class RoutingReplay:
         self._hooks = RouterHooks(model)
         self.spec = self._hooks.spec
         self._measured: Armed | None = None
-        self._recorded: list[Tensor] = []
+        self._recorded: Tensor | None = None
 
     def remove(self) -> None:
         """Take the hooks off the model."""
@@ -176,36 +174,12 @@ class RoutingReplay:
     # Recording
 
     @contextmanager
-    def record(self) -> Iterator[None]:
-        """Record every forward of one ``generate`` of `transformers`, one after the other; then `recorded`.
-
-        A column keeps the experts of the first forward that saw it: without a KV cache every forward runs the whole
-        sequence again, and only its last column is new.
-
-        Raises:
-            RuntimeError: a replay is armed; in the forward or after it: beam search, assisted decoding and continuous
-                batching (they permute, take back and pack rows), a batch that changes its size.
-        """
-        steps: list[Tensor] = []
-        self._recorded = steps
-        fed = FedTokens()
-        with self._recording(lambda routes: steps.append(routes[:, routes.size(1) - fed.new :])):
-            caches: list[Any] = []
-            self._hooks.watched, self._hooks.fed = caches, fed
-            try:
-                yield
-            finally:
-                self._hooks.watched = self._hooks.fed = None
-                for cache in caches:
-                    del cache.reorder_cache, cache.crop
-
-    @contextmanager
     def record_once(self) -> Iterator[None]:
         """Record one forward; a further one replaces it. Then `recorded`."""
-        self._recorded = []
+        self._recorded = None
 
         def replace(routes: Tensor) -> None:
-            self._recorded = [routes]
+            self._recorded = routes
 
         with self._recording(replace):
             yield
@@ -218,10 +192,10 @@ class RoutingReplay:
             yield recorder
 
     def recorded(self) -> Tensor:
-        """Routes of the last `record` or `record_once`: int16 ``[B, columns seen, L, k]`` on the CPU."""
-        if not self._recorded:
-            raise RuntimeError("nothing recorded: no forward of this model ended in record() or record_once()")
-        return torch.cat(self._recorded, dim=1).cpu()
+        """Routes of the last `record_once`: int16 ``[B, S, L, k]`` on the CPU."""
+        if self._recorded is None:
+            raise RuntimeError("nothing recorded: no forward of this model ended in record_once()")
+        return self._recorded.cpu()
 
     @contextmanager
     def _recording(self, keep: Callable[[Tensor], None]) -> Iterator[None]:

@@ -6,7 +6,7 @@ gives wrong tokens without a sign.
 """
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,11 +23,6 @@ logger = logging.get_logger(__name__)
 
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 """transformers >= 5.24; before; state-space families before."""
-
-
-def given_cache(arguments: Mapping[str, Any]) -> Any:
-    """The cache among the keyword arguments of a forward pass, None where there is none."""
-    return next((arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None), None)
 
 
 def returned_cache(output: Any) -> Any:

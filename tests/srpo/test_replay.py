@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from moe_families import EXPERTS, TOP_K, VOCABULARY, build, experts_of, perturb
+from moe_families import EXPERTS, TOP_K, VOCABULARY, build, experts_of, perturb, right_aligned, sampled
 from torch import Tensor, nn
 
-from srpo.replay.expert_table import cut_routes, flip_statistics, pad_routes, ragged_routes
+from srpo.replay.expert_table import flip_statistics, pad_routes
 from srpo.replay.families import find_routers
 from srpo.replay.replay import RoutingReplay
 
@@ -222,20 +222,7 @@ def test_r2_leaves_the_first_mini_batch_unaltered(family: str) -> None:
 # Alignment
 
 
-def sampled(model: Any, replay: RoutingReplay, **settings: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """(ids [B, S], mask [B, S], ragged routes) of transformers' `generate` from left-padded prompts."""
-    ids = tokens(1)
-    mask = torch.ones(SHAPE, dtype=torch.long)
-    mask[0, :2] = 0
-    ids = ids * mask
-    copies = settings.get("num_return_sequences", 1)
-    torch.manual_seed(0)
-    with replay.record():
-        out = model.generate(input_ids=ids, attention_mask=mask, do_sample=True, **{"max_new_tokens": 6} | settings)
-    ended = (out[:, WIDTH:] == 2).long().cumsum(-1)
-    after_end = ended - (out[:, WIDTH:] == 2).long()  # the end token itself is real
-    whole = torch.cat([mask.repeat_interleave(copies, 0), (after_end == 0).long()], dim=1)
-    return out, whole, cut_routes(replay.recorded(), whole)
+PROMPTS = [tokens(1)[0, 2:].tolist(), tokens(1)[1].tolist()]
 
 
 def logprobs(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
@@ -246,43 +233,32 @@ def logprobs(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
     return taken[(mask[:, 1:] * mask[:, :-1]).bool()]
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"num_return_sequences": 3},
-        {"cache_implementation": "static"},
-        {"prefill_chunk_size": 2},
-        {"max_new_tokens": 40, "eos_token_id": 2, "pad_token_id": 0, "num_return_sequences": 4},
-    ],
-    ids=["plain", "return-sequences", "static-cache", "chunked-prefill", "early-end"],
-)
-def test_routes_of_generate_are_those_of_a_forward(settings: dict[str, Any]) -> None:
-    """Sampled step by step with a cache, and in one forward without padding: in float32 the same choices."""
+def test_routes_of_the_sampler_are_those_of_a_forward() -> None:
+    """Sampled step by step with a cache, siblings behind one prompt, rows that end early; and in one forward without
+    padding: in float32 the same choices."""
     model = build("qwen3_moe")
     replay = RoutingReplay(model)
-    ids, mask, routes = sampled(model, replay, **settings)
-    if "eos_token_id" in settings:
-        assert len({len(row) for row in routes}) > 2, "sequences of different lengths, or this shows nothing"
-    for i, row in enumerate(routes):
-        own = ids[i][mask[i].bool()][None]
-        assert len(row) == own.shape[1] and (row[-1] == -1).all()
+    ids, routes, *_ = sampled(model, replay, PROMPTS * 4, 40, ends=(2,))
+    assert len({len(row) for row in routes}) > 2, "sequences of different lengths, or this shows nothing"
+    for own, row in zip(ids, routes, strict=True):
+        assert len(row) == len(own) and (row[-1] == -1).all()
         with torch.no_grad(), replay.record_once():
-            model(input_ids=own)
+            model(input_ids=own[None])
         assert torch.equal(replay.recorded()[0, :-1], row[:-1])
 
 
 def test_replay_does_not_depend_on_the_padding() -> None:
     model = build("deepseek_v3")
     replay = RoutingReplay(model)
-    ids, mask, routes = sampled(model, replay)
+    sequences, routes, *_ = sampled(model, replay, PROMPTS, 6)
+    ids, mask = right_aligned(sequences)
     perturb(model)
     results = []
     for left, right in ((0, 0), (3, 0), (0, 4), (2, 1)):
         wide = nn.functional.pad(ids, (left, right))
         wide_mask = nn.functional.pad(mask, (left, right))
         table = pad_routes(routes, wide_mask)
-        assert all(torch.equal(a, b) for a, b in zip(ragged_routes(table, wide_mask), routes, strict=True))
+        assert all(torch.equal(a[m.bool()], b) for a, m, b in zip(table, wide_mask, routes, strict=True))
         with torch.no_grad(), replay.replay(table):
             results.append(logprobs(model, wide, wide_mask))
     for other in results[1:]:
@@ -293,7 +269,8 @@ def test_routes_that_are_off_by_one_are_seen_at_once() -> None:
     """k3 between sampler and trainer, and the flip rate, both jump by orders of magnitude."""
     model = build("qwen3_moe")
     replay = RoutingReplay(model)
-    ids, mask, routes = sampled(model, replay, max_new_tokens=20)
+    sequences, routes, *_ = sampled(model, replay, PROMPTS, 20)
+    ids, mask = right_aligned(sequences)
     with torch.no_grad():
         sampler = logprobs(model, ids, mask)
         seen = {}

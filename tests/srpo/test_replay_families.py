@@ -14,10 +14,21 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import transformers
-from moe_families import EXPERTS, FAMILIES, TOP_K, VOCABULARY, build, missing, perturb, spy
+from moe_families import (
+    EXPERTS,
+    FAMILIES,
+    TOP_K,
+    VOCABULARY,
+    build,
+    missing,
+    perturb,
+    right_aligned,
+    sampled,
+    spy,
+)  # fmt: skip
 from torch import Tensor
 
-from srpo.replay.expert_table import cut_routes, flip_statistics, pad_routes
+from srpo.replay.expert_table import flip_statistics, pad_routes
 from srpo.replay.families import find_routers
 from srpo.replay.replay import RoutingReplay
 
@@ -31,33 +42,16 @@ class Rollout(NamedTuple):
 
 
 def rollout(model: Any, replay: RoutingReplay) -> Rollout:
-    """Sampled by transformers' own `generate` from left-padded prompts of different lengths."""
+    """Sampled by our own generator, from prompts of different lengths."""
     generator = torch.Generator().manual_seed(3)
     width, lengths = 7, (4, 7, 6)
-    ids = torch.randint(3, VOCABULARY, (3, width), generator=generator)
-    mask = (torch.arange(width) >= width - torch.tensor(lengths)[:, None]).long()
-    ids = ids * mask
-    torch.manual_seed(0)
-    with spy(model, replay.spec.layers) as seen, replay.record():
-        out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=6, do_sample=True, eos_token_id=None)
-    whole = torch.cat([mask, torch.ones(3, out.shape[1] - width, dtype=torch.long)], dim=1)
-    layers = len(replay.spec.layers)
-    steps = [torch.stack(seen[i : i + layers], dim=1) for i in range(0, len(seen), layers)]
-    run = torch.cat([step.view(3, -1, layers, replay.spec.top_k) for step in steps], dim=1)  # [B, S - 1, L, k]
-    truth = [row[real.bool()] for row, real in zip(run, whole[:, :-1], strict=True)]
-    return Rollout(
-        [row[real.bool()] for row, real in zip(out, whole, strict=True)], truth, cut_routes(replay.recorded(), whole)
-    )
-
-
-def training_batch(sequences: list[Tensor], pad: int = 3) -> tuple[Tensor, Tensor]:
-    """The sequences in a layout that sampling never had: right-aligned at another width."""
-    width = max(map(len, sequences)) + pad
-    ids, mask = torch.zeros(len(sequences), width, dtype=torch.long), torch.zeros(len(sequences), width)
-    for i, sequence in enumerate(sequences):
-        ids[i, width - len(sequence) :] = sequence
-        mask[i, width - len(sequence) :] = 1
-    return ids, mask.long()
+    prompts = [torch.randint(3, VOCABULARY, (n,), generator=generator).tolist() for n in lengths]
+    layers = replay.spec.layers
+    sequences, routes, _, seen = sampled(model, replay, prompts, 6, watched=spy(model, layers))
+    steps = [torch.stack(seen[i : i + len(layers)], dim=1) for i in range(0, len(seen), len(layers))]
+    run = torch.cat([step.view(3, -1, len(layers), replay.spec.top_k) for step in steps], dim=1)  # [B, S - 1, L, k]
+    truth = [row[width - n :] for row, n in zip(run, lengths, strict=True)]  # prompts are padded on the left
+    return Rollout(sequences, truth, routes)
 
 
 class Result(NamedTuple):
@@ -70,13 +64,13 @@ class Result(NamedTuple):
 
 @cache
 def verify(family: str) -> Result:
-    """Generate -> train in another layout, with the same weights and with all weights perturbed."""
+    """Sample -> train in another layout, with the same weights and with all weights perturbed."""
     model = build(family)
     replay = RoutingReplay(model)
-    sampled = rollout(model, replay)
+    rolled = rollout(model, replay)
     order = [2, 0, 1]
-    ids, mask = training_batch([sampled.sequences[i] for i in order])
-    routes = pad_routes([sampled.routes[i] for i in order], mask)
+    ids, mask = right_aligned([rolled.sequences[i] for i in order], pad=3)  # sampling never had that width
+    routes = pad_routes([rolled.routes[i] for i in order], mask)
     fed = mask.clone()
     fed[:, -1] = 0  # the last token was never fed
 
@@ -85,7 +79,7 @@ def verify(family: str) -> Result:
             logits = model(input_ids=ids, attention_mask=mask).logits
         return torch.stack(seen, dim=1).view(*ids.shape, -1, replay.spec.top_k)[fed.bool()], logits
 
-    truth = torch.cat([sampled.truth[i] for i in order])
+    truth = torch.cat([rolled.truth[i] for i in order])
     with torch.no_grad():
         first, logits = selections()
         native = model(input_ids=ids, attention_mask=mask).logits
@@ -106,11 +100,11 @@ def verify(family: str) -> Result:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_generate_then_train_runs_the_same_experts(family: str) -> None:
+def test_sample_then_train_runs_the_same_experts(family: str) -> None:
     if why := missing(family):
         pytest.skip(why)
     result = verify(family)
-    assert result.exact, "replay after generate, same weights"
+    assert result.exact, "replay after sampling, same weights"
     assert result.exact_perturbed, "replay after every weight moved"
     assert result.flips > 0.05, "the perturbation must change native choices, or exactness says nothing"
     assert result.gradients, "some router got no gradient under replay"
@@ -141,7 +135,7 @@ def table() -> str:
         "",
         f"Written by `python tests/srpo/test_replay_families.py` with transformers {transformers.__version__};",
         "the test of the same name fails when it no longer holds. Per family, a tiny random model of the real class:",
-        "sampled by `generate` from left-padded prompts, then scored in another order and padding. *Exact*: the",
+        "sampled by our generator from left-padded prompts, then scored in another order and padding. *Exact*: the",
         "experts get bit-identical ids, seen by a spy at their input; *perturbed*: also after noise on every weight,",
         "which would have changed the share of choices in the next column. *Gate gradient*: non-zero in every layer",
         "under replay.",

@@ -132,7 +132,7 @@ def test_recording_under_checkpointing_records_the_forward_once() -> None:
     plain = RoutingReplay(build("qwen3_moe").train())
     with plain.record_once():
         plain._hooks.decoder(input_ids=tokens())
-    with replay.record():
+    with replay.record_once():
         loss(model).backward()
     assert torch.equal(replay.recorded(), plain.recorded())
 

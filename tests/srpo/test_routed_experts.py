@@ -12,10 +12,8 @@ from srpo.replay.expert_table import (
     RowRecorder,
     append_routes,
     check_routes,
-    cut_routes,
     flip_statistics,
     pad_routes,
-    ragged_routes,
 )
 from srpo.replay.replay import RoutingReplay
 from srpo.rollout.generator import Request, Sampling, TransformersGenerator
@@ -71,27 +69,13 @@ def test_ids_of_256_experts_and_more_need_more_than_a_byte() -> None:
         check_routes(torch.tensor([[[255, 3]]], dtype=torch.uint8), RouterSpec((0,), 1, 2, 256))
 
 
-def test_cut_takes_what_generate_fed() -> None:
-    """Two prompts of 2 and 3 tokens, left-padded to 3; 3 new tokens, the second sequence ends after one of them."""
-    mask = torch.tensor([[0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
-    recorded = table(2, 5, 2)  # prefill of 3 columns and 2 decoding steps: the last token is never fed
-    first, second = cut_routes(recorded, mask)
-    assert torch.equal(first[:4], recorded[0, 1:5]) and (first[4] == -1).all() and len(first) == 5
-    # The batch went on and fed the second sequence's last token (column 3) as well; alone it would not have been fed.
-    assert torch.equal(second[:3], recorded[1, :3]) and (second[3] == -1).all() and len(second) == 4
-    extra = torch.cat([recorded, table(2, 3, 2)], dim=1)  # more steps for the sake of other ranks
-    assert all(torch.equal(a, b) for a, b in zip(cut_routes(extra, mask), (first, second), strict=True))
-    with pytest.raises(ValueError, match="at least 5 columns"):
-        cut_routes(recorded[:, :4], mask)
-
-
 def test_padding_round_trip() -> None:
     rows = [table(2, 2), table(5, 2), table(1, 2)]
     mask = torch.tensor([[0, 0, 0, 1, 1, 0], [1, 1, 0, 1, 1, 1], [0, 0, 1, 0, 0, 0]])  # pads on both sides and inside
     routes = pad_routes(rows, mask)
     assert (routes[mask == 0] == -1).all() and routes.dtype == torch.int16
     assert torch.equal(routes[1, 3], rows[1][2])
-    assert all(torch.equal(a, b) for a, b in zip(ragged_routes(routes, mask), rows, strict=True))
+    assert all(torch.equal(a[m.bool()], b) for a, m, b in zip(routes, mask, rows, strict=True))
     with pytest.raises(ValueError, match=r"\(sequence, rows\) \[\(2, 2\)\]"):
         pad_routes([*rows[:2], table(2, 2)], mask)
 

@@ -322,7 +322,7 @@ def test_routes_of_a_live_engine_are_those_of_our_own_forward(tmp_path):
         answers = engine.generate([{"prompt_token_ids": ids} for ids in prompts], how, use_tqdm=False)
         sampled = [list(answer.outputs[0].token_ids) for answer in answers]
         for prompt, ids, found in zip(prompts, sampled, routes.rows(prompts, sampled), strict=True):
-            with torch.no_grad(), replay.record():
+            with torch.no_grad(), replay.record_once():
                 network(torch.tensor([[*prompt, *ids]]))
             (own,) = replay.recorded()
             assert len(found) == len(prompt) + len(ids) and bool((found[-1] == -1).all())  # the last was not fed

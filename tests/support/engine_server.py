@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy
 import torch
+from moe_families import sampled
 from torch import Tensor
 
 from srpo.replay.replay import RoutingReplay
@@ -58,17 +59,8 @@ class EngineServer:
 
     def sample(self, prompt: list[int], new: int, seed: int) -> tuple[list[int], list[float], Tensor]:
         """(ids, log-probabilities, [P + G - 1, layers, columns] as the engine's buffers hold them)."""
-        torch.manual_seed(seed)
-        with self.replay.record():
-            out = self.model.generate(
-                input_ids=torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-                max_new_tokens=new, do_sample=True, output_scores=True, return_dict_in_generate=True,
-                eos_token_id=None, top_k=0,
-            )  # fmt: skip
-        ids = out.sequences[0, len(prompt) :].tolist()
-        logprobs = [score[0].log_softmax(-1)[token].item() for score, token in zip(out.scores, ids, strict=True)]
-        spec = self.replay.spec
-        table = self.replay.recorded()[0].int()
+        _, (routes,), (sample,), _ = sampled(self.model, self.replay, [prompt], new, seed=seed)
+        spec, table = self.replay.spec, routes[:-1].int()
         if self.shared:
             extra = spec.num_experts + torch.arange(self.shared, dtype=torch.int32)
             table = torch.cat([table, extra.expand(*table.shape[:2], -1)], dim=-1)
@@ -76,7 +68,7 @@ class EngineServer:
             buffer = torch.zeros(len(table), spec.num_layers, table.shape[-1], dtype=torch.int32)
             buffer[:, list(spec.layers)] = table
             table = buffer
-        return ids, logprobs, self.spoil(table)
+        return list(sample.ids), list(sample.logprobs), self.spoil(table)
 
     def answer(self, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         if path == "/v1/completions":

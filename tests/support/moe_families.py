@@ -7,12 +7,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
+
+from srpo.replay.replay import RoutingReplay
+from srpo.rollout.generator import Request, Sample, TransformersGenerator
+from srpo.rollout.sampling import Sampling
 
 VOCABULARY = 64
 EXPERTS, TOP_K = 8, 2
@@ -256,3 +261,39 @@ def perturb(model: nn.Module, scale: float = 0.1, seed: int = 1) -> None:
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
             parameter += scale * parameter.abs().mean() * noise
+
+
+def sampled(
+    model: nn.Module,
+    replay: RoutingReplay,
+    prompts: Sequence[Sequence[int]],
+    new: int,
+    ends: Sequence[int] = (),
+    seed: int = 0,
+    any_busy: Any = None,
+    watched: Any = None,
+) -> tuple[list[Tensor], list[Tensor], list[Sample], Any]:
+    """By our own generator: ids [T] of each prompt and completion, their routes [T, L, k], and the samples.
+
+    Args:
+        watched: a context around the sampling; what it gives comes last.
+    """
+    how: dict[str, Any] = {"eos_ids": ends, "keep_tokens": None, "any_busy": any_busy}
+    generator = TransformersGenerator(
+        model, SimpleNamespace(pad_token_id=0), Sampling(), recorder=lambda *told: recorder(*told), **how
+    )
+    with watched or nullcontext() as seen, replay.record_rows() as recorder:
+        samples = generator.generate([Request(i, tuple(ids), f"{seed}:{i}", new) for i, ids in enumerate(prompts)])
+        generator.finish()
+    whole = [torch.tensor([*ids, *sample.ids]) for ids, sample in zip(prompts, samples, strict=True)]
+    return whole, recorder.rows({i: len(ids) for i, ids in enumerate(whole)}), samples, seen
+
+
+def right_aligned(sequences: Sequence[Tensor], pad: int = 0) -> tuple[Tensor, Tensor]:
+    """(ids, mask) [B, S], padded on the left; `pad` columns more than the longest has tokens."""
+    width = max(map(len, sequences)) + pad
+    ids, mask = (torch.zeros(len(sequences), width, dtype=torch.long) for _ in range(2))
+    for i, sequence in enumerate(sequences):
+        ids[i, width - len(sequence) :] = sequence
+        mask[i, width - len(sequence) :] = 1
+    return ids, mask

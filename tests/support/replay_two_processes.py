@@ -16,8 +16,8 @@ sys.path[:0] = [*(str(TESTS / folder) for folder in ("support", "srpo", "routers
 
 import torch
 import torch.distributed as dist
-from moe_families import TOP_K, build, spy
-from test_replay import SHAPE, gate, random_routes, sampled
+from moe_families import TOP_K, build, right_aligned, sampled, spy
+from test_replay import PROMPTS, SHAPE, gate, random_routes
 from test_replay_wrapped import loss
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
@@ -76,7 +76,13 @@ def zero3() -> tuple[bool, list[Tensor], bool]:
     gradients = [safe_get_full_grad(layer.mlp.gate.weight) for layer in model.model.layers]
 
     model.eval()  # the ranks end at different lengths; the earlier one goes on so that the other can gather weights
-    ids, mask, routes = sampled(model, replay, max_new_tokens=4 + 3 * dist.get_rank(), synced_gpus=True)
+
+    def any_busy(busy: bool) -> bool:
+        dist.all_reduce(flag := torch.tensor(float(busy)), op=dist.ReduceOp.MAX)
+        return bool(flag)
+
+    sequences, routes, *_ = sampled(model, replay, PROMPTS, 4 + 3 * dist.get_rank(), any_busy=any_busy)
+    ids, mask = right_aligned(sequences)
     with torch.no_grad(), replay.record_once():
         model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0))
     recorded = [row[real.bool()] for row, real in zip(replay.recorded(), mask, strict=True)]
