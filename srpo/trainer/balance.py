@@ -11,16 +11,16 @@ Whoever holds a row, the loss of a step is the same sum over rows, with denomina
 and the teacher's passes come before: their rows stay where they are. A step in which that saves little stays as it is.
 """
 
-import io
 from collections.abc import Callable, Sequence
 from itertools import accumulate
-from operator import methodcaller
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 from torch.distributed import all_to_all_single
+
+from srpo.trainer.nested import nested_bytes, nested_of
 
 _WORTH = 0.02
 """Share of a step's time that has to be saved."""
@@ -98,28 +98,15 @@ def exchanged(
 
 def _sent(parts: list[dict[str, Any]], like: dict[str, Any], device: torch.device) -> list[dict[str, Any]]:
     """One for each rank, and one from each; tensors come to the device on which this rank has them."""
-    packed = [_bytes(part) for part in parts]
+    packed = [torch.frombuffer(bytearray(nested_bytes(part)), dtype=torch.uint8) for part in parts]
     out = torch.tensor([len(one) for one in packed], device=device)
     sizes = torch.empty_like(out)
     all_to_all_single(sizes, out)
     come = torch.empty(int(sizes.sum()), dtype=torch.uint8, device=device)
     all_to_all_single(come, torch.cat(packed).to(device), sizes.tolist(), out.tolist())
-    found = []
-    for one in come.cpu().split(sizes.tolist()):
-        part = torch.load(io.BytesIO(one.numpy().tobytes()), map_location="cpu", weights_only=True)
-        to = {name: methodcaller("to", getattr(like[name], "device", device)) for name in part}
-        found.append({name: _each(value, to[name]) for name, value in part.items()})
+    found = [nested_of(one.numpy().tobytes(), device) for one in come.cpu().split(sizes.tolist())]
+    for part in found:
+        for name, value in part.items():
+            if isinstance(value, Tensor):
+                part[name] = value.to(like[name].device)
     return found
-
-
-def _bytes(part: dict[str, Any]) -> Tensor:
-    # Cloned: of a view, all that it is a view of would be sent.
-    torch.save({name: _each(value, Tensor.clone) for name, value in part.items()}, buffer := io.BytesIO())
-    return torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
-
-
-def _each(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """A tensor, or those in a list, changed."""
-    if isinstance(value, list):
-        return [_each(one, change) for one in value]
-    return change(value) if isinstance(value, Tensor) else value

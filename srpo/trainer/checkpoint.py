@@ -18,8 +18,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import is_peft_model
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -27,10 +25,10 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from srpo.run.whole import SAVING, put_in_place, rotate, seal, whole_looking
 from srpo.trainer.distiller import Distiller
+from srpo.trainer.nested import load_nested, save_nested
 from srpo.trainer.reference import Reference
 from srpo.trainer.rollouts import Rollouts
 
-_TENSOR = "tensor"
 _TORCH_WRITER = ("PytorchStreamWriter", "inline_container", "iostream error")
 """What torch says, as a plain RuntimeError, of a disk that does not take a file."""
 
@@ -186,40 +184,6 @@ def wind(sampler: Any, epochs: int) -> None:
 
 # Nested dicts and lists of tensors, numbers, texts and None in one file: tensors under their path in the structure,
 # the structure itself, with everything that is not a tensor, as JSON in the file's metadata.
-
-
-def save_nested(value: Any, path: Path) -> None:
-    """Write nested dicts (with text keys) and lists of tensors, numbers, texts and None; TypeError for others."""
-    tensors: dict[str, Tensor] = {}
-    layout = json.dumps(_pack(value, "", tensors))
-    save_file(tensors, path, metadata={"layout": layout})
-
-
-def load_nested(path: Path, device: torch.device | str = "cpu") -> Any:
-    """What `save_nested` wrote, bit for bit, with its tensors on `device`."""
-    with safe_open(path, framework="pt") as file:
-        return _unpack(json.loads(file.metadata()["layout"]), file, device)
-
-
-def _pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
-    if isinstance(value, Tensor):
-        tensors[path] = value.detach().clone().contiguous()  # slices of one batch share their memory
-        return {_TENSOR: path}
-    if isinstance(value, dict):
-        return {"dict": {key: _pack(item, f"{path}/{key}", tensors) for key, item in value.items()}}
-    if isinstance(value, list):
-        return [_pack(item, f"{path}/{i}", tensors) for i, item in enumerate(value)]
-    return value
-
-
-def _unpack(layout: Any, file: Any, device: torch.device | str) -> Any:
-    if isinstance(layout, list):
-        return [_unpack(item, file, device) for item in layout]
-    if not isinstance(layout, dict):
-        return layout
-    if _TENSOR in layout:
-        return file.get_tensor(layout[_TENSOR]).to(device)
-    return {key: _unpack(item, file, device) for key, item in layout["dict"].items()}
 
 
 def load_renamed_weights(model: PreTrainedModel, folder: str) -> None:

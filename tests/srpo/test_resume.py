@@ -10,7 +10,8 @@ import torch
 from resume_cases import CASES, made, state
 from safetensors.torch import load_file
 
-from srpo.trainer.checkpoint import Checkpoints, load_nested, save_nested
+from srpo.trainer.checkpoint import Checkpoints
+from srpo.trainer.nested import load_nested, nested_bytes, nested_of, save_nested
 
 
 @pytest.fixture(scope="module")
@@ -51,12 +52,13 @@ def test_nested_tensors_come_back_bit_for_bit(tmp_path):
         "f": [torch.tensor([True, False]), torch.zeros(0, 4), torch.eye(3).T.bfloat16()],
     }
     save_nested(value, tmp_path / "x.safetensors")
-    back = load_nested(tmp_path / "x.safetensors")
-    assert back["a"][1] is None and torch.equal(torch.cat([back["a"][0], back["a"][2]]), whole)
-    assert back["b"]["c"].isnan() and back["b"]["c"].ndim == 0
-    assert (back["b"]["d"], back["b"]["e"], back["b"]["tensor"]) == (0.1, "text", True)
-    for ours, theirs in zip(value["f"], back["f"], strict=True):
-        assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+    for back in (load_nested(tmp_path / "x.safetensors"), nested_of(nested_bytes(value))):
+        assert back["a"][1] is None and torch.equal(torch.cat([back["a"][0], back["a"][2]]), whole)
+        assert back["b"]["c"].isnan() and back["b"]["c"].ndim == 0
+        assert (back["b"]["d"], back["b"]["e"], back["b"]["tensor"]) == (0.1, "text", True)
+        for ours, theirs in zip(value["f"], back["f"], strict=True):
+            assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+    assert nested_of(nested_bytes({})) == {}
     with pytest.raises(TypeError):
         save_nested({"a": object()}, tmp_path / "y.safetensors")
 
