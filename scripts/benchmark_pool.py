@@ -25,8 +25,8 @@ from urllib.parse import urlsplit
 
 from routers.data.catalogue import Member
 from routers.pool import Pool, live_pool
+from srpo.garbage import set_imports_aside
 from srpo.ranges import at_least, ranged
-from srpo.run.processes import set_imports_aside
 
 SERVER = Path(__file__).resolve().parents[1] / "tests" / "support" / "openai_server.py"
 QUERY = "Which country has the capital Lima? " * 8

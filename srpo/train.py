@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from srpo.checks import check_rows
 from srpo.cli import run
 from srpo.config import SRPOConfig
+from srpo.garbage import set_imports_aside
 from srpo.own_policy import own_policy, train_own
 from srpo.policy import check_loads, check_policy, load_policy, whole_policy, whole_start, with_adapter
 from srpo.recipe import load_run, resolved_recipe
@@ -28,7 +29,6 @@ from srpo.rollout.special_tokens import settle_special_tokens
 from srpo.run.derived import check_made_from, is_made_from, made_from, mark, source, unmark
 from srpo.run.files import EVALUATION
 from srpo.run.folder import claim, finish
-from srpo.run.processes import set_imports_aside
 from srpo.run.signals import heeded
 from srpo.run.steps import check_rows_of_a_batch
 from srpo.run.whole import resume_from

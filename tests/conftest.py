@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from srpo.run.processes import set_imports_aside
+from srpo.garbage import set_imports_aside
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # in the background of a shell; children would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from routers.serving.making import make_worker, router_arguments, serving_arguments
+from srpo.garbage import set_imports_aside
 from srpo.ranges import at_least, between, ranged
-from srpo.run.processes import set_imports_aside
 
 _RECEIVERS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 

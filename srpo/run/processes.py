@@ -1,7 +1,6 @@
 """What one process of a run does for all."""
 
 import atexit
-import gc
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -41,16 +40,6 @@ def main_process(act: Callable[[], Any], refused: type[Refused]) -> Any:
     if told[1] is not None:
         raise refused(told[1], not state.is_main_process)
     return told[0]
-
-
-def set_imports_aside() -> None:
-    """Leave what exists now out of every garbage collection from here on.
-
-    What the imports of torch, transformers and trl made never becomes garbage, and looking through it takes about
-    as long as a step of a small policy.
-    """
-    gc.collect()
-    gc.freeze()
 
 
 @atexit.register
