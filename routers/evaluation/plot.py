@@ -156,9 +156,7 @@ def _curves(axes: Axes, paired: Paired, logarithmic: bool) -> None:
         x, y = [*usd[hull], max(usd.max(), axes.get_xlim()[1])], [*score[hull], score[hull[-1]]]
         if not logarithmic:
             x, y = [0.0, *x], [0.0, *y]
-        # On a log axis a mixture runs along a bent line.
-        at = np.geomspace(x[0], x[-1], 200) if logarithmic else np.linspace(x[0], x[-1], 200)
-        axes.plot(at, np.interp(at, x, y), color=_GREY, linestyle="--", linewidth=1.2, label="mixing members")
+        axes.plot(*_mixed(x, y, logarithmic), color=_GREY, linestyle="--", linewidth=1.2, label="mixing members")
     looks = itertools.cycle(itertools.product(("-", "--", ":", "-."), (_ORANGE, _PURPLE, _SKY, _YELLOW, _BLUE)))
     for curve in dict.fromkeys(paired.curves.values()):
         names = [name for name in paired.routers if curve in (name, paired.curves[name]) and paired.played(name)]
@@ -169,9 +167,18 @@ def _curves(axes: Axes, paired: Paired, logarithmic: bool) -> None:
         ends = members if paired.routers[names[0]] == "rule" and len(members) == 2 else []
         points = sorted((paired.mean(n, "usd") * PER_ITEMS, paired.mean(n, "score")) for n in [*names, *ends])
         width = 2.0 if policy else 1.0
-        axes.plot(*zip(*points, strict=True), style, color=colour, marker=".", lw=width, label=curve)
+        x, y = map(list, zip(*points, strict=True))
+        axes.plot(*_mixed(x, y, logarithmic), style, color=colour, lw=width, label=curve)
+        axes.plot(x, y, ".", color=colour)
     for name in paired.of_kind("oracle"):
         axes.axhline(paired.mean(name, "score"), color=_GREEN, linewidth=1.0, linestyle=":")
+
+
+def _mixed(x: Sequence[float], y: Sequence[float], logarithmic: bool) -> tuple[np.ndarray, np.ndarray]:
+    """The line of drawing lots between neighbours, through them all: on a log axis it is bent."""
+    between = np.geomspace(x[0], x[-1], 200) if logarithmic else np.linspace(x[0], x[-1], 200)
+    at = np.union1d(x, np.clip(between, x[0], x[-1]))
+    return at, np.interp(at, x, y)
 
 
 def _point(axes: Axes, mark: _Mark) -> None:

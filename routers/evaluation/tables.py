@@ -213,15 +213,15 @@ def _beyond_mixing(paired: Paired) -> Section:
     if not curves or not routers:
         return Section("")
     rules = any(paired.curves[name] for name in paired.of_kind("rule"))
-    ratios = ["cost of the dearest", "score of the dearest"] if rules else []
-    rows = [("", f"{header(score, paired)} at equal cost", INTERVAL, *ratios)]
     dearest = max(paired.of_kind("member"), key=lambda name: paired.mean(name, "usd"), default="")
+    ratios = ["cost of the dearest", "score of the dearest"] if rules and dearest else []
+    rows = [("", f"{header(score, paired)} at equal cost", INTERVAL, *ratios)]
     for name in routers:
         gains = {curve: paired.beyond_mixing(name, points) for curve, points in curves.items()}
-        shares = [f"{paired.ratio(name, dearest, of).value:.1%}" if dearest else "" for of in ("usd", "score")]
+        shares = [f"{paired.ratio(name, dearest, of).value:.1%}" for of in ("usd", "score")] if ratios else []
         for curve, gain in sorted(gains.items(), key=lambda found: found[1].value):
             shown_gain = (score.show_difference(gain.value), interval(gain, score, True))
-            rows.append((f"{name} beyond {curve}", *shown_gain, *(shares if rules else ())))
+            rows.append((f"{name} beyond {curve}", *shown_gain, *shares))
     return Section("Beyond mixing", rows)
 
 
