@@ -14,15 +14,13 @@ from routers.data.table import load_table, quickstart_table
 from routers.pool import Endpoint, Ledger, Pool, ReplyCache, live_pool, recorded_pool
 from routers.pool.passthrough import Passthrough
 from routers.router import RouterFile, load_router, members_now, read_router
-from routers.serving.agent import AgentWorker
 from routers.serving.forward import Forwarder, forwarding_pool, with_endpoints
-from routers.serving.proxy import Line, Proxy
-from routers.serving.served import Worker
-from routers.serving.stand_ins import NameOnly, RecordedReplies
 from srpo.quarantine import MAX_BAD_SHARE
 from srpo.ranges import at_least, between, ranged
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # of the extra `serve`, which `srpo route` does without
+    from routers.serving.proxy import Line
+    from routers.serving.served import Worker
     from routers.serving.tracing import Tracing
 
 
@@ -82,6 +80,10 @@ def make_worker(args: argparse.Namespace, name: str, tracing: Tracing | None = N
     Raises:
         ValueError: options that do not go together, or an agent or a step router without a pool.
     """
+    from routers.serving.agent import AgentWorker
+    from routers.serving.proxy import Proxy
+    from routers.serving.stand_ins import NameOnly, RecordedReplies
+
     file = _checked(args)
     if file.kind == "step_routing":
         return _step_worker(args, file, name, tracing)

