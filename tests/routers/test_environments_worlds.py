@@ -258,11 +258,12 @@ def test_environments_of_verifiers(tiny: None) -> None:
         ("tiny-env?kind=mixed", "the agent raised RuntimeError: verifiers: RuntimeError: the world broke"),
         ("tiny-env?worth=4", "a reward of 4 is not between worst=0 and best=1"),
         ("tiny-env?kind=nan", "a reward of nan is not between"),
+        ("tiny-env?kind=broken", "Error calling reward function broken: the rubric broke"),
     ):
         with pytest.raises(RuntimeError, match=told):
             play(agent_of(f"verifiers:{name}"), "train-2", "2", "2")
-    for name in ("nowhere", "tiny-env?colour=red"):
-        with pytest.raises(GameError, match=r"verifiers: \w+: .*(nowhere|colour)"):
+    for name in ("nowhere", "tiny-env?colour=red", "tiny-env?kind=group"):
+        with pytest.raises(GameError, match=r"verifiers: \w+: .*(nowhere|colour|scores groups of rollouts)"):
             benchmark.tasks(f"verifiers:{name}/train")
 
 

@@ -13,9 +13,22 @@ or {"error": words}. When stdin ends, everything ends.
 import asyncio
 import importlib
 import json
+import logging
 import os
 import sys
+from contextvars import ContextVar
 from typing import Any
+
+_broken: ContextVar[list[str]] = ContextVar("broken")
+"""What reward functions raised in this rollout."""
+
+
+class _Words(logging.Handler):
+    """Of a reward function that raises, verifiers makes a 0 and a line of its log: this line."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if (text := record.getMessage()).startswith("Error calling reward function"):
+            _broken.get([]).append(text)
 
 
 class Environments:
@@ -23,6 +36,7 @@ class Environments:
 
     def __init__(self) -> None:
         self._loaded: dict[str, Any] = {}
+        self._words = _Words()
 
     def _load(self, name: str, arguments: dict[str, Any]) -> Any:
         key = json.dumps([name, arguments])
@@ -30,7 +44,11 @@ class Environments:
             verifiers = importlib.import_module("verifiers")
             if not hasattr(verifiers, "load_environment"):
                 raise ImportError(f"{verifiers.__version__} has no load_environment; install verifiers<0.4")
-            self._loaded[key] = verifiers.load_environment(name, **arguments)
+            made = verifiers.load_environment(name, **arguments)
+            if made.requires_group_rollouts:
+                raise ValueError(f"{name} scores groups of rollouts together; here each is scored by itself")
+            self._loaded[key] = made
+        logging.getLogger("verifiers").addHandler(self._words)  # again: its import, and its users, clear the handlers
         return self._loaded[key]
 
     def _rows(self, environment: Any, split: str) -> Any:
@@ -48,13 +66,16 @@ class Environments:
     async def play(self, name: str, arguments: dict[str, Any], split: str, row: int, base_url: str) -> float:
         environment, api = self._load(name, arguments), importlib.import_module("openai").AsyncOpenAI
         client_of = importlib.import_module("verifiers.clients").OpenAIChatCompletionsClient
+        _broken.set(broken := [])
         # A call waits for its decision as long as that takes, and is not made twice: each is a step of the episode.
         async with api(base_url=base_url, api_key="none", timeout=None, max_retries=0) as client:
             asked = dict(self._rows(environment, split)[row])
             played = await environment.run_rollout(asked, client_of(client), "router", {})
-        error = played.get("error")
-        if error and "ModelError" not in str(error) and "OverlongPrompt" not in str(error):
-            raise RuntimeError(f"the rollout failed: {error}")
+        if error := str(played.get("error") or ""):
+            if "ModelError" not in error and "OverlongPrompt" not in error:
+                raise RuntimeError(f"the rollout failed: {error}")
+        elif broken:
+            raise RuntimeError(broken[0])
         return float(played["reward"])  # of what there is, where a member failed or the steps were used up
 
 

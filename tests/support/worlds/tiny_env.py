@@ -10,7 +10,7 @@ def load_environment(kind: str = "single", rows: int = 6, worth: float = 1.0) ->
     """`worth` times the share of its answers that hold the number which the question names; `kind`:
 
     single, tool: one answer, and one behind a function; twice: a second question; mixed: rows of which every third
-    raises; nan: no score.
+    raises; nan: no score; broken, group: reward functions that raise, and that want several rollouts.
     """
     print("what environments print is not the protocol")
     data = Dataset.from_list([{"question": f"say {n}", "answer": str(n)} for n in range(rows)])
@@ -36,8 +36,14 @@ def load_environment(kind: str = "single", rows: int = 6, worth: float = 1.0) ->
                 raise RuntimeError("the world broke")
             return [{"role": "user", "content": f"once more: {state['answer']}"}]
 
-    rubric = vf.Rubric(funcs=[right])
-    if kind in ("single", "nan"):
+    def broken(completion: Any, **_: Any) -> float:
+        raise ZeroDivisionError("the rubric broke")
+
+    def group(completions: Any, **_: Any) -> list[float]:
+        return [0.0 for _ in completions]
+
+    rubric = vf.Rubric(funcs=[{"broken": broken, "group": group}.get(kind, right)])
+    if kind in ("single", "nan", "broken", "group"):
         return vf.SingleTurnEnv(dataset=data, rubric=rubric)
     if kind == "tool":
         return vf.ToolEnv(dataset=data, rubric=rubric, tools=[add], max_turns=5)

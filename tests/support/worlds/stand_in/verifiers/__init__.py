@@ -1,7 +1,9 @@
 """Stands in for the package verifiers where it is not installed: as much of it as `tiny_env` and our worker use."""
 
 import importlib
+import inspect
 import json
+import logging
 from typing import Any
 
 
@@ -35,6 +37,8 @@ class MultiTurnEnv:
     def _call(self, function: Any) -> Any:
         return self.functions[function["name"]](**json.loads(function["arguments"]))
 
+    requires_group_rollouts = property(lambda self: any("completions" in _takes(f) for f in self.rubric.funcs))
+
     async def run_rollout(self, row: Any, client: Any, model: str, sampling: Any) -> dict[str, Any]:
         messages = list(row["prompt"])
         more = {"tools": [{"type": "function", "function": {"name": name}} for name in self.functions]}
@@ -52,10 +56,19 @@ class MultiTurnEnv:
                 if not (answer := await self.env_response(messages, row)):
                     break
                 messages += answer
-        reward = sum(
-            func(completion=messages[len(row["prompt"]) :], answer=row["answer"]) for func in self.rubric.funcs
-        )
-        return {"reward": reward, "error": error}
+        said = messages[len(row["prompt"]) :]
+        return {"reward": sum(self._score(func, said, row["answer"]) for func in self.rubric.funcs), "error": error}
+
+    def _score(self, func: Any, said: Any, answer: Any) -> float:
+        try:
+            return float(func(completion=said, answer=answer))
+        except Exception as problem:
+            logging.getLogger("verifiers.rubrics").error(f"Error calling reward function {func.__name__}: {problem}")
+            return 0.0
+
+
+def _takes(func: Any) -> Any:
+    return inspect.signature(func).parameters
 
 
 SingleTurnEnv = ToolEnv = MultiTurnEnv
