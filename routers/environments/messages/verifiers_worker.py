@@ -66,7 +66,8 @@ class Environments:
     async def play(self, name: str, arguments: dict[str, Any], split: str, row: int, base_url: str) -> float:
         environment, api = self._load(name, arguments), importlib.import_module("openai").AsyncOpenAI
         client_of = importlib.import_module("verifiers.clients").OpenAIChatCompletionsClient
-        _broken.set(broken := [])
+        broken: list[str] = []
+        _broken.set(broken)
         # A call waits for its decision as long as that takes, and is not made twice: each is a step of the episode.
         async with api(base_url=base_url, api_key="none", timeout=None, max_retries=0) as client:
             asked = dict(self._rows(environment, split)[row])
