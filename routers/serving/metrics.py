@@ -1,4 +1,4 @@
-"""What a server of a router counts, as Prometheus reads it (text format 0.0.4).
+"""What a server of a router counts, as Prometheus reads it: its text format, or OpenMetrics where that is asked for.
 
     router_requests_total{kind,status}   HTTP requests; kind: the path of an endpoint, or "other"; status 499: the
                                          client left before the answer was whole, 503: dropped as the server stopped
@@ -22,18 +22,19 @@
     router_connections                   open ones
     router_connections_closed_total{reason}   by the server: head, body, write (too slow), limit (too many)
     router_keys_reloads_total{result}    of the file of keys: read, refused
-    process_resident_memory_bytes
+    process_resident_memory_bytes, and the other process_* of prometheus_client
 
 The names of keys appear here, keys never do.
 """
 
 from __future__ import annotations
 
-import os
-import threading
-from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, disable_created_metrics
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.registry import Collector
 
 from routers.pool.ledger import Ledger, Spending
 from routers.router import Answer
@@ -44,66 +45,38 @@ POLICY = "policy"
 OTHER = "other"
 """Kind of the requests that ask for no work: scrapes of these numbers among them."""
 Labels = tuple[str, ...]
+disable_created_metrics()  # when each series began: as many series again
 
 
-@dataclass
-class _Family:
-    """A counter or gauge with labels."""
+class _Watched(Collector):
+    """Numbers that others keep, by the values of their labels."""
 
-    name: str
-    kind: str
-    help: str
-    labels: Sequence[str] = ()
-    read: Callable[[], Mapping[Labels, float]] | None = None
-    """Asked when the numbers are; None: they are added up here."""
-    values: dict[Labels, float] = field(default_factory=dict)
+    def __init__(self, name: str, help: str, read: Callable[[], Mapping[Labels, float]], labels: Labels) -> None:
+        self._name, self._help, self._read, self._labels = name, help, read, labels
 
-    def add(self, amount: float = 1.0, *labels: str) -> None:
-        self.values[labels] = self.values.get(labels, 0.0) + amount
-
-    def lines(self) -> Iterator[str]:
-        values = self.values if self.read is None else self.read()
-        for labels, value in sorted(values.items() if values or self.labels else [((), 0.0)]):
-            yield f"{self.name}{_labels(self.labels, labels)} {_number(value)}"
-
-
-@dataclass
-class _Histogram:
-    """Counts by upper bound, cumulative when they are read, with their sum."""
-
-    name: str
-    help: str
-    bounds: Sequence[float]
-    labels: Sequence[str] = ()
-    counts: dict[Labels, list[int]] = field(default_factory=dict)
-    sums: dict[Labels, float] = field(default_factory=dict)
-    kind: str = "histogram"
-
-    def observe(self, value: float, *labels: str) -> None:
-        counts = self.counts.setdefault(labels, [0] * (len(self.bounds) + 1))
-        counts[bisect_left(self.bounds, value)] += 1
-        self.sums[labels] = self.sums.get(labels, 0.0) + value
-
-    def lines(self) -> Iterator[str]:
-        for labels, counts in sorted(self.counts.items()):
-            total = 0
-            for bound, count in zip([*map(str, self.bounds), "+Inf"], counts, strict=True):
-                total += count
-                yield f"{self.name}_bucket{_labels((*self.labels, 'le'), (*labels, bound))} {total}"
-            yield f"{self.name}_sum{_labels(self.labels, labels)} {_number(self.sums[labels])}"
-            yield f"{self.name}_count{_labels(self.labels, labels)} {total}"
+    def collect(self) -> Iterator[Metric]:
+        kind = CounterMetricFamily if self._name.endswith("_total") else GaugeMetricFamily
+        family = kind(self._name, self._help, labels=self._labels)
+        for labels, value in self._read().items():
+            family.add_metric(labels, value)
+        yield family
 
 
 class ServerMetrics:
     """Counters of one server process. Safe from several threads."""
 
     def __init__(self) -> None:
-        self.in_flight = 0
-        self._lock = threading.Lock()
-        self._families: list[_Family | _Histogram] = []
-        count, observe = self._counter, self._histogram
+        self.registry = registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
+
+        def count(name: str, help: str, *labels: str) -> Counter:
+            return Counter(name, help, labels, registry=registry)
+
+        def observe(name: str, help: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+            return Histogram(name, help, labels, buckets=buckets, registry=registry)
+
         self._requests = count("router_requests_total", "HTTP requests by endpoint and status.", "kind", "status")
-        self.watch("router_in_flight", "Requests in work.", lambda: {(): self.in_flight})
+        self._in_flight = Gauge("router_in_flight", "Requests in work.", registry=registry)
         self._seconds = observe("router_request_seconds", "From a request's head to its last byte.", SECONDS, "kind")
         self._decisions = count("router_decisions_total", "Decisions by member; none: abstained.", "member")
         self._decision_seconds = observe("router_decision_seconds", "Of a decision, waiting included.", SECONDS)
@@ -117,35 +90,29 @@ class ServerMetrics:
         self._refused = count("router_refused_total", "Requests that were not let in.", "reason")
         self._dropped = count("router_dropped_total", "Requests that were cut off.", "state")
         self._closed = count("router_connections_closed_total", "Connections that the server closed.", "reason")
-        self.watch("process_resident_memory_bytes", "Resident memory.", _resident)
 
     def watch(self, name: str, help: str, read: Callable[[], Mapping[Labels, float]], *labels: str) -> None:
         """A number that others keep; `read` is asked, from the thread of `text`, for its values by label values."""
-        kind = "counter" if name.endswith("_total") else "gauge"
-        self._families.append(_Family(name, kind, help, labels, read))
+        self.registry.register(_Watched(name, help, read, labels))
 
     def began(self, kind: str) -> None:
         """A request's head was read."""
-        with self._lock:
-            self.in_flight += kind != OTHER
+        self._in_flight.inc(kind != OTHER)
 
     def finished(self, kind: str, status: int, seconds: float) -> None:
         """A request that `began` is over, with this HTTP status."""
-        with self._lock:
-            self.in_flight -= kind != OTHER
-            self._requests.add(1, kind, str(status))
-            self._seconds.observe(seconds, kind)
+        self._in_flight.dec(kind != OTHER)
+        self._requests.labels(kind, str(status)).inc()
+        self._seconds.labels(kind).observe(seconds)
 
     def decided(self, member: str | None, seconds: float) -> None:
         """A router of queries chose this member, or abstained."""
-        with self._lock:
-            self._decisions.add(1, member or "")
-            self._decision_seconds.observe(seconds)
+        self._decisions.labels(member or "").inc()
+        self._decision_seconds.observe(seconds)
 
     def batched(self, size: int) -> None:
         """So many queries were decided together."""
-        with self._lock:
-            self._batch.observe(size)
+        self._batch.observe(size)
 
     def follow(self, ledger: Ledger) -> None:
         """Count calls, seconds, tokens and dollars of members and policy as the ledger books them."""
@@ -153,79 +120,41 @@ class ServerMetrics:
 
     def answered(self, found: Answer) -> None:
         """An agent's question came to an end, with or without an answer."""
-        with self._lock:
-            self._answers.add(1, found.stop)
+        self._answers.labels(found.stop).inc()
 
     def broke_off(self, status: int) -> None:
         """A stream, whose status 200 was sent, ended by an error that has this one."""
-        with self._lock:
-            self._broken.add(1, str(status))
+        self._broken.labels(str(status)).inc()
 
     def refused(self, reason: str) -> None:
         """A request was not let in."""
-        with self._lock:
-            self._refused.add(1, reason)
+        self._refused.labels(reason).inc()
 
     def dropped(self, state: str, number: int = 1) -> None:
         """Requests in this state were cut off."""
-        with self._lock:
-            self._dropped.add(number, state)
+        self._dropped.labels(state).inc(number)
 
     def closed(self, reason: str) -> None:
         """A connection was closed because of this."""
-        with self._lock:
-            self._closed.add(1, reason)
+        self._closed.labels(reason).inc()
 
-    def text(self) -> str:
-        """Prometheus' text format."""
-        with self._lock:
-            lines: list[str] = []
-            for one in self._families:
-                lines += [f"# HELP {one.name} {one.help}", f"# TYPE {one.name} {one.kind}", *one.lines()]
-        return "\n".join(lines) + "\n"
+    def text(self, accept: str = "") -> tuple[bytes, str]:
+        """All of it in the format that an Accept header asks for, and the type of that."""
+        encoder, kind = choose_encoder(accept)
+        return encoder(self.registry), kind
 
     def _booked(self, member: str | None, used: Spending) -> None:
-        with self._lock:
-            if member is None:
-                tokens = (used.policy_prompt_tokens, 0, used.policy_completion_tokens)
-            else:
-                tokens = (used.prompt_tokens, used.cached_tokens, used.completion_tokens)
-                outcomes = {"failed": used.failed, "cached": used.cached, "ok": used.calls - used.failed}
-                for outcome, number in outcomes.items():
-                    if number:
-                        self._calls.add(number, member, outcome)
-                if used.calls > used.failed:
-                    self._call_seconds.observe(used.seconds, member)
-            owner = member or POLICY
-            self._usd.add(used.usd, owner)
-            for kind, amount in zip(("prompt", "cached", "completion"), tokens, strict=True):
-                self._tokens.add(amount, owner, kind)
-
-    def _counter(self, name: str, help: str, *labels: str) -> _Family:
-        self._families.append(made := _Family(name, "counter", help, labels))
-        return made
-
-    def _histogram(self, name: str, help: str, bounds: Sequence[float], *labels: str) -> _Histogram:
-        self._families.append(made := _Histogram(name, help, bounds, labels))
-        return made
-
-
-def _labels(names: Iterable[str], values: Iterable[str]) -> str:
-    pairs = [f'{name}="{_escaped(value)}"' for name, value in zip(names, values, strict=True)]
-    return f"{{{','.join(pairs)}}}" if pairs else ""
-
-
-def _escaped(text: str) -> str:
-    return text.replace("\\", r"\\").replace("\n", r"\n").replace('"', r"\"")
-
-
-def _number(value: float) -> str:
-    return str(int(value)) if value == int(value) else repr(float(value))
-
-
-def _resident() -> dict[Labels, float]:
-    try:
-        with open("/proc/self/statm", encoding="ascii") as numbers:
-            return {(): float(int(numbers.read().split()[1]) * os.sysconf("SC_PAGE_SIZE"))}
-    except OSError:  # not on this system
-        return {}
+        if member is None:
+            tokens = (used.policy_prompt_tokens, 0, used.policy_completion_tokens)
+        else:
+            tokens = (used.prompt_tokens, used.cached_tokens, used.completion_tokens)
+            outcomes = {"failed": used.failed, "cached": used.cached, "ok": used.calls - used.failed}
+            for outcome, number in outcomes.items():
+                if number:
+                    self._calls.labels(member, outcome).inc(number)
+            if used.calls > used.failed:
+                self._call_seconds.labels(member).observe(used.seconds)
+        owner = member or POLICY
+        self._usd.labels(owner).inc(used.usd)
+        for kind, amount in zip(("prompt", "cached", "completion"), tokens, strict=True):
+            self._tokens.labels(owner, kind).inc(amount)

@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import HTMLResponse, PlainTextResponse, Response
+from fastapi.responses import HTMLResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
@@ -86,10 +86,11 @@ def create_app(
         return {"status": "ok"}
 
     @app.get("/metrics")
-    async def numbers(request: Request) -> PlainTextResponse:
+    async def numbers(request: Request) -> Response:
         if not public_metrics:
             door.authorise(request.headers, admin=True)
-        return PlainTextResponse(door.metrics.text(), media_type="text/plain; version=0.0.4")
+        text, kind = door.metrics.text(request.headers.get("accept", ""))
+        return Response(text, media_type=kind)
 
     @app.get("/v1/models")
     async def models(request: Request) -> dict[str, Any]:

@@ -4,7 +4,6 @@ import asyncio
 import hashlib
 import json
 import logging
-import math
 import random
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -354,7 +353,7 @@ def test_a_full_queue_of_one_key_refuses_that_key_alone(tmp_path: Path) -> None:
         await until(lambda: len(gated.router.batches) == 1)  # it is being decided: what comes now waits
         others = [asyncio.create_task(ask(http, text, "a")) for _ in range(6)]
         await until(lambda: sum(task.done() for task in others) == 3)
-        waiting = gated.gate.metrics.text()
+        waiting = gated.gate.metrics.text()[0].decode()
         other = await ask(http, text, "b")
         return await first, await asyncio.gather(*others), other, waiting
 
@@ -365,7 +364,7 @@ def test_a_full_queue_of_one_key_refuses_that_key_alone(tmp_path: Path) -> None:
     refused = next(r for r in others if r.status_code == 429)
     assert refused.headers["retry-after"] == "1" and refused.json()["error"]["code"] == "rate_limit_exceeded"
     assert 'router_waiting{key="a"} 4' in waiting and 'router_waiting_tokens{key="a"} 27' in waiting
-    numbers = gated.gate.metrics.text()
+    numbers = gated.gate.metrics.text()[0].decode()
     assert 'router_refused_total{reason="queue"} 3' in numbers and 'router_waiting{key="a"}' not in numbers
 
 
@@ -550,20 +549,16 @@ def test_metrics_are_prometheus_text() -> None:
     metrics.finished("/v1/chat/completions", 200, 0.003)
     metrics.decided(None, 0.2)
     metrics.decided("m", 1000.0)
-    text = metrics.text()
-    lines = text.splitlines()
-    assert 'router_waiting{key="a\\"b\\\\c\\nd"} 2.5' in lines
-    assert (
-        'router_requests_total{kind="/v1/chat/completions",status="200"} 1' in lines and "router_in_flight 0" in lines
-    )
-    assert 'router_decisions_total{member=""} 1' in lines and 'router_decisions_total{member="m"} 1' in lines
-    buckets = [line.rpartition(" ") for line in lines if line.startswith("router_decision_seconds_bucket")]
-    counts = {name.partition('le="')[2].rstrip('"}'): int(count) for name, _, count in buckets}
-    assert counts["0.1"] == 0 and counts["0.25"] == 1 and counts["120.0"] == 1 and counts["+Inf"] == 2
-    assert "router_decision_seconds_sum 1000.2" in lines and "router_decision_seconds_count 2" in lines
-    for line in lines:
-        name, _, value = line.rpartition(" ")
-        assert line.startswith("# ") or (name and math.isfinite(float(value)))
+    text, kind = metrics.text()
+    assert kind.startswith("text/plain; version=0.0.4")
+    lines = text.decode().splitlines()
+    assert 'router_waiting{key="a\\"b\\\\c\\nd"} 2.5' in lines and "router_in_flight 0.0" in lines
+    assert 'router_requests_total{kind="/v1/chat/completions",status="200"} 1.0' in lines
+    assert 'router_decisions_total{member=""} 1.0' in lines and 'router_decisions_total{member="m"} 1.0' in lines
+    assert 'router_decision_seconds_bucket{le="0.25"} 1.0' in lines
+    assert "router_decision_seconds_sum 1000.2" in lines and "router_decision_seconds_count 2.0" in lines
+    newer, kind = metrics.text("application/openmetrics-text; version=1.0.0")
+    assert kind.startswith("application/openmetrics-text") and newer.endswith(b"# EOF\n")
     documented = str(ServerMetrics.__module__ and __import__(ServerMetrics.__module__, fromlist=["x"]).__doc__)
-    names = {line.split()[2] for line in lines if line.startswith("# TYPE")}
+    names = {line.split()[2] for line in lines if line.startswith("# TYPE router_")}
     assert all(name in documented for name in names), names

@@ -22,7 +22,7 @@ from typing import Any
 
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from routers.router import Decision, Router
@@ -77,7 +77,7 @@ class Gated:
 
         routes = [
             Route("/v1/chat/completions", self._chat, methods=["POST"]),
-            Route("/metrics", lambda _: PlainTextResponse(gate.metrics.text())),
+            Route("/metrics", lambda _: Response(gate.metrics.text()[0])),
             Route("/done", lambda _: JSONResponse([self.router.done, self.ended])),
         ]
         inner = Starlette(routes=routes, lifespan=lifespan, exception_handlers={RequestError: refused})
