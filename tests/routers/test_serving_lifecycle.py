@@ -141,7 +141,7 @@ def test_half_open_bodies_heads_and_silent_connections_are_closed(hasty: Server)
     numbers = hasty.numbers()
     assert 'router_refused_total{reason="slow"} 400' in numbers
     assert 'router_connections_closed_total{reason="head"} 40' in numbers
-    until(lambda: "router_connections 1\n" in hasty.numbers())
+    until(lambda: "router_connections 1.0\n" in hasty.numbers())
 
 
 @pytest.mark.parametrize("path", [CHAT, "/nowhere"])
@@ -210,7 +210,7 @@ def test_more_connections_than_there_may_be_are_closed_unheard() -> None:
 
 def test_who_leaves_is_not_worked_for(hasty: Server) -> None:
     deciding = hasty.post("sleep 1")
-    until(lambda: "router_decision_batch_count" in hasty.numbers())
+    until(lambda: "router_decision_batch_count 0.0" not in hasty.numbers())
     for number in range(200):
         hasty.post(f"left {number}").close()
     assert answer(deciding).startswith(b"HTTP/1.1 200")
@@ -260,7 +260,7 @@ def refuses(port: int) -> bool:
 def test_a_policy_that_computes_for_ever_does_not_hold_up_the_end() -> None:
     with serving(drain=0.5) as server:
         stuck = server.post("sleep 3600")
-        until(lambda: "router_decision_batch_count" in server.numbers())
+        until(lambda: "router_decision_batch_count 0.0" not in server.numbers())
         behind = server.post("behind")
         until(lambda: 'router_waiting{key="anyone"} 2' in server.numbers())
         server.process.send_signal(signal.SIGTERM)
