@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=ranged(between(0, 65535), whole=True), default=8000)
     parser.add_argument("--api-key-env", help="environment variable that holds the key clients must send")
-    parser.add_argument("--public-metrics", action="store_true", help="/metrics needs no key")
+    parser.add_argument("--public-metrics", action="store_true", help="/metrics and /ui need no admin's key")
     parser.add_argument("--ui", action="store_true", help="a page to watch it by, at /ui")
     parser.add_argument("--keys", type=Path, help="several keys, each with budgets and a rate (YAML)")
     parser.add_argument("--spending", type=Path, help="file that keeps what --keys have spent over restarts")

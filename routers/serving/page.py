@@ -1,6 +1,6 @@
 """A page to watch a server by: `srpo serve --ui`, then `/ui`. One file that loads nothing; its numbers are `/metrics`.
 
-The page itself is for everybody. What it shows is behind a key like `/metrics`, and it asks for the key.
+The page itself is for everybody. What it shows is for admins' keys like `/metrics`, and it asks for one.
 """
 
 from __future__ import annotations
