@@ -43,6 +43,10 @@ class Actions(Protocol):
     def whole_turns(self) -> bool:
         """See `srpo.types.Environment`."""
 
+    @property
+    def tags(self) -> list[str]:
+        """Texts that are one token each for a tokenizer that is made for this format."""
+
     def prompt(self, question: str, cost_weight: float | None = None) -> Messages: ...
 
     def ids(self, prompt: Messages) -> list[int]:
@@ -103,6 +107,10 @@ class Tags:
         self._prompt = think_route_prompt if style == "router_r1" else short_think_route_prompt
         self._tokenizer, self._kwargs = tokenizer, dict(chat_template_kwargs or {})
         self._clean = cleaner(tokenizer)
+
+    @property
+    def tags(self) -> list[str]:
+        return [tag(name) for name in self.grammar.names for tag in (self.grammar.open, self.grammar.close)]
 
     def prompt(self, question: str, cost_weight: float | None = None) -> Messages:
         return self._prompt(question, self.members, self.grammar, cost_weight=cost_weight, clean=self._clean)

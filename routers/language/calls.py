@@ -118,6 +118,10 @@ class Calls:
                 f"text, but {problem}: use action_format: tags, or a policy such as Qwen2.5, Qwen3 or Llama 3.1"
             ) from None
 
+    @property
+    def tags(self) -> list[str]:
+        return [tag for name in self._marks.names for tag in (f"<{name}>", f"</{name}>")]
+
     def prompt(self, question: str, cost_weight: float | None = None) -> Messages:
         return call_prompt(question, self._marks, short=self._short, cost_weight=cost_weight, clean=self._clean)
 

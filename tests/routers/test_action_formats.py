@@ -12,7 +12,6 @@ from agent_helpers import MEMBERS, scripted_pool, settings_of, train_policy
 from core_helpers import config, trainer
 from datasets import Dataset
 from scripted import Scripted
-from tool_tokenizers import SMALL
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from routers import RouterAgent
@@ -23,6 +22,7 @@ from routers.tasks.think_route.evaluate import play_questions
 from routers.tasks.think_route.settings import AgentSettings
 from srpo.rollout.generator import Request, Sample
 from srpo.rollout.loop import Limits, play
+from srpo.scratch_lm import CHAT_TEMPLATE
 
 FORMATS = ("tags", "json")
 HOSTILE = (
@@ -158,12 +158,19 @@ def test_a_policy_of_one_format_is_refused_with_the_other(policy: Path, tmp_path
     assert not (tmp_path / "out").exists()
 
 
-def test_a_recipe_whose_policy_takes_no_tools_is_refused_at_once(tmp_path: Path) -> None:
+def test_a_recipe_whose_policy_takes_no_tools_is_refused_before_it_writes(tmp_path: Path) -> None:
+    from tool_tokenizers import WITHOUT_TOOLS, tokenizer_with
+
+    from srpo.scratch_lm import tiny_causal_lm
     from srpo.train import main
 
+    tokenizer, policy = tokenizer_with(WITHOUT_TOOLS), tmp_path / "policy"
+    tiny_causal_lm(tokenizer, hidden=32, heads=2, intermediate=32).save_pretrained(policy)
+    tokenizer.save_pretrained(policy)
     recipe = Path(__file__).resolve().parents[2] / "recipes" / "quickstart" / "think_route.yaml"
-    with pytest.raises(ValueError, match=r"^action_format: json needs a policy whose chat template takes tools: tiny"):
-        main(["--config", str(recipe), "--action_format", "json", "--output_dir", str(tmp_path / "out")])
+    argv = ["--config", str(recipe), "--model_name_or_path", str(policy), "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(ValueError, match=r"^action_format: json needs a chat template that takes tools, and"):
+        main([*argv, "--action_format", "json"])
     assert not (tmp_path / "out").exists()
 
 
@@ -174,7 +181,7 @@ def test_a_template_that_opens_the_block_opens_it_after_each_reply() -> None:
     settings = settings_of("json")
     tokenizer = tokenizer_of(settings)
     begins = "'<|im_start|>assistant\n"
-    tokenizer.chat_template = SMALL.replace(f"{begins}' }}", f"{begins}<think>\n' }}")
+    tokenizer.chat_template = CHAT_TEMPLATE.replace(f"{begins}' }}", f"{begins}<think>\n' }}")
     actions = settings.actions(MEMBERS, tokenizer)
     assert actions.reply("x").after.endswith("<think>\n")
     turns = [actions.route("why", "beta"), actions.answer("so", "ok")]

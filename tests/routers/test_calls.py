@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 from injection_corpus import corpus
-from tool_tokenizers import HERMES, SMALL, real, tokenizer_with
+from tool_tokenizers import HERMES, WITHOUT_TOOLS, real, tokenizer_with
 
 from routers.data.catalogue import Member
 from routers.language.calls import Calls
@@ -144,15 +144,15 @@ def test_a_turn_without_a_call_is_the_answer(calls: Calls) -> None:
 
 
 def without_tools() -> Any:
-    return tokenizer_with(CHAT_TEMPLATE)
+    return tokenizer_with(WITHOUT_TOOLS)
 
 
 def without_replies() -> Any:
-    return tokenizer_with(SMALL.replace("message.content + '\n</tool_response>", "'\n</tool_response>"))
+    return tokenizer_with(CHAT_TEMPLATE.replace("message['content'] + '\n</tool_response>", "'\n</tool_response>"))
 
 
 def special_calls() -> Any:
-    made = tokenizer_with(SMALL, whole=[tag for tag in HERMES if "tool_call" not in tag])
+    made = tokenizer_with(CHAT_TEMPLATE, whole=[tag for tag in HERMES if "tool_call" not in tag])
     made.add_special_tokens({"additional_special_tokens": ["<tool_call>", "</tool_call>"]})
     return made
 

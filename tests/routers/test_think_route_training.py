@@ -3,6 +3,7 @@
 Slow: three trainings of a few steps. What each completion earned must be the same in all three.
 """
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -126,3 +127,29 @@ def test_control_tokens_in_a_training_question_stay_text() -> None:
         ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
         counts.append(sum(i in tokenizer.all_special_ids for i in ids))
     assert counts[0] == counts[1] > 0
+
+
+@pytest.mark.slow
+def test_function_calls_are_trained_and_resumed(tmp_path: Path) -> None:
+    """`--action_format json`: supervised start, two steps, and the second again."""
+    options: dict[str, Any] = {"action_format": "json", "train_limit": 80, "heldout_limit": 8, "sft_drills": 0}
+    options |= {"sft_epochs": 10, "sft_batch_size": 16}
+    options |= {"max_turn_tokens": 48, "max_completion_length": 224, "save_strategy": "steps", "save_steps": 1}
+    names, out = ("fewshot", "calculator"), tmp_path / "out"
+    run(out, "--members", *names, **options)
+    assert AgentSettings.load(out).action_format == "json"
+    made = completions(out)
+    assert (made["calls"] > 0).mean() > 0.5 and (made["format_error"] == "").mean() > 0.5
+    weights = (out / "model.safetensors").read_bytes()
+    shutil.rmtree(out / "checkpoint-2")
+    run(out, "--members", *names, **options, resume_from_checkpoint=out / "checkpoint-1")
+    assert (out / "model.safetensors").read_bytes() == weights
+    assert completions(out)["answer"].tolist() == made["answer"].tolist()
+    with pytest.raises(ValueError, match="made with action_format='json', now it is 'tags'"):
+        run(
+            out,
+            "--members",
+            *names,
+            **options | {"action_format": "tags"},
+            resume_from_checkpoint=out / "checkpoint-1",
+        )

@@ -43,12 +43,16 @@ def tokenizer_of(settings: AgentSettings) -> Any:
         tags = [tag(name) for name in grammar.names for tag in (grammar.open, grammar.close)]
         texts = [settings.actions(MEMBERS).prompt(q)[0]["content"] for q in QUESTIONS]
         return train_tokenizer([*texts, "alpha: beta: ok why", *REPLIES], vocab_size=400, whole=tags)
-    from tool_tokenizers import SMALL, tokenizer_with
+    from tool_tokenizers import tokenizer_with
 
-    first = tokenizer_with(SMALL)
+    from srpo.scratch_lm import CHAT_TEMPLATE
+
+    first = tokenizer_with(CHAT_TEMPLATE)
     actions = settings.actions(MEMBERS, first)
     texts = [first.decode(actions.ids(actions.prompt(q))) for q in QUESTIONS]
-    return tokenizer_with(SMALL, [*texts, *(actions.route("why", m.name) for m in MEMBERS), "ok", *REPLIES], size=500)
+    return tokenizer_with(
+        CHAT_TEMPLATE, [*texts, *(actions.route("why", m.name) for m in MEMBERS), "ok", *REPLIES], size=500
+    )
 
 
 def train_policy(folder: Path, steps: int = 150, action_format: str = "tags") -> Path:

@@ -1,7 +1,6 @@
 """Tokenizers whose chat templates take tools: byte-level BPE of some hundred tokens, with templates of real models.
 
-`real(name)` has the template that TRL ships of a model; `SMALL` is one of the same form (Hermes, as Qwen2.5) without
-its preamble, for policies that are trained from nothing in seconds.
+`real(name)` has the template that TRL ships of a model.
 """
 
 from collections.abc import Iterable
@@ -13,18 +12,9 @@ from trl import chat_template_utils
 from srpo.scratch_lm import train_tokenizer
 
 HERMES = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
-SMALL = (
-    "{%- if tools %}{{ '<|im_start|>system\n' }}{% for tool in tools %}{{ (tool | tojson) + '\n' }}{% endfor %}"
-    "{{ '<|im_end|>\n' }}{% endif %}"
-    "{%- for message in messages %}"
-    "{%- if message.role == 'tool' %}"
-    "{{ '<|im_start|>user\n<tool_response>\n' + message.content + '\n</tool_response><|im_end|>\n' }}"
-    "{%- else %}{{ '<|im_start|>' + message.role + '\n' + (message.content or '') }}"
-    "{%- for call in message.tool_calls or [] %}"
-    '{{ \'<tool_call>\n{"name": "\' + call.function.name + \'", "arguments": \' }}'
-    "{{ (call.function.arguments | tojson) + '}\n</tool_call>' }}{% endfor %}{{ '<|im_end|>\n' }}"
-    "{%- endif %}{% endfor %}"
-    "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+WITHOUT_TOOLS = (
+    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
 

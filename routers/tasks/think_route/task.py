@@ -67,17 +67,19 @@ class ThinkRoute:
         """Prompts, turns and replies of the training questions, and the templates of the self-teacher."""
         from routers.pool.reasoning import split_reasoning
         from routers.tasks.think_route.world import prompt_of
+        from srpo.scratch_lm import train_tokenizer
 
         if self.table is None:
             raise ValueError("a policy made from nothing needs a table, whose texts its tokenizer is trained on")
-        if self.settings.action_format == "json":
-            raise ValueError(
-                f"action_format: json needs a policy whose chat template takes tools: {self.run.model_name_or_path} "
-                "has none; use action_format: tags, or a policy such as Qwen2.5, Qwen3 or Llama 3.1"
-            )
-        grammar, members, args = self.settings.grammar, self.settings.members, self.config
-        actions = self.settings.actions(members)
-        texts = [prompt_of(row, actions)[0]["content"] for row in self.train]
+        members, args = self.settings.members, self.config
+        plain = train_tokenizer([], vocab_size=259) if self.settings.action_format == "json" else None
+        actions = self.settings.actions(members, plain)
+        prompts = [prompt_of(row, actions) for row in self.train]
+        if plain:
+            texts = [plain.decode(actions.ids(prompt), skip_special_tokens=True) for prompt in prompts]
+            texts += [actions.route("", member.name, "a question") for member in members]
+        else:
+            texts = [prompt[0]["content"] for prompt in prompts]
         for row in self.train:
             for member in members:
                 answer, reasoning = split_reasoning(self.table.lookup(row["query_id"], member.name).reply)
@@ -87,8 +89,7 @@ class ThinkRoute:
         texts += [args.reprompt_template, args.solution_template, args.feedback_template]
         # What an agent repeats should be short: every number below 1,000 is one token, and so is many a name.
         texts += [form.format(n) for n in range(1000) for form in ("{}", "{:02}", "{:03}")]
-        tags = [tag(name) for name in grammar.names for tag in (grammar.open, grammar.close)]
-        whole = [*tags, *sorted({price(member) for member in members if member.priced})]
+        whole = [*actions.tags, *sorted({price(member) for member in members if member.priced})]
         return Corpus(texts, whole, vocab_size=2200, digits=3)
 
     def plan(self) -> tuple[int, list[str]]:
