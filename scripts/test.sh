@@ -32,7 +32,7 @@ export PATH="$PWD/.venv${versions:+-${versions#--}}/bin:$PATH"
 
 if [[ -n ${live:-} ]]; then
   export PATH="$PWD/.venv-vllm/bin:$PATH" PYTEST_WORKERS=0  # one engine at a time
-  (($#)) || set -- tests/srpo/test_vllm_live.py tests/srpo/test_vllm_server.py
+  (($#)) || set -- tests/srpo/test_vllm_live.py tests/srpo/test_vllm_server.py tests/routers/test_live_vllm.py
 elif [[ -n $versions ]]; then
   # What touches other packages' seams: caches, hooks, adapters, engines. The rest runs on the lock only.
   (($#)) || set -- tests/*/test_{generate,kv_cache,rollout,episodes,replay,replay_trainer,replay_turns,minirl,routed_experts}.py \

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from routers.data.catalogue import load_catalogue
+from routers.data.catalogue import Member, load_catalogue
 from routers.data.table import load_table, quickstart_table
 from routers.pool import Endpoint, Ledger, Pool, ReplyCache, live_pool, recorded_pool
 from routers.pool.passthrough import Passthrough
@@ -22,6 +23,8 @@ if TYPE_CHECKING:  # of the extra `serve`, which `srpo route` does without
     from routers.serving.proxy import Line
     from routers.serving.served import Worker
     from routers.serving.tracing import Tracing
+
+_OF_STEPS = ("step_routing", "step_rule")
 
 
 def router_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,7 +60,7 @@ def make_router(args: argparse.Namespace) -> Any:
         ValueError: a step router, or options that do not go together.
     """
     file = _checked(args)
-    if file.kind == "step_routing":
+    if file.kind in _OF_STEPS:
         raise ValueError(
             f"{args.model} is a step router, which decides inside an agent's loop: serve it with `srpo serve`, watch "
             "it with `srpo play`, or open a session in your own loop, load_router(...).session(task, cap=...)"
@@ -85,7 +88,7 @@ def make_worker(args: argparse.Namespace, name: str, tracing: Tracing | None = N
     from routers.serving.stand_ins import NameOnly, RecordedReplies
 
     file = _checked(args)
-    if file.kind == "step_routing":
+    if file.kind in _OF_STEPS:
         return _step_worker(args, file, name, tracing)
     given = (args.conversation_cap, args.conversation_unit, args.conversations, args.sticky_usd)
     if any(one is not None for one in given):
@@ -102,6 +105,8 @@ def make_worker(args: argparse.Namespace, name: str, tracing: Tracing | None = N
     if args.reply_cache:
         raise ValueError("a server in front of members keeps no replies: leave --reply-cache out")
     router, ledger = _query_router(args, file)
+    for words in other_pool([str(one["name"]) for one in file.settings["members"]], router.members):
+        print(f"srpo serve: {words}", file=sys.stderr, flush=True)
     lines: dict[str, Line] = {}
     if args.table:
         pool = recorded(args, [member.name for member in router.members], ledger)
@@ -112,6 +117,20 @@ def make_worker(args: argparse.Namespace, name: str, tracing: Tracing | None = N
     else:
         lines = {member.name: NameOnly(member.name) for member in router.members}
     return Proxy(router, lines, ledger, name, safe=args.safe_member)
+
+
+def other_pool(trained: Sequence[str], now: Sequence[Member]) -> list[str]:
+    """What whoever starts a server should know where its members are not those of the router's training."""
+    names = [member.name for member in now]
+    left_out = [name for name in trained if name not in names]
+    new = [name for name in names if name not in trained]
+    found = [f"routes among {', '.join(names)}; without {', '.join(left_out)} of its training"] if left_out else []
+    if new:
+        found.append(
+            f"the router never saw {', '.join(new)} answer, and knows no more of them than the catalogue says: record "
+            "what they answer (srpo record), and train a router on it (srpo train quickstart/own_pool)"
+        )
+    return found
 
 
 def _checked(args: argparse.Namespace) -> RouterFile:

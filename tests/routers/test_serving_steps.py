@@ -228,3 +228,43 @@ def test_the_real_client_in_an_agent_s_loop(router: StepRouter, members: dict[st
         assert len(ids) == 1
     for server in members.values():
         server.replies = []
+
+
+FUNCTION: Any = {"type": "function", "name": "look", "parameters": {"type": "object", "properties": {}}}
+
+
+def test_a_loop_of_responses_is_one_conversation(router: StepRouter, members: dict[str, ChatServer]) -> None:
+    """Items that come back as they were given, whole and streamed; the budget's end in its own shape."""
+    for server in members.values():
+        server.replies = [
+            Said(body=whole({"content": "I look", "tool_calls": [CALL]}, usage(30, 4), "tool_calls")) for _ in range(2)
+        ]
+    with (
+        served(router, members, cap=0.5) as on,
+        openai.OpenAI(base_url=f"{on.address}/v1", api_key="x", max_retries=0) as client,
+    ):
+        items: Any = [{"role": "user", "content": "Do it."}]
+        told = []
+        for _ in range(2):
+            response = client.responses.create(model="router", input=items, tools=[FUNCTION])
+            told.append(response.to_dict()["srpo"])
+            assert [item.type for item in response.output] == ["message", "function_call"]
+            assert response.usage is not None and response.usage.to_dict()["cost_usd"] == told[-1]["cost_usd"]
+            items += [item.to_dict() for item in response.output]
+            items += [{"type": "function_call_output", "call_id": "call_1", "output": "tea"}]
+        for server in members.values():
+            server.replies = []
+        with client.responses.stream(model="router", input=items, tools=[FUNCTION]) as stream:
+            last = stream.get_final_response()
+        told.append(last.to_dict()["srpo"])
+        assert last.output_text == f"{told[2]['member']} says"
+        assert len({one["conversation"] for one in told}) == 1 and [one["number"] for one in told] == [1, 2, 3]
+        assert told[2]["spent_usd"] == pytest.approx(sum(one["cost_usd"] - one["policy_usd"] for one in told[:2]))
+        sent = members[told[2]["member"]].requests[-1]
+        assert sent["messages"] == [{"role": "user", "content": "Do it."}, *[
+            {"role": "assistant", "content": "I look", "tool_calls": [CALL]},
+            {"role": "tool", "tool_call_id": "call_1", "content": "tea"},
+        ] * 2]  # fmt: skip
+    with served(router, members, cap=1e-6) as on:
+        refused = httpx.post(f"{on.address}/v1/responses", json={"input": "Do it."}, timeout=60)
+        assert refused.status_code == 402 and refused.json()["error"]["code"] == "over_budget"
