@@ -362,4 +362,7 @@ class OnlineRouter(Router):
         self.features, self.decisions, self.explores = Features(), state["decisions"], False
         vars(self.features).update(state["features"])
         self.members = members_now(self.settings.members, members, catalogue)
+        known = {member.name for member in self.settings.members}
+        if new := [member.name for member in self.members if member.name not in known]:
+            raise ValueError(f"{new[0]} is a member that this router does not know; leave it out (members=...)")
         return self

@@ -20,6 +20,7 @@ from routers.baselines.online import (
 )
 from routers.baselines.policy_gradient import Actor, PolicyGradient
 from routers.baselines.stream import STREAM, online_router, play_online, play_stream, regret_picture
+from routers.data.catalogue import Member
 from routers.evaluation.episodes import Outcomes, RewardRule
 from routers.router import CannotDo, Decision, load_router
 
@@ -181,6 +182,8 @@ def test_saved_routers_go_on_where_they_stood(name: str, tmp_path: Path) -> None
     router = online_router(name, known, {})
     play_stream(router, known)
     router.save(tmp_path)
+    with pytest.raises(ValueError, match="new is a member that this router does not know"):
+        load_router(tmp_path, catalogue={one: Member(one, one) for one in ("sum", "new")})
     with load_router(tmp_path) as again:
         assert again.explores is False
         again.explores = True
