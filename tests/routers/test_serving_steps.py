@@ -266,5 +266,5 @@ def test_a_loop_of_responses_is_one_conversation(router: StepRouter, members: di
             {"role": "tool", "tool_call_id": "call_1", "content": "tea"},
         ] * 2]  # fmt: skip
     with served(router, members, cap=1e-6) as on:
-        refused = httpx.post(f"{on.address}/v1/responses", json={"input": "Do it."}, timeout=60)
+        refused = httpx.post(f"{on.address}/v1/responses", json={"model": "router", "input": "Do it."}, timeout=60)
         assert refused.status_code == 402 and refused.json()["error"]["code"] == "over_budget"
