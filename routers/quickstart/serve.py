@@ -51,8 +51,8 @@ def members_app(model: Any) -> Any:
 
     @app.post("/v1/chat/completions")
     def complete(body: dict[str, Any] = Body()) -> Any:  # noqa: B008  # how FastAPI declares it
-        name, messages = body.get("model"), body.get("messages")
-        query = messages[-1] if isinstance(messages, list) and messages else None
+        name, messages = str(body.get("model")), body.get("messages")
+        query: Any = messages[-1] if isinstance(messages, list) and messages else None
         problem = ""
         if name not in MEMBERS:
             problem = f"there is no model {name!r}; there are {', '.join(MEMBERS)}"
