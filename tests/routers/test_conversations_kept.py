@@ -111,12 +111,12 @@ def test_what_was_set_aside_when_it_was_killed_is_spent(router: StepRouter, tmp_
         first = decide(conversations, job(1, 0))
         conversations.settle(first, 0.001)
         second = decide(conversations, job(1, 1))  # and then the server is killed
-        bound = BOUNDS[str(second.member)]
+        killed = BOUNDS[str(second.member)]
     assert os.stat(path).st_mode & 0o077 == 0
     with kept(router, path, cap=0.25) as conversations:
         third = decide(conversations, job(1, 1))  # the agent asks again
         assert third.conversation == first.conversation and third.number == 3
-        assert third.remaining == pytest.approx(0.25 - 0.001 - 2 * bound)
+        assert third.remaining == pytest.approx(0.25 - 0.001 - killed - BOUNDS[str(third.member)])
         conversations.settle(third, 0.002)
         counts = conversations.counts()
         assert counts["restored"] == counts["retried"] == 1 and counts["begun"] == 0

@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from urllib.parse import parse_qsl
 
-import yaml
-
 from routers.environments.protocol import GameError
+from srpo.strict_yaml import read_yaml_text
 
 if TYPE_CHECKING:
     from routers.environments.messages.agent import Agent
@@ -77,8 +76,8 @@ def named(name: str) -> Agent | None:
         return None
     what, asked, text = rest.partition("?")
     try:
-        given = {key: yaml.safe_load(value) for key, value in parse_qsl(text, True, bool(asked))}
-    except (ValueError, yaml.YAMLError):
+        given = {key: read_yaml_text(value, name)[0] for key, value in parse_qsl(text, True, bool(asked))}
+    except ValueError:
         raise GameError(f"{name}: write {family}:WHAT?key=value&key=value") from None
     scale = Scale(given.pop("worst", 0.0), given.pop("best", 1.0))
     module, _, make = FAMILIES[family].partition(":")
