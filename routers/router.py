@@ -265,6 +265,8 @@ def read_router(name: str | Path) -> RouterFile:
     """
     path: Path | None = Path(name, ROUTER_FILE)
     if not Path(name).is_dir():
+        if "/" not in str(name):
+            raise ValueError(f"{name}: there is no such folder; give the folder of a router, or a Hub id (user/name)")
         from srpo.rollout.shared import find_file
 
         path = find_file(str(name), ROUTER_FILE)

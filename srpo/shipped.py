@@ -7,9 +7,11 @@ wheel).
 from __future__ import annotations
 
 import argparse
+import re
 import shutil
 from collections.abc import Sequence
 from importlib.resources import files
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +44,10 @@ def shipped_path(value: Any) -> Any:
     return value
 
 
-def first_line(path: Path) -> str:
-    """The first line of a recipe's comment, which says what it is."""
-    return path.read_text(encoding="utf-8").partition("\n")[0].strip("# ")
+def first_sentence(path: Path) -> str:
+    """Of a recipe's comment: it says what the recipe is."""
+    lines = [line.strip("# ") for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
+    return re.split(r"[.:](?:\s|$)", " ".join(takewhile(bool, lines)))[0]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -68,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(keys_table(), end="")
     else:
         for name, path in shipped_recipes().items():
-            print(f"{name:42} {first_line(path)}")
+            print(f"{name:42} {first_sentence(path)}")
 
 
 def _copy(name: str, file: Path | None) -> None:

@@ -53,6 +53,7 @@ def members_app(model: Any) -> Any:
     def complete(body: dict[str, Any] = Body()) -> Any:  # noqa: B008  # how FastAPI declares it
         name, messages = str(body.get("model")), body.get("messages")
         query: Any = messages[-1] if isinstance(messages, list) and messages else None
+        question: Any = _words(query)
         problem = ""
         if name not in MEMBERS:
             problem = f"there is no model {name!r}; there are {', '.join(MEMBERS)}"
@@ -60,12 +61,12 @@ def members_app(model: Any) -> Any:
             problem = f"{name} does not take {unknown[0]!r}"
         elif (body.get("max_tokens") or LONGEST) < LONGEST:
             problem = f"{name} writes up to {LONGEST} tokens, and cannot be cut: let max_tokens be at least that"
-        elif not isinstance(query, dict) or query.get("role") != "user" or not isinstance(query.get("content"), str):
-            problem = f"{name} answers a text of the user's: the last message is none"
+        elif question is None:
+            problem = f"{name} answers the last message, which must be the user's and nothing but text"
         if problem:
             return JSONResponse({"error": {"message": problem, "type": "invalid_request_error"}}, 400)
         with one_at_a_time:
-            [said] = MEMBERS[name](model, [query["content"]])
+            [said] = MEMBERS[name](model, [question])
         read, wrote = said.prompt_tokens, said.completion_tokens
         return {
             "id": f"chatcmpl-{time.time_ns()}",
@@ -79,6 +80,17 @@ def members_app(model: Any) -> Any:
         }
 
     return app
+
+
+def _words(message: Any) -> str | None:
+    """What a message of the user's says; None: it is no such message, or more than text."""
+    if not isinstance(message, dict) or message.get("role") != "user":
+        return None
+    content = message.get("content")
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    listed = parts if isinstance(parts, list) else []
+    texts: list[Any] = [part.get("text") if isinstance(part, dict) else None for part in listed]
+    return "\n".join(texts) if texts and all(isinstance(text, str) for text in texts) else None
 
 
 def vllm_command(weights: Path, port: int, more: Sequence[str] = ()) -> list[str]:

@@ -2,7 +2,8 @@ r"""Serve a trained router on an OpenAI-compatible endpoint: its decisions carri
 
     srpo serve outputs/quickstart/srpo --catalogue pool.yaml          # a proxy in front of the members
     srpo serve outputs/quickstart/srpo                                # its decisions alone
-    srpo serve STEP_ROUTER --catalogue pool.yaml --conversation-cap 0.5   # a decision per call of an agent's loop
+    # a decision per call of an agent's loop:
+    srpo serve STEP_ROUTER --catalogue pool.yaml --conversation-cap 0.5 --conversation-unit usd
     srpo serve outputs/quickstart/think_route --table quickstart      # recorded replies, to try it
 
     curl localhost:8000/v1/chat/completions -H 'Content-Type: application/json' \
@@ -16,6 +17,7 @@ SIGTERM stops the server when all that has arrived is answered, or after --drain
 
 import argparse
 import os
+import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -51,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--queue-tokens", type=several, default=65_536, help="that wait, of one key; then 429")
     parser.add_argument("--drain-seconds", type=ranged(at_least(0)), default=30.0, help="for requests, after SIGTERM")
     args = parser.parse_args(argv)
+    _check_free(args.host, args.port)
     # of the extra `serve`, which `srpo route` does without
     from routers.serving.gate import GateLimits
     from routers.serving.lifecycle import ConnectionLimits
@@ -110,3 +113,11 @@ def make_keys(args: argparse.Namespace) -> Any:
     if not key:
         raise ValueError(f"environment variable {args.api_key_env} is not set; export the key clients must send")
     return Keys.single(key)
+
+
+def _check_free(host: str, port: int) -> None:
+    """ValueError where nobody can listen there, before a model is loaded."""
+    try:
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except OSError as error:
+        raise ValueError(f"--host {host} --port {port}: {error.strerror or error}; choose another") from None

@@ -77,6 +77,22 @@ def test_a_pretrained_policy_is_shown_the_pool(tmp_path: Path, pool: Any) -> Non
     assert not task_of(tmp_path, show_members=False, **pool).settings.show_members
 
 
+def test_a_trained_policy_is_asked_as_in_its_training(tmp_path: Path, pool: Any) -> None:
+    """`srpo evaluate RUN`, and a training from RUN/start, name a folder in place of `tiny`."""
+    first = task_of(tmp_path, **pool)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text("{}")
+    first.settings.save(tmp_path / "run")
+    again = task_of(tmp_path, {"model_name_or_path": str(tmp_path / "run")}, **pool)
+    row = first.queries[0]
+    assert again.settings == first.settings and again._prompt(row) == first._prompt(row)
+    from_start = task_of(tmp_path, {"model_name_or_path": "smollm2", "start_from": str(tmp_path / "run")}, **pool)
+    assert from_start._prompt(row) == first._prompt(row)
+    assert task_of(
+        tmp_path, {"model_name_or_path": str(tmp_path / "run")}, show_members=True, **pool
+    ).settings.show_members
+
+
 def test_routes_are_masked_unless_the_sampler_cannot(tmp_path: Path, pool: Any) -> None:
     task = task_of(tmp_path, **pool)
     _, tokenizer = load_policy("tiny", task.config, 0, task.corpus)

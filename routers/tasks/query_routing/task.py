@@ -16,7 +16,7 @@ from routers.evaluation.episodes import Episodes, RewardRule
 from routers.language.grammar import Grammar
 from routers.language.prompts import COST_WEIGHT, Clean, Messages, family_phrase, price, weighed
 from routers.tasks.query_routing.arguments import QueryRoutingArguments
-from routers.tasks.query_routing.settings import QuerySettings
+from routers.tasks.query_routing.settings import QuerySettings, settings_of
 from srpo.own_policy import OwnPolicy
 from srpo.policy_name import FROM_NOTHING
 from srpo.run.derived import source
@@ -71,6 +71,10 @@ class QueryRouting:
         self.chosen = spread(len(queries), self.run.train_limit)
         self.queries = [queries[i] for i in self.chosen]
         check_rows_of_a_batch(len(self.queries), self.config, "the table's training split")
+        # A policy that was trained to route is asked as it was then, whatever it began from.
+        before = settings_of(self.run.start_from or self.run.model_name_or_path)
+        show_members = not self.made_here if before is None else before.show_members
+        query_chars = QUERY_CHARS if self.made_here else None
         self.settings = QuerySettings(
             members=tuple(self.table.catalogue.values()),
             grammar=self.grammar,
@@ -78,8 +82,8 @@ class QueryRouting:
             chat_template_kwargs=self.config.chat_template_kwargs or {},
             cost_weights=tuple(task.cost_weights or ()),
             policy_price=(self.run.policy_price_in, self.run.policy_price_out),
-            show_members=not self.made_here if task.show_members is None else task.show_members,
-            query_chars=QUERY_CHARS if self.made_here else None,
+            show_members=show_members if task.show_members is None else task.show_members,
+            query_chars=query_chars if before is None else before.query_chars,
         ).seen_in(self.table)
 
     def corpus(self) -> Corpus:
