@@ -1,5 +1,6 @@
 """`srpo serve` as people start it, for every kind of router: it starts, answers in both dialects, and ends well."""
 
+import argparse
 import json
 import math
 import os
@@ -24,6 +25,7 @@ from routers.baselines import BASELINES
 from routers.baselines.stream import online_router
 from routers.data.billing import token_usd
 from routers.data.table import quickstart_table
+from routers.serving.making import make_worker, router_arguments, serving_arguments
 from routers.tasks.step_routing.rule_router import RuleRouter, RuleSettings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -80,6 +82,26 @@ def agent(folder: Path) -> Prices:
 
 KINDS = [encoder, fitted, online, step_router, step_rule]
 TRAINED = [pytest.param(make, marks=pytest.mark.slow) for make in (language_model, agent)]
+
+
+def test_a_cap_in_calls_is_a_whole_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    how = steps.settings("signs", ("small", "large"), environment="messages", unit="large_calls")
+    RuleRouter(RuleSettings("escalate", math.inf, how)).save(tmp_path)
+    pool = [{"name": n, "descriptor": n, "price_in": 1, "price_out": 1, "base_url": "http://x"} for n in how.executors]
+    (tmp_path / "pool.yaml").write_text(yaml.safe_dump({"members": pool}))
+    parser = argparse.ArgumentParser()
+    router_arguments(parser)
+    serving_arguments(parser)
+
+    def made(*words: str) -> object:
+        return make_worker(parser.parse_args([str(tmp_path), "--catalogue", str(tmp_path / "pool.yaml"), *words]), "r")
+
+    with pytest.raises(ValueError, match=r"0.5: this router counts calls .* --conversation-unit usd"):
+        made("--conversation-cap", "0.5")
+    made("--conversation-cap", "2")
+    made("--conversation-cap", "0.5", "--conversation-unit", "usd")
+    told = capsys.readouterr().err
+    assert "a conversation may spend 2 large_calls" in told and "a conversation may spend 0.5 usd" in told
 
 
 @pytest.fixture(scope="module")

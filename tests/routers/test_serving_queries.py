@@ -4,6 +4,7 @@ import argparse
 import asyncio
 import dataclasses
 import json
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,10 @@ def test_what_cannot_be_served_says_so(policy: Path, tmp_path: Path, catalogue: 
         serve([str(tmp_path)])
     with pytest.raises(ValueError, match="kind query_routing keeps no conversations: leave --conversation-cap"):
         serve([str(policy), "--conversation-cap", "1"])
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(ValueError, match=r"in use.*; choose another"):
+        serve([str(tmp_path / "nobody"), "--port", str(taken.getsockname()[1])])
+    with pytest.raises(ValueError, match="nobody: there is no such folder; give the folder of a router, or a Hub id"):
+        main(["nobody", "q"])
     with pytest.raises(ValueError, match="not both"):
         main([str(policy), "q", "--catalogue", str(catalogue), "--table", "quickstart"])
     with pytest.raises(ValueError, match="there is no member 'gpt-34' to route to"):
