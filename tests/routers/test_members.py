@@ -303,11 +303,14 @@ def test_members_are_served_as_they_were_recorded() -> None:
         reply = ask(temperature=0.5, stream=True, tools=None).json()
         assert reply["choices"][0]["message"]["content"] == "17 + 25 = 42"
         assert reply["usage"] == {"prompt_tokens": 60, "completion_tokens": 6, "total_tokens": 66}
+        parts = [{"type": "text", "text": "What is 17 + 25?"}]
+        assert ask(messages=[{"role": "user", "content": parts}]).json()["choices"] == reply["choices"]
         for body, words in (
             ({"tools": []}, "calculator does not take 'tools'"),
             ({"max_tokens": 47}, "let max_tokens be at least that"),
             ({"model": "gpt"}, "there is no model 'gpt'; there are fewshot"),
-            ({"messages": [{"role": "tool", "content": "x"}]}, "answers a text of the user's"),
+            ({"messages": [{"role": "tool", "content": "x"}]}, "the last message, which must be the user's"),
+            ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "nothing but text"),
         ):
             refused = ask(**body)
             assert refused.status_code == 400 and words in refused.json()["error"]["message"]
