@@ -16,12 +16,10 @@ from routers.language.digest import digest
 from routers.router import CannotDo
 from routers.tasks.step_routing.conversations import Call, Conversations
 from routers.tasks.step_routing.environment import StepRoutingEnvironment
-from routers.tasks.step_routing.prompts import OBSERVATIONS
 from srpo.rollout.generator import Sample, TransformersGenerator
 from srpo.rollout.loop import Limits, play
 from srpo.rollout.sampling import Sampling
 from srpo.rollout.special_tokens import end_ids
-from srpo.scratch_lm import tiny_causal_lm, train_tokenizer
 from srpo.types import Reply
 
 TOOLS = [{"type": "function", "function": {"name": name}} for name in ("read", "edit")]
@@ -31,10 +29,8 @@ BOUNDS = {"small": 0.01, "large": 0.1}
 @pytest.fixture(scope="module")
 def policy() -> tuple[Any, Any]:
     """(model, tokenizer): its choices are close to a coin's."""
-    words = dict.fromkeys(word for style in OBSERVATIONS.values() for word in style.words)
     texts = [digest(agent(seed, ()), TOOLS).text for seed in range(5)]
-    tokenizer = train_tokenizer([*texts, "An agent acted [steps left 3]"], 700, [*steps.LABELS, *words])
-    return tiny_causal_lm(tokenizer, hidden=48, layers=2, heads=2, intermediate=64, seed=1).eval(), tokenizer
+    return steps.policy([*texts, "An agent acted [steps left 3]"])
 
 
 def settings(observation: str = "signs", **changes: Any) -> Any:

@@ -28,9 +28,7 @@ from routers.data.catalogue import Member
 from routers.language.digest import digest
 from routers.tasks.step_routing.conversations import Call, Conversations
 from routers.tasks.step_routing.kept import Kept
-from routers.tasks.step_routing.prompts import OBSERVATIONS
 from routers.tasks.step_routing.rule_router import RuleRouter, RuleSettings
-from srpo.scratch_lm import tiny_causal_lm, train_tokenizer
 from srpo.types import Usage
 
 NAMES = ("small", "large")
@@ -51,11 +49,9 @@ def job(number: int, calls: int) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def parts() -> tuple[Any, ...]:
     """(model, tokenizer, settings)"""
-    words = dict.fromkeys(word for style in OBSERVATIONS.values() for word in style.words)
     texts = [digest(job(number, 2)).text for number in range(4)]
-    tokenizer = train_tokenizer([*texts, "An agent acted [steps left 3]"], 700, [*steps.LABELS, *words])
-    model = tiny_causal_lm(tokenizer, hidden=48, layers=2, heads=2, intermediate=64, seed=1).eval()
-    return model, tokenizer, steps.settings("signs", NAMES, environment="messages", unit="usd", step_limit=4)
+    how = steps.settings("signs", NAMES, environment="messages", unit="usd", step_limit=4)
+    return *steps.policy([*texts, "An agent acted [steps left 3]"]), how
 
 
 @pytest.fixture(scope="module")

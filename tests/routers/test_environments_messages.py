@@ -31,9 +31,7 @@ from routers.serving.server import create_app
 from routers.serving.steps import StepProxy
 from routers.tasks.step_routing.conversations import Call, Conversations
 from routers.tasks.step_routing.player import Job as Play
-from routers.tasks.step_routing.prompts import OBSERVATIONS
 from routers.tasks.step_routing.rules import always_large, always_small, escalate, first_large
-from srpo.scratch_lm import tiny_causal_lm, train_tokenizer
 from srpo.types import CORRECT, COST, LOST
 
 TOOLS = [{"type": "function", "function": {"name": "go"}}]
@@ -314,10 +312,8 @@ class Heard(Conversations):
 def test_training_play_and_server_decide_alike() -> None:
     """Token for token, for the same conversations: what the policy reads, whom it chooses and how surely. Training's
     rollout and `play` simulate the members; the agent asks a server by HTTP, which asks members on loopback."""
-    words = dict.fromkeys(word for style in OBSERVATIONS.values() for word in style.words)
     tasks = list(repairs().tasks("repairs/test", 10))
-    tokenizer = train_tokenizer([Job(number).text for number in range(50)], 700, [*steps.LABELS, *words])
-    model = tiny_causal_lm(tokenizer, hidden=48, layers=2, heads=2, intermediate=64, seed=1).eval()
+    model, tokenizer = steps.policy([Job(number).text for number in range(50)])
     how = steps.settings("signs", ("junior", "senior"), environment="messages", step_limit=14, unit="usd")
     both = {"junior": ByItsMessages(), "senior": Senior()}
     for cap in (None, 0.02):

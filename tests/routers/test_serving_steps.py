@@ -20,8 +20,6 @@ from routers.pool.passthrough import Passthrough
 from routers.serving.server import create_app
 from routers.serving.steps import StepProxy
 from routers.tasks.step_routing.conversations import Conversations
-from routers.tasks.step_routing.prompts import OBSERVATIONS
-from srpo.scratch_lm import tiny_causal_lm, train_tokenizer
 
 NAMES = ("small", "large")
 CALL = {"id": "call_1", "type": "function", "function": {"name": "look", "arguments": '{"q": "☕"}'}}
@@ -30,10 +28,8 @@ TOOLS = [{"type": "function", "function": {"name": "look", "parameters": {"type"
 
 @pytest.fixture(scope="module")
 def router() -> Iterator[StepRouter]:
-    words = dict.fromkeys(word for style in OBSERVATIONS.values() for word in style.words)
     texts = [digest(job(number, 2), TOOLS).text for number in range(4)]
-    tokenizer = train_tokenizer([*texts, "An agent acted [steps left 3]"], 700, [*steps.LABELS, *words])
-    model = tiny_causal_lm(tokenizer, hidden=48, layers=2, heads=2, intermediate=64, seed=1).eval()
+    model, tokenizer = steps.policy([*texts, "An agent acted [steps left 3]"])
     how = steps.settings("signs", NAMES, environment="messages", unit="usd", policy_price=(0.5, 1.0))
     with StepRouter(model, tokenizer, how) as router:
         yield router

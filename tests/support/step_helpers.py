@@ -49,13 +49,18 @@ def drive(environment: StepRoutingEnvironment, row: Any, seed: str, choose: Any)
     return driven
 
 
-def policy() -> tuple[Any, Any]:
-    """(model, tokenizer): its choices are close to a coin's, which reaches every branch."""
+def policy(texts: Sequence[str] = ()) -> tuple[Any, Any]:
+    """(model, tokenizer): its choices are close to a coin's, which reaches every branch.
+
+    Args:
+        texts: what the tokenizer learns, besides the words of prompts; none: ALFWorld's.
+    """
     from srpo.scratch_lm import tiny_causal_lm, train_tokenizer
 
     words = dict.fromkeys(word for style in OBSERVATIONS.values() for word in style.words)
-    texts = [benchmark("alfworld").make(game, 12).reset() for game in GAMES]
-    tokenizer = train_tokenizer([*texts, "You do not act yourself. acted [steps left 3]"], 700, [*LABELS, *words])
+    games = [] if texts else [benchmark("alfworld").make(game, 12).reset() for game in GAMES]
+    known = texts or [*games, "You do not act yourself. acted [steps left 3]"]
+    tokenizer = train_tokenizer(known, 700, [*LABELS, *words])
     return tiny_causal_lm(tokenizer, hidden=48, layers=2, heads=2, intermediate=64, seed=1).eval(), tokenizer
 
 
