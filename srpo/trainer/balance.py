@@ -104,7 +104,7 @@ def _sent(parts: list[dict[str, Any]], like: dict[str, Any], device: torch.devic
     all_to_all_single(sizes, out)
     come = torch.empty(int(sizes.sum()), dtype=torch.uint8, device=device)
     all_to_all_single(come, torch.cat(packed).to(device), sizes.tolist(), out.tolist())
-    found = [nested_of(one.numpy().tobytes(), device) for one in come.cpu().split(sizes.tolist())]
+    found = [nested_of(one.numpy().tobytes()) for one in come.cpu().split(sizes.tolist())]
     for part in found:
         for name, value in part.items():
             if isinstance(value, Tensor):

@@ -34,10 +34,10 @@ def nested_bytes(value: Any) -> bytes:
     return save({**tensors, _LAYOUT: torch.frombuffer(bytearray(layout), dtype=torch.uint8)})
 
 
-def nested_of(data: bytes, device: torch.device | str = "cpu") -> Any:
-    """What `nested_bytes` made, bit for bit, with its tensors on `device`."""
+def nested_of(data: bytes) -> Any:
+    """What `nested_bytes` made, bit for bit, with its tensors on the CPU."""
     tensors = load(data)
-    return _unpack(json.loads(bytes(tensors.pop(_LAYOUT).tolist())), lambda name: tensors[name].to(device))
+    return _unpack(json.loads(bytes(tensors.pop(_LAYOUT).tolist())), tensors.__getitem__)
 
 
 def _pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
