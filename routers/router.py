@@ -263,18 +263,40 @@ def read_router(name: str | Path) -> RouterFile:
         ValueError: there is none, or it cannot be read; names file and key.
         OSError: no such folder or repository.
     """
-    path: Path | None = Path(name, ROUTER_FILE)
-    if not Path(name).is_dir():
-        if "/" not in str(name):
-            raise ValueError(f"{name}: there is no such folder; give the folder of a router, or a Hub id (user/name)")
-        from srpo.rollout.shared import find_file
-
-        path = find_file(str(name), ROUTER_FILE)
-    if path is None or not path.is_file():
+    if "/" not in str(name) and not Path(name).is_dir():
+        raise ValueError(f"{name}: there is no such folder; give the folder of a router, or a Hub id (user/name)")
+    if (path := _router_path(name)) is None:
         raise ValueError(
             f"{name} holds no {ROUTER_FILE}, so nothing says whom it routes to and how it was asked in training: give "
             "a folder or Hub id of a router that `srpo train` wrote"
         )
+    return _read_router(path)
+
+
+def find_router(policy: str) -> RouterFile | None:
+    """`router.yaml` of a policy by its folder, Hub id or name; None: there is none, or no such policy, which whoever
+    loads it says.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    try:
+        path = _router_path(policy) if "/" in policy or Path(policy).is_dir() else None
+    except OSError:
+        return None
+    return None if path is None else _read_router(path)
+
+
+def _router_path(name: str | Path) -> Path | None:
+    if Path(name).is_dir():
+        path = Path(name, ROUTER_FILE)
+        return path if path.is_file() else None
+    from srpo.rollout.shared import find_file  # imports torch
+
+    return find_file(str(name), ROUTER_FILE)
+
+
+def _read_router(path: Path) -> RouterFile:
     document = read_yaml(path)
     if not isinstance(document, dict):
         raise ValueError(f"{path}: must be a mapping with the keys kind, srpo, made_from and settings")

@@ -16,7 +16,7 @@ from routers.data.table import ReplyTable
 from routers.data.typical import TypicalCalls, seen_in
 from routers.language.grammar import DEFAULT, Grammar
 from routers.language.prompts import Clean, Messages, policy_prompt
-from routers.router import ROUTER_FILE, plain_settings, read_router, write_router
+from routers.router import find_router, plain_settings, write_router
 from srpo.ranges import Ranges, at_least, between, check_numbers
 
 if TYPE_CHECKING:
@@ -34,15 +34,8 @@ def settings_of(policy: str) -> QuerySettings | None:
     Raises:
         ValueError: its `router.yaml` cannot be read.
     """
-    from srpo.rollout.shared import find_file  # imports torch
-
-    try:
-        found = find_file(policy, ROUTER_FILE) if "/" in policy or Path(policy).is_dir() else None
-    except OSError:  # whoever loads it says so
-        return None
-    if found is None or (file := read_router(found.parent)).kind != KIND:
-        return None
-    return file.settings_of(QuerySettings, KIND)
+    file = find_router(policy)
+    return None if file is None or file.kind != KIND else file.settings_of(QuerySettings)
 
 
 @dataclass(frozen=True)

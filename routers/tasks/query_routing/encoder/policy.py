@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from routers.evaluation.episodes import Outcomes
-from routers.router import load_router, read_router
+from routers.router import find_router, load_router
 from routers.tasks.query_routing.encoder.router import KIND, EncoderRouter
 from routers.tasks.query_routing.encoder.training import train_encoder
 
@@ -76,7 +76,7 @@ class Encoder:
 def encoder_policy(task: Any, name: str) -> Encoder | None:
     """None: the name is not of an encoder policy."""
     try:
-        found = name in NAMES or (("/" in name or Path(name).is_dir()) and read_router(name).kind == KIND)
-        return Encoder(task, name) if found else None
-    except (OSError, ValueError):  # no folder or repository of a router
+        found = name in NAMES or ((file := find_router(name)) is not None and file.kind == KIND)
+    except ValueError:  # whoever loads it says so
         return None
+    return Encoder(task, name) if found else None
