@@ -156,20 +156,15 @@ def _step_worker(args: argparse.Namespace, file: RouterFile, name: str, tracing:
         raise ValueError(f"{args.catalogue}: there is no member {missing[0]!r}, which the router was trained with")
     members = {member: catalogue[member] for member in names}
     ledger = Ledger(args.max_total_usd, _own_price(args, router.settings.policy_price))
-    kept, cap, unit = None, args.conversation_cap, args.conversation_unit or router.settings.unit
-    if cap is not None and unit == "large_calls" and cap % 1:
-        raise ValueError(
-            f"--conversation-cap {cap:g}: this router counts calls of its expensive member: give a whole number of "
-            "them, or --conversation-unit usd"
-        )
-    if cap is not None:
-        print(f"srpo serve: a conversation may spend {cap:g} {unit}", file=sys.stderr, flush=True)
+    kept, budget = None, router.settings.budget(args.conversation_cap, args.conversation_unit)
+    if budget.cap is not None:
+        print(f"srpo serve: a conversation may spend {budget.cap:g} {budget.unit}", file=sys.stderr, flush=True)
     if args.conversations:
-        kept = Kept(args.conversations, f"{unit} of {_fingerprint(args.model)}")
+        kept = Kept(args.conversations, f"{budget.unit} of {_fingerprint(args.model)}")
     decisions = Conversations(
         router,
-        cap=cap,
-        unit=args.conversation_unit,
+        cap=budget.cap,
+        unit=budget.unit,
         members=members,
         worth_usd=args.sticky_usd,
         kept=kept,

@@ -83,8 +83,18 @@ class StepSettings:
         self.budget(None)
 
     def budget(self, cap: float | None, unit: Unit | None = None) -> Budget:
-        """The limit of one episode; `unit` None: the trained one."""
-        return Budget(cap, unit or self.unit, self.tail_calls, self.on_empty)
+        """The limit of one episode; `unit` None: the trained one.
+
+        Raises:
+            ValueError: as `Budget`, and for a part of a call, which would buy none.
+        """
+        budget = Budget(cap, unit or self.unit, self.tail_calls, self.on_empty)
+        if budget.unit == "large_calls" and cap is not None and cap % 1:
+            raise ValueError(
+                f"a cap of {cap:g}: this router counts calls of its expensive executor: give a whole number of them, "
+                "or a cap in USD (srpo serve: --conversation-unit usd, srpo play: --unit usd)"
+            )
+        return budget
 
     @property
     def style(self) -> Style:
