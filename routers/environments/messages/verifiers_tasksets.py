@@ -1,7 +1,7 @@
 """The side of verifiers >= 0.4 of `verifiers_worker`: a taskset, played by one agent in a program of verifiers' own.
 
-Arguments are paths of verifiers' configuration of an environment (``agent.max_turns=5``, ``env.id=...``); those without
-a dot are the taskset's (``split=test``). Unless told otherwise the agent is the taskset's own harness or else ``null``,
+Arguments are paths of verifiers' configuration of an environment (``agent.max_turns=5``, ``env.id=...``); without a
+dot they are the taskset's (``split=test``). Unless told otherwise the agent is the taskset's own harness or ``null``,
 verifiers' loop of chat and tools, and runs on this machine (``agent.runtime.type=docker``: in a container).
 """
 

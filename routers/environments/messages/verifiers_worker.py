@@ -104,7 +104,8 @@ async def main() -> None:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)
     sys.path.insert(0, os.getcwd())
-    sides, running = [], set()
+    sides: list[Any] = []
+    running = set()
 
     async def answer(number: int, what: str, *arguments: Any) -> None:
         try:
