@@ -196,4 +196,4 @@ def test_a_bad_number_on_the_command_line_ends_with_one_line(text: str, capsys: 
     with pytest.raises(SystemExit) as caught:
         parser.parse_args([f"--rate={text}"])
     assert caught.value.code == 2 and text in capsys.readouterr().err.splitlines()[-1]
-    assert dataclasses.asdict(Budget(0.5))["cap"] == 0.5
+    assert dataclasses.asdict(Budget(0.5, "usd"))["cap"] == 0.5

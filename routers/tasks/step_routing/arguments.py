@@ -208,8 +208,12 @@ class StepRoutingArguments:
             raise ValueError(
                 "cost_norm: budget divides by the budget in USD: set budget_unit: usd and finite train_caps"
             )
-        for cap in (*self.train_caps, *self.heldout_caps):
-            self.budget(cap)
+        for name in ("train_caps", "heldout_caps"):
+            for cap in filter(math.isfinite, getattr(self, name)):
+                try:
+                    self.budget(cap)
+                except ValueError as error:
+                    raise ValueError(f"{name}: {error}") from None
         self.reward()
         self.synthesis()
         self.heldout_sets()

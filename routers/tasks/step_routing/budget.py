@@ -50,7 +50,7 @@ class Budget:
         check_numbers(self)
         if self.unit not in ("usd", "large_calls") or self.on_empty not in ("stop", "force_small"):
             raise ValueError(f"unit={self.unit!r}, on_empty={self.on_empty!r}: usd|large_calls and stop|force_small")
-        if self.unit == "large_calls" and self.cap is not None and math.isfinite(self.cap) and self.cap % 1:
+        if self.unit == "large_calls" and self.cap is not None and self.cap % 1:
             raise ValueError(
                 f"a cap of {self.cap:g}: calls of the expensive executor are counted: give a whole number of them, or "
                 "a cap in USD (recipes: budget_unit: usd, srpo serve: --conversation_unit usd, srpo play: --unit usd)"
