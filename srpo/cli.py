@@ -5,6 +5,7 @@ and so is what the system says of a file. Anything else is a fault, and its trac
 `python -X dev` shows the traceback of mistakes too.
 """
 
+import argparse
 import linecache
 import os
 import sys
@@ -40,6 +41,20 @@ _OURS = ("srpo", "routers", "rewards")
 _EXTRAS = {"fastapi": "serve", "openai": "serve", "starlette": "serve", "uvicorn": "serve"}
 _OTHERS_WAIT = 30.0
 """Seconds that another process than the first gives it to say the same mistake, and the launcher to end all."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's, of which options have underscores, as the keys of recipes, and are taken with dashes too."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        return super().parse_known_args(underscored(sys.argv[1:] if args is None else args), namespace)
+
+
+def underscored(words: Sequence[str]) -> list[str]:
+    """`--max-cost=a-b` -> `--max_cost=a-b`, up to a `--`: the one spelling of options."""
+    end = list(words).index("--") if "--" in words else len(words)
+    split = [word.partition("=") if word.startswith("--") else ("", "", word) for word in words[:end]]
+    return ["".join((name[:2], name[2:].replace("-", "_"), *rest)) for name, *rest in split] + list(words[end:])
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:

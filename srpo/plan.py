@@ -5,7 +5,6 @@ Reads and checks the recipe and the data that it names; pays nothing, writes not
 
 from __future__ import annotations
 
-import argparse
 import math
 import tempfile
 import warnings
@@ -13,12 +12,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from srpo.cli import Parser
 from srpo.ranges import at_least, ranged
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """`srpo plan RECIPE [--processes N] [--key value ...]`."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="What a recipe would do: steps, rows, tokens, calls, checkpoints. Nothing is paid or written.",
         epilog="example: srpo plan quickstart/srpo --max_steps 200",
         allow_abbrev=False,

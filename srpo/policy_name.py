@@ -33,14 +33,22 @@ def check_policy_name(name: str) -> None:
 
 @contextmanager
 def named_policy(name: str) -> Iterator[None]:
-    """Around what loads a policy: says in one sentence which one cannot be loaded.
+    """Around what loads a policy: says in one sentence which one cannot be loaded, and draws no bar of what lies here.
 
     Raises:
         FileNotFoundError: see `check_policy_name`; and for whatever transformers cannot find, reach or read.
     """
+    from transformers.utils import logging as shown
+
     check_policy_name(name)
+    bars = Path(name).is_dir() and shown.is_progress_bar_enabled()  # those of a download are worth their lines
+    if bars:
+        shown.disable_progress_bar()
     try:
         yield
     except (OSError, ValueError) as error:  # what transformers cannot find, and what it does not know
         what = "cannot be loaded" if Path(name).is_dir() else "is no folder here, and cannot be loaded from the Hub"
         raise FileNotFoundError(f"{name} {what}: {' '.join(str(error).split())}") from error
+    finally:
+        if bars:
+            shown.enable_progress_bar()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
+
+from srpo.cli import Parser
 
 ROUTER = "router.yaml"
 
@@ -15,7 +16,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
         ValueError: the folder holds no router, or the Hub refuses; in one sentence.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Upload a trained router: its policy, router.yaml and card, and nothing else of the folder.",
         epilog="example: srpo push outputs/quickstart/srpo my-name/my-router --private",
     )

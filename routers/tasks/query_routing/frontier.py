@@ -23,6 +23,7 @@ import numpy as np
 
 from routers.evaluation.compare import compared
 from routers.evaluation.episodes import EPISODES, Episodes, Kind, Outcomes, RewardRule
+from srpo.cli import Parser
 from srpo.ranges import at_least, ranged
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ TABLE = "table.md"
 
 def main(argv: Sequence[str] | None = None) -> str:
     """Command line; returns the tables that it printed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     weight, count = ranged(at_least(0)), ranged(at_least(1), whole=True)
     parser.add_argument("--table", default="quickstart", help="recorded replies (default: the shipped pool)")
     parser.add_argument("--catalogue", help="prices (default: catalogue.yaml beside the table)")
