@@ -36,6 +36,8 @@ class Settings:
     """What `SRPOConfig` has beside, or otherwise than, TRL's `GRPOConfig`."""
 
     RANGES: ClassVar[Ranges] = {
+        "prompts_per_step": at_least(1),
+        "gradient_accumulation_steps": at_least(1),
         "teacher_update_rate": between(0, 1),
         "distillation_alpha": between(0, 1),
         "distillation_topk": at_least(1),
@@ -58,6 +60,18 @@ class Settings:
         "max_bad_steps": at_least(1),
         "diagnostics_warning_interval": at_least(1),
     }
+
+    prompts_per_step: int | None = field(
+        default=None,
+        metadata=about(
+            "Prompts of an optimiser step over all processes, num_generations completions each. With it, "
+            "gradient_accumulation_steps and steps_per_generation follow from the number of processes and from "
+            "per_device_train_batch_size, which is then a matter of memory alone."
+        ),
+    )
+    gradient_accumulation_steps: int | None = field(
+        default=None, metadata=about("As in transformers (1); leave it out beside prompts_per_step.")
+    )
 
     disable_dropout: bool = field(
         default=True,

@@ -122,6 +122,30 @@ class Share:
         return items[self.rank :: self.world]
 
 
+@dataclass(frozen=True)
+class Planned:
+    """What a task tells `srpo plan`."""
+
+    rows: int | None
+    """Of the training; None: not counted."""
+    said: list[str]
+    """Phrases on the pool and the held-out items."""
+    calls: int = 0
+    """Of the pool, at most, in an episode of the training."""
+    calls_beside: int = 0
+    """The same before and after the training, in all."""
+    usd_expected: float | None = None
+    """Of an episode of the training."""
+    expected_if: str = ""
+    """What that expects, in a few words."""
+    usd_most: float | None = None
+    """Of an episode of the training; None: not known beforehand."""
+    usd_beside: float = 0.0
+    """At most, before and after the training, in all."""
+    paid: bool = True
+    """False: replies are recorded, and the costs those of the same calls if they were made."""
+
+
 class Evaluation(Protocol):
     """Played episodes of one or several routers; `routers.evaluation.episodes.Episodes` is one."""
 
@@ -156,8 +180,8 @@ class Task(Protocol):
     def corpus(self) -> Corpus:
         """For a policy made from nothing."""
 
-    def plan(self) -> tuple[int, list[str]]:
-        """After `load`, for `srpo plan`: how many training rows, and phrases on calls and their bounds."""
+    def plan(self) -> Planned:
+        """After `load`, for `srpo plan`."""
 
     def rows(self, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
         """The training rows: `prompt`, and what world, rewards and evaluation need. The run checks them."""

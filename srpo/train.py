@@ -26,6 +26,7 @@ from srpo.own_policy import own_policy, train_own
 from srpo.policy import check_loads, check_policy, load_policy, whole_policy, whole_start, with_adapter
 from srpo.recipe import load_run, resolved_recipe
 from srpo.rollout.special_tokens import settle_special_tokens
+from srpo.run.batch import batch_line
 from srpo.run.derived import check_made_from, is_made_from, made_from, mark, source, unmark
 from srpo.run.files import EVALUATION
 from srpo.run.folder import claim, finish
@@ -94,6 +95,7 @@ def _run(argv: Sequence[str] | None) -> Evaluation:
     # The folder is this run's now.
     output = claimed.take()
     phase("start", f"{how.task}, {args.objective}: {len(dataset):,} rows, policy {name}, into {output}")
+    phase("batch", batch_line(args, state.num_processes))
     rows = dataset.to_list()
     prepared = task.prepare(output, rows)
     dataset = dataset if prepared is rows else Dataset.from_list(prepared)

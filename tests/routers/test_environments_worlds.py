@@ -349,9 +349,10 @@ def test_plans_of_the_recipes(tiny: None, monkeypatch: pytest.MonkeyPatch) -> No
     name, parts = "Qwen2.5-1.5B-Instruct/bopo/verifiers", "verifiers:tiny-env?kind=twice&rows=40"
     said = plan([name, "--train_tasks", f"{parts}/train", "--heldout_tasks", f"{parts}/eval", *CATALOGUE], 8)
 
-    assert "training rows        40\n" in said and "2 executors, live; at most " in said
-    assert "16 rows x 8 completions" in said and "128 completions" in said and "2 held-out tasks" in said
-    assert f"{150 * 16 * 20:,} in training per process; 2 held-out tasks; at most $500" in said
+    assert "training rows        40\n" in said and "2 executors, live; 2 held-out tasks\n" in said
+    assert "16 rows x 8 completions" in said and "128 completions" in said
+    assert f"at most 20 an episode, {128 * 20:,} a step, {150 * 128 * 20:,} in training, " in said
+    assert "at most $" in said and "; max_cost_usd stops at $500\n" in said
     with pytest.raises(GameError, match=r"verifiers:YOUR-ENV/eval: .*YOUR.ENV"):
         plan([name, *CATALOGUE])
 

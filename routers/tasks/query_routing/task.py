@@ -21,7 +21,7 @@ from srpo.own_policy import OwnPolicy
 from srpo.policy_name import FROM_NOTHING
 from srpo.run.derived import source
 from srpo.run.steps import check_rows_of_a_batch
-from srpo.task import Corpus, Ids, RunArguments, Share
+from srpo.task import Corpus, Ids, Planned, RunArguments, Share
 from srpo.types import Row, World
 
 if TYPE_CHECKING:
@@ -154,8 +154,16 @@ class QueryRouting:
             for turn in turns
         ]
 
-    def plan(self) -> tuple[int, list[str]]:
-        return len(self.queries), [f"{len(self.table.members)} members by recorded replies: no calls"]
+    def plan(self) -> Planned:
+        usd = self.table.cost_matrix("train")
+        return Planned(
+            len(self.queries),
+            [f"{len(self.table.members)} members by recorded replies: no calls"],
+            usd_expected=float(usd.mean()),
+            expected_if="members by chance",
+            usd_most=float(usd.max()),
+            paid=False,
+        )
 
     def save(self, folder: Path) -> None:
         self.settings.save(folder, self.made_from()[0])
