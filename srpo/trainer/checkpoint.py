@@ -5,7 +5,7 @@ the reference policy           reference.safetensors, by `srpo.trainer.reference
 the rest of a generation batch rollouts_<rank>.safetensors, where a checkpoint falls inside one: no pickle
 the environment                environment_<rank>.json: its ledger and budgets, and the streak of lost batches
 what belongs to the weights    whatever the trainer's `save_beside` writes, also beside the last weights and on the Hub
-the clock                      where in a generation batch and in the data's order the run is, from the step number
+the clock                      nothing: the number of the step says where the run is (`srpo.trainer.clock`)
 """
 
 import json
@@ -14,11 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import is_peft_model
 from safetensors import SafetensorError, safe_open
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
@@ -160,30 +159,6 @@ class Checkpoints:
 
     def _own(self, folder: str, name: str, ending: str) -> Path:
         return Path(folder) / f"{name}_{self.accelerator.process_index}.{ending}"
-
-
-class Clock(TrainerCallback):
-    """Calls `begin(state)` when training begins, also when it is resumed, and `end()` after each optimiser step."""
-
-    def __init__(self, begin: Callable[[Any], None], end: Callable[[], None]) -> None:
-        self._begin, self._end = begin, end
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._begin(state)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._end()
-
-
-def wind(sampler: Any, epochs: int) -> None:
-    """Bring TRL's sampler to where it is after `epochs`: it draws one permutation in each."""
-    if sampler is not None and sampler.shuffle:
-        for _ in range(epochs):
-            torch.randperm(sampler.num_samples, generator=sampler.generator)
-
-
-# Nested dicts and lists of tensors, numbers, texts and None in one file: tensors under their path in the structure,
-# the structure itself, with everything that is not a tensor, as JSON in the file's metadata.
 
 
 def load_renamed_weights(model: PreTrainedModel, folder: str) -> None:

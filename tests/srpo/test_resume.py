@@ -11,6 +11,7 @@ from resume_cases import CASES, made, state
 from safetensors.torch import load_file
 
 from srpo.trainer.checkpoint import Checkpoints
+from srpo.trainer.clock import Calendar
 from srpo.trainer.nested import load_nested, nested_bytes, nested_of, save_nested
 
 
@@ -61,6 +62,14 @@ def test_nested_tensors_come_back_bit_for_bit(tmp_path):
     assert nested_of(nested_bytes({})) == {}
     with pytest.raises(TypeError):
         save_nested({"a": object()}, tmp_path / "y.safetensors")
+
+
+def test_the_last_step_of_an_epoch_may_be_a_short_one():
+    """Three micro-steps an epoch, two a step: 2, 1, 2, 1, ... of which the fourth begins after 5."""
+    calendar = Calendar(accumulation=2, epoch=3)
+    assert [calendar.micro_steps(n) for n in range(6)] == [0, 2, 3, 5, 6, 8]
+    assert [calendar.when(n) for n in range(7)] == [(0, 0), (0, 1), (1, 0), (2, 0), (2, 1), (3, 0), (4, 0)]
+    assert Calendar(2).micro_steps(9) == 18 and Calendar(2).when(19) == (9, 1)
 
 
 def refuse(folder, processes):
