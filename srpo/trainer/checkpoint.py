@@ -144,21 +144,44 @@ class Checkpoints:
         if self.accelerator.distributed_type not in ("DEEPSPEED", "FSDP") and not is_peft_model(model):
             load_renamed_weights(model, folder)
 
-    def refuse_other_world_size(self, folder: str) -> None:
-        """ValueError for a checkpoint of another number of processes.
+    def refuse_other_run(self, folder: str) -> None:
+        """ValueError for a checkpoint of another number of processes, or of another engine.
 
-        transformers writes one random state per process, and would silently skip the missing ones.
+        transformers writes one random state per process, and would silently skip the missing ones, as it would an
+        optimiser's state that is another engine's.
         """
-        processes = self.accelerator.num_processes
-        wrote = len(list(Path(folder).glob("rng_state_*.pth"))) or 1
-        if wrote != processes and any(Path(folder).glob("rng_state*.pth")):
+        processes, path = self.accelerator.num_processes, Path(folder)
+        wrote = len(list(path.glob("rng_state_*.pth"))) or 1
+        if wrote != processes and any(path.glob("rng_state*.pth")):
             raise ValueError(
                 f"{folder} was written by {wrote} processes and this run has {processes}: rollouts and random states "
                 f"belong to a process, so resume with {wrote}, or start a new run from its weights"
             )
+        engine, found = engine_of(self.accelerator), engine_that_wrote(path)
+        if found not in (None, engine):
+            raise ValueError(
+                f"{folder} was written with {found} and this run has {engine}: an optimiser's state belongs to its "
+                f"engine, so resume with {found}, or start a new run from its weights"
+            )
 
     def _own(self, folder: str, name: str, ending: str) -> Path:
         return Path(folder) / f"{name}_{self.accelerator.process_index}.{ending}"
+
+
+def engine_of(accelerator: Accelerator) -> str:
+    """Whose files the optimiser's states of a run are, in words."""
+    if accelerator.distributed_type == "DEEPSPEED":
+        return "ZeRO-3" if accelerator.state.deepspeed_plugin.zero_stage == 3 else "ZeRO-1 or 2"
+    return "FSDP" if accelerator.distributed_type == "FSDP" else "no engine"
+
+
+def engine_that_wrote(folder: Path) -> str | None:
+    """The same of a checkpoint; None: it has no optimiser's state."""
+    if any(folder.glob("global_step*")):
+        return "ZeRO-3" if any(folder.glob("global_step*/zero_pp_rank_*_model_states.pt")) else "ZeRO-1 or 2"
+    if any(folder.glob("optimizer_*")) or (folder / "optimizer.bin").exists():
+        return "FSDP"
+    return "no engine" if (folder / "optimizer.pt").exists() else None
 
 
 def load_renamed_weights(model: PreTrainedModel, folder: str) -> None:

@@ -501,6 +501,8 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
         found = resume_from(given, self.args.output_dir) if given in AUTO else given
         check_start(self.train_dataset, self.args, found)
         found = resume_from(found, self.args.output_dir)
+        if found is not None:
+            self.checkpoints.refuse_other_run(found)
         if self.args.eval_strategy != "no":
             check_eval_rows(self.eval_dataset, self.args, self.num_generations_eval)
         with heeded() as self.end_on_signal.signals:
@@ -577,8 +579,6 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
         self._last_loaded_step = -1  # of vLLM: these are not the weights of this step any more
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            self.checkpoints.refuse_other_world_size(checkpoint)
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and (batches := self.checkpoints.load(checkpoint)) is not None:
             self._buffered_inputs = batches

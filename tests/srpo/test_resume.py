@@ -72,8 +72,10 @@ def test_the_last_step_of_an_epoch_may_be_a_short_one():
     assert Calendar(2).micro_steps(9) == 18 and Calendar(2).when(19) == (9, 1)
 
 
-def refuse(folder, processes):
-    Checkpoints(SimpleNamespace(num_processes=processes), None, None, None).refuse_other_world_size(str(folder))
+def refuse(folder, processes, engine="NO", stage=0):
+    state = SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=stage))
+    run = SimpleNamespace(num_processes=processes, distributed_type=engine, state=state)
+    Checkpoints(run, None, None, None).refuse_other_run(str(folder))
 
 
 @pytest.mark.parametrize(("files", "processes", "wrote"), [(2, 1, 2), (0, 2, 1)])
@@ -88,3 +90,4 @@ def test_another_number_of_processes_is_refused(tmp_path, files, processes, wrot
 
 def test_a_checkpoint_of_weights_only_says_nothing_of_processes(tmp_path):
     refuse(tmp_path, 4)
+    refuse(tmp_path, 4, "FSDP")
