@@ -11,7 +11,7 @@ from equality_cases import CELLS, cuts, name
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.distributed
-SAME = ("loss", "reward", "entropy", "completions/mean_length", "srpo/distilled_share", "loss/sdpo", "kl")
+SAME = ("loss", "grad_norm", "reward", "completions/mean_length", "srpo/distilled_share", "loss/sdpo")
 
 
 def made(folder, *words):

@@ -64,7 +64,7 @@ def build(out: Path, cell: str, name: str) -> Any:
         out,
         objective="srpo",
         per_device_train_batch_size=ROWS // processes,
-        per_device_eval_batch_size=8,
+        per_device_eval_batch_size=ROWS // processes,
         max_steps=STEPS,
         learning_rate=0.05,
         optim_args="momentum=0.5",  # a state that resuming needs

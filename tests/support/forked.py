@@ -5,6 +5,7 @@ just been started.
 """
 
 import contextlib
+import ctypes
 import gc
 import importlib
 import os
@@ -44,6 +45,8 @@ def begin(count: int, work: Callable[..., object], *args: Any, log: Path) -> lis
         if (pid := os.fork()) == 0:
             code = 1
             try:
+                os.setsid()  # as torchrun's
+                ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # with the process that has forked it
                 with path.open("w") as file:
                     os.dup2(file.fileno(), 1)
                     os.dup2(file.fileno(), 2)
