@@ -56,7 +56,8 @@ from srpo.trainer import rewards
 from srpo.trainer.adapters import prepare_adapter
 from srpo.trainer.arguments import checked_config, datasets_of, init_kwargs, refuse_contradictions
 from srpo.trainer.bad_numbers import BAD_REWARDS, BadSteps
-from srpo.trainer.checkpoint import Checkpoints, Clock, wind
+from srpo.trainer.checkpoint import Checkpoints
+from srpo.trainer.clock import Calendar, Clock, calendar_of, wind
 from srpo.trainer.credit import credited
 from srpo.trainer.distiller import Distiller, nothing_distilled
 from srpo.trainer.engines import saved_whole
@@ -128,6 +129,7 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
         self.correctness, self.allowed_tokens = correctness, allowed_tokens
         self.generation_step = GenerationStep(scored=True)  # a resumed run may begin inside of one
         self._train_sampler: Any = None
+        self.calendar = Calendar(args.gradient_accumulation_steps)
         self._evaluated = 0  # batches of an evaluation
 
         # `rest` are TRL's further arguments by position.
@@ -242,7 +244,7 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         rows = inputs if self._is_vlm else columns.without_pictures(inputs)
         if self.model.training:
-            part = self._step % self.args.gradient_accumulation_steps
+            _, part = self.calendar.when(self._step)
         else:
             part, self._evaluated = self._evaluated, self._evaluated + 1
         step = self.generation_step = GenerationStep(rows, self.model.training, self.state.global_step, part)
@@ -334,14 +336,13 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
             return
         args, every, group = self.args, self._generate_every, self.num_generations
         number = self._step // every + 1
-        if number * every >= self.state.max_steps * args.gradient_accumulation_steps:
+        if number * every >= self.calendar.micro_steps(self.state.max_steps):
             return
         data, prompts = self.train_dataset, args.generation_batch_size // group
         chosen = rows_of_batch(number, len(data), prompts, bool(self.shuffle_dataset), args.seed)
         mine, start = len(self.generation_step.rows), self.accelerator.process_index * len(self.generation_step.rows)
         rows = [data[i] for i in chosen for _ in range(group)][start : start + mine]
-        when = divmod(number * every, args.gradient_accumulation_steps)
-        step = GenerationStep(columns.without_pictures(rows), True, *when)
+        step = GenerationStep(columns.without_pictures(rows), True, *self.calendar.when(number * every))
         prompt_ids = self._tokenize_prompts([row["prompt"] for row in step.rows])[0]
         sampler = Sampler(args, self.accelerator, self.rollouts.tokenizer)  # the thread's own tokenizer
         generator = sampler.make_generator(ahead.policy, self.eos_token_ids, keep_tokens=ALL_TOKENS)
@@ -450,8 +451,8 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         if (passes := self.replay_passes) is not None and EXPERT_IDS in inputs:
-            first = self._step % self.current_gradient_accumulation_steps == 0
-            if passes.audit_due(self.state.global_step, first):
+            steps, part = self.calendar.when(self._step)
+            if passes.audit_due(steps, first=part == 0):
                 self._audit(passes.replay, inputs)
             passes.replay.arm(inputs[EXPERT_IDS])
         loss = super().compute_loss(model, inputs, *args, **kwargs)
@@ -500,6 +501,8 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
         found = resume_from(given, self.args.output_dir) if given in AUTO else given
         check_start(self.train_dataset, self.args, found)
         found = resume_from(found, self.args.output_dir)
+        if found is not None:
+            self.checkpoints.refuse_other_run(found)
         if self.args.eval_strategy != "no":
             check_eval_rows(self.eval_dataset, self.args, self.num_generations_eval)
         with heeded() as self.end_on_signal.signals:
@@ -537,8 +540,9 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
         if self.teacher is not None:
             self.teacher.begin()
         # TRL counts micro-steps from 0 in each process; a resumed run must know where in a generation batch it is.
-        self._step = state.global_step * self.args.gradient_accumulation_steps
-        wind(self._train_sampler, int(state.epoch or 0))
+        self.calendar = calendar_of(self._train_sampler, self.args)
+        self._step = self.calendar.micro_steps(state.global_step)
+        wind(self._train_sampler, state.global_step // self.calendar.steps)
 
     def _end_step(self) -> None:
         if self.teacher is not None and self._step % self._generate_every == 0 and not self.bad_steps.skipped:
@@ -575,8 +579,6 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
         self._last_loaded_step = -1  # of vLLM: these are not the weights of this step any more
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            self.checkpoints.refuse_other_world_size(checkpoint)
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and (batches := self.checkpoints.load(checkpoint)) is not None:
             self._buffered_inputs = batches
