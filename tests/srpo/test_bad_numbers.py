@@ -92,11 +92,12 @@ def test_an_evaluation_leaves_out_what_is_no_number(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.distributed
+@pytest.mark.timeout(1000)
 def test_all_ranks_leave_out_the_same_steps(tmp_path: Path) -> None:
     """Each kind on rank 0 and on rank 1 alone, with one micro-batch and with two."""
     script = str(Path(__file__).parents[1] / "support" / "bad_number_cases.py")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run([*launch, script, str(tmp_path)], capture_output=True, text=True, timeout=500)
+    done = subprocess.run([*launch, script, str(tmp_path)], capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-4000:]
     found = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
     assert len(found[0]) == (len(KINDS) + 1) * 4
@@ -106,7 +107,7 @@ def test_all_ranks_leave_out_the_same_steps(tmp_path: Path) -> None:
             assert "the weights are not finite any more, first " in record["error"], case
             assert "3 steps in a row were not finite, the last, 4, because of: process" in record["error"], case
             continue
-        assert record["kept"] == found[1][case]["kept"] == [True, False, False], case
+        assert record["kept"] == found[1][case]["kept"] == [True, False], case
         assert record["end"] == found[1][case]["end"], "both ranks have the same weights"
         where = case.split("/")[1]
         assert where in record["files"] and (len(record["files"]) == 1 or case.startswith("gradient")), case

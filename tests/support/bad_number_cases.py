@@ -119,7 +119,8 @@ def main() -> None:
         for rank in (0, 1):
             for accumulation in (1, 2):
                 case = f"{kind}/rank{rank}/{accumulation}"
-                made, states = run(folder / case, kind, accumulation, {2}, rank, processes=2)
+                quick = {"max_steps": 3, "log_completions": False}
+                made, states = run(folder / case, kind, accumulation, {2}, rank, processes=2, **quick)
                 assert made.accelerator.num_processes == 2
                 made.accelerator.wait_for_everyone()
                 records[case] = {
@@ -131,7 +132,8 @@ def main() -> None:
         for accumulation in (1, 2):
             case = f"parameter/rank{rank}/{accumulation}"
             try:
-                run(folder / case, "parameter", accumulation, {2}, rank, processes=2, max_steps=6)
+                quick = {"max_steps": 6, "log_completions": False}
+                run(folder / case, "parameter", accumulation, {2}, rank, processes=2, **quick)
             except BadNumbers as error:
                 saved = [str(path) for path in (folder / case).rglob("*.safetensors")]
                 records[case] = {"error": str(error), "saved": saved}
