@@ -107,9 +107,8 @@ def _run(argv: Sequence[str] | None) -> Evaluation:
             tokenizer.save_pretrained(start)
             task.save(start)
             mark(start, began_from)
-    before = _evaluated_once(
-        task, lambda: whole_start(model, name, args), tokenizer, start / EVALUATION, {**scored, START: source(start)}
-    )
+    scored[START] = source(start) if supervised else None
+    before = _evaluated_once(task, lambda: whole_start(model, name, args), tokenizer, start / EVALUATION, scored)
 
     functions, args.reward_weights = task.rewards()
     trainer = SRPOTrainer(

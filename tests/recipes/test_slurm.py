@@ -109,6 +109,7 @@ def test_a_job_goes_on_by_itself_after_a_notice_and_after_a_kill(cluster: Path, 
     assert job.wait() == 0 and (cluster / "requeued").read_text() == "7\n7\n", "done"
     log = (cluster / "log").read_text()
     assert f"[resume] {cluster}/out/checkpoint-{saved}\n" in log and "its time is nearly over" in log
+    assert log.count("[evaluate] the policy that RL starts from") == 1, "paid for once"
     assert json.loads((cluster / "out" / "run.json").read_text())["finished"]
     state = json.loads((cluster / "out" / "trainer_state.json").read_text())
     assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == [*range(1, STEPS + 1)]
