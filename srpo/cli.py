@@ -11,10 +11,12 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
+from srpo.run.signals import heeded
 from srpo.types import Stopped
 
 # Command -> the module whose `main(argv)` it calls, and what it does. Modules are named by text: this table is the one
@@ -99,7 +101,8 @@ def _dispatch(words: list[str]) -> Any:
     if processes != (None, None):
         return launch(module, *processes, rest)
     sys.argv = [f"srpo {name}", *rest]  # what argparse calls the program
-    return import_module(module).main(rest)
+    with heeded() if name == "train" else nullcontext():  # a signal while it imports torch, too
+        return import_module(module).main(rest)
 
 
 def _overview() -> str:

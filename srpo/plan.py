@@ -254,7 +254,7 @@ def _shape(task: Any, how: Any, args: Any, given: str | None) -> Shape:
     except (OSError, ValueError):
         raise OSError(
             f"{name} is neither a folder of a policy nor in the Hub's cache here, and the Hub does not give it: say "
-            "--model-config with its config.json"
+            "--model_config with its config.json"
         ) from None
 
 

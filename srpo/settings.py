@@ -16,6 +16,7 @@ DISTILLATION_MODES = ("topk_logits", "full_logits", "sampled_token")
 DEMONSTRATIONS = ("first", "random", "best")
 SHARED_PREFIX = ("auto", "on", "off")
 AGGREGATIONS = ("token", "sequence_mean")
+ALARMS = ("entropy", "length", "kl", "flat", "format", "one_member", "no_calls", "no_teacher", "heldout")
 
 
 def about(text: str, *, choices: tuple[str, ...] | None = None) -> dict[str, Any]:
@@ -27,8 +28,9 @@ def check_choices(settings: Any) -> None:
     """ValueError for a field of a dataclass that is none of the `choices` of its metadata."""
     for one in fields(settings):
         choices, value = one.metadata.get("choices"), getattr(settings, one.name)
-        if choices and value not in choices and value != one.default:
-            raise ValueError(f"{one.name}={value!r} is not one of {', '.join(choices)}")
+        for word in value if isinstance(value, list) else [value]:
+            if choices and word not in choices and word != one.default:
+                raise ValueError(f"{one.name}={word!r} is not one of {', '.join(choices)}")
 
 
 @dataclass
@@ -254,6 +256,13 @@ class Settings:
     )
 
     # Going on, and ending
+    metric_for_best_model: str | None = field(
+        default="eval_reward",
+        metadata=about(
+            "As in TRL; a run's evaluation in training is its task's, on held-out items. The best one's checkpoint is "
+            "kept beyond save_total_limit: with evaluations and checkpoints at the same steps, or save_strategy: best."
+        ),
+    )
     resume_from_checkpoint: str | bool | None = field(
         default=None,
         metadata=about(
@@ -275,4 +284,12 @@ class Settings:
     # Alarms
     diagnostics_warning_interval: int = field(
         default=10, metadata=about("Logged steps of one degenerate state (no teacher, ...) before one warning.")
+    )
+    stop_on: list[str] = field(
+        default_factory=list,
+        metadata=about(
+            "Warnings that end the run, with a checkpoint: of the policy's entropy, completions' length, KL, all "
+            "rewards alike, no valid action, one member taking all, no calls, no teacher, a lower held-out reward.",
+            choices=ALARMS,
+        ),
     )

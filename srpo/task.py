@@ -160,6 +160,9 @@ class Evaluation(Protocol):
     def write(self, path: Path) -> None:
         """Into a parquet file."""
 
+    def mean_reward(self) -> float:
+        """Mean over the episodes that were not lost; NaN where all were."""
+
 
 class Task(Protocol):
     """A way to route. Every process of a run makes its own and calls the methods in the order that stands here."""

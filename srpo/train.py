@@ -32,7 +32,7 @@ from srpo.run.files import EVALUATION
 from srpo.run.folder import claim, finish
 from srpo.run.signals import heeded
 from srpo.run.steps import check_rows_of_a_batch
-from srpo.run.whole import resume_from
+from srpo.run.whole import SAVING, resume_from
 from srpo.sft import check_unsharded, sft, sft_config
 from srpo.task import START, Evaluation, RunArguments, Share, Task
 from srpo.trainer.progress import check_report_to, phase, quiet, show_progress
@@ -109,9 +109,8 @@ def _run(argv: Sequence[str] | None) -> Evaluation:
             tokenizer.save_pretrained(start)
             task.save(start)
             mark(start, began_from)
-    before = _evaluated_once(
-        task, lambda: whole_start(model, name, args), tokenizer, start / EVALUATION, {**scored, START: source(start)}
-    )
+    scored[START] = source(start) if supervised else None
+    before = _evaluated_once(task, lambda: whole_start(model, name, args), tokenizer, start / EVALUATION, scored)
 
     functions, args.reward_weights = task.rewards()
     trainer = SRPOTrainer(
@@ -126,6 +125,7 @@ def _run(argv: Sequence[str] | None) -> Evaluation:
         recipe=resolved_recipe(recipe),
         save_beside=task.save,
         allowed_tokens=task.allowed_tokens(tokenizer),
+        heldout=lambda: {"reward": _heldout_reward(task, trainer, output)},
     )
     for callback in task.callbacks():
         trainer.add_callback(callback)
@@ -187,6 +187,16 @@ def concluded(task: Task, parts: Sequence[Any], output: Path) -> tuple[Evaluatio
     told = task.report(evaluation, output)
     print(told, flush=True)
     return evaluation, told
+
+
+def _heldout_reward(task: Task, trainer: SRPOTrainer, output: Path) -> float:
+    """What the policy earns on the task's held-out items, in the middle of its training."""
+    folder = output / SAVING / "evaluated"
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        trainer.save_model(str(folder))
+    with whole_policy(trainer, folder) as policy:
+        name, tokenizer = trainer.args.objective, trainer.processing_class
+        return float(evaluated(lambda share: task.evaluate(policy, tokenizer, name, share)).mean_reward())
 
 
 def _evaluated_once(task: Task, load: Callable[[], Any], tokenizer: Any, path: Path, values: dict[str, Any]) -> Any:

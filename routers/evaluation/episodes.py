@@ -144,6 +144,10 @@ class Episodes:
         curve = settings.where(self.frame["curve"] != "", "")
         return Episodes(self.frame.assign(router=router, curve=curve), header)
 
+    def mean_reward(self) -> float:
+        """Over the episodes that were not lost; NaN where all were."""
+        return float(self.frame["reward"].mean())
+
     @classmethod
     def merged(cls, parts: Sequence[Episodes]) -> Episodes:
         """Shares of several processes, or routers on the same items, as one. What is in two parts alike counts once.

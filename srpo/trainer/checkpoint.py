@@ -44,14 +44,15 @@ class Checkpoints:
     ) -> None:
         self.accelerator = accelerator
         self.reference, self.distiller, self.rollouts = reference, distiller, rollouts
-        self.saving = False
+        self.last: int | None = None
+        """Step of the newest checkpoint that this process has written."""
 
     def write(self, trainer: Any, output: Path, theirs: Callable[[], object], batches: Any) -> None:
         """The checkpoint of a step: written beside by all processes, then put in place, pushed, and old ones go.
 
         Args:
             output: folder of the checkpoints.
-            theirs: writes TRL's part, into a folder below `srpo.run.whole.SAVING` while `saving` is set.
+            theirs: writes TRL's part, into a folder below `srpo.run.whole.SAVING`.
             batches: as in `save`.
 
         Raises:
@@ -65,7 +66,6 @@ class Checkpoints:
                 shutil.rmtree(draft.parent, ignore_errors=True)  # what a killed process left
                 draft.mkdir(parents=True)
             self.accelerator.wait_for_everyone()
-            self.saving = True
             theirs()
             if Path(state.best_model_checkpoint or "") == draft:
                 state.best_model_checkpoint = str(folder)
@@ -86,8 +86,7 @@ class Checkpoints:
             raise SaveFailed(
                 f"{folder} could not be written ({free:,} bytes are free there): {error}; {then}"
             ) from error
-        finally:
-            self.saving = False
+        self.last = state.global_step
         self.accelerator.wait_for_everyone()
         if args.push_to_hub:
             trainer._push_from_checkpoint(str(folder))

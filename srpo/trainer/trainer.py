@@ -27,6 +27,7 @@ from accelerate.utils import gather_object, is_peft_model
 from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
 from trl import GRPOConfig
 from trl import GRPOTrainer as TRLGRPOTrainer
@@ -63,7 +64,7 @@ from srpo.trainer.distiller import Distiller, nothing_distilled
 from srpo.trainer.engines import saved_whole
 from srpo.trainer.forward_checks import ForwardChecks, still
 from srpo.trainer.generation_step import GenerationStep
-from srpo.trainer.limits import EndOnSignal, RunLimits, without_trl_warning
+from srpo.trainer.limits import EarlyWarnings, EndOnSignal, RunLimits, without_trl_warning
 from srpo.trainer.loss import loss_of, sequences
 from srpo.trainer.metrics import Alarms, CompletionsTable, gathered_metrics
 from srpo.trainer.micro_batches import micro_batches
@@ -78,7 +79,7 @@ logger = logging.get_logger(__name__)
 
 
 class SRPOTrainer(HubMixin, TRLGRPOTrainer):
-    """GRPO, SDPO, SRPO and BoPO in one trainer; every argument of `trl.GRPOTrainer`, and six more.
+    """GRPO, SDPO, SRPO and BoPO in one trainer; every argument of `trl.GRPOTrainer`, and seven more.
 
     Args:
         world: called once per batch with (rows, completion texts); its columns reach the reward functions, the
@@ -91,6 +92,8 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
         save_beside: called with every folder that weights are written to, by the process that writes, alone.
         allowed_tokens: which ids a completion of one turn may hold. The policy samples among them, and every
             log-probability that is scored, the teacher's too, is renormalised over them.
+        heldout: in place of `eval_dataset`: plays the policy, which it gets from the trainer, and returns numbers by
+            name, `reward` among them. All processes call it.
 
     Raises:
         ValueError: for vision-language models with an objective of ours, and for arguments that contradict.
@@ -119,6 +122,7 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
         recipe: dict[str, Any] | None = None,
         save_beside: Callable[[Path], object] | None = None,
         allowed_tokens: masked.AllowedTokens | None = None,
+        heldout: Callable[[], Mapping[str, float]] | None = None,
         **kwargs: Any,
     ):
         args = checked_config(args, self._objective)
@@ -126,7 +130,7 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
         self.recipe, self.save_beside = recipe, save_beside
         self.heldout_table: str | None = None
         self.world, self.environment = world, environment
-        self.correctness, self.allowed_tokens = correctness, allowed_tokens
+        self.correctness, self.allowed_tokens, self.heldout = correctness, allowed_tokens, heldout
         self.generation_step = GenerationStep(scored=True)  # a resumed run may begin inside of one
         self._train_sampler: Any = None
         self.calendar = Calendar(args.gradient_accumulation_steps)
@@ -150,12 +154,19 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
             reference_of(model, peft_config, args) as own_reference,
         ):
             functions = rewards.checked_rewards(reward_funcs, lambda words: self.bad_steps.reward(words))
+            evaluated = args.eval_strategy
+            if heldout is not None:
+                args.eval_strategy = IntervalStrategy.NO  # else transformers asks for an eval_dataset
             super().__init__(model, functions, args, train_dataset, *rest, **kwargs)
+            args.eval_strategy = evaluated
         self.beta = args.beta
         self.args.logging_nan_inf_filter = False  # it would log the loss of such a step as 0
         self.bad_steps = BadSteps(args.max_bad_steps, self.accelerator, self._tokenizer)
         self.end_on_signal = EndOnSignal(self.accelerator)
-        for callback in (self.bad_steps, self.end_on_signal):
+        self.alarms = Alarms(args.diagnostics_warning_interval, logger.warning)
+        warnings = EarlyWarnings(self.alarms, args.stop_on, self.max_completion_length)
+        self.limits: list[Any] = [self.bad_steps, warnings]
+        for callback in (*self.limits, self.end_on_signal):
             self.add_callback(callback)
         engine = self.vllm_generation if self.use_vllm else None
         self.reference = Reference(self.model, self.ref_model, own_reference, self.accelerator)
@@ -172,7 +183,6 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
             self.generation_kwargs.update(eos_token_id=self.eos_token_ids, pad_token_id=pad)
         columns.check_reward_names(self.reward_func_names)
         self.table = CompletionsTable(args)
-        self.alarms = Alarms(args.diagnostics_warning_interval, logger.warning)
 
         self.sampler = Sampler(args, self.accelerator, self._tokenizer)
         needs = {
@@ -192,7 +202,8 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
                 sharded = self._dist.is_zero3 or self._dist.is_fsdp
                 refuse_ahead(args, is_peft_model(self.model), sharded, self.train_dataset)
                 self.rollouts.ahead = Ahead(plain_copy(self._base(self.model)))
-            self.add_callback(RunLimits(self.rollouts))
+            self.limits.append(RunLimits(self.rollouts))
+            self.add_callback(self.limits[-1])
         replay = None if self.replay_passes is None else self.replay_passes.replay
         self.sharing = self._add_scoring_head(self._base(self.model), replay)
         for other in filter(None, (self.ref_model, twin)):
@@ -407,7 +418,8 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
         step.references = [row.get(REFERENCES) for row in rows]
         lost = [row.get(columns.LOST_ROW) is not None for row in rows]
         with without_trl_warning() if any(lost) else nullcontext():
-            rewards_per_func = super()._calculate_rewards(rows, prompts, completions, completion_ids_list)
+            scored = super()._calculate_rewards(rows, prompts, completions, completion_ids_list)
+        rewards_per_func = rewards.of_models(scored, self.reward_funcs)
         if has_world:  # a lost rollout has no reward, whatever a reward model says of it
             everyone = torch.tensor(gather_object(lost), device=rewards_per_func.device)
             rewards_per_func = rewards_per_func.masked_fill(everyone.unsqueeze(1), torch.nan)
@@ -503,12 +515,21 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
         found = resume_from(found, self.args.output_dir)
         if found is not None:
             self.checkpoints.refuse_other_run(found)
-        if self.args.eval_strategy != "no":
+        if self.args.eval_strategy != "no" and self.heldout is None:
             check_eval_rows(self.eval_dataset, self.args, self.num_generations_eval)
         with heeded() as self.end_on_signal.signals:
             with self.end_on_signal.signals.waited_for(self.args.signal_deadline):
-                output = super().train(found, *rest, **kwargs)
-            if self.end_on_signal.agree():
+                try:
+                    output = super().train(found, *rest, **kwargs)
+                finally:
+                    if self.rollouts is not None:
+                        self.rollouts.close()
+                for limit in self.limits:
+                    limit.conclude(self.args)
+                ended = self.end_on_signal.agree()
+                if ended and self.checkpoints.last != self.state.global_step and not self.args.load_best_model_at_end:
+                    self._save_checkpoint(self.model, None)  # asked after the last step
+            if ended:
                 raise Interrupted
         check_steps_made(self.state.global_step)
         self.bad_steps.check_weights(self.model)
@@ -517,10 +538,19 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
     def evaluate(self, eval_dataset: Any = None, *rest: Any, **kwargs: Any) -> Any:
         self._wait_ahead()
         self._evaluated = 0
+        if self.heldout is not None and eval_dataset is None:
+            self.model.eval()  # what is logged now is no training step
+            found = {f"eval_{name}": float(value) for name, value in self.heldout().items()}
+            self.log(found)
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
+            return found
         given = self.eval_dataset if eval_dataset is None else eval_dataset
         if not isinstance(given, str):
             check_eval_rows(given, self.args, self.num_generations_eval)
-        return super().evaluate(eval_dataset, *rest, **kwargs)
+        metrics = super().evaluate(eval_dataset, *rest, **kwargs)
+        if metrics.get("eval_reward", 0.0) is None:  # of an evaluation whose rollouts were all lost: never the best
+            metrics["eval_reward"] = float("nan")
+        return metrics
 
     def _wait_ahead(self) -> None:
         if self.rollouts is not None and self.rollouts.ahead is not None:
@@ -558,15 +588,15 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
             self.save_beside(Path(output_dir or self.args.output_dir))
 
     def _get_output_dir(self, trial: Any) -> str:
-        folder: str = super()._get_output_dir(trial)
-        return os.path.join(folder, SAVING) if self.checkpoints.saving else folder
+        # Where TRL and transformers write checkpoints, and find none that they would take away in their own way.
+        return os.path.join(super()._get_output_dir(trial), SAVING)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         self.bad_steps.check_weights(self.model)
         self._wait_ahead()
         theirs = partial(super()._save_checkpoint, model, trial)
         inside = self._step % self._generate_every != 0
-        output = Path(self._get_output_dir(trial))
+        output = Path(self._get_output_dir(trial)).parent
         self.checkpoints.write(self, output, theirs, self._buffered_inputs if inside else None)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -594,7 +624,8 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         ours, step = self.log_completions, self.state.global_step
-        table = self.table.take(self._logs, step, logs) if ours and self.accelerator.is_main_process else {}
+        of_rollouts = ours and self.accelerator.is_main_process and (self.heldout is None or self.model.training)
+        table = self.table.take(self._logs, step, logs) if of_rollouts else {}
         if "loss" in logs:
             logs |= self.bad_steps.since_logged()
         self.log_completions = False  # TRL's own part of this
@@ -604,7 +635,6 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
             self.log_completions = ours
         if table:
             self.table.write(table, self._logs, step)
-        numbers = {name: value for name, value in logs.items() if isinstance(value, float)}
         if self.model.training and self.replay_passes is not None:
+            numbers = {name: value for name, value in logs.items() if isinstance(value, float)}
             self.replay_passes.alarms.observe(numbers)
-        self.alarms.observe_log(numbers, self.model.training, self.max_completion_length)
