@@ -48,6 +48,7 @@ from srpo.rollout.thinking import opened_by
 from srpo.rollout.vllm_settings import vllm_of
 from srpo.run.signals import Interrupted, heeded
 from srpo.run.steps import check_eval_rows, check_start, check_steps_made
+from srpo.run.watch import part, watched
 from srpo.run.whole import AUTO, SAVING, resume_from
 from srpo.teacher import masked_decisions as masked
 from srpo.teacher.lm_head import add_scoring_head
@@ -62,16 +63,17 @@ from srpo.trainer.distiller import Distiller, nothing_distilled
 from srpo.trainer.engines import saved_whole
 from srpo.trainer.forward_checks import ForwardChecks, still
 from srpo.trainer.generation_step import GenerationStep
+from srpo.trainer.late import world_one_by_one
 from srpo.trainer.limits import EndOnSignal, RunLimits, without_trl_warning
 from srpo.trainer.loss import loss_of, sequences
-from srpo.trainer.metrics import Alarms, CompletionsTable, gathered_metrics
+from srpo.trainer.metrics import Alarms, CompletionsTable, Losses, gathered_metrics
 from srpo.trainer.micro_batches import micro_batches
 from srpo.trainer.overlap import Ahead, refuse_ahead, rows_of_batch
 from srpo.trainer.precision import engine_keeps_masters, train_in_fp32
 from srpo.trainer.reference import Reference, reference_of
 from srpo.trainer.rollouts import Rollouts
 from srpo.trainer.sampler import Sampler
-from srpo.types import FEEDBACK, Environment, World
+from srpo.types import FEEDBACK, LOST, Environment, World
 
 logger = logging.get_logger(__name__)
 
@@ -124,7 +126,9 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
         self.objective, self._record = args.objective, objective_of(args)
         self.recipe, self.save_beside = recipe, save_beside
         self.heldout_table: str | None = None
-        self.world, self.environment = world, environment
+        late = args.world_deadline
+        self.world = world if world is None or late is None else world_one_by_one(world, late)
+        self.environment = environment
         self.correctness, self.allowed_tokens = correctness, allowed_tokens
         self.generation_step = GenerationStep(scored=True)  # a resumed run may begin inside of one
         self._train_sampler: Any = None
@@ -147,7 +151,12 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
             engine_that_replay_needs(args),
             reference_of(model, peft_config, args) as own_reference,
         ):
-            functions = rewards.checked_rewards(reward_funcs, lambda words: self.bad_steps.reward(words))
+            functions = rewards.checked_rewards(
+                reward_funcs,
+                lambda words: self.bad_steps.reward(words),
+                args.reward_deadline,
+                lambda causes: self.generation_step.lose(causes),
+            )
             super().__init__(model, functions, args, train_dataset, *rest, **kwargs)
         self.beta = args.beta
         self.args.logging_nan_inf_filter = False  # it would log the loss of such a step as 0
@@ -190,7 +199,8 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
                 sharded = self._dist.is_zero3 or self._dist.is_fsdp
                 refuse_ahead(args, is_peft_model(self.model), sharded, self.train_dataset)
                 self.rollouts.ahead = Ahead(plain_copy(self._base(self.model)))
-            self.add_callback(RunLimits(self.rollouts))
+        self.losses = Losses(args.max_lost_share, args.max_lost_batches) if not self.rollouts else self.rollouts.losses
+        self.add_callback(RunLimits(self.losses, self.rollouts))
         replay = None if self.replay_passes is None else self.replay_passes.replay
         self.sharing = self._add_scoring_head(self._base(self.model), replay)
         for other in filter(None, (self.ref_model, twin)):
@@ -239,6 +249,7 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
             self._buffered_inputs = micro_batches(scored, self.args, self.accelerator, self.aux_loss_enabled, shared)
         return self._buffered_inputs[self._step % self.args.steps_per_generation]
 
+    @part("scoring")
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         rows = inputs if self._is_vlm else columns.without_pictures(inputs)
         if self.model.training:
@@ -291,6 +302,7 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
         finally:
             self.tools = own
 
+    @part("rollout")
     def _generate(self, prompts: list[Any]) -> tuple[Any, ...]:
         step = self.generation_step
         if self.rollouts is None:
@@ -392,6 +404,7 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
             passes.sampled(step, prompt_ids, completion_ids, recorder)
         return completion_ids, logprobs
 
+    @part("reward")
     def _calculate_rewards(
         self, inputs: list[dict[str, Any]], prompts: list[Any], completions: list[Any], completion_ids_list: list[Any]
     ) -> Tensor:
@@ -400,14 +413,22 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
         step.opened = step.opened or [""] * len(texts)
         step.rows = inputs
         taken = {*self.reward_func_names, *columns.TABLE_COLUMNS}
-        step.columns, repaired = rewards.columns_of(step, texts, self.world, taken)
+        with part("world"):
+            step.columns, repaired = rewards.columns_of(step, texts, self.world, taken)
         has_world = self.world is not None or self.environment is not None
         rows = rewards.rows_with_columns(inputs, step.columns, has_world)
         step.references = [row.get(REFERENCES) for row in rows]
         lost = [row.get(columns.LOST_ROW) is not None for row in rows]
-        with without_trl_warning() if any(lost) else nullcontext():
+        late = self.args.reward_deadline is not None
+        with without_trl_warning() if any(lost) or late else nullcontext():
             rewards_per_func = super()._calculate_rewards(rows, prompts, completions, completion_ids_list)
-        if has_world:  # a lost rollout has no reward, whatever a reward model says of it
+        if late:
+            none = [None] * len(texts)
+            causes = [old or new for old, new in zip(step.columns.get(LOST) or none, step.late or none, strict=True)]
+            step.columns[LOST], lost = causes, [cause is not None for cause in causes]
+        if has_world or late:
+            self._count_lost(step)
+            # A lost rollout has no reward, whatever a reward model says of it.
             everyone = torch.tensor(gather_object(lost), device=rewards_per_func.device)
             rewards_per_func = rewards_per_func.masked_fill(everyone.unsqueeze(1), torch.nan)
         rewards.extra_columns(self._pending_extra_logs, step, self._logs["extra"], len(texts))
@@ -423,6 +444,16 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
             self._add_metrics(step.training, {"records/repaired": len(repaired)})
             self.table.say(f"texts of the world are no valid Unicode, and were repaired: {repaired[0]}", step.number)
         return rewards_per_func
+
+    def _count_lost(self, step: GenerationStep) -> None:
+        """What was lost to a world of one turn, or to a reward function; an environment's episodes are counted."""
+        causes = gather_object(list(step.columns.get(LOST) or [None] * len(step.rows)))
+        late = any(gather_object([any(step.late)]))
+        if step.training and (late or self.rollouts is None):
+            summary = self.losses.observe(causes, again=self.rollouts is not None)
+            if summary is not None:
+                logger.warning("%s", summary)
+            self._add_metrics(True, {"rollout/lost_share": sum(cause is not None for cause in causes) / len(causes)})
 
     def _credit(self, step: GenerationStep, batch: dict[str, Any]) -> None:
         success = rewards.correct(step, self.args, self.correctness)
@@ -448,6 +479,7 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
         """A context: passes of the model score those of their tokens that are trained on, among `choices`."""
         return masked.scored_among(self._base(model), choices, trained)
 
+    @part("loss")
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         if (passes := self.replay_passes) is not None and EXPERT_IDS in inputs:
             first = self._step % self.current_gradient_accumulation_steps == 0
@@ -483,6 +515,7 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
                 self._add_metrics(False, self.loss.metrics())
             return found
 
+    @part("gradient")
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         try:
             loss = super().training_step(*args, **kwargs)
@@ -502,7 +535,8 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
         found = resume_from(found, self.args.output_dir)
         if self.args.eval_strategy != "no":
             check_eval_rows(self.eval_dataset, self.args, self.num_generations_eval)
-        with heeded() as self.end_on_signal.signals:
+        hang, wait = self.args.hang_deadline, self.args.ddp_timeout
+        with heeded() as self.end_on_signal.signals, watched(hang, wait), part("training", patient=True):
             with self.end_on_signal.signals.waited_for(self.args.signal_deadline):
                 output = super().train(found, *rest, **kwargs)
             if self.end_on_signal.agree():
@@ -511,6 +545,7 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
         self.bad_steps.check_weights(self.model)
         return output
 
+    @part("evaluation", prefix=True)
     def evaluate(self, eval_dataset: Any = None, *rest: Any, **kwargs: Any) -> Any:
         self._wait_ahead()
         self._evaluated = 0
@@ -544,6 +579,7 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
         if self.teacher is not None and self._step % self._generate_every == 0 and not self.bad_steps.skipped:
             self.teacher.update()
 
+    @part("save")
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         with saved_whole(self.accelerator):
             super().save_model(output_dir, _internal_call)
@@ -557,6 +593,7 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
         folder: str = super()._get_output_dir(trial)
         return os.path.join(folder, SAVING) if self.checkpoints.saving else folder
 
+    @part("save")
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         self.bad_steps.check_weights(self.model)
         self._wait_ahead()
