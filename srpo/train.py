@@ -60,10 +60,10 @@ def _run(argv: Sequence[str] | None) -> Evaluation:
     check_report_to(recipe[2].report_to)
     PartialState()
     with watched(recipe[2].hang_deadline, recipe[2].ddp_timeout):
-        return _together(task_class, recipe)
+        return _told(task_class, recipe)
 
 
-def _together(task_class: Any, recipe: Any) -> Evaluation:
+def _told(task_class: Any, recipe: Any) -> Evaluation:
     (arguments, how, args), state = recipe, PartialState()
     resume = args.resume_from_checkpoint = resume_from(args.resume_from_checkpoint, args.output_dir)
     task: Task = task_class(arguments, how, args)

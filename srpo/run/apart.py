@@ -21,7 +21,8 @@ from typing import Any
 
 _START = 300.0
 """Seconds for importing the module of a function."""
-_LOGS = ("log_extra", "log_metric")
+LOGS = ("log_extra", "log_metric")
+"""Arguments of a reward function that stay here."""
 
 Logged = list[tuple[str, Any, Any]]
 """(which of the two, name, value)."""
@@ -169,7 +170,7 @@ def serve(descriptor: int) -> None:
 
 def _asked(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any, Logged]:
     logged: Logged = []
-    for log in _LOGS:
+    for log in LOGS:
         if log in kwargs:
             kwargs[log] = lambda name, value, log=log: logged.append((log, name, value))
     try:

@@ -152,6 +152,8 @@ class Watch:
     def stop(self) -> None:
         """The process has left: nothing of what it does from now on concerns the others."""
         self._left = True
+        if self.rank == 0 and self.fault is None:  # the store may end with this process, and they still talk
+            self._until(lambda: all(told["left"] for told in self.others.values()))
         self._over.set()
         for thread in self._threads:
             thread.join(_PATIENCE)
@@ -229,7 +231,7 @@ class Watch:
     # ------------------------------------------------------------------------------------------------ judging
 
     def _judge(self) -> None:
-        while not self._over.wait(self._tick):
+        while not self._over.wait(self._tick) and not self._left:
             if self.fault is not None:
                 self._over.wait(_GRACE)
                 if not self._over.is_set() and self._ending.acquire(blocking=False):
@@ -297,8 +299,8 @@ class Watch:
         if not isinstance(error, Exception):  # a signal, sys.exit
             if isinstance(error, SystemExit) and self._gone():  # the launcher may have sent it, because of that
                 self._until(lambda: bool(self._died()) or not self._gone())
-                if words := self._died():
-                    self._lead(words)
+                if gone := self._gone():
+                    self._lead(self._obituary(gone))
             return
         here = getattr(error, "part", str(_parts))
         error.add_note(f"process {self.rank} of {self.size}, in: {here}" if self.size > 1 else f"in: {here}")

@@ -9,11 +9,17 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
+from accelerate.utils import gather_object
+from transformers.utils import logging
+
 from srpo.columns import as_list
-from srpo.run.apart import Apart, Logged, Lost
+from srpo.run.apart import LOGS, Apart, Logged, Lost
+from srpo.trainer.generation_step import GenerationStep
+from srpo.trainer.metrics import Losses
 from srpo.types import LOST, Columns, World
 
-_LOGS = ("log_extra", "log_metric")
+logger = logging.get_logger(__name__)
+
 _SHARED = "trainer_state"
 
 
@@ -27,7 +33,7 @@ def one_by_one(func: Callable[..., Any], name: str, seconds: float) -> Callable[
 
     def ask(*args: Any, **kwargs: Any) -> list[Any]:
         count, values, logs = _count(args, kwargs), [], []
-        logging = {log: kwargs.pop(log) for log in _LOGS if log in kwargs}
+        logging = {log: kwargs.pop(log) for log in LOGS if log in kwargs}
         apart.share({_SHARED: kwargs.pop(_SHARED)} if _SHARED in kwargs else {})
         for i in range(count):
             given, named = _one(i, count, args, kwargs)
@@ -49,7 +55,7 @@ def one_by_one_async(func: Callable[..., Awaitable[Any]], name: str, seconds: fl
 
     async def ask(*args: Any, **kwargs: Any) -> list[Any]:
         count = _count(args, kwargs)
-        logging = {log: kwargs.pop(log) for log in _LOGS if log in kwargs}
+        logging = {log: kwargs.pop(log) for log in LOGS if log in kwargs}
         logs: list[Logged] = [[] for _ in range(count)]
 
         async def one(i: int) -> Any:
@@ -90,6 +96,29 @@ def world_one_by_one(world: World, seconds: float) -> World:
         return {column: [columns.get(column) for columns in found] for column in names}
 
     return ask
+
+
+def lost_rows(step: GenerationStep, rows: int, losses: Losses, counted: bool) -> tuple[list[bool], dict[str, float]]:
+    """Which completions of all ranks are lost, to their world or to a reward function; and how many, to be logged.
+
+    The column `LOST` of the step says why. All processes call this.
+
+    Args:
+        rows: of this rank.
+        counted: those lost to an environment have been.
+    """
+    none: list[str | None] = [None] * rows
+    pairs = list(zip(step.columns.get(LOST) or none, step.late or none, strict=True))
+    if step.late:
+        step.columns[LOST] = [cause or late for cause, late in pairs]
+    found = gather_object(pairs)
+    everyone = [cause or late for cause, late in found]
+    lost = [cause is not None for cause in everyone]
+    if not step.training or (counted and not any(late for _, late in found)):
+        return lost, {}
+    if (summary := losses.observe(everyone, again=counted)) is not None:
+        logger.warning("%s", summary)
+    return lost, {"rollout/lost_share": sum(lost) / len(lost)}
 
 
 def _count(args: Sequence[Any], kwargs: dict[str, Any]) -> int:

@@ -63,7 +63,7 @@ from srpo.trainer.distiller import Distiller, nothing_distilled
 from srpo.trainer.engines import saved_whole
 from srpo.trainer.forward_checks import ForwardChecks, still
 from srpo.trainer.generation_step import GenerationStep
-from srpo.trainer.late import world_one_by_one
+from srpo.trainer.late import lost_rows, world_one_by_one
 from srpo.trainer.limits import EndOnSignal, RunLimits, without_trl_warning
 from srpo.trainer.loss import loss_of, sequences
 from srpo.trainer.metrics import Alarms, CompletionsTable, Losses, gathered_metrics
@@ -73,7 +73,7 @@ from srpo.trainer.precision import engine_keeps_masters, train_in_fp32
 from srpo.trainer.reference import Reference, reference_of
 from srpo.trainer.rollouts import Rollouts
 from srpo.trainer.sampler import Sampler
-from srpo.types import FEEDBACK, LOST, Environment, World
+from srpo.types import FEEDBACK, Environment, World
 
 logger = logging.get_logger(__name__)
 
@@ -422,14 +422,11 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
         late = self.args.reward_deadline is not None
         with without_trl_warning() if any(lost) or late else nullcontext():
             rewards_per_func = super()._calculate_rewards(rows, prompts, completions, completion_ids_list)
-        if late:
-            none = [None] * len(texts)
-            causes = [old or new for old, new in zip(step.columns.get(LOST) or none, step.late or none, strict=True)]
-            step.columns[LOST], lost = causes, [cause is not None for cause in causes]
         if has_world or late:
-            self._count_lost(step)
+            gone, counted = lost_rows(step, len(texts), self.losses, counted=self.rollouts is not None)
+            self._add_metrics(step.training, counted)
             # A lost rollout has no reward, whatever a reward model says of it.
-            everyone = torch.tensor(gather_object(lost), device=rewards_per_func.device)
+            everyone = torch.tensor(gone, device=rewards_per_func.device)
             rewards_per_func = rewards_per_func.masked_fill(everyone.unsqueeze(1), torch.nan)
         rewards.extra_columns(self._pending_extra_logs, step, self._logs["extra"], len(texts))
         step.prompts = prompts  # as the policy saw them: an environment may have added its first observation
@@ -444,16 +441,6 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
             self._add_metrics(step.training, {"records/repaired": len(repaired)})
             self.table.say(f"texts of the world are no valid Unicode, and were repaired: {repaired[0]}", step.number)
         return rewards_per_func
-
-    def _count_lost(self, step: GenerationStep) -> None:
-        """What was lost to a world of one turn, or to a reward function; an environment's episodes are counted."""
-        causes = gather_object(list(step.columns.get(LOST) or [None] * len(step.rows)))
-        late = any(gather_object([any(step.late)]))
-        if step.training and (late or self.rollouts is None):
-            summary = self.losses.observe(causes, again=self.rollouts is not None)
-            if summary is not None:
-                logger.warning("%s", summary)
-            self._add_metrics(True, {"rollout/lost_share": sum(cause is not None for cause in causes) / len(causes)})
 
     def _credit(self, step: GenerationStep, batch: dict[str, Any]) -> None:
         success = rewards.correct(step, self.args, self.correctness)

@@ -6,6 +6,7 @@ python tests/support/fault_cases.py [CASE...]       the table of all cases: what
 import ctypes
 import itertools
 import os
+import re
 import signal
 import socket
 import sys
@@ -159,7 +160,8 @@ def two(folder: Path, case: str, **changes: Any) -> Ended:
         if rank not in codes:
             os.kill(fork, signal.SIGKILL)
             os.waitpid(fork, 0)
-    found = Ended([codes.get(rank, 999) for rank in (0, 1)], seconds, said.read_text(errors="replace"), folder)
+    words = re.sub(r"\[rank\d\]: ", "", said.read_text(errors="replace"))  # torch's own
+    found = Ended([codes.get(rank, 999) for rank in (0, 1)], seconds, words, folder)
     said.unlink()
     return found
 
