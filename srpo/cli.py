@@ -117,15 +117,16 @@ def run(main: Callable[[], Any]) -> NoReturn:
     try:
         code = main()
     except Stopped as stopped:
-        sys.exit(f"STOPPED: {_one_line(stopped)}")
+        sys.exit(1 if getattr(stopped, "said", False) else f"STOPPED: {_one_line(stopped)}")
     except Exception as error:
         if sys.flags.dev_mode or not is_mistake(error):
             raise
-        rank = os.environ.get("RANK", "0")
-        if rank != "0":  # all processes read one recipe: the first has said it, unless the mistake is this one's only
+        rank, said = os.environ.get("RANK", "0"), getattr(error, "said", False)
+        # All processes read one recipe: the first has said it, unless the mistake is this one's only.
+        if rank != "0" and not said and not getattr(error, "first", False):  # `srpo.run.watch` knows who has the word
             time.sleep(_OTHERS_WAIT)
         who = "" if rank == "0" else f"process {rank}: "
-        if not getattr(error, "said", False):  # by the process that found it, to all of the run
+        if not said:  # by the process that found it, to all of the run
             print(f"{who}error: {_one_line(error)}", file=sys.stderr, flush=True)
         sys.exit(2)
     sys.exit(code if isinstance(code, int) else 0)

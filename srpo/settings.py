@@ -59,6 +59,9 @@ class Settings:
         "max_lost_batches": at_least(1),
         "max_cost_usd": at_least(0),
         "signal_deadline": above(0),
+        "reward_deadline": above(0),
+        "world_deadline": above(0),
+        "hang_deadline": above(0),
         "max_bad_steps": at_least(1),
         "diagnostics_warning_interval": at_least(1),
     }
@@ -230,7 +233,7 @@ class Settings:
         ),
     )
     max_lost_share: float = field(
-        default=0.25, metadata=about("Share of lost rollouts that a batch may have; see max_lost_batches.")
+        default=0.25, metadata=about("Share of lost completions that a batch may have; see max_lost_batches.")
     )
     max_lost_batches: int = field(
         default=3, metadata=about("Batches in a row with more than max_lost_share before the run stops.")
@@ -275,6 +278,25 @@ class Settings:
         metadata=about(
             "Seconds that SIGTERM, SIGUSR1 or the first SIGINT leave to the step and its checkpoint before the "
             "process ends without."
+        ),
+    )
+    reward_deadline: float | None = field(
+        default=None,
+        metadata=about(
+            "Seconds that a reward function may take for one completion. Each then runs in a process of its own, "
+            "which is killed when it is late, and is asked for one completion at a time; what it does not answer is "
+            "lost, and counts for max_lost_share. None: in the trainer's process, all completions in one call."
+        ),
+    )
+    world_deadline: float | None = field(
+        default=None, metadata=about("The same for a world of one turn (world=); an episode's has step_deadline.")
+    )
+    hang_deadline: float = field(
+        default=1800.0,
+        metadata=about(
+            "Seconds that one part of a step (rollout, world, reward, scoring, loss, gradient, save, evaluation) may "
+            "take without moving on, in any process, before the run ends and says where each process stands. Outside "
+            "of training a process waits for others for ddp_timeout."
         ),
     )
     max_bad_steps: int = field(

@@ -30,14 +30,15 @@ from srpo.run.batch import batch_line
 from srpo.run.derived import check_made_from, is_made_from, made_from, mark, source, unmark
 from srpo.run.files import EVALUATION
 from srpo.run.folder import claim, finish
+from srpo.run.processes import Elsewhere
 from srpo.run.signals import heeded
 from srpo.run.steps import check_rows_of_a_batch
+from srpo.run.watch import part, watched
 from srpo.run.whole import SAVING, resume_from
 from srpo.sft import check_unsharded, sft, sft_config
 from srpo.task import START, Evaluation, RunArguments, Share, Task
 from srpo.trainer.progress import check_report_to, phase, quiet, show_progress
 from srpo.trainer.trainer import SRPOTrainer
-from srpo.types import Stopped
 
 Result = TypeVar("Result")
 
@@ -57,9 +58,14 @@ def _run(argv: Sequence[str] | None) -> Evaluation:
     quiet()
     task_class, recipe = load_run(argv)
     set_imports_aside()
-    arguments, how, args = recipe
-    check_report_to(args.report_to)
-    state = PartialState()
+    check_report_to(recipe[2].report_to)
+    PartialState()
+    with watched(recipe[2].hang_deadline, recipe[2].ddp_timeout):
+        return _told(task_class, recipe)
+
+
+def _told(task_class: Any, recipe: Any) -> Evaluation:
+    (arguments, how, args), state = recipe, PartialState()
     resume = args.resume_from_checkpoint = resume_from(args.resume_from_checkpoint, args.output_dir)
     task: Task = task_class(arguments, how, args)
     if own := own_policy(task, how.model_name_or_path):
@@ -141,7 +147,8 @@ def _run(argv: Sequence[str] | None) -> Evaluation:
     evaluation, trainer.heldout_table = concluded(task, [before, after, evaluated(task.baselines)], output)
     trainer.create_model_card(model_name=output.name)
     if args.push_to_hub:
-        trainer.push_to_hub()
+        with part("push", patient=True):
+            trainer.push_to_hub()
     finish(output)
     phase("done", f"policy, evaluation and report are in {output}")
     return evaluation
@@ -151,8 +158,8 @@ def together(act: Callable[[], Result]) -> list[Result]:
     """What every process's `act` returned, in order of rank, on all of them.
 
     Raises:
-        Exception: what `act` raised here; where it raised on another process only, `Stopped`, so that no process waits
-            for one that has ended.
+        Exception: what `act` raised here; where it raised on another process only, `Elsewhere`, so that no process
+            waits for one that has ended.
     """
     try:
         mine: tuple[Any, BaseException | None] = (act(), None)
@@ -163,7 +170,7 @@ def together(act: Callable[[], Result]) -> list[Result]:
         raise mine[1]
     for rank, (_, words) in enumerate(told):
         if words is not None:
-            raise Stopped(f"process {rank}: {words}")
+            raise Elsewhere(f"process {rank}: {words}")
     return [result for result, _ in told]
 
 

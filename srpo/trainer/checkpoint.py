@@ -22,6 +22,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from srpo.run.watch import part
 from srpo.run.whole import SAVING, put_in_place, rotate, seal, whole_looking
 from srpo.trainer.distiller import Distiller
 from srpo.trainer.nested import load_nested, save_nested
@@ -89,7 +90,8 @@ class Checkpoints:
         self.last = state.global_step
         self.accelerator.wait_for_everyone()
         if args.push_to_hub:
-            trainer._push_from_checkpoint(str(folder))
+            with part("push", patient=True):
+                trainer._push_from_checkpoint(str(folder))
         if args.should_save:
             rotate(output, args.save_total_limit, state.best_model_checkpoint)
 

@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from srpo.run.signals import Signals
-from srpo.trainer.metrics import Alarms
+from srpo.trainer.metrics import Alarms, Losses
 from srpo.trainer.rollouts import Rollouts
 from srpo.types import Stopped
 
@@ -106,15 +106,15 @@ class EarlyWarnings(TrainerCallback):
 class RunLimits(TrainerCallback):
     """Stops a run that has spent its money or loses its rollouts, with a checkpoint."""
 
-    def __init__(self, rollouts: Rollouts):
-        self.rollouts = rollouts
+    def __init__(self, losses: Losses, rollouts: Rollouts | None) -> None:
+        self.losses, self.rollouts = losses, rollouts
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        reason = self.rollouts.losses.verdict or self.rollouts.stop_because
+        reason = self.losses.verdict or (self.rollouts and self.rollouts.stop_because)
         if reason is not None and not control.should_training_stop:
             logger.warning("The run stops, with a checkpoint: %s", reason)
             control.should_save = control.should_training_stop = True
 
     def conclude(self, args: Any) -> None:
-        if self.rollouts.losses.verdict is not None:
-            raise LostRollouts(f"{self.rollouts.losses.verdict}. A checkpoint was saved in {args.output_dir}")
+        if self.losses.verdict is not None:
+            raise LostRollouts(f"{self.losses.verdict}. A checkpoint was saved in {args.output_dir}")

@@ -236,16 +236,27 @@ class Losses:
         self.batches = batches
         self.streak = 0
         self.verdict: str | None = None
+        self._causes: Sequence[str | None] = ()
+        self._before = 0
 
-    def observe(self, rows: Sequence[Account]) -> str | None:
-        """Take one batch of all ranks; what was lost in it, in words, most frequent cause first."""
-        causes = Counter(row.cause for row in rows if row.stop == "lost")
-        lost = sum(causes.values())
-        self.streak = self.streak + 1 if lost > self.share * len(rows) else 0
+    def observe(self, causes: Sequence[str | None], again: bool = False) -> str | None:
+        """Take one batch of all ranks; what was lost in it, in words, most frequent cause first.
+
+        Args:
+            causes: of each rollout that was lost; None: it was not.
+            again: the last batch once more, of which rewards have lost more.
+        """
+        if again:
+            self.streak = self._before
+            causes = [old or new for old, new in zip(self._causes, causes, strict=True)]
+        self._causes, self._before = causes, self.streak
+        found = Counter(cause for cause in causes if cause is not None)
+        lost = found.total()
+        self.streak = self.streak + 1 if lost > self.share * len(causes) else 0
         if not lost:
             return None
-        most = "; ".join(f"{n} x {cause}" for cause, n in causes.most_common(3))
-        summary = f"{lost} of {len(rows)} rollouts of the batch were lost: {most}"
+        most = "; ".join(f"{n} x {cause}" for cause, n in found.most_common(3))
+        summary = f"{lost} of {len(causes)} rollouts of the batch were lost: {most}"
         if self.streak >= self.batches and self.verdict is None:
             self.verdict = (
                 f"more than {self.share:.0%} of the rollouts were lost in {self.streak} batches in a row; the last: "

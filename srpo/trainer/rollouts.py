@@ -25,6 +25,7 @@ from srpo.rollout.loop import Limits, play
 from srpo.rollout.sampling import text_of
 from srpo.rollout.vllm import VLLMGenerator
 from srpo.rollout.worker_loop import EpisodeLoop
+from srpo.run.watch import beat
 from srpo.teacher.masked_decisions import gathered_choices
 from srpo.trainer.generation_step import GenerationStep
 from srpo.trainer.metrics import TRUNCATED, Account, Losses, account, rollout_metrics
@@ -121,6 +122,12 @@ class Rollouts:
         """What plays the episodes of one generation batch, of this rank alone; arguments as of `play`."""
         if keep_loop and self._loop is None:
             self._loop = EpisodeLoop()
+        spent = self._purse() if step.training else lambda: False
+
+        def answered() -> bool:
+            beat()
+            return spent()
+
         return partial(
             play,
             self.environment,
@@ -132,7 +139,7 @@ class Rollouts:
             self._limits(),
             self._loop if keep_loop else None,
             progress=bar and self.accelerator.is_main_process and not self.args.disable_tqdm,
-            out_of_money=self._purse() if step.training else lambda: False,
+            out_of_money=answered,
             rounds=generator.in_step,
         )
 
@@ -147,7 +154,8 @@ class Rollouts:
         mine = [account(len(ids), sum(f.policy), t) for ids, f, t in zip(prompt_ids, flat, trajectories, strict=True)]
         everyone = gather_object(mine)
         kept = kept_rows([row.stop == "lost" for row in everyone], self.group if step.training else 1)
-        if step.training and (summary := self.losses.observe(everyone)) is not None:
+        causes = [row.cause for row in everyone]
+        if step.training and (summary := self.losses.observe(causes)) is not None:
             logger.warning("%s", summary)
         metrics = self._metrics(everyone, kept)
         if args.mask_truncated_completions:

@@ -49,6 +49,7 @@ from srpo.rollout.thinking import opened_by
 from srpo.rollout.vllm_settings import vllm_of
 from srpo.run.signals import Interrupted, heeded
 from srpo.run.steps import check_eval_rows, check_start, check_steps_made
+from srpo.run.watch import part, watched
 from srpo.run.whole import AUTO, SAVING, resume_from
 from srpo.teacher import masked_decisions as masked
 from srpo.teacher.lm_head import add_scoring_head
@@ -64,9 +65,10 @@ from srpo.trainer.distiller import Distiller, nothing_distilled
 from srpo.trainer.engines import saved_whole
 from srpo.trainer.forward_checks import ForwardChecks, still
 from srpo.trainer.generation_step import GenerationStep
+from srpo.trainer.late import lost_rows, world_one_by_one
 from srpo.trainer.limits import EarlyWarnings, EndOnSignal, RunLimits, without_trl_warning
 from srpo.trainer.loss import loss_of, sequences
-from srpo.trainer.metrics import Alarms, CompletionsTable, gathered_metrics
+from srpo.trainer.metrics import Alarms, CompletionsTable, Losses, gathered_metrics
 from srpo.trainer.micro_batches import micro_batches
 from srpo.trainer.overlap import Ahead, refuse_ahead, rows_of_batch
 from srpo.trainer.precision import engine_keeps_masters, train_in_fp32
@@ -129,7 +131,9 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
         self.objective, self._record = args.objective, objective_of(args)
         self.recipe, self.save_beside = recipe, save_beside
         self.heldout_table: str | None = None
-        self.world, self.environment = world, environment
+        late = args.world_deadline
+        self.world = world if world is None or late is None else world_one_by_one(world, late)
+        self.environment = environment
         self.correctness, self.allowed_tokens, self.heldout = correctness, allowed_tokens, heldout
         self.generation_step = GenerationStep(scored=True)  # a resumed run may begin inside of one
         self._train_sampler: Any = None
@@ -153,7 +157,12 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
             engine_that_replay_needs(args),
             reference_of(model, peft_config, args) as own_reference,
         ):
-            functions = rewards.checked_rewards(reward_funcs, lambda words: self.bad_steps.reward(words))
+            functions = rewards.checked_rewards(
+                reward_funcs,
+                lambda words: self.bad_steps.reward(words),
+                args.reward_deadline,
+                lambda causes: self.generation_step.lose(causes),
+            )
             evaluated = args.eval_strategy
             if heldout is not None:
                 args.eval_strategy = IntervalStrategy.NO  # else transformers asks for an eval_dataset
@@ -202,8 +211,9 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
                 sharded = self._dist.is_zero3 or self._dist.is_fsdp
                 refuse_ahead(args, is_peft_model(self.model), sharded, self.train_dataset)
                 self.rollouts.ahead = Ahead(plain_copy(self._base(self.model)))
-            self.limits.append(RunLimits(self.rollouts))
-            self.add_callback(self.limits[-1])
+        self.losses = Losses(args.max_lost_share, args.max_lost_batches) if not self.rollouts else self.rollouts.losses
+        self.limits.append(RunLimits(self.losses, self.rollouts))
+        self.add_callback(self.limits[-1])
         replay = None if self.replay_passes is None else self.replay_passes.replay
         self.sharing = self._add_scoring_head(self._base(self.model), replay)
         for other in filter(None, (self.ref_model, twin)):
@@ -252,6 +262,7 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
             self._buffered_inputs = micro_batches(scored, self.args, self.accelerator, self.aux_loss_enabled, shared)
         return self._buffered_inputs[self._step % self.args.steps_per_generation]
 
+    @part("scoring")
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         rows = inputs if self._is_vlm else columns.without_pictures(inputs)
         if self.model.training:
@@ -304,6 +315,7 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
         finally:
             self.tools = own
 
+    @part("rollout")
     def _generate(self, prompts: list[Any]) -> tuple[Any, ...]:
         step = self.generation_step
         if self.rollouts is None:
@@ -404,6 +416,7 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
             passes.sampled(step, prompt_ids, completion_ids, recorder)
         return completion_ids, logprobs
 
+    @part("reward")
     def _calculate_rewards(
         self, inputs: list[dict[str, Any]], prompts: list[Any], completions: list[Any], completion_ids_list: list[Any]
     ) -> Tensor:
@@ -412,16 +425,21 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
         step.opened = step.opened or [""] * len(texts)
         step.rows = inputs
         taken = {*self.reward_func_names, *columns.TABLE_COLUMNS}
-        step.columns, repaired = rewards.columns_of(step, texts, self.world, taken)
+        with part("world"):
+            step.columns, repaired = rewards.columns_of(step, texts, self.world, taken)
         has_world = self.world is not None or self.environment is not None
         rows = rewards.rows_with_columns(inputs, step.columns, has_world)
         step.references = [row.get(REFERENCES) for row in rows]
         lost = [row.get(columns.LOST_ROW) is not None for row in rows]
-        with without_trl_warning() if any(lost) else nullcontext():
+        late = self.args.reward_deadline is not None
+        with without_trl_warning() if any(lost) or late else nullcontext():
             scored = super()._calculate_rewards(rows, prompts, completions, completion_ids_list)
         rewards_per_func = rewards.of_models(scored, self.reward_funcs)
-        if has_world:  # a lost rollout has no reward, whatever a reward model says of it
-            everyone = torch.tensor(gather_object(lost), device=rewards_per_func.device)
+        if has_world or late:
+            gone, counted = lost_rows(step, len(texts), self.losses, counted=self.rollouts is not None)
+            self._add_metrics(step.training, counted)
+            # A lost rollout has no reward, whatever a reward model says of it.
+            everyone = torch.tensor(gone, device=rewards_per_func.device)
             rewards_per_func = rewards_per_func.masked_fill(everyone.unsqueeze(1), torch.nan)
         rewards.extra_columns(self._pending_extra_logs, step, self._logs["extra"], len(texts))
         step.prompts = prompts  # as the policy saw them: an environment may have added its first observation
@@ -461,6 +479,7 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
         """A context: passes of the model score those of their tokens that are trained on, among `choices`."""
         return masked.scored_among(self._base(model), choices, trained)
 
+    @part("loss")
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         if (passes := self.replay_passes) is not None and EXPERT_IDS in inputs:
             steps, part = self.calendar.when(self._step)
@@ -496,6 +515,7 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
                 self._add_metrics(False, self.loss.metrics())
             return found
 
+    @part("gradient")
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         try:
             loss = super().training_step(*args, **kwargs)
@@ -517,7 +537,8 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
             self.checkpoints.refuse_other_run(found)
         if self.args.eval_strategy != "no" and self.heldout is None:
             check_eval_rows(self.eval_dataset, self.args, self.num_generations_eval)
-        with heeded() as self.end_on_signal.signals:
+        hang, wait = self.args.hang_deadline, self.args.ddp_timeout
+        with heeded() as self.end_on_signal.signals, watched(hang, wait), part("training", patient=True):
             with self.end_on_signal.signals.waited_for(self.args.signal_deadline):
                 try:
                     output = super().train(found, *rest, **kwargs)
@@ -535,6 +556,7 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
         self.bad_steps.check_weights(self.model)
         return output
 
+    @part("evaluation", prefix=True)
     def evaluate(self, eval_dataset: Any = None, *rest: Any, **kwargs: Any) -> Any:
         self._wait_ahead()
         self._evaluated = 0
@@ -578,6 +600,7 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
         if self.teacher is not None and self._step % self._generate_every == 0 and not self.bad_steps.skipped:
             self.teacher.update()
 
+    @part("save")
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         with saved_whole(self.accelerator):
             super().save_model(output_dir, _internal_call)
@@ -591,6 +614,7 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
         # Where TRL and transformers write checkpoints, and find none that they would take away in their own way.
         return os.path.join(super()._get_output_dir(trial), SAVING)
 
+    @part("save")
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         self.bad_steps.check_weights(self.model)
         self._wait_ahead()
