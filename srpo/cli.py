@@ -94,12 +94,13 @@ def _overview() -> str:
 
 
 def run(main: Callable[[], Any]) -> NoReturn:
-    """Call `main` and end the process: its integer, 0 for anything else, 1 where it was `Stopped`, 2 after a user's
-    mistake."""
+    """Call `main` and end the process: its integer, 0 for anything else, 2 after a user's mistake; where it was
+    `Stopped` 1, or 75 where all is done and the Hub has not taken it (`srpo.hub.upload.NotPushed`)."""
     try:
         code = main()
     except Stopped as stopped:
-        sys.exit(f"STOPPED: {_one_line(stopped)}")
+        print(f"STOPPED: {_one_line(stopped)}", file=sys.stderr, flush=True)
+        sys.exit(stopped.code)
     except Exception as error:
         if sys.flags.dev_mode or not is_mistake(error):
             raise

@@ -55,6 +55,7 @@ class Settings:
         "max_lost_batches": at_least(1),
         "max_cost_usd": at_least(0),
         "signal_deadline": above(0),
+        "hub_deadline": above(0),
         "max_bad_steps": at_least(1),
         "diagnostics_warning_interval": at_least(1),
     }
@@ -252,6 +253,12 @@ class Settings:
         metadata=about(
             "Seconds that SIGTERM, SIGUSR1 or the first SIGINT leave to the step and its checkpoint before the "
             "process ends without."
+        ),
+    )
+    hub_deadline: float = field(
+        default=300.0,
+        metadata=about(
+            "push_to_hub: seconds, and one more for each MB, in which a push is tried again; the run goes on without."
         ),
     )
     max_bad_steps: int = field(

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 from transformers.utils import logging
 
+from srpo.losses import note
 from srpo.types import Stopped
 
 logger = logging.get_logger(__name__)
@@ -133,6 +134,8 @@ class BadSteps(TrainerCallback):
         if own or not any(found):
             self._dump(path, step, batches)
         logger.warning("Step %d is not made, not finite: %s. The batch is in %s", step, what, path.parent)
+        if self.accelerator.is_main_process:
+            note(args.output_dir, step, "steps", {what: 1})
         if self._streak >= self.most:
             self.verdict = (
                 f"{self._streak} steps in a row were not finite, the last, {step}, because of: {what}; their batches "

@@ -16,7 +16,7 @@ What one hook learns of a generation batch the next finds in a `GenerationStep`;
 
 import inspect
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -124,6 +124,7 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
         self.objective, self._record = args.objective, objective_of(args)
         self.recipe, self.save_beside = recipe, save_beside
         self.heldout_table: str | None = None
+        self.heldout_results: Sequence[Mapping[str, Any]] = ()
         self.world, self.environment = world, environment
         self.correctness, self.allowed_tokens = correctness, allowed_tokens
         self.generation_step = GenerationStep(scored=True)  # a resumed run may begin inside of one

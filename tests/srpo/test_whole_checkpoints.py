@@ -23,7 +23,7 @@ from core_helpers import config, dataset, equal, model, trainer, weights
 from resume_cases import reward
 from transformers.trainer_utils import get_last_checkpoint
 
-from srpo.hub.hub import push_checkpoint
+from srpo.hub.upload import push_checkpoint
 from srpo.policy_name import check_policy_name
 from srpo.run.whole import MANIFEST, NotWhole, fault, newest, read_manifest, resume_from, rotate, seal, whole_looking
 from srpo.trainer.checkpoint import SaveFailed
