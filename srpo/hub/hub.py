@@ -142,9 +142,10 @@ class HubMixin:
 
     def _finish_current_push(self) -> None:
         """Called at the end of a training. A process that was asked to end does not wait longer than it may."""
-        if self.push_in_progress is not None:
+        pushes = getattr(self, "push_in_progress", None)  # of the main process, of a run that pushes
+        if pushes is not None:
             left = self.end_on_signal.signals.left() - _BEFORE_THE_END
-            if not self.push_in_progress.wait_until_done(None if left == math.inf else max(left, 0.0)):
+            if not pushes.wait_until_done(None if left == math.inf else max(left, 0.0)):
                 logger.warning("A push is left where it is, because the process has to end; srpo push finishes it")
 
     def _a_push(
@@ -168,7 +169,7 @@ class HubMixin:
             str(self.hub_model_id),
             options,
             staged,
-            self.state.global_step,
+            self.state.global_step if hasattr(self, "state") else 0,  # none yet when the trainer is made
             token or self.args.hub_token,
             self.args.hub_deadline if deadline is None else deadline,
         )

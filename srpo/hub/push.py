@@ -39,13 +39,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         NotPushed: the Hub has not taken it within the deadline.
     """
     args = _parser().parse_args(argv)
-    if not args.folder.is_dir():
-        raise ValueError(f"{args.folder}: there is no such folder")
     where: dict[str, Any] = {"private": args.private or None, "revision": args.revision, "token": None}
     if args.create:
         with _ended_after(args.deadline):
             print(_worded(lambda: create(args.repo, deadline=args.deadline, **where)))
         return
+    if not args.folder.is_dir():
+        raise ValueError(f"{args.folder}: there is no such folder")
     if args.merged:
         with tempfile.TemporaryDirectory() as folder:
             _push(merged(args.folder, Path(folder)), args, where)

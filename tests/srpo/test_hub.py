@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from srpo.hub import upload
-from srpo.hub.card import model_card
+from srpo.hub.card import costs_of, model_card
 from srpo.hub.errors import explain
 from srpo.hub.files import files_to_push
 from srpo.hub.hub import HubMixin
@@ -258,6 +258,30 @@ def test_the_card_holds_a_recipe_that_can_be_read_back_and_says_when_nothing_was
     block = card.split("```yaml\n")[1].split("```")[0]
     assert yaml.safe_load(block) == {**recipe, "hub_token": REDACTED}
     assert "Not evaluated yet." in card and "train.py --config 'a b.yaml'" in card
+
+
+def test_results_are_read_by_the_hubs_own_reader_and_files_can_be_checked() -> None:
+    from huggingface_hub import ModelCard
+
+    card = model_card(
+        objective="srpo",
+        model_name="r",
+        command=["x"],
+        results=[{"name": "srpo", "dataset": "held-out", "metrics": {"right answers": 0.61, "USD per query": 2e-5}}],
+        picture="frontier.png",
+        costs=costs_of([{"train_runtime": 61.2, "cost/spent_usd": 1.5}, {"loss": 1.0}], 12345),
+        hashes={"model.safetensors": "0a" * 32},
+    )
+    found = ModelCard(card).data.eval_results
+    assert [(one.metric_type, one.metric_value, one.dataset_name, one.metric_name) for one in found] == [
+        ("right answers", 0.61, "held-out", "srpo: right answers"),
+        ("USD per query", 2e-5, "held-out", "srpo: USD per query"),
+    ]
+    assert (
+        "![Score and cost of every router](frontier.png)" in card
+        and f"| `model.safetensors` | `{'0a' * 32}` |" in card
+    )
+    assert "It took 12,345 tokens read and written, 61 s of training, $1.5000 for calls." in card
 
 
 def test_an_unknown_objective_is_refused() -> None:
