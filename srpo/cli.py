@@ -112,12 +112,14 @@ def _overview() -> str:
 
 
 def run(main: Callable[[], Any]) -> NoReturn:
-    """Call `main` and end the process: its integer, 0 for anything else, 1 where it was `Stopped`, 2 after a user's
-    mistake."""
+    """Call `main` and end the process: its integer, 0 for anything else, 2 after a user's mistake; where it was
+    `Stopped` 1, or 75 where all is done and the Hub has not taken it (`srpo.hub.upload.NotPushed`)."""
     try:
         code = main()
     except Stopped as stopped:
-        sys.exit(1 if getattr(stopped, "said", False) else f"STOPPED: {_one_line(stopped)}")
+        if not getattr(stopped, "said", False):
+            print(f"STOPPED: {_one_line(stopped)}", file=sys.stderr, flush=True)
+        sys.exit(stopped.code)
     except Exception as error:
         if sys.flags.dev_mode or not is_mistake(error):
             raise

@@ -62,6 +62,7 @@ class Settings:
         "reward_deadline": above(0),
         "world_deadline": above(0),
         "hang_deadline": above(0),
+        "hub_deadline": above(0),
         "max_bad_steps": at_least(1),
         "diagnostics_warning_interval": at_least(1),
     }
@@ -297,6 +298,12 @@ class Settings:
             "Seconds that one part of a step (rollout, world, reward, scoring, loss, gradient, save, evaluation) may "
             "take without moving on, in any process, before the run ends and says where each process stands. Outside "
             "of training a process waits for others for ddp_timeout."
+        ),
+    )
+    hub_deadline: float = field(
+        default=300.0,
+        metadata=about(
+            "push_to_hub: seconds, and one more for each MB, in which a push is tried again; the run goes on without."
         ),
     )
     max_bad_steps: int = field(

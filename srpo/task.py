@@ -147,7 +147,10 @@ class Planned:
 
 
 class Evaluation(Protocol):
-    """Played episodes of one or several routers; `routers.evaluation.episodes.Episodes` is one."""
+    """Played episodes of one or several routers; `routers.evaluation.episodes.Episodes` is one.
+
+    Optional: `results()`, the numbers of the trained policy (`results` of `srpo.hub.card.model_card`).
+    """
 
     @classmethod
     def merged(cls, parts: Sequence[Any]) -> Any:

@@ -9,7 +9,7 @@ GRPOConfig and more). Every process of a launch runs this whole story; what only
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,6 +22,7 @@ from srpo.checks import check_rows
 from srpo.cli import run
 from srpo.config import SRPOConfig
 from srpo.garbage import set_imports_aside
+from srpo.hub.upload import NotPushed
 from srpo.own_policy import own_policy, train_own
 from srpo.policy import check_loads, check_policy, load_policy, whole_policy, whole_start, with_adapter
 from srpo.recipe import load_run, resolved_recipe
@@ -49,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> Evaluation:
     Raises:
         ValueError: a mistake in recipe or data, in one sentence; before the output folder is touched where it can be.
         Interrupted: a signal has ended the run (`srpo.run.signals`); exit code 0.
+        NotPushed: all is done and written, and the Hub has not taken it; exit code 75.
     """
     with heeded():
         return _run(argv)
@@ -145,12 +147,16 @@ def _told(task_class: Any, recipe: Any) -> Evaluation:
     with whole_policy(trainer, output) as policy:
         after = evaluated(lambda share: task.evaluate(policy, tokenizer, args.objective, share))
     evaluation, trainer.heldout_table = concluded(task, [before, after, evaluated(task.baselines)], output)
+    trainer.heldout_results = results_of(evaluation)
     trainer.create_model_card(model_name=output.name)
+    pushed = True
     if args.push_to_hub:
         with part("push", patient=True):
-            trainer.push_to_hub()
+            pushed = trainer.push_to_hub()
     finish(output)
     phase("done", f"policy, evaluation and report are in {output}")
+    if not pushed:
+        raise NotPushed.of(output, str(trainer.hub_model_id))
     return evaluation
 
 
@@ -204,6 +210,12 @@ def _heldout_reward(task: Task, trainer: SRPOTrainer, output: Path) -> float:
     with whole_policy(trainer, folder) as policy:
         name, tokenizer = trainer.args.objective, trainer.processing_class
         return float(evaluated(lambda share: task.evaluate(policy, tokenizer, name, share)).mean_reward())
+
+
+def results_of(evaluation: Any) -> Sequence[Mapping[str, Any]]:
+    """For the card's metadata, where the evaluation has such."""
+    results = getattr(evaluation, "results", None)
+    return results() if results else ()
 
 
 def _evaluated_once(task: Task, load: Callable[[], Any], tokenizer: Any, path: Path, values: dict[str, Any]) -> Any:

@@ -164,6 +164,18 @@ class Episodes:
 
         return cls(pd.concat([part.frame for part in parts], ignore_index=True), header)
 
+    def results(self) -> list[dict[str, Any]]:
+        """Means of the trained policies on each set, for a model card's metadata; items that the pool lost are left
+        out."""
+        score, item = str(self.header.get("score", "score")), str(self.header.get("item", "item"))
+        found = []
+        played = self.frame[(self.frame["kind"] == "policy") & (self.frame["stop"] != LOST)]
+        for (name, where), rows in played.groupby(["router", "set"], sort=False):
+            means = {score: rows["score"], f"USD per {item}": rows["usd"], "reward": rows["reward"]}
+            metrics = {metric: round(float(values.mean()), 8) for metric, values in means.items()}
+            found.append({"name": str(name), "dataset": f"held-out {where}".strip(), "metrics": metrics})
+        return found
+
     def write(self, path: str | Path) -> None:
         """Into a parquet file, which appears whole or not at all."""
         path = Path(path)

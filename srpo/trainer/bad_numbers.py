@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 from transformers.utils import logging
 
+from srpo.losses import note
 from srpo.types import Stopped
 
 logger = logging.get_logger(__name__)
@@ -137,6 +138,8 @@ class BadSteps(TrainerCallback):
             except OSError as error:
                 logger.warning("%s could not be written, and the run goes on: %s", path, error)
         logger.warning("Step %d is not made, not finite: %s. The batch is in %s", step, what, path.parent)
+        if self.accelerator.is_main_process:
+            note(args.output_dir, step, "steps", {what: 1})
         if self._streak >= self.most:
             self.verdict = (
                 f"{self._streak} steps in a row were not finite, the last, {step}, because of: {what}; their batches "

@@ -192,6 +192,7 @@ class Account:
     turns: int
     cause: str | None
     """Of a lost rollout: member and error."""
+    usd: float = 0.0
 
 
 def account(prompt_tokens: int, policy_tokens: int, trajectory: Trajectory) -> Account:
@@ -200,7 +201,8 @@ def account(prompt_tokens: int, policy_tokens: int, trajectory: Trajectory) -> A
         cause = str(trajectory.columns.get(LOST) or "no reason given")
         member = trajectory.columns.get(ROUTE)
         cause = cause if member is None or str(member) in cause else f"{member}: {cause}"
-    return Account(prompt_tokens, policy_tokens, trajectory.stop, trajectory.columns[TURNS], cause)
+    usd = float(trajectory.columns.get(COST) or 0.0)
+    return Account(prompt_tokens, policy_tokens, trajectory.stop, trajectory.columns[TURNS], cause, usd)
 
 
 def rollout_metrics(rows: Sequence[Account], kept: Sequence[bool]) -> dict[str, float]:

@@ -16,7 +16,7 @@ What one hook learns of a generation batch the next finds in a `GenerationStep`;
 
 import inspect
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -131,6 +131,7 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
         self.objective, self._record = args.objective, objective_of(args)
         self.recipe, self.save_beside = recipe, save_beside
         self.heldout_table: str | None = None
+        self.heldout_results: Sequence[Mapping[str, Any]] = ()
         late = args.world_deadline
         self.world = world if world is None or late is None else world_one_by_one(world, late)
         self.environment = environment

@@ -24,7 +24,7 @@ from resume_cases import reward
 from tqdm import tqdm
 from transformers.trainer_utils import get_last_checkpoint
 
-from srpo.hub.hub import push_checkpoint
+from srpo.hub.upload import push_checkpoint
 from srpo.policy_name import check_policy_name
 from srpo.run.whole import MANIFEST, NotWhole, fault, newest, read_manifest, resume_from, rotate, seal, whole_looking
 from srpo.trainer.checkpoint import SaveFailed
