@@ -15,11 +15,11 @@ from itertools import product
 import numpy as np
 from scipy.linalg import solve_triangular
 
-VARIANCES = (0.003, 0.03, 0.3, 3.0)
+VARIANCES = (0.01, 0.1, 1.0)
 LEVEL, MEMBER = 10.0, 0.1
 PRIOR_COUNT, PRIOR_VARIANCE = 4.0, 0.2
 """Of the noise: as if so many rewards with this variance had been seen."""
-CHOSEN_AGAIN = 1.4
+CHOSEN_AGAIN = 2.0
 """The variances are chosen anew when there are so many times as many rewards."""
 
 

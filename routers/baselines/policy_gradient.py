@@ -6,8 +6,8 @@
 R is the doubly robust credit of all that was logged (`routers.evaluation.off_policy`): the critic's guess without the
 row's own reward (`routers.baselines.critic`), corrected by what came of the choice over its propensity, which the
 policy knows, as it drew the choice. U climbs the exact gradient of J, which is REINFORCE's with the critic as control
-variate, averaged over actions; it counts only where it gains more than a standard error on a fifth of the rows that
-it did not climb, else it is 0. The draws explore, as much as the critic is unsure.
+variate, averaged over actions; it counts only where it gains more than two standard errors on a fifth of the rows
+that it did not climb, else it is 0. The draws explore, as much as the critic is unsure.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class PolicyGradient(Learner):
     breadth, strength, clip = 0.1, 1.0, 10.0
     """B; of the penalty; greatest weight."""
     every, growth = 4, 0.05
-    """The critic learns after so many outcomes, or this share of all so far; U after 1.4 times as many."""
+    """The critic learns after so many outcomes, or this share of all so far; U after twice as many."""
 
     def start(self, contexts: np.ndarray, members: int, seed: int) -> None:
         self.width = min(int(self.directions), contexts.shape[1] - 1) + 1
@@ -71,7 +71,7 @@ class PolicyGradient(Learner):
         self.seen, self.recent = np.vstack([self.seen, self.recent])[-MOST:], self.recent[:0]
         lots = np.random.default_rng([self.seed, self.critic.count])
         self.drawn = self.critic.draws(lots, int(self.heads), self.scale)
-        if self.critic.count >= 1.4 * self.climbed:
+        if self.critic.count >= 2 * self.climbed:
             self.climbed = self.critic.count
             self.climb()
 
@@ -91,5 +91,5 @@ class PolicyGradient(Learner):
         [actor] = minimised(loss, [np.zeros_like(self.actor)], self.strength, most=50)
         after = before[held] + x[held] @ actor.T
         gain = ((softmax(after, axis=1) - softmax(before[held], axis=1)) * credit[held]).sum(axis=1)
-        sure = len(held) > 1 and gain.mean() > gain.std(ddof=1) / len(held) ** 0.5
+        sure = len(held) > 1 and gain.mean() > 2 * gain.std(ddof=1) / len(held) ** 0.5
         self.actor = self.breadth * actor if sure else np.zeros_like(actor)

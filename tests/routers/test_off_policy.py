@@ -164,7 +164,7 @@ def test_the_critic_chooses_its_variances_by_the_evidence() -> None:
     rng = np.random.default_rng(0)
     x = np.hstack([rng.standard_normal((400, 3)) / 2, np.ones((400, 1))])
     chosen, noise = rng.integers(0, 2, 400), rng.standard_normal(400) * 0.3
-    for effect, expected in ((np.zeros(400), 0.003), (np.where(chosen == 0, 2, -2) * x[:, 0], 3.0)):
+    for effect, expected in ((np.zeros(400), 0.01), (np.where(chosen == 0, 2, -2) * x[:, 0], 1.0)):
         critic = Critic(4, 2)
         critic.add(x, chosen, effect + noise)
         critic.fit()
