@@ -67,6 +67,11 @@ class QueryRouting:
             folder=notes,
         )
         check_split(self.table)
+        if self.table.log and (task.abstain_reward is not None or not self.own_policy(self.run.model_name_or_path)):
+            raise ValueError(
+                f"{task.table}: has a column propensity, so it is a log, which tells the outcome of one member for "
+                "each query: it can train model_name_or_path: encoder, without abstain_reward"
+            )
         queries = self.table.queries("train")
         self.chosen = spread(len(queries), self.run.train_limit)
         self.queries = [queries[i] for i in self.chosen]
@@ -240,8 +245,9 @@ class QueryRouting:
         return table_baselines(self.table, self.rule(None), share=share, limit=self.run.heldout_limit)
 
     def report(self, evaluation: Episodes, output: Path) -> str:
+        from routers.baselines.from_log import told_by_log
         from routers.evaluation.report import report
         from routers.tasks.query_routing.evaluate import guarded
 
         told = report(evaluation, output, title=f"Query routing: {self.arguments.table}")
-        return "\n".join(filter(None, [told, guarded(evaluation)]))
+        return "\n".join(filter(None, [told, guarded(evaluation), told_by_log(evaluation)]))
