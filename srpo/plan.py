@@ -143,7 +143,7 @@ def _memory(task: Any, how: Any, args: Any, device: _Device, gpu_gib: float, giv
     where = "on a CPU" if device.use_cpu else f"on GPUs of {gpu_gib:g} GiB"
     rows = f"rows of {base.prompt:,} + {base.completion:,} tokens, {base.rows} at a time"
     yield f"memory of a process in GiB, {where}: {weights}; {rows}"
-    table = [_HEADER]
+    table: list[tuple[str, ...]] = [_HEADER]
     for engine, processes in MACHINES[: 1 if device.use_cpu else None]:
         row = (str(processes), _NAMES[engine])
         try:

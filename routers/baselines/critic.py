@@ -51,7 +51,7 @@ class Critic:
     def fit(self) -> None:
         tried = [self.variances]
         if self.count >= self.due:
-            tried, self.due = list(product(VARIANCES, repeat=2)), CHOSEN_AGAIN * self.count
+            tried, self.due = [(a, b) for a in VARIANCES for b in VARIANCES], CHOSEN_AGAIN * self.count
         found = [self._posterior(*variances) for variances in tried]
         best = max(range(len(tried)), key=lambda i: found[i][0])
         _, self.root, half, self.noise = found[best]

@@ -138,7 +138,7 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
         self.correctness, self.allowed_tokens, self.heldout = correctness, allowed_tokens, heldout
         self.generation_step = GenerationStep(scored=True)  # a resumed run may begin inside of one
         self._train_sampler: Any = None
-        self.calendar = Calendar(args.gradient_accumulation_steps)
+        self.calendar = Calendar(int(args.gradient_accumulation_steps or 1))  # settled by the configuration
         self._evaluated = 0  # batches of an evaluation
 
         # `rest` are TRL's further arguments by position.
