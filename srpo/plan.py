@@ -6,7 +6,6 @@ of the model's configuration (`srpo.memory`), at the longest rows that the recip
 
 from __future__ import annotations
 
-import argparse
 import math
 import tempfile
 import warnings
@@ -15,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from srpo.cli import Parser
 from srpo.ranges import above, at_least, ranged
 from srpo.run.batch import BatchMistake, accumulation, as_launched, batch_line
 
@@ -38,7 +38,7 @@ class _Device:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """`srpo plan RECIPE [--processes N] [--key value ...]`."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="What a recipe would do: steps, rows, tokens, calls, cost, checkpoints, and the memory of each "
         "process on 1, 8 and 32 GPUs. Nothing is paid or written.",
         epilog="example: srpo plan Qwen3-8B/srpo/routing --processes 8",
@@ -46,8 +46,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("recipe", help="a file, or a shipped name: srpo recipes lists them")
     parser.add_argument("--processes", type=ranged(at_least(1), whole=True), default=1, help="that would train (1)")
-    parser.add_argument("--gpu-gib", type=ranged(above(0)), default=80.0, help="memory of a GPU, in GiB (80)")
-    parser.add_argument("--model-config", metavar="PATH", help="config.json of the policy, without the Hub")
+    parser.add_argument("--gpu_gib", type=ranged(above(0)), default=80.0, help="memory of a GPU, in GiB (80)")
+    parser.add_argument("--model_config", metavar="PATH", help="config.json of the policy, without the Hub")
     parser.add_argument("--key", metavar="VALUE", help="any key of the recipe, as in srpo train")
     known, rest = parser.parse_known_args(argv)
     print(plan([known.recipe, *rest], known.processes, known.gpu_gib, known.model_config))
@@ -143,7 +143,7 @@ def _memory(task: Any, how: Any, args: Any, device: _Device, gpu_gib: float, giv
     where = "on a CPU" if device.use_cpu else f"on GPUs of {gpu_gib:g} GiB"
     rows = f"rows of {base.prompt:,} + {base.completion:,} tokens, {base.rows} at a time"
     yield f"memory of a process in GiB, {where}: {weights}; {rows}"
-    table = [_HEADER]
+    table: list[tuple[str, ...]] = [_HEADER]
     for engine, processes in MACHINES[: 1 if device.use_cpu else None]:
         row = (str(processes), _NAMES[engine])
         try:
@@ -255,7 +255,7 @@ def _shape(task: Any, how: Any, args: Any, given: str | None) -> Shape:
     except (OSError, ValueError):
         raise OSError(
             f"{name} is neither a folder of a policy nor in the Hub's cache here, and the Hub does not give it: say "
-            "--model-config with its config.json"
+            "--model_config with its config.json"
         ) from None
 
 

@@ -147,7 +147,10 @@ class Planned:
 
 
 class Evaluation(Protocol):
-    """Played episodes of one or several routers; `routers.evaluation.episodes.Episodes` is one."""
+    """Played episodes of one or several routers; `routers.evaluation.episodes.Episodes` is one.
+
+    Optional: `results()`, the numbers of the trained policy (`results` of `srpo.hub.card.model_card`).
+    """
 
     @classmethod
     def merged(cls, parts: Sequence[Any]) -> Any:
@@ -159,6 +162,9 @@ class Evaluation(Protocol):
 
     def write(self, path: Path) -> None:
         """Into a parquet file."""
+
+    def mean_reward(self) -> float:
+        """Mean over the episodes that were not lost; NaN where all were."""
 
 
 class Task(Protocol):

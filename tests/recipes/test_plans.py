@@ -41,7 +41,7 @@ def planned(name: str, folder: Path, *more: str) -> str:
 
 def command(name: str) -> str:
     recipe, words, gpu = PLANS[name]
-    return " ".join(["srpo plan", recipe, "--processes 8", f"--gpu-gib {gpu:g}", *words])
+    return " ".join(["srpo plan", recipe, "--processes 8", f"--gpu_gib {gpu:g}", *words])
 
 
 def section(name: str, folder: Path) -> str:
@@ -77,7 +77,7 @@ def test_without_the_hub_the_plan_goes_on_with_what_is_known(tmp_path: Path) -> 
 
     text = plan(["Qwen3-8B/srpo/routing", "--model_name_or_path", "nobody/has-this"])
     assert "\n\nmemory: not known: nobody/has-this is neither a folder of a policy nor in the Hub's cache" in text
-    assert "say --model-config" in text and "an optimiser step" in text
+    assert "say --model_config" in text and "an optimiser step" in text
 
 
 def test_what_cannot_be_shared_out_and_what_does_not_hold_is_said(tmp_path: Path) -> None:

@@ -9,6 +9,8 @@ from typing import Any, Literal
 import pytest
 import yaml
 
+from routers.data.catalogue import load_catalogue
+from routers.environments.messages.repairs import Junior, Senior
 from srpo.recipe import OLD_KEYS, RecipeError, load_recipe, load_run, resolved_recipe
 from srpo.shipped import find_recipe
 from srpo.task import RunArguments, find_task, task_names
@@ -218,6 +220,21 @@ def test_paths_of_a_shipped_recipe_lie_in_the_package_where_there_is_no_checkout
     (tmp_path / shipped).write_text("mine")
     _, (arguments, _, _) = load_run(["Qwen2.5-3B-Instruct/srpo/router_r1", *RUN, "--use_vllm", "false"])
     assert arguments.catalogue == shipped
+
+
+def test_the_catalogue_of_the_agent_has_the_prices_of_its_training() -> None:
+    live = load_catalogue(ROOT / "recipes/catalogues/agent_live.yaml")
+    priced = (
+        "name",
+        "price_in",
+        "price_out",
+        "price_cached",
+        "cache_seconds",
+        "cache_min_tokens",
+        "cache_step_tokens",
+    )
+    for trained in (Junior().member, Senior().member):
+        assert [getattr(live[trained.name], name) for name in priced] == [getattr(trained, name) for name in priced]
 
 
 @pytest.mark.parametrize("old", OLD_KEYS)

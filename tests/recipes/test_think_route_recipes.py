@@ -50,7 +50,7 @@ def test_the_paper_s_settings(model: str, objective: str) -> None:
     else:
         assert (r["learning_rate"], r["epsilon_high"], r["beta"]) == (5e-6, 0.28, 0.0)
     text = (ROOT / "recipes" / model / objective / "router_r1.yaml").read_text()
-    assert "NOT RUN BY US" in text and "recipes/slurm/router_r1.slurm" in text
+    assert "NOT RUN BY US" in text and "recipes/slurm/train.slurm" in text
 
 
 def test_the_catalogue_is_router_r1_s_pool() -> None:

@@ -197,6 +197,14 @@ def test_the_command_writes_a_table_that_loads(tmp_path, capsys, monkeypatch):
     assert np.array_equal(table.cost_matrix(), before.cost_matrix()) and table.cost_matrix().min() > 0
     [line] = path.with_name("table.quarantine.txt").read_text().splitlines()
     assert json.loads(line) == {"file": "mmlu.jsonl", "row": 12, "reason": "repeated text", "detail": "question 0"}
+    files = {file: file.read_bytes() for file in path.parent.iterdir()}
+    main(["routellm_mmlu", str(tmp_path), "--output", str(path)])  # again: the same
+    assert {file: file.read_bytes() for file in path.parent.iterdir()} == files
+    prices = path.with_name("catalogue.yaml")
+    prices.write_text(prices.read_text() + "# checked against the bill\n")
+    with pytest.raises(ValueError, match=r"catalogue\.yaml is there and says something else"):
+        main(["routellm_mmlu", str(tmp_path), "--output", str(path.with_name("second.parquet"))])
+    assert not path.with_name("second.parquet").exists() and prices.read_text().endswith("bill\n")
     with pytest.raises(ValueError, match="give NAME, SOURCE and --output"):
         main(["routellm_mmlu"])
     main(["--list"])

@@ -325,7 +325,20 @@ class Converted:
 
         Returns:
             The files.
+
+        Raises:
+            ValueError: another `catalogue.yaml` is there; nothing has been written.
         """
+        prices = path.with_name("catalogue.yaml")
+        facts = ("name", "descriptor", "price_in", "price_out")
+        told = [{fact: getattr(member, fact) for fact in facts} for member in self.catalogue.values()]
+        members = [{fact: value for fact, value in one.items() if value is not None} for one in told]
+        priced = yaml.safe_dump({"members": members}, sort_keys=False, allow_unicode=True)
+        if prices.exists() and prices.read_text(encoding="utf-8") != priced:
+            raise ValueError(
+                f"{prices} is there and says something else: prices of another table, or edited ones. Write into "
+                "another folder, or remove it"
+            )
         path.parent.mkdir(parents=True, exist_ok=True)
         writer = None
         for table in self.batches():
@@ -335,11 +348,7 @@ class Converted:
             writer.write_table(table)
         if writer is not None:
             writer.close()
-        prices = path.with_name("catalogue.yaml")
-        facts = ("name", "descriptor", "price_in", "price_out")
-        told = [{fact: getattr(member, fact) for fact in facts} for member in self.catalogue.values()]
-        members = [{fact: value for fact, value in one.items() if value is not None} for one in told]
-        prices.write_text(yaml.safe_dump({"members": members}, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        prices.write_text(priced, encoding="utf-8")
         listed = path.with_suffix(".quarantine.txt")
         listed.unlink(missing_ok=True)
         if self.dropped:

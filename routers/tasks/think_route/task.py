@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -173,7 +174,10 @@ class ThinkRoute:
         return []
 
     def finish(self, trainer: Any, output: Path) -> None:
-        return None
+        """The books of this process, which the report reads; of recorded members there are none."""
+        if self.arguments.pool != "recorded":
+            books = json.dumps(self.pool.ledger.state_dict())
+            (output / f"spending_{trainer.accelerator.process_index}.json").write_text(books, encoding="utf-8")
 
     def evaluate(
         self, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, share: Share
