@@ -1,4 +1,4 @@
-"""`srpo push FOLDER REPO`: a policy, `router.yaml`, recipe, report and model card to the Hugging Face Hub.
+"""`srpo push FOLDER REPO`: a policy, `router.yaml`, recipe, picture and model card to the Hugging Face Hub.
 
 What the Hub holds already is not sent again, so the same command finishes what was interrupted. A run pushes by this
 command too, in a process of its own (`srpo.hub.jobs`). Exit codes:
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
-        description="Upload a trained router: its policy, router.yaml, recipe, report and card, and nothing else of "
+        description="Upload a trained router: its policy, router.yaml, recipe, picture and card, and nothing else of "
         "the folder. Files that the Hub has already are not sent again.",
         epilog="example: srpo push outputs/quickstart/srpo my-name/my-router --private. Exit code 75: the Hub has not "
         "taken it within the deadline; the same command goes on later",
