@@ -22,6 +22,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from srpo.run.watch import part
 from srpo.run.whole import SAVING, put_in_place, rotate, seal, whole_looking
 from srpo.trainer.distiller import Distiller
 from srpo.trainer.nested import load_nested, save_nested
@@ -44,14 +45,15 @@ class Checkpoints:
     ) -> None:
         self.accelerator = accelerator
         self.reference, self.distiller, self.rollouts = reference, distiller, rollouts
-        self.saving = False
+        self.last: int | None = None
+        """Step of the newest checkpoint that this process has written."""
 
     def write(self, trainer: Any, output: Path, theirs: Callable[[], object], batches: Any) -> None:
         """The checkpoint of a step: written beside by all processes, then put in place, pushed, and old ones go.
 
         Args:
             output: folder of the checkpoints.
-            theirs: writes TRL's part, into a folder below `srpo.run.whole.SAVING` while `saving` is set.
+            theirs: writes TRL's part, into a folder below `srpo.run.whole.SAVING`.
             batches: as in `save`.
 
         Raises:
@@ -65,7 +67,6 @@ class Checkpoints:
                 shutil.rmtree(draft.parent, ignore_errors=True)  # what a killed process left
                 draft.mkdir(parents=True)
             self.accelerator.wait_for_everyone()
-            self.saving = True
             theirs()
             if Path(state.best_model_checkpoint or "") == draft:
                 state.best_model_checkpoint = str(folder)
@@ -86,11 +87,11 @@ class Checkpoints:
             raise SaveFailed(
                 f"{folder} could not be written ({free:,} bytes are free there): {error}; {then}"
             ) from error
-        finally:
-            self.saving = False
+        self.last = state.global_step
         self.accelerator.wait_for_everyone()
         if args.push_to_hub:
-            trainer._push_from_checkpoint(str(folder))
+            with part("push", patient=True):
+                trainer._push_from_checkpoint(str(folder))
         if args.should_save:
             rotate(output, args.save_total_limit, state.best_model_checkpoint)
 
