@@ -293,7 +293,7 @@ class Watch:
             self._settle(error)
         finally:
             for number, handler in before.items():
-                signal.signal(number, handler)
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def _settle(self, error: BaseException) -> None:
         if not isinstance(error, Exception):  # a signal, sys.exit
@@ -317,6 +317,8 @@ class Watch:
 
         words = f"{type(error).__name__}: {error}"
         code = 2 if is_mistake(error) else 1
+        if code == 2 and self.rank:  # what all find is said by the first
+            self._until(lambda: self.fault is not None, _GRACE)
         if not self._is_ours(words, here, code):
             assert self.fault is not None
             if self.fault["words"] != words:
@@ -378,8 +380,8 @@ class Watch:
                 with suppress(ProcessLookupError):
                     os.kill(told["pid"], 9)
 
-    def _until(self, holds: Callable[[], bool]) -> None:
-        until = time.monotonic() + _PATIENCE + self._tick
+    def _until(self, holds: Callable[[], bool], seconds: float = _PATIENCE) -> None:
+        until = time.monotonic() + seconds + self._tick
         while not holds() and time.monotonic() < until:
             time.sleep(0.05)
 
