@@ -27,6 +27,7 @@ from typing import Any
 
 from srpo.run.processes import Elsewhere
 from srpo.run.signals import HEARD, end_children
+from srpo.types import Stopped
 
 _TICK = 0.5
 """Seconds between two looks; of more than 32 processes each looks less often."""
@@ -316,7 +317,7 @@ class Watch:
         from srpo.cli import is_mistake
 
         words = f"{type(error).__name__}: {error}"
-        code = 2 if is_mistake(error) else 1
+        code = error.code if isinstance(error, Stopped) else 2 if is_mistake(error) else 1
         if code == 2 and self.rank:  # what all find is said by the first
             self._until(lambda: self.fault is not None, _GRACE)
         if not self._is_ours(words, here, code):

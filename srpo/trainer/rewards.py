@@ -57,6 +57,13 @@ def summed(rewards: Tensor, weights: Tensor) -> Tensor:
     return total.masked_fill(torch.isnan(rewards).all(dim=1), torch.nan)
 
 
+def of_models(values: Tensor, functions: Sequence[Any]) -> Tensor:
+    """[B, functions] with a NaN of a reward model, which always scores, as the infinity that `BadSteps` looks for; of
+    a function it means None."""
+    models = torch.tensor([isinstance(function, Module) for function in functions], device=values.device)
+    return values.masked_fill(torch.isnan(values) & models, torch.inf)
+
+
 Correctness = Callable[[Tensor, Columns], Tensor]
 """(rewards [B] summed with their weights, columns) -> correct [B] bool."""
 

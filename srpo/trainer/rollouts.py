@@ -9,6 +9,7 @@ is that of the survivors. A group of which less than three quarters survive is d
 """
 
 import copy
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +20,7 @@ from accelerate.utils import gather_object
 from transformers.utils import logging
 
 from srpo.columns import checked_metric
+from srpo.losses import note
 from srpo.rollout.batch import flatten, kept_rows, row_key, row_seeds
 from srpo.rollout.generator import TransformersGenerator
 from srpo.rollout.loop import Limits, play
@@ -157,6 +159,7 @@ class Rollouts:
         causes = [row.cause for row in everyone]
         if step.training and (summary := self.losses.observe(causes)) is not None:
             logger.warning("%s", summary)
+            self._note(step, everyone, kept)
         metrics = self._metrics(everyone, kept)
         if args.mask_truncated_completions:
             kept = [k and row.stop not in TRUNCATED for k, row in zip(kept, everyone, strict=True)]
@@ -169,6 +172,23 @@ class Rollouts:
         ids, logprobs = [f.ids for f in flat], [f.logprobs for f in flat]
         tokens = sum(row.prompt_tokens + row.policy_tokens for row in everyone)
         return Played((prompt_ids, ids, masks, completions, logprobs, {}, None, []), tokens, metrics)
+
+    def _note(self, step: GenerationStep, rows: list[Account], kept: list[bool]) -> None:
+        lost = [row for row in rows if row.stop == "lost"]
+        if self.accelerator.is_main_process:
+            causes = Counter(str(row.cause) for row in lost)
+            tokens, usd = sum(row.policy_tokens for row in lost), sum(row.usd for row in lost)
+            dropped = kept.count(False) - len(lost)
+            note(
+                self.args.output_dir,
+                step.number,
+                "rollouts",
+                causes,
+                len(rows),
+                dropped=dropped,
+                tokens=tokens,
+                usd=usd,
+            )
 
     def _seeds(self, step: GenerationStep) -> list[str]:
         keys = gather_object([row_key(row) for row in step.rows])

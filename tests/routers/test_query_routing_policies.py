@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_query_routing import CATALOGUE, rows
+from test_query_routing import CATALOGUE, made_rows, rows
 from trl import SFTTrainer
 
 from routers.data.table import ReplyTable
-from routers.tasks.query_routing.sft_rows import with_soft_label
+from routers.evaluation.episodes import Outcomes, RewardRule
+from routers.tasks.query_routing.sft_rows import foretold, thinned, with_soft_label
 from routers.tasks.query_routing.task import QUERY_CHARS, QueryRouting
 from srpo.config import SRPOConfig
 from srpo.policy import load_policy
@@ -67,6 +68,60 @@ def test_a_policy_from_nothing_writes_four_tokens_and_reads_the_question_only(tm
     mask = task.allowed_tokens(tokenizer)
     frame, *ids = tokenizer.convert_tokens_to_ids(["<think>question</think><route>", *CATALOGUE])
     assert mask.after([]) is None and sorted(mask.after([frame])) == sorted(ids)
+
+
+def test_words_are_left_out_of_training_prompts_anew_in_every_pass(tmp_path: Path, pool: Any) -> None:
+    task = task_of(tmp_path, {"sft_epochs": 3}, word_dropout=0.4, **pool)
+    task.config.max_steps = 2 * len(task.queries)  # of two queries each: four passes
+    _, tokenizer = load_policy("tiny", task.config, 0, task.corpus)
+    whole = {query["query_id"]: query["query"] for query in task.queries}
+    rows = task.rows(tokenizer)
+    assert len(rows) == 4 * len(whole) and rows == task.rows(tokenizer), "the same seed, the same rows"
+    prompts: dict[str, list[str]] = {}
+    for row in rows:
+        text = row["prompt"][0]["content"]
+        assert row["query"] == whole[row["query_id"]], "the world and the rewards know the query as it is"
+        words = iter(whole[row["query_id"]].split())
+        assert text and (" ... " in text or all(word in words for word in text.split())), "in their order"
+        prompts.setdefault(row["query_id"], []).append(text)
+    assert any(len({*texts}) > 1 for texts in prompts.values())
+    seen = {tokenizer.decode(row["input_ids"]) for row in task.sft_rows(tokenizer, [tokenizer.eos_token_id])}
+    assert len(seen) > len(whole)
+    task.config.max_steps = -1
+    assert len(task.rows(tokenizer)) == len(whole)
+
+
+def test_a_query_without_words_to_spare_stays() -> None:
+    rng = np.random.default_rng(0)
+    assert thinned("", 0.9, rng) == "" and thinned("one", 0.99, rng) == "one"
+    kept = [len(thinned("a b c d e f g h i j", 0.3, rng).split()) for _ in range(300)]
+    assert np.mean(kept) == pytest.approx(7, abs=0.4) and min(kept) >= 1
+
+
+def test_what_is_foretold_of_a_query_does_not_know_its_own_outcomes() -> None:
+    """Turning round the outcomes of one query changes what is foretold of others, and not of itself."""
+    rng = np.random.default_rng(0)
+    items = [{"query_id": str(i), "query": f"{'red' if i % 2 else 'blue'} thing {i}"} for i in range(40)]
+    score = np.stack([[float(i % 2), float(1 - i % 2)] for i in range(40)])
+    usd, rule = rng.uniform(1, 2, score.shape), RewardRule(2.0)
+
+    def told(score: np.ndarray) -> np.ndarray:
+        return foretold(Outcomes(items, ["a", "b"], score, usd, rule(score, usd), rule=rule))[0]
+
+    before = told(score)
+    assert ((before[:, 0] > before[:, 1]) == (score[:, 0] > score[:, 1])).mean() > 0.9
+    other = score.copy()
+    other[7] = 1 - other[7]
+    after = told(other)
+    assert np.array_equal(after[7], before[7]) and not np.array_equal(after, before)
+
+
+def test_foretold_labels_are_mixed_in_by_their_share() -> None:
+    queries, guessed = [{"query": "x", "split": "train"}], np.array([[0.0, 0.1, -0.1]])
+    how: Any = {"guessed": guessed, "share": 0.25, "think": lambda query: "x"}
+    [turn] = made_rows(queries, np.array([[1.0, 0.0, 0.0]]), np.random.default_rng(0), **how)
+    own, told = (np.exp(np.array(u) / 0.1) for u in ([1 - 0.2 / 3, -0.4 / 3, -0.2], guessed[0]))
+    assert [*turn["label"].values()] == pytest.approx(0.75 * own / own.sum() + 0.25 * told / told.sum())
 
 
 def test_a_pretrained_policy_is_shown_the_pool(tmp_path: Path, pool: Any) -> None:

@@ -19,6 +19,8 @@ class QueryRoutingArguments:
         "cost_weights": between(0, 1, open_high=True),
         "format_weight": at_least(0),
         "sft_temperature": above(0),
+        "sft_foretold": between(0, 1),
+        "word_dropout": between(0, 1, open_high=True),
         "abstain_reward": between(-1, 1),
     }
 
@@ -61,6 +63,21 @@ class QueryRoutingArguments:
         metadata={
             "help": "Members to imitate are drawn from softmax(utility / sft_temperature), utility = the reward of "
             "asking that member; higher: a start that is less sharp."
+        },
+    )
+    sft_foretold: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of the start's labels that is made, by the same formula, of what a ridge regression on the "
+            "other training queries foretells of a query, in place of its own outcomes: labels with less chance in "
+            "them."
+        },
+    )
+    word_dropout: float = field(
+        default=0.0,
+        metadata={
+            "help": "Leave each word out of a training prompt's query with this probability, anew in every pass of "
+            "start and RL, so that no query can be learned by heart."
         },
     )
     cost_weight: float = field(

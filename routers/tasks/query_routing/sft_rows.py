@@ -10,6 +10,9 @@ right, whatever the query, and RL would sharpen that onto the best single member
 The higher the temperature, the nearer is the order of E[p] to that of E[u], which is what the greedy policy needs
 (p = 1/M + (u - mean u) / (M temperature) + ...): at 0.1 a cheap member that is right most of the time is preferred to
 a dear one that is right more often, by far. It starts less sharp, and RL sharpens it.
+
+One recorded outcome is partly chance. `foretold` is what the other queries say of it: with a share s of its labels the
+policy imitates  (1 - s) p + s p(u foretold).
 """
 
 from __future__ import annotations
@@ -20,6 +23,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy.special import softmax
 
+from routers.baselines.base import Data
+from routers.baselines.ridge import Ridge
+from routers.evaluation.episodes import Outcomes
 from routers.language.grammar import Grammar, parse, render
 from routers.language.prompts import Messages, family_phrase
 from routers.tasks.query_routing.world import feedback_text
@@ -34,6 +40,24 @@ Reprompt = Callable[[Messages, str | None, str | None], Any]
 def soft_labels(utility: np.ndarray, temperature: float) -> np.ndarray:
     """p of the formula above: utilities [Q, M] -> probabilities [Q, M]."""
     return np.asarray(softmax(utility / temperature, axis=1))
+
+
+def foretold(known: Outcomes) -> tuple[np.ndarray, np.ndarray]:
+    """Correctness and USD, both [Q, M], by ridge regressions on TF-IDF that are fitted and tuned without a query's
+    fifth of the queries."""
+    assert known.rule is not None
+    score, usd = np.zeros_like(known.score), np.zeros_like(known.usd)
+    for part, others, own in Data.of(known).folds:
+        told = Ridge().fit(others).foretell(own)
+        score[part], usd[part] = told.score, told.usd * known.rule.cost_scale
+    return score, usd
+
+
+def thinned(query: str, dropout: float, rng: np.random.Generator) -> str:
+    """The query without some of its words, each left out with the probability `dropout`; at least one stays."""
+    words = query.split(" ")
+    kept = [word for word in words if rng.random() >= dropout]
+    return " ".join(kept) or query
 
 
 def drawn(probabilities: np.ndarray, draws: int, rng: np.random.Generator) -> np.ndarray:
@@ -54,6 +78,8 @@ def sft_turns(
     rng: np.random.Generator,
     *,
     temperature: float = 0.1,
+    guessed: np.ndarray | None = None,
+    share: float = 0.0,
     draws: int = 1,
     success: float = 0.5,
     reprompt: Reprompt | None = None,
@@ -71,6 +97,7 @@ def sft_turns(
         members: names of the pool, in the order in which the prompt shows it.
         grammar: the tags of the action.
         rng: draws members and forms; the same generator state gives the same rows.
+        guessed: utilities that are foretold, of which this `share` of the labels is made.
         success: utility from which a turn is a right one, which may be shown (``success_reward_threshold``).
         reprompt: ``(prompt, demonstration, feedback) -> prompt`` in the self-teacher's words. A policy that starts
             from nothing must have seen that form, or its teacher cannot use it. ``None``: no such rows.
@@ -89,6 +116,8 @@ def sft_turns(
         raise ValueError(f"reprompt_share is {reprompt_share}; it must lie in [0, 1]")
     rows = []
     labels = soft_labels(utility, temperature)
+    if guessed is not None:
+        labels = (1 - share) * labels + share * soft_labels(guessed, temperature)
     for i, (query, chosen) in enumerate(zip(queries, drawn(labels, draws, rng), strict=True)):
         if query.get("split", "train") != "train":
             raise ValueError(f"query {query.get('query_id')!r} is of split {query['split']!r}: train on 'train' only")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ import numpy as np
 from rewards.cost import warn_of_group_scale
 from rewards.registry import Facts, make_rewards
 from routers.data.table import ReplyTable, check_split, replies_of, spread
-from routers.evaluation.episodes import Episodes, RewardRule
+from routers.evaluation.episodes import Episodes, Outcomes, RewardRule
 from routers.language.grammar import Grammar
 from routers.language.prompts import COST_WEIGHT, Clean, Messages, family_phrase, price, weighed
 from routers.tasks.query_routing.arguments import QueryRoutingArguments
@@ -21,7 +21,7 @@ from srpo.own_policy import OwnPolicy
 from srpo.policy_name import FROM_NOTHING
 from srpo.run.derived import source
 from srpo.run.steps import check_rows_of_a_batch
-from srpo.task import Corpus, Ids, RunArguments, Share
+from srpo.task import Corpus, Ids, Planned, RunArguments, Share
 from srpo.types import Row, World
 
 if TYPE_CHECKING:
@@ -67,6 +67,11 @@ class QueryRouting:
             folder=notes,
         )
         check_split(self.table)
+        if self.table.log and (task.abstain_reward is not None or not self.own_policy(self.run.model_name_or_path)):
+            raise ValueError(
+                f"{task.table}: has a column propensity, so it is a log, which tells the outcome of one member for "
+                "each query: it can train model_name_or_path: encoder, without abstain_reward"
+            )
         queries = self.table.queries("train")
         self.chosen = spread(len(queries), self.run.train_limit)
         self.queries = [queries[i] for i in self.chosen]
@@ -104,7 +109,27 @@ class QueryRouting:
 
         clean = without_control_tokens(tokenizer)
         rows = [weighed(row, self.settings.cost_weights) for row in self.queries]
-        return [{"prompt": self._prompt(row, clean), **row} for row in rows]
+        prompt = self._training_prompt(clean, 1)
+        return [{"prompt": prompt(row), **row} for _ in range(self._passes()) for row in rows]
+
+    def _passes(self) -> int:
+        """Rows per query, so that each pass of `max_steps` has prompts of its own; `num_train_epochs` repeats one."""
+        config = self.config
+        if not self.arguments.word_dropout or config.max_steps < 1:
+            return 1
+        batches = config.max_steps * config.gradient_accumulation_steps / config.steps_per_generation
+        prompts = config.generation_batch_size / config.num_generations
+        return max(1, math.ceil(batches * prompts / len(self.queries)))
+
+    def _training_prompt(self, clean: Clean, stream: int) -> Callable[[Mapping[str, Any]], Messages]:
+        """Row -> prompt, with `word_dropout` a new one at each call; `stream` numbers the sources of chance."""
+        from routers.tasks.query_routing.sft_rows import thinned
+
+        dropout = self.arguments.word_dropout
+        if not dropout:
+            return lambda row: self._prompt(row, clean)
+        rng = np.random.default_rng([self.config.seed, stream])
+        return lambda row: self._prompt({**row, "query": thinned(row["query"], dropout, rng)}, clean)
 
     def _prompt(self, row: Mapping[str, Any], clean: Clean | None = None) -> Messages:
         return self.settings.messages(row["query"], cost_weight=row.get(COST_WEIGHT), clean=clean)
@@ -112,7 +137,9 @@ class QueryRouting:
     def made_from(self) -> tuple[dict[str, Any], dict[str, Any]]:
         task = self.arguments
         start: dict[str, Any] = {"table": source(task.table), "catalogue": source(task.catalogue)}
-        names = "drop_incomplete cost_weight cost_weights rewards show_members sft_temperature"
+        names = (
+            "drop_incomplete cost_weight cost_weights rewards show_members sft_temperature sft_foretold word_dropout"
+        )
         start |= {name: getattr(task, name) for name in names.split()}
         start["success_reward_threshold"] = self.config.success_reward_threshold
         return start, {"format_weight": task.format_weight}
@@ -121,7 +148,7 @@ class QueryRouting:
         return rows
 
     def sft_rows(self, tokenizer: PreTrainedTokenizerBase, ends: Sequence[int]) -> list[Ids]:
-        from routers.tasks.query_routing.sft_rows import sft_turns, with_soft_label
+        from routers.tasks.query_routing.sft_rows import foretold, sft_turns, with_soft_label
         from srpo.rollout.untrusted import without_control_tokens
         from srpo.sft import encode_turn
         from srpo.teacher.prompt import Templates, reprompt
@@ -134,15 +161,21 @@ class QueryRouting:
         correct, usd = self.table.correct_matrix("train")[places], self.table.cost_matrix("train")[places]
         rules = [self.rule(row.get(COST_WEIGHT)) for row in rows]
         utility = np.stack([rule(*outcome) for rule, *outcome in zip(rules, correct, usd, strict=True)])
+        share, guessed = self.arguments.sft_foretold, None
+        if share:
+            told = foretold(Outcomes.of_table(self.table, self.rule(None), "train", places))
+            guessed = np.stack([rule(*one) for rule, *one in zip(rules, *told, strict=True)])
         turns = sft_turns(
             rows,
             correct,
             utility,
-            lambda row: self._prompt(row, clean),
+            self._training_prompt(clean, 0),
             self.table.members,
             self.grammar,
             np.random.default_rng(args.seed),
             temperature=self.arguments.sft_temperature,
+            guessed=guessed,
+            share=share,
             draws=self.sft_draws,
             success=args.success_reward_threshold,
             think=(lambda row: THOUGHT) if self.made_here else family_phrase,
@@ -154,8 +187,16 @@ class QueryRouting:
             for turn in turns
         ]
 
-    def plan(self) -> tuple[int, list[str]]:
-        return len(self.queries), [f"{len(self.table.members)} members by recorded replies: no calls"]
+    def plan(self) -> Planned:
+        usd = self.table.cost_matrix("train")
+        return Planned(
+            len(self.queries),
+            [f"{len(self.table.members)} members by recorded replies: no calls"],
+            usd_expected=float(usd.mean()),
+            expected_if="members by chance",
+            usd_most=float(usd.max()),
+            paid=False,
+        )
 
     def save(self, folder: Path) -> None:
         self.settings.save(folder, self.made_from()[0])
@@ -232,8 +273,9 @@ class QueryRouting:
         return table_baselines(self.table, self.rule(None), share=share, limit=self.run.heldout_limit)
 
     def report(self, evaluation: Episodes, output: Path) -> str:
+        from routers.baselines.from_log import told_by_log
         from routers.evaluation.report import report
         from routers.tasks.query_routing.evaluate import guarded
 
         told = report(evaluation, output, title=f"Query routing: {self.arguments.table}")
-        return "\n".join(filter(None, [told, guarded(evaluation)]))
+        return "\n".join(filter(None, [told, guarded(evaluation), told_by_log(evaluation)]))
