@@ -174,9 +174,11 @@ class Watch:
     def _exchange(self) -> None:
         store, everyone = self.store, range(self.size)
         told = {**self._status(), "count": self._exchanges, "left": self._left}
-        store.set(f"at/{self.rank}", json.dumps(told))
         if self._quiet:
             store.set(f"quiet/{self.rank}", "")
+        store.set(f"at/{self.rank}", json.dumps(told))
+        if self._left and self.rank:  # the first process, and the store with it, may end as soon as it reads this
+            return
         if self._post:
             store.compare_set("fault", "", self._post)
             self._post = ""
