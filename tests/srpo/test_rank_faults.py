@@ -1,7 +1,7 @@
 """One of two processes dies, raises or hangs anywhere in a run: both end, the cause is the last word, nothing is lost.
 
-Real processes (gloo) and real signals. The slow part is the whole matrix; the fast one has a case of each fault, and
-what launchers make of one.
+Real processes (gloo) and real signals, in whole trainings; tests/srpo/test_watch.py has the rules by themselves. The
+slow part is the rest of the matrix, and what launchers make of a fault.
 """
 
 import os
@@ -18,7 +18,7 @@ from fault_cases import AT, CASES, NET, WRITERS, Ended, two
 from srpo.run.whole import newest
 
 pytestmark = pytest.mark.distributed
-FAST = ("dies in loss", "raises in reward", "hangs in world")
+FAST = ("dies in loss", "raises in reward")
 
 
 def ended_with_its_cause(case: str, found: Ended) -> None:
