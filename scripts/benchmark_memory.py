@@ -2,6 +2,7 @@
 
     python scripts/benchmark_memory.py                                  # the table of recipes/RESULTS.md
     python scripts/benchmark_memory.py --vocabulary 32000 --trainers trl-sdpo sdpo --completion-tokens 256
+    python scripts/benchmark_memory.py --plan                           # `srpo plan` beside what is measured
 
 One step of one micro-batch by each trainer, in a process of its own: a Qwen3 of two layers and 64 numbers a token, so
 that logits are all that counts. `loss MiB` is what the loss and its gradient take at most above what is there before
@@ -16,16 +17,23 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from benchmark_common import end_sometimes, load_tokenizer, machine, make_prompts, words
-from benchmark_step import PEERS, Case, make_trainer
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from benchmark_common import make_model as make_any_model
+from benchmark_step import PEERS, Case, make_trainer, reward
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from srpo import SRPOConfig, SRPOTrainer
+from srpo.memory import plan_memory, shape_of
+from srpo.plan import memory_settings
 from srpo.ranges import at_least, ranged
-from srpo.scratch_lm import train_tokenizer
+from srpo.scratch_lm import tiny_causal_lm, train_tokenizer
+from srpo.task import RunArguments
 
 MIB = 2**20
 
@@ -105,12 +113,16 @@ def step(name: str, case: Case, folder: str, device: str) -> dict[str, float]:
 
 def apart(name: str, case: Case, folder: str, args: argparse.Namespace) -> dict[str, float]:
     """`step` in a process of its own, in which what is freed goes back to the system at once."""
-    how = {"name": name, "folder": folder, "device": args.device, "case": vars(case)}
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": str(args.threads)}
+    return in_process({"name": name, "folder": folder, "device": args.device, "case": vars(case)}, args.threads)
+
+
+def in_process(how: dict[str, Any], threads: int) -> dict[str, float]:
+    """What `--one` prints."""
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": str(threads)}
     command = [sys.executable, __file__, "--one", json.dumps(how)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
-        raise SystemExit(f"{name}: {done.stderr[-2000:]}")
+        raise SystemExit(f"{how}: {done.stderr[-2000:]}")
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
@@ -134,14 +146,29 @@ def main(argv: Sequence[str] | None = None) -> str:
     parser.add_argument("--trainers", nargs="+", choices=list(PEERS), default=list(PEERS))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=number, default=1, help="of torch, on a CPU")
+    parser.add_argument("--plan", nargs="*", choices=list(PLANNED), help="compare `srpo plan`; these cases, or all")
+    parser.add_argument("--smollm2", metavar="FOLDER", help="where it is converted already; for --plan")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.one:
         how = json.loads(args.one)
+        if "plan" in how:
+            print(json.dumps(measured_peak(PLANNED[how["plan"]], how["folder"])))
+            return ""
         print(json.dumps(step(how["name"], Case(**how["case"]), how["folder"], how["device"])))
         return ""
     if args.device == "cpu" and not Path("/proc/self/clear_refs").exists():
         parser.error("--device cpu: only Linux tells the peak of a part of a process")
+    if args.plan is not None:
+        models = {"smollm2": args.smollm2} if args.smollm2 else {}
+        rows = ["| training | planned MiB | measured MiB | planned / measured |", "|---|---|---|---|"]
+        for name in args.plan or PLANNED:
+            one = compare([name], models, args.threads)[name]
+            ratio = one["planned"] / one["measured"]
+            rows.append(f"| {name} | {one['planned']:.0f} | {one['measured']:.0f} | {ratio:.2f} |")
+            print(rows[-1], flush=True)
+        print("\n".join([*rows, machine("cpu")]))
+        return "\n".join(rows)
     case = Case("", args.prompt_tokens, args.completion_tokens, args.group, rows=args.group, micro=args.group)
     header = ["V", "trainer", "loss MiB", "step MiB", *(f"{p} / TRL {t}" for t in ("GRPO", "SDPO") for p in PARTS)]
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
@@ -159,6 +186,119 @@ def main(argv: Sequence[str] | None = None) -> str:
 
 
 PARTS = ("loss", "step")
+
+
+# --------------------------------------------------------------------------------------- planned beside measured
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A training whose peak is planned and measured: two steps of two micro-batches, on a CPU, in fp32."""
+
+    model: str
+    """own: the quickstart's policy made from nothing; smollm2, or a folder that holds it."""
+    settings: dict[str, Any]
+    rows: int = 32
+    """Of a micro-batch."""
+    prompt: int = 200
+    completion: int = 96
+    lora: int = 0
+
+
+PLANNED = {
+    "own, GRPO": Planned("own", {"objective": "grpo", "shared_prefix": "off"}),
+    "own, GRPO, shared prefix": Planned("own", {"objective": "grpo", "shared_prefix": "on"}),
+    "own, GRPO, checkpointing": Planned(
+        "own", {"objective": "grpo", "shared_prefix": "off", "gradient_checkpointing": True}
+    ),
+    "own, SDPO": Planned("own", {"objective": "sdpo", "shared_prefix": "off"}),
+    "smollm2, GRPO": Planned("smollm2", {"objective": "grpo", "shared_prefix": "off"}, rows=8, completion=24),
+    "smollm2, SDPO, checkpointing": Planned(
+        "smollm2",
+        {"objective": "sdpo", "shared_prefix": "off", "gradient_checkpointing": True},
+        rows=8,
+        completion=24,
+    ),
+    "smollm2, GRPO, LoRA": Planned(
+        "smollm2", {"objective": "grpo", "shared_prefix": "off"}, rows=8, completion=24, lora=16
+    ),
+}
+GROUP = 8
+
+
+def planned_model(name: str, folder: str) -> str:
+    """Folder of a model of `PLANNED`."""
+    if name != "own":
+        return make_any_model(name, folder, 24)
+    tokenizer = train_tokenizer([" ".join(words(seed)) for seed in range(3)], vocab_size=4096)
+    model = tiny_causal_lm(tokenizer)
+    end_sometimes(model, len(tokenizer), tokenizer.eos_token_id, 64)
+    place = Path(folder, "own")
+    model.save_pretrained(place)
+    tokenizer.save_pretrained(place)
+    return str(place)
+
+
+def measured_peak(case: Planned, folder: str) -> dict[str, float]:
+    """Planned and measured peak above what is there before the model, in MiB; for a process of its own."""
+    data = make_prompts(load_tokenizer(folder), 16, case.prompt)
+    peak = Peak("cpu")
+    peak.reset()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    if case.lora:
+        how = LoraConfig(r=case.lora, lora_alpha=2 * case.lora, target_modules="all-linear")
+        model = get_peft_model(model, how)
+    with tempfile.TemporaryDirectory() as output:
+        args = SRPOConfig(
+            **{"gradient_checkpointing": False, **case.settings},
+            output_dir=output,
+            max_steps=2,
+            use_cpu=True,
+            bf16=False,
+            num_generations=GROUP,
+            prompts_per_step=2 * case.rows // GROUP,
+            per_device_train_batch_size=case.rows,
+            max_completion_length=case.completion,
+            report_to="none",
+            save_strategy="no",
+            logging_strategy="no",
+            disable_tqdm=True,
+            log_completions=False,
+        )
+        trainer = SRPOTrainer(model, reward, args, data, processing_class=load_tokenizer(folder))
+        loss, widths = trainer.compute_loss, [0, 0]
+
+        def compute_loss(model: Any, inputs: dict[str, Any], *rest: Any, **kwargs: Any) -> Any:
+            for i, name in enumerate(("prompt_ids", "completion_ids")):
+                widths[i] = max(widths[i], inputs[name].size(1))
+            return loss(model, inputs, *rest, **kwargs)
+
+        trainer.compute_loss = compute_loss
+        trainer.train()
+        found = peak.read()
+        shape = shape_of(AutoConfig.from_pretrained(folder))
+        run = RunArguments("query_routing", folder, lora_r=case.lora, max_prompt_length=widths[0])
+        args.max_completion_length = widths[1]
+        settings = memory_settings(args, run, shape, cpu=True, bf16=False, gpu=0.0)
+    return {"planned": plan_memory(shape, settings).total / MIB, "measured": found}
+
+
+def compare(names: Sequence[str], models: dict[str, str], threads: int) -> dict[str, dict[str, float]]:
+    """`measured_peak` of cases of `PLANNED`, each in a process of its own.
+
+    Args:
+        models: folders of models that are there already, by name.
+    """
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        made = dict(models)
+        for name in names:
+            case = PLANNED[name]
+            made.setdefault(case.model, "")
+            made[case.model] = made[case.model] or planned_model(case.model, folder)
+            found[name] = in_process({"plan": name, "folder": made[case.model]}, threads)
+    return found
+
 
 if __name__ == "__main__":
     main()

@@ -74,7 +74,7 @@ def member_server() -> Iterator[str]:
 def router_server(router: Path, catalogue: Path, *options: str) -> Iterator[tuple[str, int]]:
     """Its address and process id."""
     command = [sys.executable, "-m", "srpo", "serve", str(router), "--catalogue", str(catalogue), "--port", "0"]
-    process = subprocess.Popen([*command, "--public-metrics", *options], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([*command, "--public_metrics", *options], stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     try:
         for line in process.stderr:

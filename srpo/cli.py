@@ -5,15 +5,18 @@ and so is what the system says of a file. Anything else is a fault, and its trac
 `python -X dev` shows the traceback of mistakes too.
 """
 
+import argparse
 import linecache
 import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
+from srpo.run.signals import heeded
 from srpo.types import Stopped
 
 # Command -> the module whose `main(argv)` it calls, and what it does. Modules are named by text: this table is the one
@@ -40,6 +43,20 @@ _OURS = ("srpo", "routers", "rewards")
 _EXTRAS = {"fastapi": "serve", "openai": "serve", "starlette": "serve", "uvicorn": "serve"}
 _OTHERS_WAIT = 30.0
 """Seconds that another process than the first gives it to say the same mistake, and the launcher to end all."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's, of which options have underscores, as the keys of recipes, and are taken with dashes too."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        return super().parse_known_args(underscored(sys.argv[1:] if args is None else args), namespace)
+
+
+def underscored(words: Sequence[str]) -> list[str]:
+    """`--max-cost=a-b` -> `--max_cost=a-b`, up to a `--`: the one spelling of options."""
+    end = list(words).index("--") if "--" in words else len(words)
+    split = [word.partition("=") if word.startswith("--") else ("", "", word) for word in words[:end]]
+    return ["".join((name[:2], name[2:].replace("-", "_"), *rest)) for name, *rest in split] + list(words[end:])
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -84,7 +101,8 @@ def _dispatch(words: list[str]) -> Any:
     if processes != (None, None):
         return launch(module, *processes, rest)
     sys.argv = [f"srpo {name}", *rest]  # what argparse calls the program
-    return import_module(module).main(rest)
+    with heeded() if name == "train" else nullcontext():  # a signal while it imports torch, too
+        return import_module(module).main(rest)
 
 
 def _overview() -> str:
@@ -94,20 +112,23 @@ def _overview() -> str:
 
 
 def run(main: Callable[[], Any]) -> NoReturn:
-    """Call `main` and end the process: its integer, 0 for anything else, 1 where it was `Stopped`, 2 after a user's
-    mistake."""
+    """Call `main` and end the process: its integer, 0 for anything else, 2 after a user's mistake; where it was
+    `Stopped` 1, or 75 where all is done and the Hub has not taken it (`srpo.hub.upload.NotPushed`)."""
     try:
         code = main()
     except Stopped as stopped:
-        sys.exit(f"STOPPED: {_one_line(stopped)}")
+        if not getattr(stopped, "said", False):
+            print(f"STOPPED: {_one_line(stopped)}", file=sys.stderr, flush=True)
+        sys.exit(stopped.code)
     except Exception as error:
         if sys.flags.dev_mode or not is_mistake(error):
             raise
-        rank = os.environ.get("RANK", "0")
-        if rank != "0":  # all processes read one recipe: the first has said it, unless the mistake is this one's only
+        rank, said = os.environ.get("RANK", "0"), getattr(error, "said", False)
+        # All processes read one recipe: the first has said it, unless the mistake is this one's only.
+        if rank != "0" and not said and not getattr(error, "first", False):  # `srpo.run.watch` knows who has the word
             time.sleep(_OTHERS_WAIT)
         who = "" if rank == "0" else f"process {rank}: "
-        if not getattr(error, "said", False):  # by the process that found it, to all of the run
+        if not said:  # by the process that found it, to all of the run
             print(f"{who}error: {_one_line(error)}", file=sys.stderr, flush=True)
         sys.exit(2)
     sys.exit(code if isinstance(code, int) else 0)

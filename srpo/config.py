@@ -18,6 +18,7 @@ from srpo.ranges import Ranges, check_numbers
 from srpo.redact import redacted
 from srpo.replay.settings import check_replay
 from srpo.rollout.sampling_rules import check_generation_kwargs
+from srpo.run.batch import check_batch, processes_of_launch, settle_batch
 from srpo.settings import Settings, check_choices
 from srpo.trainer.ranges import TRAINER_RANGES
 
@@ -36,6 +37,7 @@ class SRPOConfig(Settings, GRPOConfig):
     def __post_init__(self) -> None:
         check_numbers(self)  # before TRL divides by them
         self._check_device()
+        settle_batch(self, processes_of_launch())
         super().__post_init__()
         chosen = bool(self.objective)
         self.objective = self.objective or "srpo"
@@ -77,6 +79,7 @@ class SRPOConfig(Settings, GRPOConfig):
                 raise ValueError(f"the template {template!r} lacks its slot {slot}")
         if any(not text for text in self.stop_strings):
             raise ValueError("stop_strings holds an empty text, which would end every turn at once")
+        check_batch(self)
         check_replay(self)
         check_generation_kwargs(self)
         if whole:

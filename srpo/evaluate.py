@@ -15,7 +15,7 @@ from pathlib import Path
 from accelerate import PartialState
 from transformers import set_seed
 
-from srpo.cli import run
+from srpo.cli import run, underscored
 from srpo.own_policy import own_policy
 from srpo.policy import load_policy
 from srpo.recipe import RecipeError, load_run
@@ -30,7 +30,7 @@ def main(argv: Sequence[str]) -> Evaluation:
     """Evaluate MODEL, `argv[0]`; returns the evaluation of it and of the baselines, on every process."""
     if not argv or argv[0].startswith("-"):
         raise RecipeError("command line: name the policy first: srpo evaluate MODEL --output_dir FOLDER")
-    name, rest = argv[0], list(argv[1:])
+    name, rest = argv[0], underscored(argv[1:])
     if not any(word.split("=")[0] == "--config" for word in rest):
         rest = ["--config", str(_recipe_of(name)), *rest]
     if not any(word.split("=")[0] == "--output_dir" for word in rest):

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 _KEYS = frozenset(
     "task model_name_or_path output_dir overwrite seed data_seed train_limit heldout_limit max_bad_share report_to "
-    "bf16 fp16 use_cpu push_to_hub hub_model_id hub_token hub_private_repo hub_revision disable_tqdm".split()
+    "bf16 fp16 use_cpu disable_tqdm push_to_hub hub_model_id hub_token hub_private_repo hub_revision "
+    "hub_deadline".split()
 )
 """Recipe keys of the run itself; `report_to` and `bf16` are read by `SRPOConfig` alone."""
 
@@ -49,16 +50,18 @@ def train_own(task: Task, own: OwnPolicy, recipe: Recipe) -> Evaluation:
 
     Raises:
         ValueError: a mistake in recipe or data; names a key that means nothing for this policy.
+        NotPushed: all is done, and the Hub has not taken it.
     """
     from accelerate import PartialState
     from transformers import set_seed
 
     from srpo.hub.card import model_card
-    from srpo.hub.hub import push_checkpoint, safe_push
+    from srpo.hub.hub import beside_card
+    from srpo.hub.jobs import Push, Pushes
+    from srpo.hub.upload import NotPushed
     from srpo.run.folder import claim, finish
-    from srpo.strict_yaml import read_yaml
     from srpo.task import START
-    from srpo.train import concluded, evaluated
+    from srpo.train import concluded, evaluated, results_of
     from srpo.trainer.progress import phase
 
     _, how, args = recipe
@@ -82,20 +85,26 @@ def train_own(task: Task, own: OwnPolicy, recipe: Recipe) -> Evaluation:
         evaluated(task.baselines),
     ]
     evaluation, table = concluded(task, parts, output)
+    pushed: str | None = ""
     if main_process:
         repo_id = (args.hub_model_id or output.name) if args.push_to_hub else None
         card = model_card(
             objective=args.objective,
             model_name=output.name,
             repo_id=repo_id,
-            router=read_yaml(output / "router.yaml"),
             recipe=resolved_recipe(recipe),
             heldout_table=table,
+            results=results_of(evaluation),
+            **beside_card(output),
         )
         (output / "README.md").write_text(card, encoding="utf-8")
         if repo_id is not None:
-            where = {"token": args.hub_token, "private": args.hub_private_repo, "revision": args.hub_revision}
-            safe_push(lambda: push_checkpoint(output, repo_id, **where), what=f"the push of {output}")
+            options = ["--private"] if args.hub_private_repo else []
+            options += [f"--revision={args.hub_revision}"] if args.hub_revision else []
+            push = Push(str(output), repo_id, tuple(options), token=args.hub_token, deadline=args.hub_deadline)
+            pushed = Pushes(str(output)).now(push)
     finish(output)
     phase("done", f"policy, evaluation and report are in {output}")
+    if pushed is None:
+        raise NotPushed.of(output, str(repo_id))
     return evaluation

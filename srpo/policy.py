@@ -41,13 +41,14 @@ class Shipped(Protocol):
         """The files that it is converted from."""
 
 
-def _shipped(name: str) -> Shipped | None:
+def shipped_policy(name: str) -> Shipped | None:
+    """The one that an installed package brings by this name."""
     found = [point for point in entry_points(group="srpo.policies") if point.name == name]
     return found[0].load() if found else None
 
 
 def _made_here(name: str) -> bool:
-    return name in TINY or _shipped(name) is not None
+    return name in TINY or shipped_policy(name) is not None
 
 
 def check_policy(name: str) -> None:
@@ -94,7 +95,7 @@ def _load(
         made = corpus()
         tokenizer = train_tokenizer(made.texts, made.vocab_size, made.whole, made.digits)
         return TINY[name](tokenizer, seed=args.seed, **made.shape), tokenizer
-    if shipped := _shipped(name):
+    if shipped := shipped_policy(name):
         return _converted(shipped, Path(args.output_dir) / BASE, _frozen_dtype(lora_r))
     if (Path(name) / "adapter_config.json").exists():
         options = dict(args.model_init_kwargs or {})
@@ -116,7 +117,7 @@ def with_adapter(
     """
     if isinstance(model, PeftModel):
         return model
-    shipped = _shipped(name)
+    shipped = shipped_policy(name)
     if not model.name_or_path and (lora_r or shipped):
         folder = Path(args.output_dir) / BASE
         model.name_or_path = model.config.name_or_path = str(folder)

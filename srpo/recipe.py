@@ -15,10 +15,11 @@ from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from srpo.cli import underscored
 from srpo.ranges import OutOfRange
 from srpo.redact import holds_secret, redacted
 from srpo.settings import Settings, check_choices
-from srpo.shipped import find_recipe, shipped_path
+from srpo.shipped import find_recipe, no_recipe, shipped_path
 from srpo.strict_yaml import YamlError, read_yaml_lines, read_yaml_text
 
 if TYPE_CHECKING:
@@ -229,6 +230,8 @@ def _read_file(path: Path) -> dict[str, _Given]:
     """Keys, values and line numbers of a flat YAML mapping; keys written twice are refused at any depth."""
     try:
         content, lines = read_yaml_lines(path)
+    except FileNotFoundError:
+        raise RecipeError(no_recipe(path)) from None
     except OSError as error:
         raise RecipeError(f"{path}: {error.strerror or error}") from error
     except YamlError as error:
@@ -247,12 +250,12 @@ def _read_command_line(argv: Sequence[str], hints: Mapping[str, Any], unknown: b
         unknown: pass over an option that belongs to none of the `hints`.
     """
     given: dict[str, _Given] = {}
-    words = list(argv)
+    words = underscored(argv)
     while words:
         option, equals, value = words.pop(0).partition("=")
         if not option.startswith("--"):
             raise RecipeError(f"command line: {option!r} belongs to no option")
-        key = option[2:].replace("-", "_")
+        key = option[2:]
         where = f"command line, --{key}"
         if key not in hints and hints.get(key.removeprefix("no_")) is bool and not equals:
             given[key.removeprefix("no_")] = _Given(False, where)

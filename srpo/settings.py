@@ -16,6 +16,7 @@ DISTILLATION_MODES = ("topk_logits", "full_logits", "sampled_token")
 DEMONSTRATIONS = ("first", "random", "best")
 SHARED_PREFIX = ("auto", "on", "off")
 AGGREGATIONS = ("token", "sequence_mean")
+ALARMS = ("entropy", "length", "kl", "flat", "format", "one_member", "no_calls", "no_teacher", "heldout")
 
 
 def about(text: str, *, choices: tuple[str, ...] | None = None) -> dict[str, Any]:
@@ -27,8 +28,9 @@ def check_choices(settings: Any) -> None:
     """ValueError for a field of a dataclass that is none of the `choices` of its metadata."""
     for one in fields(settings):
         choices, value = one.metadata.get("choices"), getattr(settings, one.name)
-        if choices and value not in choices and value != one.default:
-            raise ValueError(f"{one.name}={value!r} is not one of {', '.join(choices)}")
+        for word in value if isinstance(value, list) else [value]:
+            if choices and word not in choices and word != one.default:
+                raise ValueError(f"{one.name}={word!r} is not one of {', '.join(choices)}")
 
 
 @dataclass
@@ -36,6 +38,8 @@ class Settings:
     """What `SRPOConfig` has beside, or otherwise than, TRL's `GRPOConfig`."""
 
     RANGES: ClassVar[Ranges] = {
+        "prompts_per_step": at_least(1),
+        "gradient_accumulation_steps": at_least(1),
         "teacher_update_rate": between(0, 1),
         "distillation_alpha": between(0, 1),
         "distillation_topk": at_least(1),
@@ -55,9 +59,25 @@ class Settings:
         "max_lost_batches": at_least(1),
         "max_cost_usd": at_least(0),
         "signal_deadline": above(0),
+        "reward_deadline": above(0),
+        "world_deadline": above(0),
+        "hang_deadline": above(0),
+        "hub_deadline": above(0),
         "max_bad_steps": at_least(1),
         "diagnostics_warning_interval": at_least(1),
     }
+
+    prompts_per_step: int | None = field(
+        default=None,
+        metadata=about(
+            "Prompts of an optimiser step over all processes, num_generations completions each. With it, "
+            "gradient_accumulation_steps and steps_per_generation follow from the number of processes and from "
+            "per_device_train_batch_size, which is then a matter of memory alone."
+        ),
+    )
+    gradient_accumulation_steps: int | None = field(
+        default=None, metadata=about("As in transformers (1); leave it out beside prompts_per_step.")
+    )
 
     disable_dropout: bool = field(
         default=True,
@@ -214,7 +234,7 @@ class Settings:
         ),
     )
     max_lost_share: float = field(
-        default=0.25, metadata=about("Share of lost rollouts that a batch may have; see max_lost_batches.")
+        default=0.25, metadata=about("Share of lost completions that a batch may have; see max_lost_batches.")
     )
     max_lost_batches: int = field(
         default=3, metadata=about("Batches in a row with more than max_lost_share before the run stops.")
@@ -240,6 +260,13 @@ class Settings:
     )
 
     # Going on, and ending
+    metric_for_best_model: str | None = field(
+        default="eval_reward",
+        metadata=about(
+            "As in TRL; a run's evaluation in training is its task's, on held-out items. The best one's checkpoint is "
+            "kept beyond save_total_limit: with evaluations and checkpoints at the same steps, or save_strategy: best."
+        ),
+    )
     resume_from_checkpoint: str | bool | None = field(
         default=None,
         metadata=about(
@@ -254,6 +281,31 @@ class Settings:
             "process ends without."
         ),
     )
+    reward_deadline: float | None = field(
+        default=None,
+        metadata=about(
+            "Seconds that a reward function may take for one completion. Each then runs in a process of its own, "
+            "which is killed when it is late, and is asked for one completion at a time; what it does not answer is "
+            "lost, and counts for max_lost_share. None: in the trainer's process, all completions in one call."
+        ),
+    )
+    world_deadline: float | None = field(
+        default=None, metadata=about("The same for a world of one turn (world=); an episode's has step_deadline.")
+    )
+    hang_deadline: float = field(
+        default=1800.0,
+        metadata=about(
+            "Seconds that one part of a step (rollout, world, reward, scoring, loss, gradient, save, evaluation) may "
+            "take without moving on, in any process, before the run ends and says where each process stands. Outside "
+            "of training a process waits for others for ddp_timeout."
+        ),
+    )
+    hub_deadline: float = field(
+        default=300.0,
+        metadata=about(
+            "push_to_hub: seconds, and one more for each MB, in which a push is tried again; the run goes on without."
+        ),
+    )
     max_bad_steps: int = field(
         default=3, metadata=about("Steps in a row that are skipped for NaN or inf before the run stops.")
     )
@@ -261,4 +313,12 @@ class Settings:
     # Alarms
     diagnostics_warning_interval: int = field(
         default=10, metadata=about("Logged steps of one degenerate state (no teacher, ...) before one warning.")
+    )
+    stop_on: list[str] = field(
+        default_factory=list,
+        metadata=about(
+            "Warnings that end the run, with a checkpoint: of the policy's entropy, completions' length, KL, all "
+            "rewards alike, no valid action, one member taking all, no calls, no teacher, a lower held-out reward.",
+            choices=ALARMS,
+        ),
     )

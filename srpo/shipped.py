@@ -6,7 +6,7 @@ wheel).
 
 from __future__ import annotations
 
-import argparse
+import difflib
 import re
 import shutil
 from collections.abc import Sequence
@@ -14,6 +14,8 @@ from importlib.resources import files
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
+
+from srpo.cli import Parser
 
 _PACKAGE = Path(str(files("srpo")))
 RECIPES = _PACKAGE / "recipes" if (_PACKAGE / "recipes").is_dir() else _PACKAGE.parent / "recipes"
@@ -36,6 +38,19 @@ def find_recipe(name: str) -> Path:
     return Path(name)
 
 
+def no_recipe(name: str | Path) -> str:
+    """What to say of a recipe that is neither a file nor a shipped one."""
+    asked = str(name).removesuffix(".yaml").removeprefix("recipes/")
+    near = sorted(shipped_recipes(), key=lambda one: -_likeness(asked, one))[:3]
+    return f"{name}: No such file, and no shipped recipe; the nearest are {', '.join(near)}; srpo recipes lists all"
+
+
+def _likeness(asked: str, name: str) -> float:
+    """Of a name, or of its last part where only that was asked."""
+    names = [name, name.rpartition("/")[2]]
+    return max(difflib.SequenceMatcher(None, asked, one).ratio() for one in names)
+
+
 def shipped_path(value: Any) -> Any:
     """A path of a recipe below `recipes/`: in the working directory, or else the shipped file."""
     if isinstance(value, str) and value.startswith("recipes/") and not Path(value).exists():
@@ -52,7 +67,7 @@ def first_sentence(path: Path) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """`srpo recipes`: list, copy, keys."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="List the shipped recipes, copy one, or print a table of all keys.",
         epilog="example: srpo recipes copy quickstart/srpo my.yaml && srpo train my.yaml",
     )
@@ -77,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _copy(name: str, file: Path | None) -> None:
     source = shipped_recipes().get(name.removesuffix(".yaml"))
     if source is None:
-        raise ValueError(f"there is no shipped recipe {name}: srpo recipes lists them")
+        raise ValueError(no_recipe(name))
     target = Path(source.name) if file is None else file / source.name if file.is_dir() else file
     if target.exists():
         raise ValueError(f"{target} exists already: name another file")

@@ -122,8 +122,35 @@ class Share:
         return items[self.rank :: self.world]
 
 
+@dataclass(frozen=True)
+class Planned:
+    """What a task tells `srpo plan`."""
+
+    rows: int | None
+    """Of the training; None: not counted."""
+    said: list[str]
+    """Phrases on the pool and the held-out items."""
+    calls: int = 0
+    """Of the pool, at most, in an episode of the training."""
+    calls_beside: int = 0
+    """The same before and after the training, in all."""
+    usd_expected: float | None = None
+    """Of an episode of the training."""
+    expected_if: str = ""
+    """What that expects, in a few words."""
+    usd_most: float | None = None
+    """Of an episode of the training; None: not known beforehand."""
+    usd_beside: float = 0.0
+    """At most, before and after the training, in all."""
+    paid: bool = True
+    """False: replies are recorded, and the costs those of the same calls if they were made."""
+
+
 class Evaluation(Protocol):
-    """Played episodes of one or several routers; `routers.evaluation.episodes.Episodes` is one."""
+    """Played episodes of one or several routers; `routers.evaluation.episodes.Episodes` is one.
+
+    Optional: `results()`, the numbers of the trained policy (`results` of `srpo.hub.card.model_card`).
+    """
 
     @classmethod
     def merged(cls, parts: Sequence[Any]) -> Any:
@@ -135,6 +162,9 @@ class Evaluation(Protocol):
 
     def write(self, path: Path) -> None:
         """Into a parquet file."""
+
+    def mean_reward(self) -> float:
+        """Mean over the episodes that were not lost; NaN where all were."""
 
 
 class Task(Protocol):
@@ -156,8 +186,8 @@ class Task(Protocol):
     def corpus(self) -> Corpus:
         """For a policy made from nothing."""
 
-    def plan(self) -> tuple[int, list[str]]:
-        """After `load`, for `srpo plan`: how many training rows, and phrases on calls and their bounds."""
+    def plan(self) -> Planned:
+        """After `load`, for `srpo plan`."""
 
     def rows(self, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
         """The training rows: `prompt`, and what world, rewards and evaluation need. The run checks them."""

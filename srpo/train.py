@@ -9,7 +9,7 @@ GRPOConfig and more). Every process of a launch runs this whole story; what only
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,21 +22,24 @@ from srpo.checks import check_rows
 from srpo.cli import run
 from srpo.config import SRPOConfig
 from srpo.garbage import set_imports_aside
+from srpo.hub.upload import NotPushed
 from srpo.own_policy import own_policy, train_own
 from srpo.policy import check_loads, check_policy, load_policy, whole_policy, whole_start, with_adapter
 from srpo.recipe import load_run, resolved_recipe
 from srpo.rollout.special_tokens import settle_special_tokens
+from srpo.run.batch import batch_line
 from srpo.run.derived import check_made_from, is_made_from, made_from, mark, source, unmark
 from srpo.run.files import EVALUATION
 from srpo.run.folder import claim, finish
+from srpo.run.processes import Elsewhere
 from srpo.run.signals import heeded
 from srpo.run.steps import check_rows_of_a_batch
-from srpo.run.whole import resume_from
+from srpo.run.watch import part, watched
+from srpo.run.whole import SAVING, resume_from
 from srpo.sft import check_unsharded, sft, sft_config
 from srpo.task import START, Evaluation, RunArguments, Share, Task
 from srpo.trainer.progress import check_report_to, phase, quiet, show_progress
 from srpo.trainer.trainer import SRPOTrainer
-from srpo.types import Stopped
 
 Result = TypeVar("Result")
 
@@ -47,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> Evaluation:
     Raises:
         ValueError: a mistake in recipe or data, in one sentence; before the output folder is touched where it can be.
         Interrupted: a signal has ended the run (`srpo.run.signals`); exit code 0.
+        NotPushed: all is done and written, and the Hub has not taken it; exit code 75.
     """
     with heeded():
         return _run(argv)
@@ -56,9 +60,14 @@ def _run(argv: Sequence[str] | None) -> Evaluation:
     quiet()
     task_class, recipe = load_run(argv)
     set_imports_aside()
-    arguments, how, args = recipe
-    check_report_to(args.report_to)
-    state = PartialState()
+    check_report_to(recipe[2].report_to)
+    PartialState()
+    with watched(recipe[2].hang_deadline, recipe[2].ddp_timeout):
+        return _told(task_class, recipe)
+
+
+def _told(task_class: Any, recipe: Any) -> Evaluation:
+    (arguments, how, args), state = recipe, PartialState()
     resume = args.resume_from_checkpoint = resume_from(args.resume_from_checkpoint, args.output_dir)
     task: Task = task_class(arguments, how, args)
     if own := own_policy(task, how.model_name_or_path):
@@ -94,6 +103,7 @@ def _run(argv: Sequence[str] | None) -> Evaluation:
     # The folder is this run's now.
     output = claimed.take()
     phase("start", f"{how.task}, {args.objective}: {len(dataset):,} rows, policy {name}, into {output}")
+    phase("batch", batch_line(args, state.num_processes))
     rows = dataset.to_list()
     prepared = task.prepare(output, rows)
     dataset = dataset if prepared is rows else Dataset.from_list(prepared)
@@ -107,9 +117,8 @@ def _run(argv: Sequence[str] | None) -> Evaluation:
             tokenizer.save_pretrained(start)
             task.save(start)
             mark(start, began_from)
-    before = _evaluated_once(
-        task, lambda: whole_start(model, name, args), tokenizer, start / EVALUATION, {**scored, START: source(start)}
-    )
+    scored[START] = source(start) if supervised else None
+    before = _evaluated_once(task, lambda: whole_start(model, name, args), tokenizer, start / EVALUATION, scored)
 
     functions, args.reward_weights = task.rewards()
     trainer = SRPOTrainer(
@@ -124,6 +133,7 @@ def _run(argv: Sequence[str] | None) -> Evaluation:
         recipe=resolved_recipe(recipe),
         save_beside=task.save,
         allowed_tokens=task.allowed_tokens(tokenizer),
+        heldout=lambda: {"reward": _heldout_reward(task, trainer, output)},
     )
     for callback in task.callbacks():
         trainer.add_callback(callback)
@@ -137,11 +147,16 @@ def _run(argv: Sequence[str] | None) -> Evaluation:
     with whole_policy(trainer, output) as policy:
         after = evaluated(lambda share: task.evaluate(policy, tokenizer, args.objective, share))
     evaluation, trainer.heldout_table = concluded(task, [before, after, evaluated(task.baselines)], output)
+    trainer.heldout_results = results_of(evaluation)
     trainer.create_model_card(model_name=output.name)
+    pushed = True
     if args.push_to_hub:
-        trainer.push_to_hub()
+        with part("push", patient=True):
+            pushed = trainer.push_to_hub()
     finish(output)
     phase("done", f"policy, evaluation and report are in {output}")
+    if not pushed:
+        raise NotPushed.of(output, str(trainer.hub_model_id))
     return evaluation
 
 
@@ -149,8 +164,8 @@ def together(act: Callable[[], Result]) -> list[Result]:
     """What every process's `act` returned, in order of rank, on all of them.
 
     Raises:
-        Exception: what `act` raised here; where it raised on another process only, `Stopped`, so that no process waits
-            for one that has ended.
+        Exception: what `act` raised here; where it raised on another process only, `Elsewhere`, so that no process
+            waits for one that has ended.
     """
     try:
         mine: tuple[Any, BaseException | None] = (act(), None)
@@ -161,7 +176,7 @@ def together(act: Callable[[], Result]) -> list[Result]:
         raise mine[1]
     for rank, (_, words) in enumerate(told):
         if words is not None:
-            raise Stopped(f"process {rank}: {words}")
+            raise Elsewhere(f"process {rank}: {words}")
     return [result for result, _ in told]
 
 
@@ -185,6 +200,22 @@ def concluded(task: Task, parts: Sequence[Any], output: Path) -> tuple[Evaluatio
     told = task.report(evaluation, output)
     print(told, flush=True)
     return evaluation, told
+
+
+def _heldout_reward(task: Task, trainer: SRPOTrainer, output: Path) -> float:
+    """What the policy earns on the task's held-out items, in the middle of its training."""
+    folder = output / SAVING / "evaluated"
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        trainer.save_model(str(folder))
+    with whole_policy(trainer, folder) as policy:
+        name, tokenizer = trainer.args.objective, trainer.processing_class
+        return float(evaluated(lambda share: task.evaluate(policy, tokenizer, name, share)).mean_reward())
+
+
+def results_of(evaluation: Any) -> Sequence[Mapping[str, Any]]:
+    """For the card's metadata, where the evaluation has such."""
+    results = getattr(evaluation, "results", None)
+    return results() if results else ()
 
 
 def _evaluated_once(task: Task, load: Callable[[], Any], tokenizer: Any, path: Path, values: dict[str, Any]) -> Any:

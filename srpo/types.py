@@ -33,7 +33,10 @@ STOP = "stop"
 
 
 class Stopped(RuntimeError):
-    """A run ends as it was asked to, or cannot go on; what it has finished is kept. `srpo.cli` ends with code 1."""
+    """A run ends as it was asked to, or cannot go on; what it has finished is kept."""
+
+    code = 1
+    """Exit code of `srpo.cli`."""
 
 
 Row = Mapping[str, Any]

@@ -32,7 +32,7 @@ Query = str | Mapping[str, Any]
 """A text, or a mapping with `query`, and `family` where it is known."""
 
 TRUSTED = [
-    "routers.baselines.policy_gradient.Actor",
+    "routers.baselines.critic.Critic",
     "scipy.sparse._csr.csr_matrix",
     "sklearn.ensemble._hist_gradient_boosting.predictor.TreePredictor",
     "sklearn.neural_network._stochastic_optimizers.AdamOptimizer",

@@ -11,6 +11,7 @@ import numpy as np
 
 from routers.baselines import BASELINES, Baseline
 from routers.baselines.base import Data, Fitted, Told
+from routers.baselines.from_log import outcomes_of
 from routers.data.table import ReplyTable, check_split, spread
 from routers.evaluation.episodes import Episodes, Outcomes, RewardRule
 
@@ -127,7 +128,9 @@ def table_baselines(
         ValueError: the split has no queries.
     """
     chosen = spread_of(table, split, limit)
-    items = Outcomes.of_table(table, rule, split, chosen if share is None else share.of(chosen))
+    items = outcomes_of(table, rule, split, chosen if share is None else share.of(chosen))
+    if table.log:  # nothing is fitted, and who is best of estimates is nobody
+        return play_baselines(items, None, table_header(rule, split), names=["random"])
     train = Outcomes.of_table(table, rule, "train") if table.queries("train") else None
     return play_baselines(items, train, table_header(rule, split), **how)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +13,13 @@ from routers.baselines.base import text_of
 from routers.baselines.online import OnlineRouter, OnlineSettings, learners
 from routers.data.catalogue import Member
 from routers.evaluation.episodes import Episodes, Outcomes
+from routers.evaluation.statistics import Estimate, Paired
 from routers.router import Decision, Router
 
 STREAM = "stream"
 """`set` of the episodes on the stream."""
+OURS = "policy gradient"
+"""The learner that others are compared with."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +130,39 @@ def chosen_settings(learner: str, stream: Outcomes, like: OnlineRouter | None = 
         return float(episodes.frame.groupby("set")["reward"].mean().sum())
 
     return max(grid, key=earned)
+
+
+def play_learners(
+    stream: Outcomes, heldout: Outcomes, seeds: Sequence[int], names: Sequence[str], tell: Callable[[str], object]
+) -> tuple[Episodes, dict[str, list[Stream]]]:
+    """`play_online` of several learners with one set of features, at the settings that their classes have: nothing is
+    chosen on this stream. `tell` is told the name of each."""
+    parts, streams, like = [], {}, None
+    for name in names:
+        tell(name)
+        like = like or online_router(name, stream, {})
+        episodes, streams[name] = play_online(name, stream, heldout, seeds, {}, like)
+        parts.append(episodes)
+    return Episodes.merged(parts), streams
+
+
+def stream_table(episodes: Episodes, ours: str) -> str:
+    """Markdown of rewards on the stream, and afterwards on held-out queries, with what `ours` earns more (paired)."""
+    parts = [Paired(episodes.of(set=name)) for name in (STREAM, "")]
+    places = ["stream", "held-out queries afterwards"]
+    head = "".join(f" | reward, {place} | {ours} minus it" for place in places)
+    lines = [f"|{head} |", "| --- " + "| ---: " * 2 * len(parts) + "|"]
+    for name in sorted(parts[0].routers, key=lambda name: -parts[0].mean(name, "reward")):
+        cells = []
+        for part in parts:
+            cells.append(_interval(part.estimate(name, "reward"), ""))
+            cells.append("-" if name == ours else _interval(part.difference(ours, name, "reward"), "+"))
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _interval(found: Estimate, sign: str) -> str:
+    return f"{found.value:{sign}.3f} [{found.low:{sign}.3f}, {found.high:{sign}.3f}]"
 
 
 def regret_picture(streams: Mapping[str, Sequence[Stream]], title: str = "") -> bytes:

@@ -109,6 +109,12 @@ def cost(
     return float(usd + member.price_request)
 
 
+def shown_usd(usd: float) -> float:
+    """What is told of USD: 12 digits, so that a sum of them has no tail (1.2e-05, not 1.2000000000000002e-05). What
+    is booked, reserved or compared is never rounded."""
+    return float(f"{usd:.12g}")
+
+
 def costs(member: Member, prompt_tokens: np.ndarray, completion_tokens: np.ndarray) -> np.ndarray:
     """`cost` of many plain requests: USD, float64 ``[requests]``.
 

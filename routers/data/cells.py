@@ -104,6 +104,13 @@ def number(value: Any, upper: float = math.inf, truth: bool = False) -> float:
     return found
 
 
+def chance(value: Any) -> float:
+    """A probability that is not 0."""
+    if not (found := number(value, 1)):
+        raise ValueError("it must be a number above 0, and at most 1")
+    return found
+
+
 def split(value: Any) -> str:
     """`train` or `heldout`, from the names that data sets give their parts: what is not trained on is held out."""
     given = value.strip().lower() if isinstance(value, str) else ""

@@ -30,6 +30,7 @@ from routers.data.table_rows import (
     REQUIRED,
     TOKENS,
     UPPER,
+    WHOLE,
     BadCell,
     check_columns,
     check_row,
@@ -59,8 +60,9 @@ _QUERY_SCHEMA = pa.schema(
 class Columns:
     """The complete queries of a table, and all that is to be said of the others.
 
-    ``correct``, ``cost`` (USD) and ``seconds`` are float64, tokens int32 and ``reply_row`` (of ``replies``) int64, all
-    ``[queries, members]``; ``queries`` has the columns query_id, query, family, split, gold.
+    ``correct``, ``cost`` (USD), ``seconds`` and ``propensity`` (NaN: not told) are float64, tokens int32 and
+    ``reply_row`` (of ``replies``) int64, all ``[queries, members]``; ``queries`` has the columns query_id,
+    query, family, split, gold.
     """
 
     members: list[str]
@@ -68,6 +70,7 @@ class Columns:
     correct: np.ndarray
     cost: np.ndarray
     seconds: np.ndarray
+    propensity: np.ndarray
     prompt_tokens: np.ndarray
     completion_tokens: np.ndarray
     reply_row: np.ndarray
@@ -83,11 +86,13 @@ class Columns:
     anonymous: int = 0
     repeated: dict[str, str] = field(default_factory=dict)
     """Queries with the text of an earlier one of their split -> that one."""
+    log: bool = False
+    """Each query has the row of one member only: the others' numbers are NaN (of tokens 0), their ``reply_row`` -1."""
 
     def priced(self, catalogue: Mapping[str, Member]) -> Columns:
         """The same, with a price for each reply whose cost the table does not tell."""
         for j, name in enumerate(self.members):
-            untold = np.isnan(self.cost[:, j])
+            untold = np.isnan(self.cost[:, j]) & ~np.isnan(self.correct[:, j])  # of a log: only who was asked
             if untold.any():
                 tokens = (self.prompt_tokens[untold, j], self.completion_tokens[untold, j])
                 self.cost[untold, j] = billing.costs(catalogue[name], *tokens)
@@ -148,6 +153,8 @@ def _numbers(name: str, column: Any) -> tuple[np.ndarray, np.ndarray]:
     values = np.full(len(column), np.nan) if plain is None else plain
     with np.errstate(invalid="ignore"):
         good = (values >= 0) & (values <= UPPER[name]) & (values < np.inf)
+        if name == "propensity":
+            good &= values > 0
         if name in TOKENS:
             good &= values == np.floor(values)
     rest, bad = np.flatnonzero(~good), np.zeros(len(values), dtype=bool)
@@ -240,6 +247,11 @@ class _Reader:
         self.split_names: set[str] = set()
         self.anonymous = self.total = self.replies = 0
 
+    @property
+    def log(self) -> bool:
+        """Whether it is a log of decisions: such a table alone has propensities."""
+        return "propensity" in self.found
+
     def add_bad(self, number: int, problem: BadCell, raw: Any) -> None:
         content = raw.content if isinstance(raw, BadRow) else raw
         text = content if isinstance(content, str) else repr(content)
@@ -312,7 +324,7 @@ class _Reader:
         untold = np.isnan(values["prompt_tokens"]) | np.isnan(values["completion_tokens"])
         bad |= member == len(self.catalogue)
         bad |= np.isnan(values["cost"]) & (~self.priced[member] | (untold & ~self.free[member]))
-        fields = [name for name in FIELDS if name != "reply" or name in columns]
+        fields = [name for name in FIELDS if name not in WHOLE or name in columns]
         for i in np.flatnonzero(bad):
             self.judge(chunk.numbers[i], chunk.row(int(i)), fields)
         for name in TOKENS:  # where a cost is told or tokens are free, none are needed
@@ -330,10 +342,11 @@ class _Reader:
         rows = {name: np.concatenate(parts) for name, parts in self.parts.items()}
         self.parts.clear()
         self.said = {name: list(known) for name, known in self.known.items()}
-        if "reply" in self.found:
-            lacks = rows["reply_row"] < 0
-            self.leave_out(rows, np.flatnonzero(lacks), BadCell("missing reply", "field 'reply' is missing"))
-            rows = {name: values[~lacks] for name, values in rows.items()}
+        for name in WHOLE:
+            if name in self.found:
+                lacks = rows["reply_row"] < 0 if name == "reply" else np.isnan(rows[name])
+                self.leave_out(rows, np.flatnonzero(lacks), BadCell(f"missing {name}", f"field {name!r} is missing"))
+                rows = {column: values[~lacks] for column, values in rows.items()}
         self.choose_splits(rows)
         present = np.unique(rows["member"])
         members = [self.said["member"][i] for i in present]
@@ -341,11 +354,14 @@ class _Reader:
         queries = {name: [self.said[name][i] for i in rows[name][first]] for name in TEXTS[:-1]}
         kept, repeated, missing = self.kept(rows, queries, members, at)
         at = at[kept]
+        numbers = {name: rows[name][at] for name in (*NUMBERS, "reply_row")}
+        for name, values in numbers.items() if self.log else ():
+            values[at < 0] = -1 if name == "reply_row" else 0 if name in TOKENS else np.nan
         by_number = sorted(range(len(self.bad)), key=lambda i: self.bad[i][0])
         return Columns(
             members,
             pa.table({name: [values[i] for i in kept] for name, values in queries.items()}, _QUERY_SCHEMA),
-            **{name: rows[name][at] for name in (*NUMBERS, "reply_row")},
+            **numbers,
             replies=replies,
             total=self.total,
             bad=[self.bad[i] for i in by_number],
@@ -354,6 +370,7 @@ class _Reader:
             unexplained=[name for name in missing if name not in self.touched],
             anonymous=self.anonymous,
             repeated=repeated,
+            log=self.log,
         ).priced(self.catalogue)
 
     def leave_out(self, rows: Mapping[str, np.ndarray], some: Iterable[int], problem: BadCell) -> None:
@@ -407,7 +424,7 @@ class _Reader:
 
         A training query whose text is held out too is dropped, for nothing is trained on and tested on; its rows are
         bad. Of the complete ones with one text the first stays: a router sees the text alone, and a mean of several
-        recordings would be nobody's reply.
+        recordings would be nobody's reply. In a log one text may be asked often, and of each query one member only.
         """
         ids, split = queries["query_id"], queries["split"]
         texts = [normalise_query(text) for text in queries["query"]]
@@ -422,6 +439,13 @@ class _Reader:
         for i, other in dropped.items():
             told = f"queries {ids[i]!r} and {ids[other]!r} have the same text but stand in different splits; drop one"
             self.leave_out(rows, at[i][at[i] >= 0], BadCell("same text in both splits", told))
+        if self.log:
+            several = np.flatnonzero((at >= 0).sum(axis=1) > 1)
+            for i in several:
+                told = f"query {ids[i]!r} has the rows of several members; every decision needs a query_id of its own"
+                self.leave_out(rows, at[i][at[i] >= 0], BadCell("several rows of one decision", told))
+            out = {*dropped, *several.tolist()}
+            return [i for i in range(len(ids)) if i not in out], {}, {}
         missing = {
             ids[i]: [members[j] for j in np.flatnonzero(at[i] < 0)]
             for i in np.flatnonzero((at < 0).any(axis=1))

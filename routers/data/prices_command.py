@@ -25,6 +25,7 @@ from typing import Any
 
 from routers.data.catalogue import Member, load_catalogue, price_table, read_catalogue, read_member
 from routers.data.prices import URL, entries_of, litellm_table, parsed_table
+from srpo.cli import Parser
 
 FIELDS = {
     "price_in": "in",
@@ -51,7 +52,7 @@ _SECONDS = 60.0
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="show|refresh")
     show = verbs.add_parser("show", help="each member's prices, in USD per million tokens")
     refresh = verbs.add_parser("refresh", help="what a newer table changes; with --write, keep it")

@@ -13,6 +13,9 @@ back in time finds it.
                hour or longer
     fresh      = prompt - cached - written  at price_in
 
+A call that failed counts as not sent: nobody knows what the provider read of it, and its answer may come from another
+machine. What a member had before, it still has.
+
 A member without ``cache_seconds`` has no cache that anybody counts on: all is fresh. What providers publish, for
 catalogues (USD stand in ``routers.data.billing``):
 
@@ -83,7 +86,7 @@ class Conversation:
         return replace(self, messages=messages, now=now)
 
     def asked(self, member: str) -> Conversation:
-        """The member got the prompt: that is what it keeps from now on."""
+        """The member got the prompt, and answered: that is what it keeps from now on."""
         return replace(self, sent={**self.sent, member: Sent(self.messages, self.now)}, last=member)
 
     @property

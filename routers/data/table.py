@@ -8,9 +8,13 @@ val, dev and eval are held out; default: ``split_of``), ``gold`` (accepted answe
 catalogue's prices count). A table without a column ``member`` may be wide: one row per query, one column per member
 (``routers.data.wide``). Values may be written as files of any format hold them (``routers.data.cells``).
 
-A table that loads is complete and consistent: every query has exactly one reply of every member, and no query text
-stands twice. Bad rows are left out with their reasons, and their queries with them; too many are an error. Of queries
-with one text (``normalise_query``) in one split the first complete one stays, and the others are named in a warning.
+A table with a column ``propensity`` is a *log*: each query has one row, of the member that was asked, and the
+probability (above 0, at most 1) with which whoever decided chose it; one text may be asked often. What the others had
+made of it is not known: `ReplyTable.matrix` refuses, and `routers.evaluation.off_policy` estimates.
+
+Any other table that loads is complete and consistent: every query has exactly one reply of every member, and no query
+text stands twice. Bad rows are left out with their reasons, and their queries with them; too many are an error. Of
+queries with one text (``normalise_query``) in one split the first complete one stays; a warning names the others.
 """
 
 from __future__ import annotations
@@ -68,6 +72,7 @@ class ReplyTable:
 
     Attributes:
         has_replies: whether there is a column ``reply``; without it every reply reads "".
+        log: whether it is a log of decisions.
         bad_rows: what was left out, as ``srpo.quarantine`` writes it.
         incomplete: ids of the queries that were left out, by bad rows or for want of a member.
         repeated: ids of those left out because an earlier query of their split has the same text, and its id.
@@ -123,7 +128,7 @@ class ReplyTable:
         self._columns = columns
         self.members: list[str] = columns.members
         self.catalogue: dict[str, Member] = {name: catalogue[name] for name in self.members}
-        self.has_replies = columns.replies is not None
+        self.has_replies, self.log, self.source = columns.replies is not None, columns.log, source
         self._replies = None if columns.replies is None else columns.replies["reply"]
         self.bad_rows, self.incomplete, self.repeated = bad.entries, list(missing), repeated
         self._queries = columns.queries.select(["query_id", "query", "family", "split"]).to_pylist()
@@ -163,6 +168,8 @@ class ReplyTable:
         except KeyError:
             raise KeyError(f"no reply of member {member!r} to query {query_id!r}; members: {self.members}") from None
         found = self._columns
+        if np.isnan(found.correct[at]):
+            raise KeyError(f"{member!r} was not asked {query_id!r} in this log")
         return Recorded(
             "" if self._replies is None else self._replies[int(found.reply_row[at])].as_py(),
             int(found.prompt_tokens[at]),
@@ -174,9 +181,40 @@ class ReplyTable:
 
     def matrix(self, field: str, split: str | None = None) -> np.ndarray:
         """A field of `Recorded` that is a number, ``[queries, members]``; rows as ``queries(split)``, columns as
-        ``members``; float64, tokens int32."""
+        ``members``; float64, tokens int32.
+
+        Raises:
+            ValueError: it is a log.
+        """
+        if self.log:
+            raise ValueError(
+                f"{self.source}: has a column propensity, so it is a log of decisions, of which the outcome of the "
+                "member that was asked alone is known; here those of all members are needed. A log can train and "
+                "evaluate an encoder (srpo train quickstart/encoder --table LOG)"
+            )
+        return self._matrix(field, split)
+
+    def _matrix(self, field: str, split: str | None) -> np.ndarray:
         found: np.ndarray = getattr(self._columns, field)[self._rows(split)]
         return found
+
+    def asked(self, split: str | None = None) -> np.ndarray:
+        """Of a log: columns of the members that were asked, ``[queries]``."""
+        return np.asarray((~np.isnan(self._matrix("correct", split))).argmax(axis=1))
+
+    def told(self, field: str, split: str | None = None) -> np.ndarray:
+        """Of a log: a field of `Recorded` that is a number, or ``propensity``, of who was asked, ``[queries]``."""
+        found = self._matrix(field, split)
+        return np.asarray(found[np.arange(len(found)), self.asked(split)])
+
+    def means(self, field: str, split: str | None = None) -> np.ndarray:
+        """A field's mean over the queries, ``[members]``. Of a log it is estimated by the rows weighted by 1 /
+        propensity (self-normalised); 0 for a member that was never asked there."""
+        if not self.log:
+            return np.asarray(self.matrix(field, split).mean(axis=0))
+        weight = np.nan_to_num(1 / self._matrix("propensity", split))
+        total = (weight * np.nan_to_num(self._matrix(field, split))).sum(axis=0)
+        return np.asarray(total / np.maximum(weight.sum(axis=0), 1e-300))
 
     def correct_matrix(self, split: str | None = None) -> np.ndarray:
         """Correctness, float64 ``[queries, members]``; as `matrix`."""
@@ -194,8 +232,7 @@ class ReplyTable:
         It is fixed by the table (no running state). A table without train rows uses all rows, and a table in which
         every reply is free gives 1.0, so that dividing by it is always safe.
         """
-        costs = self.cost_matrix("train" if self.queries("train") else None)
-        dearest = float(costs.mean(axis=0).max())
+        dearest = float(self.means("cost", "train" if self.queries("train") else None).max())
         return dearest if dearest > 0 else 1.0
 
 

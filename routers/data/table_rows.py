@@ -42,7 +42,8 @@ class BadCell(Exception):
 
 
 UPPER = {"correct": 1.0, **dict.fromkeys(TOKENS, float(cells.HIGHEST_COUNT)), "seconds": math.inf, "cost": HIGHEST_USD}
-"""The columns of numbers, each from 0 to this."""
+UPPER["propensity"] = 1.0
+"""The columns of numbers, each from 0 to this (a propensity is above 0)."""
 _READERS: dict[str, Callable[[Any], Any]] = {
     "query_id": cells.name,
     "query": partial(cells.name, strip=False),
@@ -55,13 +56,17 @@ _READERS: dict[str, Callable[[Any], Any]] = {
     "gold": cells.answers,
     "seconds": cells.number,
     "cost": partial(cells.number, upper=HIGHEST_USD),
+    "propensity": cells.chance,
 }
 FIELDS = tuple(_READERS)
 NUMBERS = tuple(UPPER)
-_NEEDED = (*REQUIRED, "reply")
+WHOLE = ("reply", "propensity")
+"""Columns that a table may lack; where there is one, every row has it."""
+_NEEDED = (*REQUIRED, *WHOLE)
 """Columns whose cells must hold something where the column is there."""
 DEFAULTS: dict[str, Any] = {
     "reply": "", **dict.fromkeys(TOKENS), "family": "", "split": None, "gold": (), "seconds": 0.0, "cost": None,
+    "propensity": None,
 }  # fmt: skip
 
 

@@ -62,8 +62,8 @@ class TypicalCalls:
 def seen_in(table: ReplyTable) -> dict[str, Any]:
     """`typical` and `typical_usd` of a table's training split (of all of it if there is none)."""
     split = "train" if table.queries("train") else None
-    usd = table.cost_matrix(split).mean(axis=0)
-    tokens = [table.matrix(name, split).mean(axis=0).tolist() for name in ("prompt_tokens", "completion_tokens")]
+    usd = table.means("cost", split)
+    tokens = [table.means(name, split).tolist() for name in ("prompt_tokens", "completion_tokens")]
     typical = dict(zip(table.members, zip(*tokens, strict=True), strict=True))
     return {
         "typical": {name: both for name, both in typical.items() if any(both)},  # else the table counts no tokens

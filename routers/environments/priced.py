@@ -23,8 +23,9 @@ def conversation(view: View, member: Member) -> Conversation:
     """An episode as prompt caches see it, for a call of this member: each call's prompt is what every prompt of it
     begins with, the first observation, and all steps before the call."""
     messages = tuple(_prompt(view, member))
-    sent = {step.by: Sent(messages[: 2 + i], step.at) for i, step in enumerate(view.steps)}  # the last call of each
-    return Conversation(sent=sent, last=view.steps[-1].by if view.steps else None).then(messages, view.now)
+    answered = [(i, step) for i, step in enumerate(view.steps) if step.action]
+    sent = {step.by: Sent(messages[: 2 + i], step.at) for i, step in answered}  # the last call of each
+    return Conversation(sent=sent, last=answered[-1][1].by if answered else None).then(messages, view.now)
 
 
 def _prompt(view: View, member: Member) -> list[int]:

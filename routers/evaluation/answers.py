@@ -22,6 +22,8 @@ from routers.data.written_numbers import CURRENCIES, readable, rewritten, same, 
 
 Metric = Literal["em", "f1", "numeric", "choice"]
 METRICS: tuple[Metric, ...] = get_args(Metric)
+Grade = Literal[Metric, "contains"]
+"""How replies are graded that nobody trains on: a policy would learn to write every candidate for `contains`."""
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -74,28 +76,39 @@ def f1_of_one_answer(answer: str, golds: Sequence[str]) -> float:
     return max((one(words, accepted) for words, accepted in _sides(answer, golds)), default=0.0)
 
 
-_SCORERS: dict[Metric, Callable[[str, Sequence[str]], float]] = {
+def contains(answer: str, golds: Sequence[str]) -> float:
+    """1 if the words of an accepted answer stand in it, in a row."""
+    found = 0.0
+    for words, accepted in _sides(answer, golds):
+        size = len(accepted)
+        found = max(found, float(size > 0 and any(words[i : i + size] == accepted for i in range(len(words)))))
+    return found
+
+
+_SCORERS: dict[str, Callable[[str, Sequence[str]], float]] = {
     "em": exact_match,
     "f1": f1_of_one_answer,
     "numeric": numeric,
     "choice": choice,
+    "contains": contains,
 }
+GRADES: tuple[Grade, ...] = (*METRICS, "contains")
 
 
-def score(answer: str | None, golds: Sequence[str], metric: Metric) -> float:
+def score(answer: str | None, golds: Sequence[str], metric: Grade) -> float:
     """What the answer earns, 0 to 1; no answer earns nothing.
 
     Raises:
         ValueError: unknown metric, or no accepted answer to compare with.
     """
-    if metric not in METRICS:
-        raise ValueError(f"metric {metric!r} is unknown; use one of {', '.join(METRICS)}")
+    if metric not in _SCORERS:
+        raise ValueError(f"metric {metric!r} is unknown; use one of {', '.join(_SCORERS)}")
     if isinstance(golds, str) or not golds:
         raise ValueError(f"gold is {golds!r}; it must be a list of at least one accepted answer")
     return 0.0 if answer is None else _SCORERS[metric](answer, golds)
 
 
-def gold_problem(golds: Sequence[str], metric: Metric) -> str:
+def gold_problem(golds: Sequence[str], metric: Grade) -> str:
     """Why no answer can earn anything by this metric with these accepted answers; "" where one can."""
     if not any(gold.strip() for gold in golds):
         return "it has no accepted answer (gold)"

@@ -15,13 +15,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from routers.evaluation.episodes import EPISODES, KINDS, Episodes
+from srpo.cli import Parser
 
 _SEED = re.compile(r"-seed(\d+)$")
 
 
 def main(argv: Sequence[str] | None = None) -> str:
     """Command line; returns the tables that it printed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output folder of srpo train or evaluate")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="write a report there")
     parser.add_argument("--markdown", action="store_true", help="print Markdown")

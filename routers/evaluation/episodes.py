@@ -144,6 +144,10 @@ class Episodes:
         curve = settings.where(self.frame["curve"] != "", "")
         return Episodes(self.frame.assign(router=router, curve=curve), header)
 
+    def mean_reward(self) -> float:
+        """Over the episodes that were not lost; NaN where all were."""
+        return float(self.frame["reward"].mean())
+
     @classmethod
     def merged(cls, parts: Sequence[Episodes]) -> Episodes:
         """Shares of several processes, or routers on the same items, as one. What is in two parts alike counts once.
@@ -159,6 +163,18 @@ class Episodes:
         import pandas as pd
 
         return cls(pd.concat([part.frame for part in parts], ignore_index=True), header)
+
+    def results(self) -> list[dict[str, Any]]:
+        """Means of the trained policies on each set, for a model card's metadata; items that the pool lost are left
+        out."""
+        score, item = str(self.header.get("score", "score")), str(self.header.get("item", "item"))
+        found = []
+        played = self.frame[(self.frame["kind"] == "policy") & (self.frame["stop"] != LOST)]
+        for (name, where), rows in played.groupby(["router", "set"], sort=False):
+            means = {score: rows["score"], f"USD per {item}": rows["usd"], "reward": rows["reward"]}
+            metrics = {metric: round(float(values.mean()), 8) for metric, values in means.items()}
+            found.append({"name": str(name), "dataset": f"held-out {where}".strip(), "metrics": metrics})
+        return found
 
     def write(self, path: str | Path) -> None:
         """Into a parquet file, which appears whole or not at all."""

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 
 from routers.evaluation.episodes import Episodes
+from routers.evaluation.losses import losses
 from routers.evaluation.plot import curves_picture, picture
 from routers.evaluation.statistics import PER_ITEMS, Paired, sets
-from routers.evaluation.tables import FAMILIES, NOTE, SENT, named, render, sections, shown
+from routers.evaluation.tables import FAMILIES, NOTE, SENT, Section, named, render, sections, shown
 
 MARKDOWN, PICTURE, PAGE = "report.md", "frontier.png", "report.html"
 EXAMPLES = 8
@@ -77,17 +78,24 @@ def report(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    text, drawn = render(episodes, title, markdown=True), picture(episodes, title)
+    lost = losses(folder, episodes)
+    text, drawn = render(episodes, title, markdown=True, more=[lost]), picture(episodes, title)
     (folder / MARKDOWN).write_text(text, encoding="utf-8")
     (folder / PICTURE).write_bytes(drawn)
     state = folder / "trainer_state.json"
     if records is None and state.is_file():
         records = json.loads(state.read_text(encoding="utf-8"))["log_history"]
-    (folder / PAGE).write_text(page(episodes, title, drawn, records or ()), encoding="utf-8")
+    (folder / PAGE).write_text(page(episodes, title, drawn, records or (), [lost]), encoding="utf-8")
     return text
 
 
-def page(episodes: Episodes, title: str, drawn: bytes, records: Sequence[Mapping[str, Any]] = ()) -> str:
+def page(
+    episodes: Episodes,
+    title: str,
+    drawn: bytes,
+    records: Sequence[Mapping[str, Any]] = (),
+    more: Sequence[Section] = (),
+) -> str:
     """The report as one HTML page; `drawn` is the picture of the cost plane. Every text of the data is escaped."""
     parts = [f"<h1>{escape(title)}</h1>", _image(drawn, "Score and cost of every router")]
     found = sets(episodes)
@@ -105,6 +113,8 @@ def page(episodes: Episodes, title: str, drawn: bytes, records: Sequence[Mapping
         parts += [_examples(paired, policy) for policy in paired.policies]
     if curves := curves_picture([_scaled(record) for record in records], CURVES):
         parts += ["<h2>Training</h2>", _image(curves, "Training curves: each step in grey, a running mean in red")]
+    for section in more:
+        parts += [f"<h2>{escape(section.title)}</h2>", _table(section.rows), _list(section.lines)]
     notes = [NOTE, str(episodes.header.get("note", "")), *_rules(episodes.header)]
     parts += ["<h2>Notes</h2>", _list([note for note in notes if note])]
     head = f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{_POLICY}">'

@@ -60,21 +60,28 @@ def sections(paired: Paired) -> list[Section]:
     return [part for part in parts if len(part.rows) > 1 or part.lines]
 
 
-def render(episodes: Episodes, title: str = "", markdown: bool = False) -> str:
-    """The sections of every set, as text that reads well as it is."""
+def render(episodes: Episodes, title: str = "", markdown: bool = False, more: Sequence[Section] = ()) -> str:
+    """The sections of every set, and `more`, as text that reads well as it is."""
     found = sets(episodes)
     text = [f"## {title}" if markdown else title] if title else []
     for name, paired in found.items():
         if len(found) > 1 or name:
             text.append(f"### {name}" if markdown else f"== {name} ==")
-        for section in sections(paired):
-            if section.title:
-                text.append(f"**{section.title}**" if markdown else section.title)
-            if section.rows:
-                text.append(aligned(section.rows, markdown, section.bold))
-            text += ["\n".join(f"- {line}" if markdown else line for line in section.lines)] if section.lines else []
+        text += _told(sections(paired), markdown)
+    text += _told(more, markdown)
     note = str(episodes.header.get("note", ""))
     return "\n\n".join([*text, f"{NOTE} {note}".strip()]) + "\n"
+
+
+def _told(found: Iterable[Section], markdown: bool) -> list[str]:
+    text = []
+    for section in found:
+        if section.title:
+            text.append(f"**{section.title}**" if markdown else section.title)
+        if section.rows:
+            text.append(aligned(section.rows, markdown, section.bold))
+        text += ["\n".join(f"- {line}" if markdown else line for line in section.lines)] if section.lines else []
+    return text
 
 
 def aligned(rows: Sequence[tuple[str, ...]], markdown: bool, bold: Collection[tuple[int, int]] = ()) -> str:

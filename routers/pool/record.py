@@ -30,9 +30,10 @@ from routers.data.catalogue import cost, load_catalogue
 from routers.data.files import BadRow, read_rows
 from routers.data.questions import question_of, read_cell, without_duplicates
 from routers.data.table import split_of
-from routers.evaluation.answers import METRICS, gold_problem, score
+from routers.evaluation.answers import GRADES, gold_problem, score
 from routers.pool import Ledger, Pool, ReplyCache, kind, live_pool
 from routers.pool.protocol import CIRCUIT_OPEN, NO_QUOTA, OVER_BUDGET
+from srpo.cli import Parser
 from srpo.quarantine import Quarantine
 from srpo.ranges import above, ranged
 from srpo.types import Reply
@@ -281,10 +282,10 @@ def _say_what_next(given: argparse.Namespace, rows: list[dict[str, Any]], calls:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("srpo record", description=__doc__, formatter_class=_Raw)
+    parser = Parser("srpo record", description=__doc__, formatter_class=_Raw)
     parser.add_argument("--catalogue", required=True, type=Path, help="YAML: members, prices, endpoints")
     parser.add_argument("--queries", required=True, type=Path, help="jsonl, json, csv, tsv or parquet: query, gold")
-    parser.add_argument("--grade", default="em", choices=(*METRICS, "none"), help="how a reply is graded (em)")
+    parser.add_argument("--grade", default="em", choices=(*GRADES, "none"), help="how a reply is graded (em)")
     parser.add_argument("--output", type=Path, default=Path("table.parquet"), help="the table (table.parquet)")
     usd = ranged(above(0))
     parser.add_argument("--max_cost_usd", type=usd, default=5.0, help="USD that all starts may spend together (5)")

@@ -26,6 +26,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
+from routers.data.billing import shown_usd
 from routers.pool.request import longest_of
 from routers.router import Answer
 from routers.serving.chat import ChatRequest, refuse_others, text_of
@@ -115,7 +116,7 @@ class AgentWorker:
                 yield Served(chunks=self._chunks(first, turns, answering, asked))
             else:
                 found = await answering
-                headers = {"x-srpo-cost-usd": f"{found.cost_usd:.10g}"}
+                headers = {"x-srpo-cost-usd": f"{shown_usd(found.cost_usd)}"}
                 yield Served(headers, document=self._document(found, asked))
         finally:
             answering.cancel()  # of a client that left: nobody asks further members on its behalf
@@ -201,8 +202,8 @@ def _transcript(found: Answer) -> str:
 
 
 def _usage(found: Answer) -> dict[str, Any]:
-    return {**counted(Usage(found.prompt_tokens, found.completion_tokens)), "cost_usd": found.cost_usd}
+    return {**counted(Usage(found.prompt_tokens, found.completion_tokens)), "cost_usd": shown_usd(found.cost_usd)}
 
 
 def _srpo(found: Answer) -> dict[str, Any]:
-    return {"members": list(found.members), "stop": found.stop, "cost_usd": found.cost_usd}
+    return {"members": list(found.members), "stop": found.stop, "cost_usd": shown_usd(found.cost_usd)}

@@ -3,7 +3,7 @@ r"""Serve a trained router on an OpenAI-compatible endpoint: its decisions carri
     srpo serve outputs/quickstart/srpo --catalogue pool.yaml          # a proxy in front of the members
     srpo serve outputs/quickstart/srpo                                # its decisions alone
     # a decision per call of an agent's loop:
-    srpo serve STEP_ROUTER --catalogue pool.yaml --conversation-cap 0.5 --conversation-unit usd
+    srpo serve STEP_ROUTER --catalogue pool.yaml --conversation_cap 0.5 --conversation_unit usd
     srpo serve outputs/quickstart/think_route --table quickstart      # recorded replies, to try it
 
     curl localhost:8000/v1/chat/completions -H 'Content-Type: application/json' \
@@ -11,7 +11,7 @@ r"""Serve a trained router on an OpenAI-compatible endpoint: its decisions carri
 
 OTEL_EXPORTER_OTLP_ENDPOINT says where spans go, with the extra `otel` (see `routers.serving.tracing`).
 `usage.cost_usd` of a reply says what it cost. `--keys` says who may ask, and how much (see `routers.serving.keys`).
-SIGTERM stops the server when all that has arrived is answered, or after --drain-seconds. Needs the extra: pip install
+SIGTERM stops the server when all that has arrived is answered, or after --drain_seconds. Needs the extra: pip install
 'srpo[serve]'.
 """
 
@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from routers.serving.making import make_worker, router_arguments, serving_arguments
+from srpo.cli import Parser
 from srpo.garbage import set_imports_aside
 from srpo.ranges import at_least, between, ranged
 
@@ -37,21 +38,21 @@ def _on_a_line(prog: str) -> argparse.HelpFormatter:
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line; serves until it is told to stop (Ctrl-C, SIGTERM)."""
     usage = "srpo serve MODEL [options]"
-    parser = argparse.ArgumentParser(usage=usage, description=__doc__, formatter_class=_on_a_line)
+    parser = Parser(usage=usage, description=__doc__, formatter_class=_on_a_line)
     router_arguments(parser)
     serving_arguments(parser)
     parser.add_argument("--name", default="router", help="what clients call the model")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=ranged(between(0, 65535), whole=True), default=8000)
-    parser.add_argument("--api-key-env", help="environment variable that holds the key clients must send")
-    parser.add_argument("--public-metrics", action="store_true", help="/metrics and /ui need no admin's key")
+    parser.add_argument("--api_key_env", help="environment variable that holds the key clients must send")
+    parser.add_argument("--public_metrics", action="store_true", help="/metrics and /ui need no admin's key")
     parser.add_argument("--ui", action="store_true", help="a page to watch it by, at /ui")
     parser.add_argument("--keys", type=Path, help="several keys, each with budgets and a rate (YAML)")
-    parser.add_argument("--spending", type=Path, help="file that keeps what --keys have spent over restarts")
+    parser.add_argument("--spending", type=Path, help="file that keeps what --keys have spent; written every second")
     several = ranged(at_least(1), whole=True)
-    parser.add_argument("--question-tokens", type=several, default=4096, help="of a question; longer ones get 413")
-    parser.add_argument("--queue-tokens", type=several, default=65_536, help="that wait, of one key; then 429")
-    parser.add_argument("--drain-seconds", type=ranged(at_least(0)), default=30.0, help="for requests, after SIGTERM")
+    parser.add_argument("--question_tokens", type=several, default=4096, help="of a question; longer ones get 413")
+    parser.add_argument("--queue_tokens", type=several, default=65_536, help="that wait, of one key; then 429")
+    parser.add_argument("--drain_seconds", type=ranged(at_least(0)), default=30.0, help="for requests, after SIGTERM")
     args = parser.parse_args(argv)
     _check_free(args.host, args.port)
     # of the extra `serve`, which `srpo route` does without
@@ -102,7 +103,7 @@ def make_keys(args: argparse.Namespace) -> Any:
     from routers.serving.keys import Keys
 
     if args.keys and args.api_key_env:
-        raise ValueError("give --keys (several) or --api-key-env (one), not both")
+        raise ValueError("give --keys (several) or --api_key_env (one), not both")
     if args.spending and not args.keys:
         raise ValueError("--spending keeps what the keys of --keys have spent: give --keys too")
     if args.keys:

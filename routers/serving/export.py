@@ -23,6 +23,7 @@ import yaml
 from routers.data.catalogue import Member
 from routers.data.table import load_table, quickstart_table
 from routers.router import Decision, load_router, read_router
+from srpo.cli import Parser
 from srpo.ranges import at_least, ranged
 
 _TURNS = {"step_routing": "decides inside an agent's loop", "think_route": "asks members in turns"}
@@ -38,7 +39,7 @@ _THRESHOLD = 0.72
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("router", help="folder or Hub id of a router that decides once per query")
     parser.add_argument("--to", required=True, choices=["routerarena", "semantic-router"])
     parser.add_argument("--output", required=True, type=Path, metavar="FILE")
@@ -47,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--catalogue", type=Path, help="the pool as it is now: names of models, prices, endpoints (YAML)"
     )
-    parser.add_argument("--cost-weight", type=ranged(at_least(0)), help="price sensitivity, where it was trained")
+    parser.add_argument("--cost_weight", type=ranged(at_least(0)), help="price sensitivity, where it was trained")
     parser.add_argument("--fallback", metavar="MEMBER", help="for queries where the router abstains, else an error")
     args = parser.parse_args(argv)
     kind = read_router(args.router).kind

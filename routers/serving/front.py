@@ -18,6 +18,7 @@ from contextlib import AbstractAsyncContextManager, aclosing
 from typing import Any, Protocol
 from urllib.parse import quote
 
+from routers.data.billing import shown_usd
 from routers.pool import Ledger
 from routers.pool.call import Failed
 from routers.pool.protocol import OVER_BUDGET
@@ -89,7 +90,7 @@ class Front:
         if reply.document is None:
             return Served(headers, chunks=self._chunks(reply, asked, told, spent, over))
         over(None)
-        headers["x-srpo-cost-usd"] = f"{spent.usd:.10g}"
+        headers["x-srpo-cost-usd"] = f"{shown_usd(spent.usd)}"
         return Served(headers, document=self._document(reply, told, spent))
 
     def _document(self, reply: Reply, told: dict[str, Any], spent: Spent) -> dict[str, Any]:
@@ -131,15 +132,15 @@ class Front:
             yield {**head, "model": self.name, "choices": [], **costs}
 
     def costs(self, told: Mapping[str, Any], spent: Spent) -> dict[str, Any]:
-        return {**told, "cost_usd": spent.usd, "policy_usd": spent.policy_usd}
+        return {**told, "cost_usd": shown_usd(spent.usd), "policy_usd": shown_usd(spent.policy_usd)}
 
     def _usage(self, reported: Any, reply: Reply, spent: Spent) -> dict[str, Any]:
         """As the member said it; where it said nothing, what it is counted as, which is an upper bound."""
         usage = reported if isinstance(reported, dict) else {**counted(reply.usage), "estimated": True}
-        return {**usage, "cost_usd": spent.usd}
+        return {**usage, "cost_usd": shown_usd(spent.usd)}
 
     def headers(self, told: Mapping[str, Any], spent: Spent) -> dict[str, str]:
-        headers = {"x-srpo-member": _safe(told["member"]), "x-srpo-policy-usd": f"{spent.policy_usd:.10g}"}
+        headers = {"x-srpo-member": _safe(told["member"]), "x-srpo-policy-usd": f"{shown_usd(spent.policy_usd)}"}
         if told["member"] in told["scores"]:
             headers["x-srpo-probability"] = f"{told['scores'][told['member']]:.6g}"
         if told["tried"]:

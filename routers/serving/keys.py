@@ -17,8 +17,9 @@ The file is read again when it changes and on SIGHUP; what is under way goes on.
 so a name whose key changes keeps what it has spent. A changed file that cannot be read changes nothing, and is said.
 
 Money is set aside before a request begins and settled when it ends (`Allowance`), so `spent + set aside <= budget`
-holds however many requests run at once. What was set aside counts as spent in `spending.json` until it is settled: a
-server that is killed has spent at least what it says.
+holds however many requests run at once. What was set aside counts as spent in `spending.json` until it is settled. The
+file is written once a second and when the server stops: one that is killed forgets what was let in within its last
+second.
 """
 
 from __future__ import annotations

@@ -35,22 +35,22 @@ def router_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--catalogue", type=Path, help="the pool as it is now: prices, endpoints, new members (YAML)")
     parser.add_argument("--table", help="recorded replies instead of endpoints: quickstart, or a file")
     share = ranged(between(0, 1))
-    parser.add_argument("--max-bad-share", type=share, default=MAX_BAD_SHARE, help="of the table's rows, left out")
-    parser.add_argument("--drop-incomplete", action="store_true", help="leave out queries that lack a member's row")
-    parser.add_argument("--reply-cache", type=Path, help="folder of a reply cache for the endpoints")
-    parser.add_argument("--max-total-usd", type=usd, help="of all questions together; then no member is asked")
-    parser.add_argument("--policy-price-in", type=usd, help="USD per million tokens that the policy reads")
-    parser.add_argument("--policy-price-out", type=usd, help="USD per million tokens that the policy writes")
+    parser.add_argument("--max_bad_share", type=share, default=MAX_BAD_SHARE, help="of the table's rows, left out")
+    parser.add_argument("--drop_incomplete", action="store_true", help="leave out queries that lack a member's row")
+    parser.add_argument("--reply_cache", type=Path, help="folder of a reply cache for the endpoints")
+    parser.add_argument("--max_total_usd", type=usd, help="of all questions together; then no member is asked")
+    parser.add_argument("--policy_price_in", type=usd, help="USD per million tokens that the policy reads")
+    parser.add_argument("--policy_price_out", type=usd, help="USD per million tokens that the policy writes")
 
 
 def serving_arguments(parser: argparse.ArgumentParser) -> None:
     """What `make_worker` reads besides."""
     usd = ranged(at_least(0))
-    parser.add_argument("--safe-member", help="who gets what a query router abstains from; without it that is a 422")
-    parser.add_argument("--conversation-cap", type=usd, help="of a step router: hard limit of an agent's conversation")
-    parser.add_argument("--conversation-unit", choices=("usd", "large_calls"), help="of that cap; default: as trained")
+    parser.add_argument("--safe_member", help="who gets what a query router abstains from; without it that is a 422")
+    parser.add_argument("--conversation_cap", type=usd, help="of a step router: hard limit of an agent's conversation")
+    parser.add_argument("--conversation_unit", choices=("usd", "large_calls"), help="of that cap; default: as trained")
     parser.add_argument("--conversations", type=Path, help="of a step router: file that keeps them over restarts")
-    parser.add_argument("--sticky-usd", type=usd, help="of a step router: what certainty must be worth for a switch")
+    parser.add_argument("--sticky_usd", type=usd, help="of a step router: what certainty must be worth for a switch")
 
 
 def make_router(args: argparse.Namespace) -> Any:
@@ -93,17 +93,17 @@ def make_worker(args: argparse.Namespace, name: str, tracing: Tracing | None = N
     given = (args.conversation_cap, args.conversation_unit, args.conversations, args.sticky_usd)
     if any(one is not None for one in given):
         raise ValueError(
-            f"a router of kind {file.kind} keeps no conversations: leave --conversation-cap, --conversation-unit, "
-            "--conversations and --sticky-usd out"
+            f"a router of kind {file.kind} keeps no conversations: leave --conversation_cap, --conversation_unit, "
+            "--conversations and --sticky_usd out"
         )
     if file.kind == "think_route":
         if not (args.catalogue or args.table):
             raise ValueError("an agent answers with a pool: give --catalogue or --table")
         if args.safe_member:
-            raise ValueError("an agent answers by itself: leave --safe-member out")
+            raise ValueError("an agent answers by itself: leave --safe_member out")
         return AgentWorker(_agent(args, file, tracing), name)
     if args.reply_cache:
-        raise ValueError("a server in front of members keeps no replies: leave --reply-cache out")
+        raise ValueError("a server in front of members keeps no replies: leave --reply_cache out")
     router, ledger = _query_router(args, file)
     for words in other_pool([str(one["name"]) for one in file.settings["members"]], router.members):
         print(f"srpo serve: {words}", file=sys.stderr, flush=True)
@@ -148,7 +148,7 @@ def _step_worker(args: argparse.Namespace, file: RouterFile, name: str, tracing:
     if args.table or args.members or args.reply_cache or args.safe_member or not args.catalogue:
         raise ValueError(
             "a step router passes the calls of agents on to the members that it was trained with: give --catalogue, "
-            "and leave --table, --members, --reply-cache and --safe-member out"
+            "and leave --table, --members, --reply_cache and --safe_member out"
         )
     router = load_router(args.model)
     catalogue, names = load_catalogue(args.catalogue), router.settings.executors
@@ -198,7 +198,7 @@ def _query_router(args: argparse.Namespace, file: RouterFile) -> tuple[Any, Ledg
         own = _own_price(args, router.settings.policy_price)
         router.settings = replace(router.settings, policy_price=own)
     elif args.policy_price_in or args.policy_price_out:
-        raise ValueError(f"a router of kind {file.kind} reads and writes no tokens: leave --policy-price-* out")
+        raise ValueError(f"a router of kind {file.kind} reads and writes no tokens: leave --policy_price_* out")
     return router, Ledger(args.max_total_usd, own)
 
 

@@ -29,6 +29,7 @@ The names of keys appear here, keys never do.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, disable_created_metrics
@@ -36,6 +37,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
+from routers.data.billing import shown_usd
 from routers.pool.ledger import Ledger, Spending
 from routers.router import Answer
 
@@ -58,7 +60,7 @@ class _Watched(Collector):
         kind = CounterMetricFamily if self._name.endswith("_total") else GaugeMetricFamily
         family = kind(self._name, self._help, labels=self._labels)
         for labels, value in self._read().items():
-            family.add_metric(labels, value)
+            family.add_metric(labels, shown_usd(value) if "_usd" in self._name else value)
         yield family
 
 
@@ -85,7 +87,10 @@ class ServerMetrics:
         self._calls = count("router_member_calls_total", "Calls of each member by outcome.", "member", "outcome")
         self._call_seconds = observe("router_member_seconds", "Of a member's call.", SECONDS, "member")
         self._tokens = count("router_tokens_total", "Tokens of members and policy.", "owner", "kind")
-        self._usd = count("router_cost_usd_total", "Dollars spent at members and by the policy.", "owner")
+        self._usd: dict[Labels, float] = {}
+        self._booking = threading.Lock()
+        usd = "Dollars spent at members and by the policy."
+        self.watch("router_cost_usd_total", usd, lambda: dict(self._usd), "owner")
         self._broken = count("router_streams_broken_total", "Streams that ended by an error.", "status")
         self._refused = count("router_refused_total", "Requests that were not let in.", "reason")
         self._dropped = count("router_dropped_total", "Requests that were cut off.", "state")
@@ -155,6 +160,7 @@ class ServerMetrics:
             if used.calls > used.failed:
                 self._call_seconds.labels(member).observe(used.seconds)
         owner = member or POLICY
-        self._usd.labels(owner).inc(used.usd)
+        with self._booking:
+            self._usd[(owner,)] = self._usd.get((owner,), 0.0) + used.usd
         for kind, amount in zip(("prompt", "cached", "completion"), tokens, strict=True):
             self._tokens.labels(owner, kind).inc(amount)

@@ -13,6 +13,7 @@ from collections import deque
 from importlib.resources import files
 from typing import Any
 
+from routers.data.billing import shown_usd
 from routers.serving.served import Spent
 
 KEPT = 100
@@ -43,7 +44,7 @@ class Recent:
                 "time": time.time(),
                 "key": key,
                 "seconds": seconds,
-                "cost_usd": spent.usd,
+                "cost_usd": shown_usd(spent.usd),
                 "status": status,
             }
         )

@@ -2,7 +2,7 @@
 
 srpo route outputs/quickstart/srpo "Calculate 12 - 8"                        # the decision
 srpo route outputs/quickstart/srpo "Calculate 12 - 8" --catalogue pool.yaml  # and the member's reply
-srpo route user/agent "Who wrote Dune?" --catalogue pool.yaml --max-cost-usd 0.001
+srpo route user/agent "Who wrote Dune?" --catalogue pool.yaml --max_cost_usd 0.001
 srpo route outputs/quickstart/srpo --file queries.txt --json                 # one query a line
 """
 
@@ -13,20 +13,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from routers.data.billing import shown_usd
 from routers.router import Answer, Decision
 from routers.serving.forward import Forwarder
 from routers.serving.making import make_router, router_arguments
+from srpo.cli import Parser
 from srpo.ranges import at_least, ranged
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; 0 where every query has a member, or an answer if a pool was to give one."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     router_arguments(parser)
     parser.add_argument("query", nargs="?")
     parser.add_argument("--file", type=Path, help="text file with one query a line, instead of a query")
-    parser.add_argument("--max-cost-usd", type=ranged(at_least(0)), help="hard cap for a query")
-    parser.add_argument("--cost-weight", type=ranged(at_least(0)), help="price sensitivity, where it was trained")
+    parser.add_argument("--max_cost_usd", type=ranged(at_least(0)), help="hard cap for a query")
+    parser.add_argument("--cost_weight", type=ranged(at_least(0)), help="price sensitivity, where it was trained")
     parser.add_argument("--json", action="store_true", help="print one JSON object per query")
     args = parser.parse_args(argv)
     if (args.query is None) == (args.file is None):
@@ -52,7 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def record(query: str, found: Decision | Answer) -> dict[str, Any]:
     """As JSON."""
     fields = {f.name: getattr(found, f.name) for f in dataclasses.fields(found) if f.name != "trajectory"}
-    return {"query": query, **fields}
+    usd = {name: shown_usd(value) for name, value in fields.items() if name.endswith("usd") and value is not None}
+    return {"query": query, **fields, **usd}
 
 
 def told(found: Decision | Answer) -> str:

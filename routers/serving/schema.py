@@ -8,6 +8,7 @@ from typing import Any
 from routers.serving.fields import AGENT_FIELDS, OURS, PASSED, REFUSED, Field
 
 PATHS = {
+    "/": ("get", "Where things are."),
     "/v1/chat/completions": ("post", "Answer a conversation, whole or as a stream of events."),
     "/v1/responses": ("post", "The same in the shape of OpenAI's responses, without state: no previous_response_id."),
     "/v1/models": ("get", "The router, as the one model."),
@@ -26,7 +27,7 @@ HEADERS = {
     "x-srpo-tried": "members that were asked before, or could not be",
     "x-srpo-conversation": "of a router of steps: the conversation; send it back to stay in it",
 }
-_KEYLESS = ("/health", "/ui", "/docs", "/openapi.json")
+_KEYLESS = ("/", "/health", "/ui", "/docs", "/openapi.json")
 
 
 def openapi(name: str) -> dict[str, Any]:
@@ -63,6 +64,15 @@ def openapi(name: str) -> dict[str, Any]:
 
 def _described(field: Field) -> dict[str, str]:
     return {"description": f"{field.says}; {field.must}" if field.says else field.must}
+
+
+def start_page(name: str) -> dict[str, Any]:
+    """What is where: `METHOD /path` -> what it does."""
+    return {
+        "name": name,
+        "about": "a router behind OpenAI's API: use /v1 as the base URL of a client, and this name as its model",
+        "paths": {f"{method.upper()} {path}": words for path, (method, words) in PATHS.items()},
+    }
 
 
 def docs_page(name: str) -> str:

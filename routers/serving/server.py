@@ -26,7 +26,7 @@ from routers.serving.keys import Key, Keys
 from routers.serving.page import Recent, page
 from routers.serving.response_shape import ResponseShape
 from routers.serving.responses import chat_of
-from routers.serving.schema import docs_page, openapi
+from routers.serving.schema import docs_page, openapi, start_page
 from routers.serving.served import Spent, Worker
 from routers.serving.shapes import ChatShape, Shape, json_bytes
 from routers.serving.watch import LEFT, Watch
@@ -80,6 +80,10 @@ def create_app(
         return await refused(
             request, RequestError(error.status_code, str(error.detail), headers=dict(error.headers or {}))
         )
+
+    @app.get("/")
+    async def where() -> dict[str, Any]:
+        return start_page(name)
 
     @app.get("/health")
     async def health() -> dict[str, str]:

@@ -20,6 +20,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, cast
 
+from routers.data.billing import shown_usd
 from routers.language.digest import Digest, digest
 from routers.pool import Ledger
 from routers.pool.call import Declined, Failed
@@ -147,8 +148,8 @@ class _Turn:
     def _tell(self) -> None:
         call = self.call
         self.told |= {"member": call.member, "reason": call.reason, "conversation": call.conversation}
-        self.told |= {"number": call.number, "spent_usd": call.spent_usd}
-        self.told["remaining"] = call.remaining if math.isfinite(call.remaining) else None
+        self.told |= {"number": call.number, "spent_usd": shown_usd(call.spent_usd)}
+        self.told["remaining"] = shown_usd(call.remaining) if math.isfinite(call.remaining) else None
 
     def instead(self, error: str, status: int | None, usd: float | None) -> None:
         """The member failed, or was not asked: somebody else, or nobody."""

@@ -41,7 +41,7 @@ from opentelemetry.trace import Span, SpanKind, Status, StatusCode, get_current_
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from yarl import URL
 
-from routers.data.billing import price
+from routers.data.billing import price, shown_usd
 from routers.data.catalogue import Member
 from routers.pool.call import Call, Declined, Failed
 from routers.pool.completion import choices_of
@@ -109,7 +109,7 @@ class Tracing:
         found = {"srpo.member": told.get("member"), "srpo.reason": told.get("reason"), "srpo.key": key}
         found |= {f"srpo.scores.{name}": score for name, score in told.get("scores", {}).items()}
         found |= {"srpo.tried": [one["member"] for one in told.get("tried", ())] or None}
-        found |= {"srpo.cost_usd": spent.usd, "srpo.policy_usd": spent.policy_usd}
+        found |= {"srpo.cost_usd": shown_usd(spent.usd), "srpo.policy_usd": shown_usd(spent.policy_usd)}
         found |= {"gen_ai.conversation.id": told.get("conversation")}
         _note(span, found)
         if status >= 500:  # of a stream too, which had its status 200 before it broke off
@@ -302,7 +302,7 @@ def _used(span: Span, member: Member, usage: Usage, estimated: bool) -> None:
         "gen_ai.usage.cache_read.input_tokens": usage.cached_tokens or None,
         "gen_ai.usage.cache_creation.input_tokens": usage.cache_write_tokens or None,
         "gen_ai.usage.reasoning.output_tokens": usage.reasoning_tokens or None,
-        "srpo.cost_usd": price(member, usage),
+        "srpo.cost_usd": shown_usd(price(member, usage)),
         "srpo.usage_estimated": estimated or None,
     }
     _note(span, found)

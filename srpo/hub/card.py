@@ -88,6 +88,10 @@ def model_card(
     recipe: Mapping[str, Any] | None = None,
     command: Sequence[str] | None = None,
     heldout_table: str | None = None,
+    results: Sequence[Mapping[str, Any]] = (),
+    picture: str | None = None,
+    costs: Sequence[str] = (),
+    hashes: Mapping[str, str] | None = None,
     dataset_name: str | None = None,
     tags: Sequence[str] = (),
 ) -> str:
@@ -104,6 +108,10 @@ def model_card(
         recipe: the keys that were set; secrets are redacted here once more.
         command: words of the command line; None: this process's, with paths below the working directory relative.
         heldout_table: a markdown table of held-out results.
+        results: the same as numbers, for the Hub's `model-index`: `name`, `dataset` and `metrics` (name -> number).
+        picture: file beside the card, of score and cost.
+        costs: phrases on what the training took.
+        hashes: sha256 of files and of what the policy was made from, by name.
         dataset_name: Hub id of the training data.
         tags: more tags.
 
@@ -125,6 +133,9 @@ def model_card(
         metadata["base_model"] = base_model
     if dataset_name:
         metadata["datasets"] = dataset_name
+    if results:
+        task = {"type": metadata["pipeline_tag"], "name": "Routing"}
+        metadata["model-index"] = [{"name": model_name, "results": [_result(one, task) for one in results]}]
 
     cites = ", ".join(f"[{name}, arXiv:{_PAPERS[name]}](https://arxiv.org/abs/{_PAPERS[name]})" for name in papers)
     router = router if router and router.get("kind") in _USES else None  # a task of another package says its own
@@ -137,8 +148,10 @@ def model_card(
         *([_members(router)] if router else []),
         f"## Objective\n\n`{objective}`. {sentence}\n\nPapers: {cites}.\n",
         "## Held-out results\n\n" + (heldout_table.strip() if heldout_table else "Not evaluated yet.") + "\n",
+        *([f"![Score and cost of every router]({picture})\n"] if picture else []),
         "## How to use it\n\n" + (_use(router, repo_id) if router else _loading(repo_id, base_model, adapter)) + "\n",
-        _training(recipe, command),
+        _training(recipe, command, costs),
+        *([_hashes(hashes)] if hashes else []),
         f"## Limits\n\n{_LIMITS.format(members='executors' if kind == 'step_routing' else 'members')}",
     ]
     return scrubbed("\n".join(parts))
@@ -184,7 +197,28 @@ def _loading(repo_id: str | None, base_model: str | None, adapter: bool) -> str:
     return "\n".join(["```python", imports, "", *load, *use, "```"])
 
 
-def _training(recipe: Mapping[str, Any] | None, command: Sequence[str] | None) -> str:
+def _result(result: Mapping[str, Any], task: Mapping[str, str]) -> dict[str, Any]:
+    metrics = [
+        {"type": name, "name": f"{result['name']}: {name}", "value": n} for name, n in result["metrics"].items()
+    ]
+    return {"task": dict(task), "dataset": {"type": "routing", "name": result["dataset"]}, "metrics": metrics}
+
+
+def _hashes(hashes: Mapping[str, str]) -> str:
+    rows = [f"| `{name}` | `{digest}` |" for name, digest in hashes.items()]
+    return "\n".join(["## Hashes", "", "| | sha256 |", "|---|---|", *rows, ""])
+
+
+def costs_of(records: Sequence[Mapping[str, Any]], tokens: float) -> list[str]:
+    """What a training took, by its log (`trainer_state.json`)."""
+    last = {name: value for record in records for name, value in record.items()}
+    found = [f"{tokens:,.0f} tokens read and written" if tokens else ""]
+    found.append(f"{last['train_runtime']:,.0f} s of training" if "train_runtime" in last else "")
+    found.append(f"${last['cost/spent_usd']:.4f} for calls" if "cost/spent_usd" in last else "")
+    return [phrase for phrase in found if phrase]
+
+
+def _training(recipe: Mapping[str, Any] | None, command: Sequence[str] | None, costs: Sequence[str]) -> str:
     words = _own_command() if command is None else list(command)
     lines = ["## How it was trained", "", "```bash", shlex.join(words), "```", ""]
     if recipe:
@@ -192,7 +226,8 @@ def _training(recipe: Mapping[str, Any] | None, command: Sequence[str] | None) -
         lines += ["The keys that were set; the others are defaults of `SRPOConfig`:", "", "```yaml", dumped + "```"]
     else:
         lines.append("Not trained from a recipe file: the settings were given in Python.")
-    return "\n".join([*lines, "", f"Versions: {_versions()}.", ""])
+    took = [f"It took {', '.join(costs)}.", ""] if costs else []
+    return "\n".join([*lines, "", *took, f"Versions: {_versions()}.", ""])
 
 
 def _own_command() -> list[str]:

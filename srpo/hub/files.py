@@ -11,6 +11,7 @@ from pathlib import Path
 
 from srpo.run.whole import MANIFEST, fault
 
+ROUTER, CARD, PICTURE = "router.yaml", "README.md", "frontier.png"
 _WEIGHTS = ("model*.safetensors", "adapter_model*.safetensors", "pytorch_model*.bin", "adapter_model.bin")
 POLICY = (
     *_WEIGHTS,
@@ -18,14 +19,15 @@ POLICY = (
     *("adapter_config.json", "tokenizer*.json", "tokenizer*.model", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece*.model", "chat_template*"),
     *("*processor_config.json", "*.py"),  # code of a model that is not part of transformers
-    *("README.md", "LICENSE*", "NOTICE*", "router.yaml"),
+    *(CARD, "LICENSE*", "NOTICE*", ROUTER),
+    *("recipe.yaml", PICTURE),  # how it was made, and the picture of the card
 )
 """Files at the top of the folder."""
 _POLICY_BELOW = ("additional_chat_templates/*.jinja",)
 # Of a checkpoint: pickles (training_args.bin holds the token if one was passed), other checkpoints, local records.
 _LOCAL_ONLY = (
     *("_*", "checkpoint-*", "training_args.bin", "runs/*", "wandb/*", "completions/*"),
-    *("quarantine*.jsonl", "checked/*"),
+    *("quarantine*.jsonl", "losses.jsonl", "checked/*"),
 )
 
 

@@ -46,6 +46,7 @@ from srpo.strict_yaml import YamlError, read_yaml
 _NEUTRAL = """
 resume_from_checkpoint overwrite max_cost_usd report_to run_name project disable_tqdm push_to_hub hub_* save_*
 logging_* log_* concurrency profile_workers reply_cache dataloader_* trackio_* include_num_input_tokens_seen
+vllm_server_* signal_deadline
 """.split()
 _LONGER = ("max_steps", "num_train_epochs")
 

@@ -5,6 +5,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from srpo.types import Stopped
+
 
 class Refused(ValueError):
     """What a run cannot do, found by its main process and raised on all.
@@ -16,6 +18,10 @@ class Refused(ValueError):
     def __init__(self, words: str, said: bool = False) -> None:
         super().__init__(words)
         self.said = said
+
+
+class Elsewhere(Stopped):
+    """Another process of the run has raised what this one is told of."""
 
 
 def main_process(act: Callable[[], Any], refused: type[Refused]) -> Any:

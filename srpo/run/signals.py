@@ -7,6 +7,7 @@
 Signals are heard by a thread too, so that deadline and second Ctrl-C also end a process that is stuck in a call.
 """
 
+import math
 import os
 import signal
 import sys
@@ -50,6 +51,10 @@ class Signals:
             yield
         finally:
             self._waits = False
+
+    def left(self) -> float:
+        """Seconds until the process ends in any case; infinite where no signal has come."""
+        return self._since + self.deadline - time.monotonic() if self._since else math.inf
 
     def _handle(self, number: int, _frame: Any) -> None:
         """In the main thread, as soon as it runs Python again."""

@@ -51,11 +51,16 @@ def seal(folder: Path, known: Mapping[str, Entry] | None = None) -> None:
         found = dict(zip(read, pool.map(lambda name: _flushed(folder / name), read), strict=True))
     files = {name: (found if name in found else known or {})[name] for name in names}
     draft = folder / f"{MANIFEST}.draft"
-    draft.write_text(json.dumps({"files": files, "check": _check(files)}, indent=1) + "\n", encoding="utf-8")
+    draft.write_text(manifest(files), encoding="utf-8")
     _flushed(draft)
     draft.replace(folder / MANIFEST)
     for place in {folder, *(path.parent for path in map(folder.joinpath, names))}:
         _flush_folder(place)
+
+
+def manifest(files: Mapping[str, Entry]) -> str:
+    """What stands in the manifest of a folder that holds these."""
+    return json.dumps({"files": files, "check": _check(files)}, indent=1) + "\n"
 
 
 def put_in_place(draft: Path, folder: Path) -> None:
@@ -128,7 +133,7 @@ def fault(folder: Path, only: Iterable[str] = ()) -> str | None:
         if (there := (folder / name).stat().st_size) != size:
             return f"{folder / name} has {there:,} bytes, and {size:,} were written: it was cut or changed"
     with ThreadPoolExecutor(_THREADS) as pool:
-        digests = pool.map(lambda name: _sha256(folder / name), files)
+        digests = pool.map(lambda name: sha256_of(folder / name), files)
         for (name, (_, digest)), there_now in zip(files.items(), digests, strict=True):
             if there_now != digest:
                 return f"{folder / name} does not hold what was written: its sha256 is another one"
@@ -200,7 +205,7 @@ def _check(files: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
     about = path.stat()
     return _digest(path, about.st_size, about.st_mtime_ns)
 

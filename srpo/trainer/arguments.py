@@ -53,7 +53,11 @@ def refuse_contradictions(
     if environment is not None:
         _refuse_other_rollouts(args, given, world)
     else:
-        _refuse_settings_of_episodes(args)
+        _refuse_settings_of_episodes(args, loses=world is not None or args.reward_deadline is not None)
+    if args.world_deadline is not None and world is None:
+        raise ValueError(
+            f"world_deadline={args.world_deadline!r} is read with world= only, and none is given: leave it out"
+        )
     if allowed is not None:
         _refuse_with_allowed_tokens(args, given, environment)
 
@@ -84,15 +88,17 @@ def _refuse_with_allowed_tokens(args: Any, given: Mapping[str, Any], environment
 
 _EPISODES_ONLY = (
     "max_turns", "max_turn_tokens", "max_observation_tokens", "stop_strings", "step_deadline", "episode_deadline",
-    "max_lost_share", "max_lost_batches", "max_cost_usd", "rollout_ahead",
+    "max_cost_usd", "rollout_ahead",
 )  # fmt: skip
 """Fields of the configuration that only the rollout of an environment reads."""
+_LOSSES_ONLY = ("max_lost_share", "max_lost_batches")
+"""Those that a world and `reward_deadline` read too, which also lose completions."""
 
 
-def _refuse_settings_of_episodes(args: Any) -> None:
+def _refuse_settings_of_episodes(args: Any, loses: bool) -> None:
     """ValueError for fields that only episodes read, where there is no environment: they would do nothing."""
     defaults = {field.name: field for field in fields(args)}
-    for name in _EPISODES_ONLY:
+    for name in (*_EPISODES_ONLY, *(() if loses else _LOSSES_ONLY)):
         field = defaults[name]
         neutral = field.default if field.default_factory is MISSING else field.default_factory()
         if (value := getattr(args, name)) != neutral:

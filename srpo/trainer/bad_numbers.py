@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 from transformers.utils import logging
 
+from srpo.losses import note
 from srpo.types import Stopped
 
 logger = logging.get_logger(__name__)
@@ -110,7 +111,8 @@ class BadSteps(TrainerCallback):
         if self.verdict and not control.should_training_stop:
             control.should_save = control.should_training_stop = True
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def conclude(self, args: Any) -> None:
+        """After the training."""
         if self.verdict:
             raise BadNumbers(f"{self.verdict}. Weights and optimiser are as before them, saved in {args.output_dir}")
 
@@ -131,8 +133,13 @@ class BadSteps(TrainerCallback):
         step, rank = state.global_step + 1, self.accelerator.process_index
         path = Path(args.output_dir) / FOLDER / f"step_{step:05d}_{rank}.jsonl"
         if own or not any(found):
-            self._dump(path, step, batches)
+            try:
+                self._dump(path, step, batches)
+            except OSError as error:
+                logger.warning("%s could not be written, and the run goes on: %s", path, error)
         logger.warning("Step %d is not made, not finite: %s. The batch is in %s", step, what, path.parent)
+        if self.accelerator.is_main_process:
+            note(args.output_dir, step, "steps", {what: 1})
         if self._streak >= self.most:
             self.verdict = (
                 f"{self._streak} steps in a row were not finite, the last, {step}, because of: {what}; their batches "

@@ -5,7 +5,7 @@ the reference policy           reference.safetensors, by `srpo.trainer.reference
 the rest of a generation batch rollouts_<rank>.safetensors, where a checkpoint falls inside one: no pickle
 the environment                environment_<rank>.json: its ledger and budgets, and the streak of lost batches
 what belongs to the weights    whatever the trainer's `save_beside` writes, also beside the last weights and on the Hub
-the clock                      where in a generation batch and in the data's order the run is, from the step number
+the clock                      nothing: the number of the step says where the run is (`srpo.trainer.clock`)
 """
 
 import json
@@ -14,15 +14,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import is_peft_model
 from safetensors import SafetensorError, safe_open
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from srpo.run.watch import part
 from srpo.run.whole import SAVING, put_in_place, rotate, seal, whole_looking
 from srpo.trainer.distiller import Distiller
 from srpo.trainer.nested import load_nested, save_nested
@@ -45,14 +45,15 @@ class Checkpoints:
     ) -> None:
         self.accelerator = accelerator
         self.reference, self.distiller, self.rollouts = reference, distiller, rollouts
-        self.saving = False
+        self.last: int | None = None
+        """Step of the newest checkpoint that this process has written."""
 
     def write(self, trainer: Any, output: Path, theirs: Callable[[], object], batches: Any) -> None:
         """The checkpoint of a step: written beside by all processes, then put in place, pushed, and old ones go.
 
         Args:
             output: folder of the checkpoints.
-            theirs: writes TRL's part, into a folder below `srpo.run.whole.SAVING` while `saving` is set.
+            theirs: writes TRL's part, into a folder below `srpo.run.whole.SAVING`.
             batches: as in `save`.
 
         Raises:
@@ -66,7 +67,6 @@ class Checkpoints:
                 shutil.rmtree(draft.parent, ignore_errors=True)  # what a killed process left
                 draft.mkdir(parents=True)
             self.accelerator.wait_for_everyone()
-            self.saving = True
             theirs()
             if Path(state.best_model_checkpoint or "") == draft:
                 state.best_model_checkpoint = str(folder)
@@ -87,11 +87,11 @@ class Checkpoints:
             raise SaveFailed(
                 f"{folder} could not be written ({free:,} bytes are free there): {error}; {then}"
             ) from error
-        finally:
-            self.saving = False
+        self.last = state.global_step
         self.accelerator.wait_for_everyone()
         if args.push_to_hub:
-            trainer._push_from_checkpoint(str(folder))
+            with part("push", patient=True):
+                trainer._push_from_checkpoint(str(folder))
         if args.should_save:
             rotate(output, args.save_total_limit, state.best_model_checkpoint)
 
@@ -145,45 +145,44 @@ class Checkpoints:
         if self.accelerator.distributed_type not in ("DEEPSPEED", "FSDP") and not is_peft_model(model):
             load_renamed_weights(model, folder)
 
-    def refuse_other_world_size(self, folder: str) -> None:
-        """ValueError for a checkpoint of another number of processes.
+    def refuse_other_run(self, folder: str) -> None:
+        """ValueError for a checkpoint of another number of processes, or of another engine.
 
-        transformers writes one random state per process, and would silently skip the missing ones.
+        transformers writes one random state per process, and would silently skip the missing ones, as it would an
+        optimiser's state that is another engine's.
         """
-        processes = self.accelerator.num_processes
-        wrote = len(list(Path(folder).glob("rng_state_*.pth"))) or 1
-        if wrote != processes and any(Path(folder).glob("rng_state*.pth")):
+        processes, path = self.accelerator.num_processes, Path(folder)
+        wrote = len(list(path.glob("rng_state_*.pth"))) or 1
+        if wrote != processes and any(path.glob("rng_state*.pth")):
             raise ValueError(
                 f"{folder} was written by {wrote} processes and this run has {processes}: rollouts and random states "
                 f"belong to a process, so resume with {wrote}, or start a new run from its weights"
+            )
+        engine, found = engine_of(self.accelerator), engine_that_wrote(path)
+        if found not in (None, engine):
+            raise ValueError(
+                f"{folder} was written with {found} and this run has {engine}: an optimiser's state belongs to its "
+                f"engine, so resume with {found}, or start a new run from its weights"
             )
 
     def _own(self, folder: str, name: str, ending: str) -> Path:
         return Path(folder) / f"{name}_{self.accelerator.process_index}.{ending}"
 
 
-class Clock(TrainerCallback):
-    """Calls `begin(state)` when training begins, also when it is resumed, and `end()` after each optimiser step."""
-
-    def __init__(self, begin: Callable[[Any], None], end: Callable[[], None]) -> None:
-        self._begin, self._end = begin, end
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._begin(state)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._end()
+def engine_of(accelerator: Accelerator) -> str:
+    """Whose files the optimiser's states of a run are, in words."""
+    if accelerator.distributed_type == "DEEPSPEED":
+        return "ZeRO-3" if accelerator.state.deepspeed_plugin.zero_stage == 3 else "ZeRO-1 or 2"
+    return "FSDP" if accelerator.distributed_type == "FSDP" else "no engine"
 
 
-def wind(sampler: Any, epochs: int) -> None:
-    """Bring TRL's sampler to where it is after `epochs`: it draws one permutation in each."""
-    if sampler is not None and sampler.shuffle:
-        for _ in range(epochs):
-            torch.randperm(sampler.num_samples, generator=sampler.generator)
-
-
-# Nested dicts and lists of tensors, numbers, texts and None in one file: tensors under their path in the structure,
-# the structure itself, with everything that is not a tensor, as JSON in the file's metadata.
+def engine_that_wrote(folder: Path) -> str | None:
+    """The same of a checkpoint; None: it has no optimiser's state."""
+    if any(folder.glob("global_step*")):
+        return "ZeRO-3" if any(folder.glob("global_step*/zero_pp_rank_*_model_states.pt")) else "ZeRO-1 or 2"
+    if any(folder.glob("optimizer_*")) or (folder / "optimizer.bin").exists():
+        return "FSDP"
+    return "no engine" if (folder / "optimizer.pt").exists() else None
 
 
 def load_renamed_weights(model: PreTrainedModel, folder: str) -> None:

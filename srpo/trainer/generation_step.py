@@ -56,8 +56,14 @@ class GenerationStep:
     """Which completions a limit ended; they never count as correct and are shown to nobody."""
     rewards: Tensor = field(default_factory=lambda: torch.empty(0))
     """[B], summed with their weights; NaN: not scored by any function."""
+    late: list[str | None] = field(default_factory=list)
+    """Why a completion is lost to a reward function (`reward_deadline`), or None; empty: no function has said so."""
     bad_rewards: Tensor | None = None
     """[B] bool: a reward was NaN or infinite; None: of no rank (`srpo.trainer.bad_numbers`)."""
+
+    def lose(self, causes: Sequence[str | None]) -> None:
+        """One reward function's `late`; the first cause of a completion stays."""
+        self.late = [old or new for old, new in zip(self.late or [None] * len(causes), causes, strict=True)]
 
     def named(self, seed: int) -> str:
         """What the seeds of all its draws begin with; no other generation batch of the run of this `seed` has it."""

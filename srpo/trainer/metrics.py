@@ -31,6 +31,7 @@ logger = logging.get_logger(__name__)
 
 NO_ROUTE = "none"
 ENTROPY_FLOOR = 0.05
+KL_CEILING = 1.0
 LENGTH_FACTOR = 3.0
 MEMBER_SHARE = 0.98
 FEW_CALLS = 0.02
@@ -76,22 +77,30 @@ def gathered_metrics(columns: Mapping[str, Sequence[Any]], rows: int) -> dict[st
 
 
 class Alarms:
-    """Says once, in words, that a run has been degenerate for `interval` logged steps in a row."""
+    """Says once, in words, that a run has been degenerate for `interval` logged steps in a row.
+
+    Attributes:
+        said: name of an alarm -> its words.
+    """
 
     def __init__(self, interval: int, warn: Callable[[str], None]):
         self.interval = interval
         self._warn = warn
         self._streak: Counter[str] = Counter()
-        self._said: set[str] = set()
+        self.said: dict[str, str] = {}
         self._first: dict[str, float] = {}
         self._best: float | None = None
 
     def observe(self, name: str, degenerate: bool, message: str) -> None:
         """Count one step of the condition `name`; warn at its `interval`-th step in a row, once per run."""
         self._streak[name] = self._streak[name] + 1 if degenerate else 0
-        if self._streak[name] >= self.interval and name not in self._said:
-            self._said.add(name)
-            self._warn(f"{message} ({self._streak[name]} logged steps in a row)")
+        if self._streak[name] >= self.interval:
+            self._say(name, f"{message} ({self._streak[name]} logged steps in a row)")
+
+    def _say(self, name: str, words: str) -> None:
+        if name not in self.said:
+            self.said[name] = words
+            self._warn(words)
 
     def observe_log(self, numbers: Mapping[str, float], training: bool, max_length: int) -> None:
         """Check what is logged of a training step, or of an evaluation."""
@@ -120,6 +129,13 @@ class Alarms:
                 f"Completions went from {first:.0f} to {length:.0f} tokens: short demonstrations breed short answers, "
                 "and endless ones hit max_completion_length. Look at the completions table",
             )
+        kl = metrics.get("kl", 0.0)
+        self.observe(
+            "kl",
+            kl > KL_CEILING,
+            f"The policy is {kl:.3g} nats per token away from the reference policy: it forgets what it could. Raise "
+            "beta, or lower the learning rate",
+        )
         self.observe(
             "flat",
             metrics.get("frac_reward_zero_std", 0.0) >= 1.0,
@@ -158,11 +174,11 @@ class Alarms:
     def observe_evaluation(self, reward: float) -> None:
         """Compare a held-out reward with the best one so far."""
         self._best = reward if self._best is None else max(self._best, reward)
-        if self._best - reward > REWARD_DROP * max(abs(self._best), 1e-8) and "best" not in self._said:
-            self._said.add("best")
-            self._warn(
+        if self._best - reward > REWARD_DROP * max(abs(self._best), 1e-8):
+            self._say(
+                "heldout",
                 f"The held-out reward is {reward:.3f}, it was {self._best:.3f} at the best evaluation: the run may be "
-                "collapsing; keep that checkpoint (load_best_model_at_end, metric_for_best_model: eval_reward)"
+                "collapsing; keep that checkpoint (save_strategy: best)",
             )
 
 
@@ -176,6 +192,7 @@ class Account:
     turns: int
     cause: str | None
     """Of a lost rollout: member and error."""
+    usd: float = 0.0
 
 
 def account(prompt_tokens: int, policy_tokens: int, trajectory: Trajectory) -> Account:
@@ -184,7 +201,8 @@ def account(prompt_tokens: int, policy_tokens: int, trajectory: Trajectory) -> A
         cause = str(trajectory.columns.get(LOST) or "no reason given")
         member = trajectory.columns.get(ROUTE)
         cause = cause if member is None or str(member) in cause else f"{member}: {cause}"
-    return Account(prompt_tokens, policy_tokens, trajectory.stop, trajectory.columns[TURNS], cause)
+    usd = float(trajectory.columns.get(COST) or 0.0)
+    return Account(prompt_tokens, policy_tokens, trajectory.stop, trajectory.columns[TURNS], cause, usd)
 
 
 def rollout_metrics(rows: Sequence[Account], kept: Sequence[bool]) -> dict[str, float]:
@@ -220,16 +238,27 @@ class Losses:
         self.batches = batches
         self.streak = 0
         self.verdict: str | None = None
+        self._causes: Sequence[str | None] = ()
+        self._before = 0
 
-    def observe(self, rows: Sequence[Account]) -> str | None:
-        """Take one batch of all ranks; what was lost in it, in words, most frequent cause first."""
-        causes = Counter(row.cause for row in rows if row.stop == "lost")
-        lost = sum(causes.values())
-        self.streak = self.streak + 1 if lost > self.share * len(rows) else 0
+    def observe(self, causes: Sequence[str | None], again: bool = False) -> str | None:
+        """Take one batch of all ranks; what was lost in it, in words, most frequent cause first.
+
+        Args:
+            causes: of each rollout that was lost; None: it was not.
+            again: the last batch once more, of which rewards have lost more.
+        """
+        if again:
+            self.streak = self._before
+            causes = [old or new for old, new in zip(self._causes, causes, strict=True)]
+        self._causes, self._before = causes, self.streak
+        found = Counter(cause for cause in causes if cause is not None)
+        lost = found.total()
+        self.streak = self.streak + 1 if lost > self.share * len(causes) else 0
         if not lost:
             return None
-        most = "; ".join(f"{n} x {cause}" for cause, n in causes.most_common(3))
-        summary = f"{lost} of {len(rows)} rollouts of the batch were lost: {most}"
+        most = "; ".join(f"{n} x {cause}" for cause, n in found.most_common(3))
+        summary = f"{lost} of {len(causes)} rollouts of the batch were lost: {most}"
         if self.streak >= self.batches and self.verdict is None:
             self.verdict = (
                 f"more than {self.share:.0%} of the rollouts were lost in {self.streak} batches in a row; the last: "

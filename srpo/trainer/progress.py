@@ -25,6 +25,8 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer
 from transformers.utils import logging as transformers_logging
 
+from srpo.run.watch import enter
+
 _WARNINGS: tuple[tuple[type[Warning], str], ...] = (
     # A CPU run: torch says that a default of the Trainer has no effect there.
     (UserWarning, r"'pin_memory' argument is set as true but no accelerator is found"),
@@ -40,7 +42,8 @@ _LOGS: tuple[tuple[str, str], ...] = (
 
 
 def phase(name: str, text: str = "") -> None:
-    """One line about what begins, or what it found: `[name] text`. Said by the first process only."""
+    """One line about what begins, or what it found: `[name] text`. Said by the first process only, noted by all."""
+    enter(name)
     if os.environ.get("RANK", "0") == "0":
         print(f"[{name}] {text}".rstrip(), flush=True)
 

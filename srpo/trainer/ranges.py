@@ -22,7 +22,6 @@ TRAINER_RANGES: Ranges = {
     "adam_beta1": _BELOW_ONE,
     "adam_beta2": _BELOW_ONE,
     "adam_epsilon": _POSITIVE,
-    "gradient_accumulation_steps": _COUNT,
     "max_grad_norm": _NOT_NEGATIVE,
     "label_smoothing_factor": _BELOW_ONE,
     "neftune_noise_alpha": _NOT_NEGATIVE,

@@ -18,7 +18,9 @@ from torch.nn import Module
 
 from srpo.columns import LOST_ROW, as_list, checked_columns
 from srpo.rollout.loop import as_columns
+from srpo.run.apart import Lost
 from srpo.trainer.generation_step import GenerationStep
+from srpo.trainer.late import one_by_one, one_by_one_async
 from srpo.trainer.metrics import TRUNCATED
 from srpo.types import FEEDBACK, LOST, Columns, World
 
@@ -53,6 +55,13 @@ def summed(rewards: Tensor, weights: Tensor) -> Tensor:
     """[B, functions] -> [B], with their weights; NaN where no function has scored."""
     total = (rewards * weights.to(rewards.device)).nansum(dim=1)
     return total.masked_fill(torch.isnan(rewards).all(dim=1), torch.nan)
+
+
+def of_models(values: Tensor, functions: Sequence[Any]) -> Tensor:
+    """[B, functions] with a NaN of a reward model, which always scores, as the infinity that `BadSteps` looks for; of
+    a function it means None."""
+    models = torch.tensor([isinstance(function, Module) for function in functions], device=values.device)
+    return values.masked_fill(torch.isnan(values) & models, torch.inf)
 
 
 Correctness = Callable[[Tensor, Columns], Tensor]
@@ -95,16 +104,28 @@ def rows_with_columns(rows: Sequence[Mapping[str, Any]], columns: Columns, has_w
     return whole
 
 
-def checked_rewards(functions: Any, not_finite: Callable[[str], object] | None = None) -> Any:
+def checked_rewards(
+    functions: Any,
+    not_finite: Callable[[str], object] | None = None,
+    seconds: float | None = None,
+    lose: Callable[[Sequence[str | None]], object] | None = None,
+) -> Any:
     """What TRL takes as `reward_funcs`, with every function checked (`checked_reward`) and named apart."""
     if callable(functions) and not isinstance(functions, Module):
         functions = [functions]
     if not isinstance(functions, list):
         return functions
-    return distinct([f if isinstance(f, (str, Module)) else checked_reward(f, not_finite) for f in functions])
+    return distinct(
+        [f if isinstance(f, (str, Module)) else checked_reward(f, not_finite, seconds, lose) for f in functions]
+    )
 
 
-def checked_reward(func: Callable[..., Any], not_finite: Callable[[str], object] | None = None) -> Callable[..., Any]:
+def checked_reward(
+    func: Callable[..., Any],
+    not_finite: Callable[[str], object] | None = None,
+    seconds: float | None = None,
+    lose: Callable[[Sequence[str | None]], object] | None = None,
+) -> Callable[..., Any]:
     """A TRL reward function whose values are checked: a list with one finite number, or None, per completion.
 
     None means that the reward does not apply to that row, as in TRL. The function never sees lost rows (whose
@@ -113,25 +134,35 @@ def checked_reward(func: Callable[..., Any], not_finite: Callable[[str], object]
 
     Args:
         not_finite: told of a NaN or an infinity, which then goes on as inf; without it that is an error too.
+        seconds: that one completion may take (`srpo.trainer.late`); None: as long as it takes, all in one call.
+        lose: told, per completion, why it is lost to a function that took longer, or None.
 
     Raises:
-        ValueError: when called; names function, row, `query_id` where there is one, and the value.
+        ValueError: when called; names function, row, `query_id` where there is one, and the value. At once: a function
+            that cannot be given `seconds`.
     """
     inner = func.func if isinstance(func, functools.partial) else func
     name = getattr(inner, "__name__", type(inner).__name__)
+
+    def checked_values(rows: _Survivors, values: Any) -> list[float | None]:
+        if lose is not None and seconds is not None:
+            lose(rows.spread([value.cause if isinstance(value, Lost) else None for value in values]))
+            values = [None if isinstance(value, Lost) else value for value in values]
+        return rows.spread(_checked_values(name, values, rows.args, rows.kwargs, not_finite))
+
     if _is_async(func):
+        asked = func if seconds is None else one_by_one_async(func, name, seconds)
 
         async def checked_async(*args: Any, **kwargs: Any) -> list[float | None]:
             rows = _Survivors(args, kwargs)
-            values = await func(*rows.args, **rows.kwargs) if rows.any else []
-            return rows.spread(_checked_values(name, values, rows.args, rows.kwargs, not_finite))
+            return checked_values(rows, await asked(*rows.args, **rows.kwargs) if rows.any else [])
 
         return _named_like(checked_async, func, name)
+    asked = func if seconds is None else one_by_one(func, name, seconds)
 
     def checked(*args: Any, **kwargs: Any) -> list[float | None]:
         rows = _Survivors(args, kwargs)
-        values = func(*rows.args, **rows.kwargs) if rows.any else []
-        return rows.spread(_checked_values(name, values, rows.args, rows.kwargs, not_finite))
+        return checked_values(rows, asked(*rows.args, **rows.kwargs) if rows.any else [])
 
     return _named_like(checked, func, name)
 

@@ -9,6 +9,7 @@ is that of the survivors. A group of which less than three quarters survive is d
 """
 
 import copy
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -19,12 +20,14 @@ from accelerate.utils import gather_object
 from transformers.utils import logging
 
 from srpo.columns import checked_metric
+from srpo.losses import note
 from srpo.rollout.batch import flatten, kept_rows, row_key, row_seeds
 from srpo.rollout.generator import TransformersGenerator
 from srpo.rollout.loop import Limits, play
 from srpo.rollout.sampling import text_of
 from srpo.rollout.vllm import VLLMGenerator
 from srpo.rollout.worker_loop import EpisodeLoop
+from srpo.run.watch import beat
 from srpo.teacher.masked_decisions import gathered_choices
 from srpo.trainer.generation_step import GenerationStep
 from srpo.trainer.metrics import TRUNCATED, Account, Losses, account, rollout_metrics
@@ -121,6 +124,12 @@ class Rollouts:
         """What plays the episodes of one generation batch, of this rank alone; arguments as of `play`."""
         if keep_loop and self._loop is None:
             self._loop = EpisodeLoop()
+        spent = self._purse() if step.training else lambda: False
+
+        def answered() -> bool:
+            beat()
+            return spent()
+
         return partial(
             play,
             self.environment,
@@ -132,7 +141,7 @@ class Rollouts:
             self._limits(),
             self._loop if keep_loop else None,
             progress=bar and self.accelerator.is_main_process and not self.args.disable_tqdm,
-            out_of_money=self._purse() if step.training else lambda: False,
+            out_of_money=answered,
             rounds=generator.in_step,
         )
 
@@ -147,8 +156,10 @@ class Rollouts:
         mine = [account(len(ids), sum(f.policy), t) for ids, f, t in zip(prompt_ids, flat, trajectories, strict=True)]
         everyone = gather_object(mine)
         kept = kept_rows([row.stop == "lost" for row in everyone], self.group if step.training else 1)
-        if step.training and (summary := self.losses.observe(everyone)) is not None:
+        causes = [row.cause for row in everyone]
+        if step.training and (summary := self.losses.observe(causes)) is not None:
             logger.warning("%s", summary)
+            self._note(step, everyone, kept)
         metrics = self._metrics(everyone, kept)
         if args.mask_truncated_completions:
             kept = [k and row.stop not in TRUNCATED for k, row in zip(kept, everyone, strict=True)]
@@ -161,6 +172,23 @@ class Rollouts:
         ids, logprobs = [f.ids for f in flat], [f.logprobs for f in flat]
         tokens = sum(row.prompt_tokens + row.policy_tokens for row in everyone)
         return Played((prompt_ids, ids, masks, completions, logprobs, {}, None, []), tokens, metrics)
+
+    def _note(self, step: GenerationStep, rows: list[Account], kept: list[bool]) -> None:
+        lost = [row for row in rows if row.stop == "lost"]
+        if self.accelerator.is_main_process:
+            causes = Counter(str(row.cause) for row in lost)
+            tokens, usd = sum(row.policy_tokens for row in lost), sum(row.usd for row in lost)
+            dropped = kept.count(False) - len(lost)
+            note(
+                self.args.output_dir,
+                step.number,
+                "rollouts",
+                causes,
+                len(rows),
+                dropped=dropped,
+                tokens=tokens,
+                usd=usd,
+            )
 
     def _seeds(self, step: GenerationStep) -> list[str]:
         keys = gather_object([row_key(row) for row in step.rows])

@@ -16,7 +16,7 @@ What one hook learns of a generation batch the next finds in a `GenerationStep`;
 
 import inspect
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,7 @@ from accelerate.utils import gather_object, is_peft_model
 from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
 from trl import GRPOConfig
 from trl import GRPOTrainer as TRLGRPOTrainer
@@ -48,6 +49,7 @@ from srpo.rollout.thinking import opened_by
 from srpo.rollout.vllm_settings import vllm_of
 from srpo.run.signals import Interrupted, heeded
 from srpo.run.steps import check_eval_rows, check_start, check_steps_made
+from srpo.run.watch import part, watched
 from srpo.run.whole import AUTO, SAVING, resume_from
 from srpo.teacher import masked_decisions as masked
 from srpo.teacher.lm_head import add_scoring_head
@@ -56,15 +58,17 @@ from srpo.trainer import rewards
 from srpo.trainer.adapters import prepare_adapter
 from srpo.trainer.arguments import checked_config, datasets_of, init_kwargs, refuse_contradictions
 from srpo.trainer.bad_numbers import BAD_REWARDS, BadSteps
-from srpo.trainer.checkpoint import Checkpoints, Clock, wind
+from srpo.trainer.checkpoint import Checkpoints
+from srpo.trainer.clock import Calendar, Clock, calendar_of, wind
 from srpo.trainer.credit import credited
 from srpo.trainer.distiller import Distiller, nothing_distilled
 from srpo.trainer.engines import saved_whole
 from srpo.trainer.forward_checks import ForwardChecks, still
 from srpo.trainer.generation_step import GenerationStep
-from srpo.trainer.limits import EndOnSignal, RunLimits, without_trl_warning
+from srpo.trainer.late import lost_rows, world_one_by_one
+from srpo.trainer.limits import EarlyWarnings, EndOnSignal, RunLimits, without_trl_warning
 from srpo.trainer.loss import loss_of, sequences
-from srpo.trainer.metrics import Alarms, CompletionsTable, gathered_metrics
+from srpo.trainer.metrics import Alarms, CompletionsTable, Losses, gathered_metrics
 from srpo.trainer.micro_batches import micro_batches
 from srpo.trainer.overlap import Ahead, refuse_ahead, rows_of_batch
 from srpo.trainer.precision import engine_keeps_masters, train_in_fp32
@@ -77,7 +81,7 @@ logger = logging.get_logger(__name__)
 
 
 class SRPOTrainer(HubMixin, TRLGRPOTrainer):
-    """GRPO, SDPO, SRPO and BoPO in one trainer; every argument of `trl.GRPOTrainer`, and six more.
+    """GRPO, SDPO, SRPO and BoPO in one trainer; every argument of `trl.GRPOTrainer`, and seven more.
 
     Args:
         world: called once per batch with (rows, completion texts); its columns reach the reward functions, the
@@ -90,6 +94,8 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
         save_beside: called with every folder that weights are written to, by the process that writes, alone.
         allowed_tokens: which ids a completion of one turn may hold. The policy samples among them, and every
             log-probability that is scored, the teacher's too, is renormalised over them.
+        heldout: in place of `eval_dataset`: plays the policy, which it gets from the trainer, and returns numbers by
+            name, `reward` among them. All processes call it.
 
     Raises:
         ValueError: for vision-language models with an objective of ours, and for arguments that contradict.
@@ -118,16 +124,21 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
         recipe: dict[str, Any] | None = None,
         save_beside: Callable[[Path], object] | None = None,
         allowed_tokens: masked.AllowedTokens | None = None,
+        heldout: Callable[[], Mapping[str, float]] | None = None,
         **kwargs: Any,
     ):
         args = checked_config(args, self._objective)
         self.objective, self._record = args.objective, objective_of(args)
         self.recipe, self.save_beside = recipe, save_beside
         self.heldout_table: str | None = None
-        self.world, self.environment = world, environment
-        self.correctness, self.allowed_tokens = correctness, allowed_tokens
+        self.heldout_results: Sequence[Mapping[str, Any]] = ()
+        late = args.world_deadline
+        self.world = world if world is None or late is None else world_one_by_one(world, late)
+        self.environment = environment
+        self.correctness, self.allowed_tokens, self.heldout = correctness, allowed_tokens, heldout
         self.generation_step = GenerationStep(scored=True)  # a resumed run may begin inside of one
         self._train_sampler: Any = None
+        self.calendar = Calendar(int(args.gradient_accumulation_steps or 1))  # settled by the configuration
         self._evaluated = 0  # batches of an evaluation
 
         # `rest` are TRL's further arguments by position.
@@ -147,13 +158,25 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
             engine_that_replay_needs(args),
             reference_of(model, peft_config, args) as own_reference,
         ):
-            functions = rewards.checked_rewards(reward_funcs, lambda words: self.bad_steps.reward(words))
+            functions = rewards.checked_rewards(
+                reward_funcs,
+                lambda words: self.bad_steps.reward(words),
+                args.reward_deadline,
+                lambda causes: self.generation_step.lose(causes),
+            )
+            evaluated = args.eval_strategy
+            if heldout is not None:
+                args.eval_strategy = IntervalStrategy.NO  # else transformers asks for an eval_dataset
             super().__init__(model, functions, args, train_dataset, *rest, **kwargs)
+            args.eval_strategy = evaluated
         self.beta = args.beta
         self.args.logging_nan_inf_filter = False  # it would log the loss of such a step as 0
         self.bad_steps = BadSteps(args.max_bad_steps, self.accelerator, self._tokenizer)
         self.end_on_signal = EndOnSignal(self.accelerator)
-        for callback in (self.bad_steps, self.end_on_signal):
+        self.alarms = Alarms(args.diagnostics_warning_interval, logger.warning)
+        warnings = EarlyWarnings(self.alarms, args.stop_on, self.max_completion_length)
+        self.limits: list[Any] = [self.bad_steps, warnings]
+        for callback in (*self.limits, self.end_on_signal):
             self.add_callback(callback)
         engine = self.vllm_generation if self.use_vllm else None
         self.reference = Reference(self.model, self.ref_model, own_reference, self.accelerator)
@@ -170,7 +193,6 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
             self.generation_kwargs.update(eos_token_id=self.eos_token_ids, pad_token_id=pad)
         columns.check_reward_names(self.reward_func_names)
         self.table = CompletionsTable(args)
-        self.alarms = Alarms(args.diagnostics_warning_interval, logger.warning)
 
         self.sampler = Sampler(args, self.accelerator, self._tokenizer)
         needs = {
@@ -190,7 +212,9 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
                 sharded = self._dist.is_zero3 or self._dist.is_fsdp
                 refuse_ahead(args, is_peft_model(self.model), sharded, self.train_dataset)
                 self.rollouts.ahead = Ahead(plain_copy(self._base(self.model)))
-            self.add_callback(RunLimits(self.rollouts))
+        self.losses = Losses(args.max_lost_share, args.max_lost_batches) if not self.rollouts else self.rollouts.losses
+        self.limits.append(RunLimits(self.losses, self.rollouts))
+        self.add_callback(self.limits[-1])
         replay = None if self.replay_passes is None else self.replay_passes.replay
         self.sharing = self._add_scoring_head(self._base(self.model), replay)
         for other in filter(None, (self.ref_model, twin)):
@@ -239,10 +263,11 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
             self._buffered_inputs = micro_batches(scored, self.args, self.accelerator, self.aux_loss_enabled, shared)
         return self._buffered_inputs[self._step % self.args.steps_per_generation]
 
+    @part("scoring")
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         rows = inputs if self._is_vlm else columns.without_pictures(inputs)
         if self.model.training:
-            part = self._step % self.args.gradient_accumulation_steps
+            _, part = self.calendar.when(self._step)
         else:
             part, self._evaluated = self._evaluated, self._evaluated + 1
         step = self.generation_step = GenerationStep(rows, self.model.training, self.state.global_step, part)
@@ -291,6 +316,7 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
         finally:
             self.tools = own
 
+    @part("rollout")
     def _generate(self, prompts: list[Any]) -> tuple[Any, ...]:
         step = self.generation_step
         if self.rollouts is None:
@@ -334,14 +360,13 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
             return
         args, every, group = self.args, self._generate_every, self.num_generations
         number = self._step // every + 1
-        if number * every >= self.state.max_steps * args.gradient_accumulation_steps:
+        if number * every >= self.calendar.micro_steps(self.state.max_steps):
             return
         data, prompts = self.train_dataset, args.generation_batch_size // group
         chosen = rows_of_batch(number, len(data), prompts, bool(self.shuffle_dataset), args.seed)
         mine, start = len(self.generation_step.rows), self.accelerator.process_index * len(self.generation_step.rows)
         rows = [data[i] for i in chosen for _ in range(group)][start : start + mine]
-        when = divmod(number * every, args.gradient_accumulation_steps)
-        step = GenerationStep(columns.without_pictures(rows), True, *when)
+        step = GenerationStep(columns.without_pictures(rows), True, *self.calendar.when(number * every))
         prompt_ids = self._tokenize_prompts([row["prompt"] for row in step.rows])[0]
         sampler = Sampler(args, self.accelerator, self.rollouts.tokenizer)  # the thread's own tokenizer
         generator = sampler.make_generator(ahead.policy, self.eos_token_ids, keep_tokens=ALL_TOKENS)
@@ -392,6 +417,7 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
             passes.sampled(step, prompt_ids, completion_ids, recorder)
         return completion_ids, logprobs
 
+    @part("reward")
     def _calculate_rewards(
         self, inputs: list[dict[str, Any]], prompts: list[Any], completions: list[Any], completion_ids_list: list[Any]
     ) -> Tensor:
@@ -400,15 +426,21 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
         step.opened = step.opened or [""] * len(texts)
         step.rows = inputs
         taken = {*self.reward_func_names, *columns.TABLE_COLUMNS}
-        step.columns, repaired = rewards.columns_of(step, texts, self.world, taken)
+        with part("world"):
+            step.columns, repaired = rewards.columns_of(step, texts, self.world, taken)
         has_world = self.world is not None or self.environment is not None
         rows = rewards.rows_with_columns(inputs, step.columns, has_world)
         step.references = [row.get(REFERENCES) for row in rows]
         lost = [row.get(columns.LOST_ROW) is not None for row in rows]
-        with without_trl_warning() if any(lost) else nullcontext():
-            rewards_per_func = super()._calculate_rewards(rows, prompts, completions, completion_ids_list)
-        if has_world:  # a lost rollout has no reward, whatever a reward model says of it
-            everyone = torch.tensor(gather_object(lost), device=rewards_per_func.device)
+        late = self.args.reward_deadline is not None
+        with without_trl_warning() if any(lost) or late else nullcontext():
+            scored = super()._calculate_rewards(rows, prompts, completions, completion_ids_list)
+        rewards_per_func = rewards.of_models(scored, self.reward_funcs)
+        if has_world or late:
+            gone, counted = lost_rows(step, len(texts), self.losses, counted=self.rollouts is not None)
+            self._add_metrics(step.training, counted)
+            # A lost rollout has no reward, whatever a reward model says of it.
+            everyone = torch.tensor(gone, device=rewards_per_func.device)
             rewards_per_func = rewards_per_func.masked_fill(everyone.unsqueeze(1), torch.nan)
         rewards.extra_columns(self._pending_extra_logs, step, self._logs["extra"], len(texts))
         step.prompts = prompts  # as the policy saw them: an environment may have added its first observation
@@ -448,10 +480,11 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
         """A context: passes of the model score those of their tokens that are trained on, among `choices`."""
         return masked.scored_among(self._base(model), choices, trained)
 
+    @part("loss")
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         if (passes := self.replay_passes) is not None and EXPERT_IDS in inputs:
-            first = self._step % self.current_gradient_accumulation_steps == 0
-            if passes.audit_due(self.state.global_step, first):
+            steps, part = self.calendar.when(self._step)
+            if passes.audit_due(steps, first=part == 0):
                 self._audit(passes.replay, inputs)
             passes.replay.arm(inputs[EXPERT_IDS])
         loss = super().compute_loss(model, inputs, *args, **kwargs)
@@ -483,6 +516,7 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
                 self._add_metrics(False, self.loss.metrics())
             return found
 
+    @part("gradient")
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         try:
             loss = super().training_step(*args, **kwargs)
@@ -500,24 +534,46 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
         found = resume_from(given, self.args.output_dir) if given in AUTO else given
         check_start(self.train_dataset, self.args, found)
         found = resume_from(found, self.args.output_dir)
-        if self.args.eval_strategy != "no":
+        if found is not None:
+            self.checkpoints.refuse_other_run(found)
+        if self.args.eval_strategy != "no" and self.heldout is None:
             check_eval_rows(self.eval_dataset, self.args, self.num_generations_eval)
-        with heeded() as self.end_on_signal.signals:
+        hang, wait = self.args.hang_deadline, self.args.ddp_timeout
+        with heeded() as self.end_on_signal.signals, watched(hang, wait), part("training", patient=True):
             with self.end_on_signal.signals.waited_for(self.args.signal_deadline):
-                output = super().train(found, *rest, **kwargs)
-            if self.end_on_signal.agree():
+                try:
+                    output = super().train(found, *rest, **kwargs)
+                finally:
+                    if self.rollouts is not None:
+                        self.rollouts.close()
+                for limit in self.limits:
+                    limit.conclude(self.args)
+                ended = self.end_on_signal.agree()
+                if ended and self.checkpoints.last != self.state.global_step and not self.args.load_best_model_at_end:
+                    self._save_checkpoint(self.model, None)  # asked after the last step
+            if ended:
                 raise Interrupted
         check_steps_made(self.state.global_step)
         self.bad_steps.check_weights(self.model)
         return output
 
+    @part("evaluation", prefix=True)
     def evaluate(self, eval_dataset: Any = None, *rest: Any, **kwargs: Any) -> Any:
         self._wait_ahead()
         self._evaluated = 0
+        if self.heldout is not None and eval_dataset is None:
+            self.model.eval()  # what is logged now is no training step
+            found = {f"eval_{name}": float(value) for name, value in self.heldout().items()}
+            self.log(found)
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
+            return found
         given = self.eval_dataset if eval_dataset is None else eval_dataset
         if not isinstance(given, str):
             check_eval_rows(given, self.args, self.num_generations_eval)
-        return super().evaluate(eval_dataset, *rest, **kwargs)
+        metrics = super().evaluate(eval_dataset, *rest, **kwargs)
+        if metrics.get("eval_reward", 0.0) is None:  # of an evaluation whose rollouts were all lost: never the best
+            metrics["eval_reward"] = float("nan")
+        return metrics
 
     def _wait_ahead(self) -> None:
         if self.rollouts is not None and self.rollouts.ahead is not None:
@@ -537,13 +593,15 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
         if self.teacher is not None:
             self.teacher.begin()
         # TRL counts micro-steps from 0 in each process; a resumed run must know where in a generation batch it is.
-        self._step = state.global_step * self.args.gradient_accumulation_steps
-        wind(self._train_sampler, int(state.epoch or 0))
+        self.calendar = calendar_of(self._train_sampler, self.args)
+        self._step = self.calendar.micro_steps(state.global_step)
+        wind(self._train_sampler, state.global_step // self.calendar.steps)
 
     def _end_step(self) -> None:
         if self.teacher is not None and self._step % self._generate_every == 0 and not self.bad_steps.skipped:
             self.teacher.update()
 
+    @part("save")
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         with saved_whole(self.accelerator):
             super().save_model(output_dir, _internal_call)
@@ -554,15 +612,16 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
             self.save_beside(Path(output_dir or self.args.output_dir))
 
     def _get_output_dir(self, trial: Any) -> str:
-        folder: str = super()._get_output_dir(trial)
-        return os.path.join(folder, SAVING) if self.checkpoints.saving else folder
+        # Where TRL and transformers write checkpoints, and find none that they would take away in their own way.
+        return os.path.join(super()._get_output_dir(trial), SAVING)
 
+    @part("save")
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         self.bad_steps.check_weights(self.model)
         self._wait_ahead()
         theirs = partial(super()._save_checkpoint, model, trial)
         inside = self._step % self._generate_every != 0
-        output = Path(self._get_output_dir(trial))
+        output = Path(self._get_output_dir(trial)).parent
         self.checkpoints.write(self, output, theirs, self._buffered_inputs if inside else None)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -575,8 +634,6 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
         self._last_loaded_step = -1  # of vLLM: these are not the weights of this step any more
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            self.checkpoints.refuse_other_world_size(checkpoint)
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and (batches := self.checkpoints.load(checkpoint)) is not None:
             self._buffered_inputs = batches
@@ -592,7 +649,8 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         ours, step = self.log_completions, self.state.global_step
-        table = self.table.take(self._logs, step, logs) if ours and self.accelerator.is_main_process else {}
+        of_rollouts = ours and self.accelerator.is_main_process and (self.heldout is None or self.model.training)
+        table = self.table.take(self._logs, step, logs) if of_rollouts else {}
         if "loss" in logs:
             logs |= self.bad_steps.since_logged()
         self.log_completions = False  # TRL's own part of this
@@ -602,7 +660,6 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
             self.log_completions = ours
         if table:
             self.table.write(table, self._logs, step)
-        numbers = {name: value for name, value in logs.items() if isinstance(value, float)}
         if self.model.training and self.replay_passes is not None:
+            numbers = {name: value for name, value in logs.items() if isinstance(value, float)}
             self.replay_passes.alarms.observe(numbers)
-        self.alarms.observe_log(numbers, self.model.training, self.max_completion_length)

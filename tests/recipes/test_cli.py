@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from srpo.cli import COMMANDS, main
+from srpo.cli import COMMANDS, main, underscored
 from srpo.shipped import RECIPES, shipped_recipes
 from srpo.task import task_names
 
@@ -111,6 +111,17 @@ def test_help_all_says_what_every_key_does_and_trl_s_too(capsys: pytest.CaptureF
 # ---------------------------------------------------------------------------------------------- shipped recipes
 
 
+@pytest.mark.parametrize("spelt", ["--max_cost_usd", "--max-cost-usd", "--max-cost_usd"])
+def test_options_are_taken_with_dashes_and_shown_without(spelt: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = printed(capsys, "record", "--catalogue", "no-such.yaml", "--queries", "a", f"{spelt}=0.5-")
+    assert code == 2 and "argument --max_cost_usd: '0.5-' is not a number" in err
+    words = ["--max-cost-usd", "a-b", "--x-y=c-d", "-p-q", "--", "--k-l"]
+    assert underscored(words) == ["--max_cost_usd", "a-b", "--x_y=c-d", "-p-q", "--", "--k-l"]
+    for command in sorted({*COMMANDS} - {"train", "evaluate"}):
+        code, out, _ = printed(capsys, command, "--help")
+        assert code == 0 and not re.findall(r"(?<![\w-])--[a-z]+-[a-z-]+", out), command
+
+
 def test_recipes_are_listed_with_what_they_are_and_copied(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -136,7 +147,11 @@ RECIPE = "task: query_routing\nobjective: srpo\nuse_cpu: true\nbf16: false\noutp
 MISTAKES = {
     # words of `srpo`, what the recipe holds besides, what is said
     "command": ("trian", "", "the nearest is srpo train"),
-    "no file": ("train nowhere.yaml", "", "nowhere.yaml: No such file"),
+    "no file": (
+        "train quickstart/bop.yaml",
+        "",
+        "quickstart/bop.yaml: No such file, and no shipped recipe; the nearest are quickstart/bopo,",
+    ),
     "no task": ("train --output_dir out", "", "no task is named"),
     "task": ("train r.yaml --task query_rooting", "", "'query_rooting' is not a task; .*nearest: query_routing"),
     "key": ("train r.yaml", "cost_wieght: 1", "r.yaml:6: unknown key 'cost_wieght'; .*'cost_weight'"),
@@ -161,7 +176,7 @@ MISTAKES = {
     "processes": ("train r.yaml --processes none", "", "--processes none: must be a whole number"),
     "accelerate": ("train r.yaml --accelerate fsdp3", "", "neither a file nor one of cpu, ddp, fsdp2, zero2, zero3"),
     "evaluate": ("evaluate", "", "name the policy first"),
-    "copy": ("recipes copy quickstart/srop", "", "there is no shipped recipe quickstart/srop"),
+    "copy": ("recipes copy quickstart/srop", "", "no shipped recipe; the nearest are quickstart/srpo,"),
     "push": ("push out someone/router", "", "out: there is no such folder"),
     "convert": ("convert llmrouter no/folder --output t.parquet", "", "no/folder: not found; download llmrouter from"),
     "plan": ("plan r.yaml", "objective: x", "already written in line 2"),

@@ -69,7 +69,7 @@ def bad_table(folder: Path) -> str:
         ("bopo", {"heldout_tasks": "no/games.jsonl"}, "no/games.jsonl"),
         ("bopo", {"train_tasks": "no/games.jsonl"}, "no/games.jsonl"),
         ("bopo", {"cost_norm": "budget"}, "set budget_unit: usd"),
-        ("bopo", {"train_limit": 1, "train_caps": 0.5}, "usable rows|cannot pay"),
+        ("bopo", {"train_limit": 1, "train_caps": 1}, "usable rows|cannot pay"),
     ],
 )
 def test_a_mistake_does_not_take_the_earlier_run_away(

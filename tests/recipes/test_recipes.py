@@ -9,6 +9,8 @@ from typing import Any, Literal
 import pytest
 import yaml
 
+from routers.data.catalogue import load_catalogue
+from routers.environments.messages.repairs import Junior, Senior
 from srpo.recipe import OLD_KEYS, RecipeError, load_recipe, load_run, resolved_recipe
 from srpo.shipped import find_recipe
 from srpo.task import RunArguments, find_task, task_names
@@ -220,6 +222,21 @@ def test_paths_of_a_shipped_recipe_lie_in_the_package_where_there_is_no_checkout
     assert arguments.catalogue == shipped
 
 
+def test_the_catalogue_of_the_agent_has_the_prices_of_its_training() -> None:
+    live = load_catalogue(ROOT / "recipes/catalogues/agent_live.yaml")
+    priced = (
+        "name",
+        "price_in",
+        "price_out",
+        "price_cached",
+        "cache_seconds",
+        "cache_min_tokens",
+        "cache_step_tokens",
+    )
+    for trained in (Junior().member, Senior().member):
+        assert [getattr(live[trained.name], name) for name in priced] == [getattr(trained, name) for name in priced]
+
+
 @pytest.mark.parametrize("old", OLD_KEYS)
 def test_an_old_key_names_the_new_one(old: str, tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
@@ -274,11 +291,8 @@ def test_the_paper_s_settings_are_in_the_recipes(
     model: str, objective: str, learning_rate: float, mini_batch: int
 ) -> None:
     recipe = paper_settings(ROOT / "recipes" / model / objective / "routing.yaml")
-    gpus = 8
-    batch = recipe["per_device_train_batch_size"] * gpus * recipe["steps_per_generation"]
-    step = recipe["per_device_train_batch_size"] * gpus * recipe["gradient_accumulation_steps"]
-    assert batch == 32 * 8 and recipe["num_generations"] == 8
-    assert step == mini_batch * 8
+    assert recipe["num_generations"] == 8 and recipe.get("generation_batch_size", 32 * 8) == 32 * 8
+    assert recipe["prompts_per_step"] == mini_batch
     assert recipe["learning_rate"] == learning_rate
     assert (recipe["warmup_steps"], recipe["weight_decay"], recipe["max_grad_norm"]) == (10, 0.01, 1.0)
     assert recipe["lr_scheduler_type"] == "constant_with_warmup"
@@ -302,10 +316,11 @@ def test_the_objectives_recipes_share_everything_but_the_objective_and_its_optim
         for key in ("table", "cost_weight", "format_weight", "max_completion_length", "num_train_epochs", "seed"):
             assert sdpo[key] == srpo[key] == grpo[key]
         differing = {key for key in srpo if srpo[key] != grpo.get(key)}
-        assert {"objective", "learning_rate", "gradient_accumulation_steps", "output_dir"} <= differing
+        own = {"objective", "learning_rate", "prompts_per_step", "output_dir"}
+        assert own <= differing
         assert all(
             key.startswith(("distillation", "teacher", "entropy_weight", "success", "max_reprompt"))
-            for key in differing - {"objective", "learning_rate", "gradient_accumulation_steps", "output_dir"}
+            for key in differing - own
         )
 
 

@@ -15,7 +15,17 @@ from rewards import (
     router_r1_rewards,
     xrouter_rewards,
 )
-from routers.evaluation.answers import choice, exact_match, f1, f1_of_one_answer, normalise, numeric, score
+from routers.evaluation.answers import (
+    METRICS,
+    choice,
+    contains,
+    exact_match,
+    f1,
+    f1_of_one_answer,
+    normalise,
+    numeric,
+    score,
+)
 
 
 @pytest.mark.parametrize(
@@ -60,6 +70,18 @@ def test_f1() -> None:
     # Words count as often as they occur: common = 1, 2*1/(3+1).
     assert f1("Paris Paris Paris", ["Paris"]) == pytest.approx(0.5)
     assert f1("Rome", ["Paris"]) == f1("", ["Paris"]) == f1("Rome", []) == 0.0
+
+
+def test_contains() -> None:
+    assert (
+        contains("So the answer is 42, I think.", ["42"])
+        == contains("It was the Lord of Rings!", ["Lord of rings"])
+        == 1
+    )
+    for said in ("It is 420.", "It is -42.", "Rings of the Lord", "", "The"):
+        assert contains(said, ["42", "Lord of rings"]) == 0.0, said
+    assert score("cost: $5", ["5"], "contains") == 1.0
+    assert "contains" not in METRICS, "a policy would write every candidate"
 
 
 def test_f1_of_one_answer_does_not_pay_for_lists() -> None:

@@ -213,7 +213,7 @@ def test_the_command_line_asks_one_question(policy: Path, tmp_path: Path, capsys
         words = [str(policy), "beta beta", "--catalogue", str(catalogue)]
         assert main(words) == 0
         plain = capsys.readouterr().out
-        assert main([*words, "--json", "--max-cost-usd", "0"]) == 0
+        assert main([*words, "--json", "--max_cost_usd", "0"]) == 0
         document = json.loads(capsys.readouterr().out)
     assert "<search>beta:</search>" in plain and "two words" in plain and "answer: ok" in plain
     assert f"cost: ${cost(MEMBERS[1], *server.usage[0]):.6f}, asked: beta" in plain

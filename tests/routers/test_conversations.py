@@ -278,6 +278,17 @@ def test_who_has_the_prompt_in_its_cache_stays(router: StepRouter) -> None:
         ]
         assert sticky.counts()["sticky"] == 3
 
+        failing, found = Conversations(scripted(router, [0.9] * 3), members=members, clock=lambda: now[0]), []
+        for number in range(3):
+            call = await failing.decide(said(number + 1), conversation="f", bounds=BOUNDS)
+            found.append([round(1e6 * usd) for usd in call.expected_usd.values()])
+            if number == 0:
+                failing.settle(failing.instead(call, "503", 0.0), 0.0)
+            else:
+                failing.settle(call, 0.0, error="the client left")
+        # a call that failed is not counted as sent: large has nothing, small what it answered
+        assert found == [[1000, 2000], [1100, 4000], [2100, 6000]]
+
     asyncio.run(main())
 
 

@@ -223,7 +223,7 @@ def test_a_disk_that_is_full_stops_nobody(
 @contextmanager
 def process(folder: Path, cap: float) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     command = [sys.executable, "-m", "srpo", "serve", str(folder / "router"), "--catalogue", str(folder / "pool.yaml")]
-    command += ["--port", "0", "--conversation-cap", str(cap), "--conversations", str(folder / "conversations")]
+    command += ["--port", "0", "--conversation_cap", str(cap), "--conversations", str(folder / "conversations")]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
         assert server.stderr is not None
         try:

@@ -200,23 +200,39 @@ def test_worlds_that_break_cost_themselves(agents: Any) -> None:
 # verifiers
 
 
-@pytest.fixture(scope="module", params=["stand-in", "verifiers"])
-def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """VERIFIERS_PYTHON, and a folder with the module `tiny_env`."""
-    folder, real = tmp_path_factory.mktemp("verifiers"), os.environ.get(verifiers.PYTHON)
-    if request.param == "verifiers" and not real:
-        pytest.skip("VERIFIERS_PYTHON names no Python with verifiers>=0.1.14,<0.4")
-    (folder / "tiny_env.py").write_text((WORLDS / "tiny_env.py").read_text())
+def folder_of(
+    module: str, stand_in: str, kind: str, wanted: Callable[[str], bool], made: pytest.TempPathFactory
+) -> Iterator[None]:
+    """VERIFIERS_PYTHON, and a folder with a module of environments; where `kind` is "verifiers", with the real one."""
+    folder, real = made.mktemp("verifiers"), os.environ.get(verifiers.PYTHON)
+    if kind == "verifiers" and not (real and wanted(installed(real))):
+        pytest.skip("VERIFIERS_PYTHON names no Python with verifiers of this API")
+    (folder / module).write_text((WORLDS / module).read_text())
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        if request.param == "stand-in":
-            (folder / "verifiers").symlink_to(WORLDS / "stand_in" / "verifiers")
+        if kind == "stand-in":
+            (folder / "verifiers").symlink_to(WORLDS / stand_in / "verifiers")
             patch.setenv(verifiers.PYTHON, sys.executable)
         before = dict(AGENTS)
         yield
         AGENTS.clear()
         AGENTS.update(before)
         verifiers.worker(os.environ[verifiers.PYTHON]).close()
+
+
+def installed(python: str) -> str:
+    said = [python, "-Ic", "from importlib.metadata import version; print(version('verifiers'))"]
+    return subprocess.run(said, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.fixture(scope="module", params=["stand-in", "verifiers"])
+def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    yield from folder_of("tiny_env.py", "stand_in", request.param, lambda v: v < "0.4", tmp_path_factory)
+
+
+@pytest.fixture(scope="module", params=["stand-in", "verifiers"])
+def tasksets(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    yield from folder_of("tiny_tasks.py", "stand_in_tasksets", request.param, lambda v: v >= "0.4", tmp_path_factory)
 
 
 def call(name: str, /, **arguments: Any) -> dict[str, Any]:
@@ -277,6 +293,33 @@ def test_many_conversations_of_verifiers_within_their_budgets(tiny: None) -> Non
     assert first < 1.5e-4 and all(d.columns[COST] <= 1.5e-4 and not d.columns[LOST] for d in capped)
 
 
+def test_tasksets_of_verifiers(tasksets: None) -> None:
+    """verifiers 0.4: tasks, requests, rewards; a failed call ends the episode, is not repeated, and what is there is
+    scored; arguments, and what is refused."""
+    benchmark = MessagesBenchmark()
+    assert list(benchmark.tasks("verifiers:tiny-tasks?rows=2/tasks").values()) == ["tiny-tasks"] * 2
+    with pytest.raises(GameError, match="there is no split 'train'; there are tasks"):
+        benchmark.tasks("verifiers:tiny-tasks/train")
+    agent = agent_of("verifiers:tiny-tasks")
+    made = play(agent, "tasks-3", "it is 3")
+    assert made.score == 1.0 and [m["content"] for m in made.request["messages"]] == ["say 3"]
+    assert play(agent, "tasks-3", "it is 4").score == 0.0
+    assert play(agent, "tasks-3", None).score == 0.0, "a second call would be asked of a game that has no answer to it"
+    assert play(agent_of("verifiers:tiny-tasks?worth=4&worst=-4&best=4"), "tasks-1", "0").score == 0.5
+    for name, told in (("kind=broken", "TaskError: .*the rubric broke"), ("worth=4", "a reward of 4 is not between")):
+        with pytest.raises(RuntimeError, match=told):
+            play(agent_of(f"verifiers:tiny-tasks?{name}"), "tasks-2", "2")
+    for name, told in (
+        ("nowhere", "nowhere"),
+        ("tiny-tasks?colour=red", "(?i)extra inputs are not permitted"),
+        ("tiny-tasks?kind=endless", "makes tasks for ever"),
+        ("tiny-tasks?env.id=best-of-n", "has several agents"),
+        ("tiny-tasks?id=other", "leave it out"),
+    ):
+        with pytest.raises(GameError, match=told):
+            benchmark.tasks(f"verifiers:{name}/tasks")
+
+
 def test_a_process_of_verifiers_that_dies(tiny: None) -> None:
     """Open episodes are lost, with its last words, at once; the next one finds a new process."""
     agent = agent_of("verifiers:tiny-env")
@@ -306,9 +349,10 @@ def test_plans_of_the_recipes(tiny: None, monkeypatch: pytest.MonkeyPatch) -> No
     name, parts = "Qwen2.5-1.5B-Instruct/bopo/verifiers", "verifiers:tiny-env?kind=twice&rows=40"
     said = plan([name, "--train_tasks", f"{parts}/train", "--heldout_tasks", f"{parts}/eval", *CATALOGUE], 8)
 
-    assert "training rows        40\n" in said and "2 executors, live; at most " in said
-    assert "16 rows x 8 completions" in said and "128 completions" in said and "2 held-out tasks" in said
-    assert f"{150 * 16 * 20:,} in training per process; 2 held-out tasks; at most $500" in said
+    assert "training rows        40\n" in said and "2 executors, live; 2 held-out tasks\n" in said
+    assert "16 rows x 8 completions" in said and "128 completions" in said
+    assert f"at most 20 an episode, {128 * 20:,} a step, {150 * 128 * 20:,} in training, " in said
+    assert "at most $" in said and "; max_cost_usd stops at $500\n" in said
     with pytest.raises(GameError, match=r"verifiers:YOUR-ENV/eval: .*YOUR.ENV"):
         plan([name, *CATALOGUE])
 

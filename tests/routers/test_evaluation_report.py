@@ -14,10 +14,13 @@ from test_evaluation import episodes
 from test_evaluation_episodes import COST, KNOWN, MEMBERS, QUERIES
 
 from routers.evaluation import plot
-from routers.evaluation.episodes import Episodes, Outcomes, RewardRule
+from routers.evaluation.episodes import LOST, Episodes, Outcomes, RewardRule
+from routers.evaluation.losses import NOTHING, losses
 from routers.evaluation.report import report
 from routers.evaluation.statistics import Paired
 from routers.evaluation.tables import render, sections
+from routers.pool import Ledger, Spending
+from srpo.losses import LOSSES, note
 
 HOSTILE = '<script>console.error("injected")</script><img src=x onerror="console.error(1)">" onmouseover="x()'
 
@@ -220,3 +223,47 @@ def test_the_report_in_a_browser(tmp_path: Path) -> None:
     bad = tmp_path / "bad.html"
     bad.write_text((tmp_path / "report.html").read_text().replace("</body>", "<script>1</script></body>"))
     assert browsed(bad.as_uri(), tmp_path / "profile")[1] != []
+
+
+def test_what_was_lost_is_told_by_count_and_cause(tmp_path: Path) -> None:
+    """From the run's own records; a resumed run adds to them, and half a line, which a kill leaves, is passed over."""
+    found = by_hand()
+    report(found, tmp_path, title="T")
+    assert NOTHING in (tmp_path / "report.html").read_text() and NOTHING in (tmp_path / "report.md").read_text()
+    note(tmp_path, 3, "rollouts", {"dear: HTTP 500": 2, HOSTILE: 1}, 8, dropped=1, tokens=30, usd=0.25)
+    note(tmp_path, 4, "steps", {"process 0: reward of 1 rows of micro-batch 1": 1})
+    with (tmp_path / LOSSES).open("a") as file:
+        file.write('{"step": 5, "wh')  # killed here
+    with (tmp_path / LOSSES).open("a") as file:
+        file.write("\n")
+    note(tmp_path, 4, "rollouts", {"dear: HTTP 500": 1}, 8, dropped=0, tokens=5, usd=0.5)
+    note(tmp_path, 4, "pushes", {"the Hub cannot be reached": 1})
+    rows = [{"row": 1, "reason": "no prompt"}, {"row": 7, "reason": "no prompt"}, {"row": None, "reason": "left out"}]
+    (tmp_path / "quarantine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ledger = Ledger()
+    ledger.book("q", Spending(calls=9, failed=2, unmetered=3, cost=0.1), "dear")
+    ledger.book("q", Spending(calls=5, cost=0.1), "cheap")
+    (tmp_path / "spending_0.json").write_text(json.dumps({**ledger.state_dict(), "overrun": 0.125}))
+    frame = found.frame.copy()
+    frame.loc[(frame["router"] == "ours") & (frame["item"] == frame["item"].iloc[0]), "stop"] = LOST
+    assert losses(tmp_path, Episodes(frame, found.header)).rows == [
+        ("", "lost", "of", "why"),
+        ("rows of data (quarantine.jsonl)", "2", "", "2 x no prompt"),
+        ("rollouts of the training", "4", "16 of those batches", f"3 x dear: HTTP 500; 1 x {HOSTILE}"),
+        ("rollouts left out with their groups", "1", "", "of a group too many were lost"),
+        ("tokens that the policy wrote in lost rollouts", "35", "", ""),
+        ("USD of lost rollouts", "0.750000", "", "members had been paid"),
+        ("steps that were not made", "1", "", "1 x process 0: reward of 1 rows of micro-batch 1"),
+        ("pushes to the Hub", "1", "", "1 x the Hub cannot be reached"),
+        ("calls of dear", "2", "9", "without an answer in the end, retries included"),
+        (
+            *("attempts at dear, perhaps paid", "3", ""),
+            "failed without reported usage: counted as nothing, the provider may have billed them",
+        ),
+        ("USD above what was reserved", "0.125000", "", "members cost more than could be known before"),
+        ("items of ours", "1", "4", "the pool failed on them; left out for all"),
+    ]
+    report(found, tmp_path, title="T")
+    page, markdown = (tmp_path / "report.html").read_text(), (tmp_path / "report.md").read_text()
+    assert "<h2>What was lost</h2>" in page and "3 x dear: HTTP 500" in page and "**What was lost**" in markdown
+    assert "<script" not in page and "max_lost_share" in page

@@ -96,10 +96,10 @@ def test_a_cap_in_calls_is_a_whole_number(tmp_path: Path, capsys: pytest.Capture
     def made(*words: str) -> object:
         return make_worker(parser.parse_args([str(tmp_path), "--catalogue", str(tmp_path / "pool.yaml"), *words]), "r")
 
-    with pytest.raises(ValueError, match=r"0.5: this router counts calls .* --conversation-unit usd"):
-        made("--conversation-cap", "0.5")
-    made("--conversation-cap", "2")
-    made("--conversation-cap", "0.5", "--conversation-unit", "usd")
+    with pytest.raises(ValueError, match=r"0.5: calls of the expensive .* --conversation_unit usd"):
+        made("--conversation_cap", "0.5")
+    made("--conversation_cap", "2")
+    made("--conversation_cap", "0.5", "--conversation_unit", "usd")
     told = capsys.readouterr().err
     assert "a conversation may spend 2 large_calls" in told and "a conversation may spend 0.5 usd" in told
 
@@ -122,7 +122,7 @@ def test_every_kind_is_served_by_a_process(make: Callable[[Path], Prices], tmp_p
     command = [sys.executable, "-m", "srpo", "serve", "router", "--catalogue", "pool.yaml", "--port", "0"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
-        [*command, "--drain-seconds", "5"], cwd=tmp_path, env=environment, text=True, stdout=subprocess.PIPE,
+        [*command, "--drain_seconds", "5"], cwd=tmp_path, env=environment, text=True, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )  # fmt: skip
     try:

@@ -71,7 +71,7 @@ def served(tmp_path_factory: pytest.TempPathFactory, policy: Path, members: Open
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "srpo", "serve", str(policy), "--catalogue", str(catalogue)]
     process = subprocess.Popen(
-        [*command, "--port", str(port), "--api-key-env", "ROUTER_KEY"],
+        [*command, "--port", str(port), "--api_key_env", "ROUTER_KEY"],
         cwd=ROOT, env={**os.environ, "ROUTER_KEY": KEY}, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     address = f"http://127.0.0.1:{port}"

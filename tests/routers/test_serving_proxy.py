@@ -366,6 +366,8 @@ def test_models_docs_and_metrics() -> None:
         get = lambda path, **more: httpx.get(f"{served.address}{path}", **more)  # noqa: E731
         headers = {"Authorization": "Bearer kkkkkkkk"}
         assert get("/health").json() == {"status": "ok"}
+        where = get("/").json()
+        assert where["name"] == "router" and "POST /v1/chat/completions" in where["paths"]
         assert get("/v1/models", headers=headers).json()["data"][0]["id"] == "router"
         assert get("/v1/models/router", headers=headers).json()["object"] == "model"
         assert get("/v1/models/gpt", headers=headers).status_code == 404

@@ -71,7 +71,7 @@ def test_the_command_line_prints_member_probabilities_and_cost(policy: Path, cap
         ("sum of 1 and 2", ["small-maths"]),
         ("hello there", ["small"]),
     ]
-    assert main([str(policy), QUESTION, "--cost-weight", "0.8"]) == 0
+    assert main([str(policy), QUESTION, "--cost_weight", "0.8"]) == 0
     assert "member: small\n" in capsys.readouterr().out
     assert main([str(policy), QUESTION, "--members", "small,small-maths"]) == 0
     assert "member: small" in capsys.readouterr().out
@@ -87,7 +87,7 @@ def test_the_command_line_asks_the_chosen_member(
     assert server.usage[-1][0] == len(QUESTION.split())  # the query as it is, without a prompt around it
     own = SETTINGS.policy_usd(found["prompt_tokens"], found["completion_tokens"])
     assert found["cost_usd"] == pytest.approx(cost(MEMBERS[2], *server.usage[-1]) + own, rel=1e-12)
-    assert main([str(policy), QUESTION, "--catalogue", str(catalogue), "--max-cost-usd", "0"]) == 1
+    assert main([str(policy), QUESTION, "--catalogue", str(catalogue), "--max_cost_usd", "0"]) == 1
     assert "no answer: over budget" in capsys.readouterr().out and len(server.usage) == before + 1
 
 
@@ -97,8 +97,8 @@ def test_what_cannot_be_served_says_so(policy: Path, tmp_path: Path, catalogue: 
         main([str(tmp_path), "q"])
     with pytest.raises(ValueError, match="a step router passes the calls of agents on to the members"):
         serve([str(tmp_path)])
-    with pytest.raises(ValueError, match="kind query_routing keeps no conversations: leave --conversation-cap"):
-        serve([str(policy), "--conversation-cap", "1"])
+    with pytest.raises(ValueError, match="kind query_routing keeps no conversations: leave --conversation_cap"):
+        serve([str(policy), "--conversation_cap", "1"])
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(ValueError, match=r"in use.*; choose another"):
         serve([str(tmp_path / "nobody"), "--port", str(taken.getsockname()[1])])
     with pytest.raises(ValueError, match="nobody: there is no such folder; give the folder of a router, or a Hub id"):
@@ -112,8 +112,8 @@ def test_what_cannot_be_served_says_so(policy: Path, tmp_path: Path, catalogue: 
     agent = train_policy(tmp_path / "agent", steps=150)
     with pytest.raises(ValueError, match="an agent answers with a pool: give --catalogue or --table"):
         serve([str(agent)])
-    with pytest.raises(ValueError, match="keeps no replies: leave --reply-cache out"):
-        serve([str(policy), "--catalogue", str(catalogue), "--reply-cache", str(tmp_path)])
+    with pytest.raises(ValueError, match="keeps no replies: leave --reply_cache out"):
+        serve([str(policy), "--catalogue", str(catalogue), "--reply_cache", str(tmp_path)])
     half = [dataclasses.replace(MEMBERS[0], base_url="http://host/v1"), MEMBERS[1]]
     with pytest.raises(ValueError, match="member 'small-maths' has no base_url in the catalogue"):
         forwarding_pool(half, None)  # type: ignore[arg-type]

@@ -229,7 +229,7 @@ def test_misuse_is_named(policy: Any) -> None:
         router.play(Corridor(), [SMALL, Walker("medium", 0.1, "two")])
     with pytest.raises(ValueError, match="cap=-1"):
         router.play(Corridor(), [SMALL, LARGE], -1)
-    with pytest.raises(ValueError, match=r"a cap of 0\.5: this router counts calls .* a whole number of them"):
+    with pytest.raises(ValueError, match=r"a cap of 0\.5: calls of the expensive .* a whole number of them"):
         router.session(cap=0.5, unit="large_calls")
     with pytest.raises(ValueError, match="step_limit is 0"):
         router.session(step_limit=0)

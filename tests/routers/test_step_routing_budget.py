@@ -153,7 +153,7 @@ def test_ten_thousand_random_episodes_never_pass_their_cap() -> None:
 
 
 @pytest.mark.parametrize(
-    "bad", [{"cap": -1}, {"cap": math.nan}, {"cap": 1, "unit": "euro"}, {"cap": 1, "tail_calls": -1}]
+    "bad", [{"cap": -1}, {"cap": math.nan}, {"cap": 1, "unit": "euro"}, {"cap": 1, "tail_calls": -1}, {"cap": 0.5}]
 )
 def test_budgets_that_make_no_sense(bad: dict) -> None:
     with pytest.raises(ValueError):

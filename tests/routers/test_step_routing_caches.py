@@ -24,7 +24,7 @@ from routers.tasks.step_routing.arguments import StepRoutingArguments
 from routers.tasks.step_routing.conversations import Conversations
 from routers.tasks.step_routing.environment import Situation, StepRoutingEnvironment
 from routers.tasks.step_routing.rule_router import RuleRouter, RuleSettings
-from routers.tasks.step_routing.rules import boxes
+from routers.tasks.step_routing.rules import time_boxed
 from routers.tasks.step_routing.settings import StepSettings
 from routers.tasks.step_routing.spending import report
 from routers.tasks.step_routing.world import StepWorld
@@ -185,7 +185,7 @@ def test_an_agent_s_switches_by_hand_in_the_simulator_and_behind_a_server() -> N
 
     def rule(situation: Situation, affordable: Any) -> str:  # small, small, large, large, small
         seen.append(situation)
-        return boxes(2)(situation, affordable)
+        return time_boxed(2)(situation, affordable)
 
     columns = drive(environment, {}, "x", rule).columns
     prompts = [
@@ -202,7 +202,7 @@ def test_an_agent_s_switches_by_hand_in_the_simulator_and_behind_a_server() -> N
     assert lost == pytest.approx([600 * (1.25 - 0.1) / 1e6, 1300 * (3.75 - 0.3) / 1e6], rel=1e-12)
     assert environment.metrics()["cache/switch_usd"] == pytest.approx(sum(lost))
 
-    how = RuleSettings("boxes", 2, StepSettings(("small", "large"), ("<s>", "<l>"), observation="signs"))
+    how = RuleSettings("time-boxed", 2, StepSettings(("small", "large"), ("<s>", "<l>"), observation="signs"))
     clock = iter(range(0, 500, 5))
     conversations = Conversations(RuleRouter(how), members={"small": SMALL, "large": LARGE}, clock=lambda: next(clock))
     messages, expected = [message("user", 1000)], list[float]()

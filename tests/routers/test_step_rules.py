@@ -25,11 +25,11 @@ from routers.tasks.step_routing.rules import (
     SMALL,
     always_large,
     always_small,
-    boxes,
     escalate,
     explore,
     rules_of,
     sticky,
+    time_boxed,
     went_wrong,
 )
 from routers.tasks.step_routing.settings import Told
@@ -57,8 +57,8 @@ def test_by_hand() -> None:
     assert chosen(escalate(2), "-+++-") == "sllssl"
     assert chosen(explore(2), "+++-") == "sssss" and chosen(explore(2), "+-+++") == "ssllll"
     assert chosen(explore(2), "++---") == "ssssss", "one decision, after two turns"
-    assert chosen(boxes(2), "+" * 6) == "ssllssl"
-    for rule in (escalate(1), explore(1), boxes(1)):
+    assert chosen(time_boxed(2), "+" * 6) == "ssllssl"
+    for rule in (escalate(1), explore(1), time_boxed(1)):
         assert set(chosen(rule, "-----", affordable=["small"])) == {"s"}, "what fits only"
     coins = [chosen(sticky(0.3), "+-+", seed=f"{n}") for n in range(400)]
     assert set(coins) == {"ssss", "llll"} and coins.count("llll") == pytest.approx(120, abs=25)
@@ -149,14 +149,16 @@ def test_rules_choose_their_settings_on_validation_tasks(tmp_path: Path, monkeyp
         executors=["junior", "senior"], executor_usd=[0, 0], step_limit=14, profile_runs=1, observation="signs",
         validation_tasks="repairs/validation",
     )  # fmt: skip
-    few = {name: rule for name, rule in rules_of(world.arguments)[0].items() if name[:-1] in ("cascade ", "boxes ")}
+    few = {
+        name: rule for name, rule in rules_of(world.arguments)[0].items() if name[:-1] in ("cascade ", "time-boxed ")
+    }
     both = {name: rules_of(world.arguments)[0][name] for name in (SMALL, LARGE)}
     # a setting that is dearer than the large one alone, and no better
-    silly = {"boxes 9": ("time-boxed", always_large), "cascade 1": ("cascade", always_small)}
+    silly = {"time-boxed 9": ("time-boxed", always_large), "cascade 1": ("cascade", always_small)}
     monkeypatch.setattr(evaluate, "rules_of", lambda *_: ({**both, **few, **silly}, 2))
     chosen = choose_rules(world, tmp_path)
     assert chosen is not None and {SMALL, LARGE} <= set(chosen) < {*both, *few, *silly}
-    assert {name.split()[0] for name in chosen} == {SMALL, LARGE, "cascade", "boxes"}
+    assert {name.split()[0] for name in chosen} == {SMALL, LARGE, "cascade", "time-boxed"}
     assert "cascade 12" not in few and not list(tmp_path.glob("*test*")), "no held-out task was looked at"
     assert choose_rules(world, tmp_path) == chosen
     profiles = {"test": world.profiles("test", "repairs/test", world.heldout()["test"], 10, tmp_path)}

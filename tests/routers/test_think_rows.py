@@ -146,7 +146,7 @@ def test_a_server_leaves_out_the_share_of_bad_rows_that_is_said(tmp_path: Path) 
     parser = argparse.ArgumentParser()
     router_arguments(parser)
     common = [str(tmp_path), "--table", str(tmp_path / "t.csv")]
-    for words, works in (([], False), (["--max-bad-share", "0.1"], True)):
+    for words, works in (([], False), (["--max_bad_share", "0.1"], True)):
         args = parser.parse_args([*common, *words])
         if works:
             pool = recorded(args, ["m"], Ledger())

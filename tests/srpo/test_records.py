@@ -7,6 +7,8 @@ import pandas as pd
 import pytest
 from core_helpers import config, dataset, logged, scripted, trainer
 
+from srpo.run.whole import newest
+from srpo.trainer.limits import Alarmed
 from srpo.trainer.metrics import Alarms, world_metrics
 
 # ------------------------------------------------------------------------------------------------ world's metrics
@@ -68,6 +70,7 @@ SICK = {
     "entropy": ({"entropy": 0.09}, "entropy fell from 2 to 0.09"),
     "short": ({"completions/mean_length": 16.0}, "went from 50 to 16 tokens"),
     "long": ({"completions/mean_length": 98.0}, "went from 50 to 98 tokens"),
+    "kl": ({"kl": 1.2}, "1.2 nats per token away from the reference"),
     "flat": ({"frac_reward_zero_std": 1.0}, "nothing to learn from"),
     "format": ({"route/share/none": 0.6, "route/share/a": 0.4, "route/share/b": 0.0}, "no valid action"),
     "one_member": ({"route/share/none": 0.0, "route/share/a": 0.98, "route/share/b": 0.02}, "a takes 98% of all"),
@@ -79,6 +82,7 @@ NOT_SICK = {
     "entropy": {"entropy": 0.11},
     "short": {"completions/mean_length": 17.0},
     "long": {"completions/mean_length": 95.0},
+    "kl": {"kl": 1.0},
     "flat": {"frac_reward_zero_std": 0.99},
     "format": {"route/share/none": 0.5},
     "one_member": {"route/share/a": 0.97},
@@ -155,6 +159,29 @@ def test_the_trainer_raises_them(tmp_path):
     made.alarms._warn = said.append
     made.train()
     assert sorted(text.split()[0] for text in said) == ["All", "More", "No"]  # flat rewards, no action, no teacher
+
+
+def test_a_warning_that_stop_on_names_ends_the_run_with_a_checkpoint(tmp_path):
+    settings = {"max_steps": 9, "diagnostics_warning_interval": 2, "objective": "grpo"}
+    no_reward = {"rewards": lambda completions, **_: [0.0] * len(completions)}
+    made = trainer(config(tmp_path, stop_on=["kl", "flat"], **settings), **no_reward)
+    with pytest.raises(
+        Alarmed, match=r"^stop_on flat: All completions of every group .*\. A checkpoint was saved in "
+    ):
+        made.train()
+    assert newest(tmp_path) == tmp_path / "checkpoint-2"
+    trainer(config(tmp_path / "on", stop_on=["kl"], **settings), **no_reward).train()
+    with pytest.raises(ValueError, match=r"stop_on='flatt' is not one of entropy, length, kl"):
+        config(tmp_path, stop_on=["flatt"])
+
+
+def test_a_lower_held_out_reward_can_end_the_run_too(tmp_path):
+    found = iter([0.8, 0.6, 0.9])
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "stop_on": ["heldout"], "objective": "grpo"}
+    made = trainer(config(tmp_path, max_steps=3, **settings), heldout=lambda: {"reward": next(found)})
+    with pytest.raises(Alarmed, match=r"stop_on heldout: The held-out reward is 0.600, it was 0.800 at the best"):
+        made.train()
+    assert newest(tmp_path) == tmp_path / "checkpoint-2"
 
 
 # ------------------------------------------------------------------------------------------- the completions table

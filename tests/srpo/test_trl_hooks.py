@@ -57,7 +57,7 @@ PARAMETERS = {
 }
 ANY = ("train", "evaluate")
 """Overridden with whatever arguments they are called with, but for the first."""
-HUB = ("create_model_card", "init_hf_repo", "push_to_hub", "_push_from_checkpoint")
+HUB = ("create_model_card", "init_hf_repo", "push_to_hub", "_push_from_checkpoint", "_finish_current_push")
 OVERRIDDEN = (
     "_calculate_rewards",
     "_generate_and_score_completions",

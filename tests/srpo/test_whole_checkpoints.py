@@ -21,15 +21,16 @@ from typing import Any
 import pytest
 from core_helpers import config, dataset, equal, model, trainer, weights
 from resume_cases import reward
+from tqdm import tqdm
 from transformers.trainer_utils import get_last_checkpoint
 
-from srpo.hub.hub import push_checkpoint
+from srpo.hub.upload import push_checkpoint
 from srpo.policy_name import check_policy_name
 from srpo.run.whole import MANIFEST, NotWhole, fault, newest, read_manifest, resume_from, rotate, seal, whole_looking
 from srpo.trainer.checkpoint import SaveFailed
 
 
-def made(folder: Path, **changes: Any) -> Any:
+def made(folder: Path, heldout: Any = None, **changes: Any) -> Any:
     """A run with everything that a checkpoint may hold: optimiser, teacher, and the rest of a generation batch."""
     settings: dict[str, Any] = {
         "objective": "srpo", "per_device_train_batch_size": 8, "gradient_accumulation_steps": 2, "max_steps": 3,
@@ -37,7 +38,7 @@ def made(folder: Path, **changes: Any) -> Any:
         "save_steps": 1, "save_total_limit": 1,
     }  # fmt: skip
     args = config(folder, **{**settings, **changes})
-    return trainer(args, model(), rewards=reward, rollout_func=None, train_dataset=dataset(24))
+    return trainer(args, model(), rewards=reward, rollout_func=None, train_dataset=dataset(24), heldout=heldout)
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +60,7 @@ def in_a_fork(act: Callable[[], object]) -> int:
     if child == 0:
         code = 1
         try:
+            tqdm.set_lock(threading.RLock())  # its own is shared by processes: one that is killed would keep it
             act()
             code = 0
         except BaseException:
@@ -133,6 +135,20 @@ def test_only_whole_ones_are_counted_when_old_ones_go(saved: Path) -> None:
     assert [*whole_looking(saved.parent)] == [3, 6] and (saved.parent / "checkpoint-9").is_dir()
     rotate(saved.parent, 1, None)
     assert [*whole_looking(saved.parent)] == [6]
+
+
+def test_the_checkpoint_of_the_best_evaluation_is_kept(tmp_path: Path) -> None:
+    rewards = iter([0.1, 0.9, float("nan"), 0.3, 0.5])
+    changes = {"eval_strategy": "steps", "eval_steps": 1}
+    run = made(tmp_path, heldout=lambda: {"reward": next(rewards)}, max_steps=4, **changes)
+    run.train()
+    best = str(tmp_path / "checkpoint-2")
+    assert [*whole_looking(tmp_path)] == [2, 4] and run.state.best_model_checkpoint == best
+    assert [entry["eval_reward"] for entry in run.state.log_history if "eval_reward" in entry][1] == 0.9
+    rest = made(tmp_path, heldout=lambda: {"reward": next(rewards)}, max_steps=5, **changes)
+    rest.train(resume_from_checkpoint="auto")
+    assert [*whole_looking(tmp_path)] == [2, 5] and rest.state.best_model_checkpoint == best
+    assert all(fault(path) is None for path in whole_looking(tmp_path).values())
 
 
 def test_only_whole_policies_are_served_and_pushed(saved: Path) -> None:

@@ -16,6 +16,8 @@ import torch
 from core_helpers import config, dataset, digest, equal, scripted, trainer, weights
 from transformers import TrainerCallback
 
+from srpo.trainer.bad_numbers import BadNumbers
+
 KINDS = ("loss", "gradient", "reward", "log-prob")
 RANK = int(os.environ.get("RANK", "0"))
 
@@ -51,11 +53,22 @@ class States(TrainerCallback):
         self.found.append(everything(self.made))
 
 
+class Broken(TrainerCallback):
+    """A parameter becomes NaN before the steps `at`."""
+
+    def __init__(self, made: Any, at: set[int]) -> None:
+        self.made, self.at = made, at
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step + 1 in self.at:
+            self.made.accelerator.unwrap_model(self.made.model).model.norm.weight.data[0] = math.nan
+
+
 def run(
     folder: Path, kind: str, accumulation: int, at: set[int], rank: int = RANK, processes: int = 1, **changes: Any
 ) -> tuple[Any, list[dict[str, torch.Tensor]]]:
     """A trained trainer, and everything after each step; `rank` alone has the bad number, in its last micro-batch."""
-    at = at if rank == RANK else set()
+    everywhere, at = at, at if rank == RANK else set()
     args = config(
         folder,
         **{
@@ -81,9 +94,10 @@ def run(
 
     def scored(inputs: Any) -> Any:
         batch = generate(inputs)
-        if kind == "log-prob" and due():
+        if kind == "log-prob" and made.state.global_step + 1 in everywhere:
             batch["old_per_token_logps"] = torch.zeros_like(batch["completion_mask"], dtype=torch.float32)
-            batch["old_per_token_logps"][batch["completion_mask"].argmax(dim=0).max()] = -math.inf
+            if due():
+                batch["old_per_token_logps"][batch["completion_mask"].argmax(dim=0).max()] = -math.inf
         return batch
 
     made._compute_loss, made._generate_and_score_completions = loss, scored
@@ -92,6 +106,8 @@ def run(
         first.register_hook(lambda gradient: gradient * (math.inf if due() else 1.0))
     states = States(made)
     made.add_callback(states)
+    if kind == "parameter":
+        made.add_callback(Broken(made, at))
     made.train()
     return made, states.found
 
@@ -103,7 +119,8 @@ def main() -> None:
         for rank in (0, 1):
             for accumulation in (1, 2):
                 case = f"{kind}/rank{rank}/{accumulation}"
-                made, states = run(folder / case, kind, accumulation, {2}, rank, processes=2)
+                quick = {"max_steps": 3, "log_completions": False}
+                made, states = run(folder / case, kind, accumulation, {2}, rank, processes=2, **quick)
                 assert made.accelerator.num_processes == 2
                 made.accelerator.wait_for_everyone()
                 records[case] = {
@@ -111,6 +128,15 @@ def main() -> None:
                     "end": [float(value.double().sum()) for value in states[-1].values()],
                     "files": [f"rank{path.stem[-1]}" for path in sorted((folder / case / "bad_steps").iterdir())],
                 }
+    for rank in (0, 1):
+        for accumulation in (1, 2):
+            case = f"parameter/rank{rank}/{accumulation}"
+            try:
+                quick = {"max_steps": 6, "log_completions": False}
+                run(folder / case, "parameter", accumulation, {2}, rank, processes=2, **quick)
+            except BadNumbers as error:
+                saved = [str(path) for path in (folder / case).rglob("*.safetensors")]
+                records[case] = {"error": str(error), "saved": saved}
     (folder / f"rank{RANK}.json").write_text(json.dumps(records))
 
 

@@ -12,11 +12,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from routers.data.converters import SETS, convert
+from srpo.cli import Parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", nargs="?", metavar="NAME", help="of the set; --list has all")
     parser.add_argument("source", nargs="?", metavar="SOURCE", help="file, or a folder above what was downloaded")
     parser.add_argument("--output", type=Path, metavar="TABLE.parquet", help="catalogue.yaml is written beside it")

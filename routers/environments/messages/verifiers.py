@@ -3,11 +3,16 @@
     train_tasks: verifiers:my-env/train              load_environment("my-env"), rows of its dataset
     heldout_tasks: ["verifiers:my-env?max_turns=6/eval"]     with max_turns=6, rows of its eval_dataset
 
+and of verifiers >= 0.4, where a taskset has no splits but arguments (`verifiers_tasksets`):
+
+    train_tasks: verifiers:my-tasks?split=train/tasks
+    heldout_tasks: ["verifiers:my-tasks?split=test&agent.max_turns=6/tasks"]
+
 verifiers cannot be installed beside this library: 0.3 wants mcp < 2, 0.4 openai < 3, and vLLM, which we train with,
 neither. So it has a Python of its own, named by VERIFIERS_PYTHON, in one process of which all rollouts run
 (`verifiers_worker`); what they share with the training is OpenAI's API, at an address per episode:
 
-    python -m venv verifiers-env && verifiers-env/bin/pip install "verifiers>=0.1.14,<0.4" my-env
+    python -m venv verifiers-env && verifiers-env/bin/pip install "verifiers>=0.1.14,<0.5" uv my-env
     export VERIFIERS_PYTHON=$PWD/verifiers-env/bin/python
 
 A rubric's reward may be any number: say what it may be with ``?worst=-1&best=2``, unless it is from 0 to 1.
@@ -71,6 +76,7 @@ class Worker:
     def _start(self) -> None:
         words = tempfile.TemporaryFile()  # noqa: SIM115  what verifiers logs, and says when it breaks
         kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
+        kept["PATH"] = os.pathsep.join([os.path.dirname(self._python), kept.get("PATH", os.defpath)])  # uv's, for 0.4
         try:
             process = subprocess.Popen(
                 [self._python, "-I", verifiers_worker.__file__],
@@ -117,11 +123,12 @@ def worker(python: str) -> Worker:
 
 
 class VerifiersAgent(ServedAgent):
-    """An environment of verifiers as an `Agent`. Splits: `train`, and `eval` where it has an eval_dataset.
+    """An environment of verifiers as an `Agent`. Splits: `train`, and `eval` where it has an eval_dataset; a
+    taskset has one, `tasks`.
 
     Args:
         name: of the environment: a module of that Python, or of the folder that the training runs in.
-        arguments: of its `load_environment`.
+        arguments: of its `load_environment`, or of verifiers' configuration.
         scale: what its rewards are worth.
 
     Raises:
@@ -131,7 +138,7 @@ class VerifiersAgent(ServedAgent):
     def __init__(self, name: str, arguments: Mapping[str, Any], scale: Scale) -> None:
         if not (python := os.environ.get(PYTHON)):
             raise GameError(
-                f"verifiers:{name} needs {PYTHON}: the Python of an environment with verifiers>=0.1.14,<0.4, which "
+                f"verifiers:{name} needs {PYTHON}: the Python of an environment with verifiers>=0.1.14,<0.5, which "
                 "cannot be installed beside this library"
             )
         super().__init__(self._play, {})

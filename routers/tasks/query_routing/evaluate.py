@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from routers.baselines.from_log import outcomes_of
 from routers.baselines.play import spread_of, table_header
 from routers.data.billing import token_usd
 from routers.data.table import ReplyTable
@@ -46,7 +47,7 @@ def evaluate_policy(
     Args:
         model, tokenizer: the policy; its mode (train or eval) is left as it was, and no random number is drawn. A
             `Router` in place of a model decides as it is.
-        table: the pool.
+        table: the pool; on a log the outcomes are estimates.
         settings: how the policy is asked; a turn that does not end within its tokens is not valid.
         name: how tables call the policy (`routers.evaluation.episodes.named_as`).
         rule: the training reward.
@@ -61,7 +62,7 @@ def evaluate_policy(
         ValueError: the split has no queries.
     """
     chosen = spread_of(table, split, limit).tolist()
-    known = Outcomes.of_table(table, rule, split, chosen if share is None else share.of(chosen))
+    known = outcomes_of(table, rule, split, chosen if share is None else share.of(chosen))
     deciding: Any = nullcontext(model) if isinstance(model, Router) else routing(model, tokenizer, settings)
     with deciding as router:
         decisions = router.route_all([query["query"] for query in known.items], cost_weight=cost_weight)

@@ -1,10 +1,13 @@
 """All of one table's frontier: every baseline and the encoder policy over a sweep of price sensitivities.
 
     srpo frontier --table quickstart
+    srpo frontier --table quickstart --online
     srpo frontier --table data/llmrouter/table.parquet --runs outputs/llmrouter/srpo-seed* --members_left_out
 
 Everything is fitted, tuned and trained on the table's training split, and played on its held-out queries. It writes
 evaluation.parquet, table.md, report.html and frontier.png. `--runs` adds policies of `srpo train` on this table.
+`--online` plays routers that learn from the outcomes of their own choices instead, with the training queries as a
+stream in another order for every seed, and the held-out ones afterwards: table.md, evaluation.parquet, regret.png.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ import numpy as np
 
 from routers.evaluation.compare import compared
 from routers.evaluation.episodes import EPISODES, Episodes, Kind, Outcomes, RewardRule
+from srpo.cli import Parser
 from srpo.ranges import at_least, ranged
 
 if TYPE_CHECKING:
@@ -31,17 +35,19 @@ if TYPE_CHECKING:
 SWEEP = (0.0, 0.05, 0.1, 0.2, 0.4, 0.8)
 PROBES = 256
 """Training queries whose outcomes describe a member that was left out of the fitting (as many as V_0 has)."""
-TABLE = "table.md"
+TABLE, REGRET = "table.md", "regret.png"
+OFFLINE = ("cost_weights", "objectives", "runs", "members_left_out")
+"""Options that `--online` does not take."""
 
 
 def main(argv: Sequence[str] | None = None) -> str:
     """Command line; returns the tables that it printed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     weight, count = ranged(at_least(0)), ranged(at_least(1), whole=True)
     parser.add_argument("--table", default="quickstart", help="recorded replies (default: the shipped pool)")
     parser.add_argument("--catalogue", help="prices (default: catalogue.yaml beside the table)")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: outputs/frontier/TABLE")
-    parser.add_argument("--seeds", type=count, default=5, help="of the encoder policy (5)")
+    parser.add_argument("--seeds", type=count, default=5, help="of the encoder policy, or of the streams (5)")
     parser.add_argument("--cost_weight", type=weight, default=0.2, help="of the reward (0.2)")
     parser.add_argument("--cost_weights", type=weight, nargs="+", default=SWEEP, help="of the sweep", metavar="WEIGHT")
     parser.add_argument("--baselines", nargs="*", metavar="NAME", help="default: all that can be played")
@@ -50,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> str:
     parser.add_argument("--heldout_limit", type=count, help="play this many held-out queries")
     parser.add_argument("--drop_incomplete", action="store_true", help="leave out queries that some member lacks")
     parser.add_argument("--members_left_out", action="store_true", help="each member in turn is new")
+    parser.add_argument("--online", action="store_true", help="bandits and a policy gradient on a stream instead")
     how = parser.parse_args(argv)
     from routers.data.table import replies_of
     from routers.evaluation.report import MARKDOWN, report
@@ -60,11 +67,19 @@ def main(argv: Sequence[str] | None = None) -> str:
     folder = how.output or Path("outputs", "frontier", Path(name).name)
     folder.mkdir(parents=True, exist_ok=True)
     rest = {"max_bad_share": MAX_BAD_SHARE, "drop_incomplete": how.drop_incomplete, "folder": folder}
-    found = frontier(replies_of(how.table, how.catalogue, **rest), how)
-    found.write(folder / EPISODES)
+    if how.online and (fixed := [option for option in OFFLINE if getattr(how, option) != parser.get_default(option)]):
+        raise ValueError(f"--{fixed[0]} is not of --online, which learns from one outcome at a time; leave it out")
+    table = replies_of(how.table, how.catalogue, **rest)
     command = shlex.join(["srpo", "frontier", *(sys.argv[1:] if argv is None else argv)])
-    text = f"```bash\n{command}\n```\n\n" + report(found, folder, title=f"Frontier: {name}")
-    (folder / MARKDOWN).unlink()
+    text = f"```bash\n{command}\n```\n\n"
+    if how.online:
+        found, told = online(table, how, folder, f"Regret: {name}")
+        text += told
+    else:
+        found = frontier(table, how)
+        text += report(found, folder, title=f"Frontier: {name}")
+        (folder / MARKDOWN).unlink()
+    found.write(folder / EPISODES)
     (folder / TABLE).write_text(text, encoding="utf-8")
     print(text, folder / TABLE, sep="\n")
     return text
@@ -73,19 +88,11 @@ def main(argv: Sequence[str] | None = None) -> str:
 def frontier(table: ReplyTable, how: argparse.Namespace) -> Episodes:
     """All episodes of the command; `how`: its options."""
     from routers.baselines import BASELINES
-    from routers.baselines.play import play_baselines, spread_of, table_header
+    from routers.baselines.play import play_baselines, table_header
 
     if unknown := [name for name in how.baselines or () if name not in BASELINES]:
         raise ValueError(f"--baselines: there is no {unknown[0]!r}; there are {', '.join(BASELINES)}")
-    rule = RewardRule(table.max_cost, how.cost_weight)
-    items = Outcomes.of_table(table, rule, "heldout", spread_of(table, "heldout", how.heldout_limit))
-    train = Outcomes.of_table(table, rule, "train", spread_of(table, "train", None))
-    start = time.perf_counter()
-
-    def tell(what: str) -> None:
-        print(f"[{time.perf_counter() - start:5.0f} s] {what}", file=sys.stderr, flush=True)
-
-    tell(f"{len(train.items)} training and {len(items.items)} held-out queries, {len(items.members)} members")
+    rule, items, train, tell = _read(table, how)
     names, header = list(BASELINES) if how.baselines is None else how.baselines, table_header(rule, "heldout")
     parts = [_runs(how.runs, rule, {str(item["query_id"]) for item in items.items})] if how.runs else []
     parts.append(play_baselines(items, train, header, names=names, sweep=how.cost_weights, tell=tell))
@@ -104,6 +111,44 @@ def frontier(table: ReplyTable, how: argparse.Namespace) -> Episodes:
             parts.append(left_out(items, train, name, "policy", seeds, tell, table.catalogue))
         parts.append(Episodes(parts[0].frame, {"need_every_member": [name for name in new if name not in able]}))
     return Episodes.merged(parts)
+
+
+def online(table: ReplyTable, how: argparse.Namespace, folder: Path, title: str) -> tuple[Episodes, str]:
+    """Episodes and table of `--online`; writes its picture into the folder."""
+    from routers.baselines.online import learners
+    from routers.baselines.play import table_header
+    from routers.baselines.stream import OURS, play_learners, regret_picture, stream_table
+
+    if unknown := [name for name in how.baselines or () if name not in learners()]:
+        raise ValueError(f"--baselines: no online router is called {unknown[0]!r}; there are {', '.join(learners())}")
+    rule, items, train, tell = _read(table, how)
+    names = [name for name in learners() if how.baselines is None or name in (*how.baselines, OURS)]
+    found, streams = play_learners(train, items, range(how.seeds), names, tell)
+    (folder / REGRET).write_bytes(regret_picture(streams, title))
+    told = (
+        f"{len(train.items)} queries in another order for each of {how.seeds} seeds, then {len(items.items)} held-out "
+        f"ones; {len(items.members)} members, cost weight {how.cost_weight:g}; 95 % intervals over queries and seeds, "
+        f"differences paired.\n\n{stream_table(found, OURS)}\n\n![regret]({REGRET})\n"
+    )
+    return Episodes(found.frame, table_header(rule, "heldout")), told
+
+
+def _read(
+    table: ReplyTable, how: argparse.Namespace
+) -> tuple[RewardRule, Outcomes, Outcomes, Callable[[str], object]]:
+    """Rule, held-out and training outcomes of the command, and who is told what it is at."""
+    from routers.baselines.play import spread_of
+
+    rule = RewardRule(table.max_cost, how.cost_weight)
+    items = Outcomes.of_table(table, rule, "heldout", spread_of(table, "heldout", how.heldout_limit))
+    train = Outcomes.of_table(table, rule, "train", spread_of(table, "train", None))
+    start = time.perf_counter()
+
+    def tell(what: str) -> None:
+        print(f"[{time.perf_counter() - start:5.0f} s] {what}", file=sys.stderr, flush=True)
+
+    tell(f"{len(train.items)} training and {len(items.items)} held-out queries, {len(items.members)} members")
+    return rule, items, train, tell
 
 
 def left_out(

@@ -21,7 +21,7 @@ from srpo.own_policy import OwnPolicy
 from srpo.policy_name import FROM_NOTHING
 from srpo.run.derived import source
 from srpo.run.steps import check_rows_of_a_batch
-from srpo.task import Corpus, Ids, RunArguments, Share
+from srpo.task import Corpus, Ids, Planned, RunArguments, Share
 from srpo.types import Row, World
 
 if TYPE_CHECKING:
@@ -67,6 +67,11 @@ class QueryRouting:
             folder=notes,
         )
         check_split(self.table)
+        if self.table.log and (task.abstain_reward is not None or not self.own_policy(self.run.model_name_or_path)):
+            raise ValueError(
+                f"{task.table}: has a column propensity, so it is a log, which tells the outcome of one member for "
+                "each query: it can train model_name_or_path: encoder, without abstain_reward"
+            )
         queries = self.table.queries("train")
         self.chosen = spread(len(queries), self.run.train_limit)
         self.queries = [queries[i] for i in self.chosen]
@@ -183,8 +188,16 @@ class QueryRouting:
             for turn in turns
         ]
 
-    def plan(self) -> tuple[int, list[str]]:
-        return len(self.queries), [f"{len(self.table.members)} members by recorded replies: no calls"]
+    def plan(self) -> Planned:
+        usd = self.table.cost_matrix("train")
+        return Planned(
+            len(self.queries),
+            [f"{len(self.table.members)} members by recorded replies: no calls"],
+            usd_expected=float(usd.mean()),
+            expected_if="members by chance",
+            usd_most=float(usd.max()),
+            paid=False,
+        )
 
     def save(self, folder: Path) -> None:
         self.settings.save(folder, self.made_from()[0])
@@ -261,8 +274,9 @@ class QueryRouting:
         return table_baselines(self.table, self.rule(None), share=share, limit=self.run.heldout_limit)
 
     def report(self, evaluation: Episodes, output: Path) -> str:
+        from routers.baselines.from_log import told_by_log
         from routers.evaluation.report import report
         from routers.tasks.query_routing.evaluate import guarded
 
         told = report(evaluation, output, title=f"Query routing: {self.arguments.table}")
-        return "\n".join(filter(None, [told, guarded(evaluation)]))
+        return "\n".join(filter(None, [told, guarded(evaluation), told_by_log(evaluation)]))

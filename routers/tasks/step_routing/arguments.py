@@ -208,7 +208,12 @@ class StepRoutingArguments:
             raise ValueError(
                 "cost_norm: budget divides by the budget in USD: set budget_unit: usd and finite train_caps"
             )
-        self.budget()
+        for name in ("train_caps", "heldout_caps"):
+            for cap in filter(math.isfinite, getattr(self, name)):
+                try:
+                    self.budget(cap)
+                except ValueError as error:
+                    raise ValueError(f"{name}: {error}") from None
         self.reward()
         self.synthesis()
         self.heldout_sets()
@@ -218,8 +223,8 @@ class StepRoutingArguments:
         """Executors behind endpoints."""
         return [name for name in self.executors if name not in SCRIPTED]
 
-    def budget(self) -> Budget:
-        return Budget(None, self.budget_unit, self.tail_calls, self.on_empty)
+    def budget(self, cap: float | None = None) -> Budget:
+        return Budget(cap, self.budget_unit, self.tail_calls, self.on_empty)
 
     def difficulty(self) -> DifficultyRule:
         return DifficultyRule(self.tau_easy, self.tau_large)

@@ -33,7 +33,8 @@ class Budget:
     """The limit of one episode.
 
     Raises:
-        ValueError: a cap that is negative or not a number, an unknown word, a negative tail.
+        ValueError: a cap that is negative or not a number, or a part of a call, which would buy none; an unknown word,
+            a negative tail.
     """
 
     RANGES: ClassVar[Ranges] = {"cap": at_least(0), "tail_calls": at_least(0)}
@@ -49,6 +50,11 @@ class Budget:
         check_numbers(self)
         if self.unit not in ("usd", "large_calls") or self.on_empty not in ("stop", "force_small"):
             raise ValueError(f"unit={self.unit!r}, on_empty={self.on_empty!r}: usd|large_calls and stop|force_small")
+        if self.unit == "large_calls" and self.cap is not None and self.cap % 1:
+            raise ValueError(
+                f"a cap of {self.cap:g}: calls of the expensive executor are counted: give a whole number of them, or "
+                "a cap in USD (recipes: budget_unit: usd, srpo serve: --conversation_unit usd, srpo play: --unit usd)"
+            )
 
 
 class BudgetGate:

@@ -29,8 +29,6 @@ budget goes on. What no longer fits into the budget cannot be chosen; when nothi
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import threading
 import time
@@ -47,7 +45,7 @@ from routers.language.digest import Digest, digest
 from routers.pool.ledger import Account
 from routers.router import CannotDo
 from routers.tasks.step_routing.arguments import Unit
-from routers.tasks.step_routing.kept import Entry, Kept, Point
+from routers.tasks.step_routing.kept import Entry, Kept, Point, hashes
 from routers.tasks.step_routing.session import StepSession, StepState
 from routers.tasks.step_routing.settings import StepSettings
 from srpo.well_formed import well_formed
@@ -125,6 +123,8 @@ class Call:
     _session: StepSession | None = field(default=None, repr=False, compare=False)
     _home: _Conversation | None = field(default=None, repr=False, compare=False)
     _request: bytes = field(default=b"", repr=False, compare=False)
+    _caches: PromptCaches = field(default=PromptCaches(), repr=False, compare=False)
+    """Before it."""
 
 
 class Conversations:
@@ -266,6 +266,7 @@ class Conversations:
                 _session=session,
                 _home=home,
                 _request=chain[-1],
+                _caches=caches,
             )
 
     def settle(self, call: Call, usd: float | None = None, error: str | None = None) -> None:
@@ -284,7 +285,10 @@ class Conversations:
         with self._lock:
             home.open -= 1
             home.usd += session.executor_usd - before
-            self._write(home)
+            if error is None:
+                self._write(home)
+            else:
+                self._failed(home, call)
             self._counts["settled" if error is None else "failed"] += 1
 
     def instead(self, call: Call, error: str, usd: float | None = None) -> Call:
@@ -308,10 +312,7 @@ class Conversations:
                 home.open -= 1
             else:
                 self._counts["failover"] += 1
-                if (point := home.points.get(call._request)) is not None:
-                    caches = point.caches.asked(member)
-                    home.points[call._request] = Point(point.before, session.state, caches)
-            self._write(home, call._request)
+            self._failed(home, call, member)
             more = {"spent_usd": home.usd, "remaining": home.account.available, "failed": failed}
         return replace(call, member=member, reason="failed" if member is None else "failover", **more)  # type: ignore[arg-type]
 
@@ -402,6 +403,14 @@ class Conversations:
             gone.append(old)
         self._write(home, request, gone)
 
+    def _failed(self, home: _Conversation, call: Call, instead: str | None = None) -> None:
+        """A call's prompt is in no cache (see `routers.data.prompt_cache`), or in that of who is asked instead."""
+        if (point := home.points.get(call._request)) is not None:
+            caches = call._caches if instead is None else call._caches.asked(instead)
+            after = point.after if instead is None or call._session is None else call._session.state
+            home.points[call._request] = Point(point.before, after, caches)
+        self._write(home, call._request)
+
     def _write(self, home: _Conversation, request: bytes = b"", gone: Sequence[bytes] = ()) -> None:
         """Its money, what is set aside as spent, and the point of a request: before anybody is asked for it."""
         if self._kept is None or self._known.get(home.key) is not home:
@@ -474,38 +483,6 @@ class _Sticky:
             return chosen
         self.kept = self._worth * (scores[chosen] - scores[last]) <= self._usd[chosen] - self._usd[last]
         return last if self.kept else chosen
-
-
-def hashes(messages: Sequence[Any], owner: str = "") -> list[bytes]:
-    """Per message the hash of all messages up to it, of this owner. Linear in their size.
-
-    Raises:
-        ValueError: what is no JSON, or nested too deeply.
-    """
-    chain, found = hashlib.sha256(json.dumps(owner).encode()), list[bytes]()
-    for message in messages:
-        try:
-            chain.update(json.dumps(_plain(message), sort_keys=True).encode() + b"\n")
-        except (TypeError, RecursionError):
-            raise ValueError("the messages are no JSON, or nested too deeply") from None
-        found.append(chain.digest())
-    return found
-
-
-def _plain(message: Any) -> Any:
-    """A message without what clients change from call to call: marks of prompt caches, and how one text is written."""
-    if not isinstance(message, Mapping):
-        return message
-    found = {key: value for key, value in message.items() if key != "cache_control" and value is not None}
-    content = found.get("content")
-    if isinstance(content, list):
-        parts = [
-            {k: v for k, v in part.items() if k != "cache_control"} if isinstance(part, Mapping) else part
-            for part in content
-        ]
-        texts = [p["text"] for p in parts if isinstance(p, Mapping) and p.keys() == {"type", "text"}]
-        found["content"] = texts[0] if len(parts) == 1 and len(texts) == 1 else parts
-    return found
 
 
 def _open(call: Call) -> tuple[StepSession, _Conversation]:

@@ -8,6 +8,7 @@ read it.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -32,6 +33,38 @@ CREATE TABLE conversations (key TEXT PRIMARY KEY, used REAL, first BLOB, listed 
 CREATE TABLE points (number INTEGER PRIMARY KEY AUTOINCREMENT, key TEXT, request BLOB, document TEXT,
     UNIQUE (key, request));
 """
+
+
+def hashes(messages: Sequence[Any], owner: str = "") -> list[bytes]:
+    """Per message the hash of all messages up to it, of this owner. Linear in their size.
+
+    Raises:
+        ValueError: what is no JSON, or nested too deeply.
+    """
+    chain, found = hashlib.sha256(json.dumps(owner).encode()), list[bytes]()
+    for message in messages:
+        try:
+            chain.update(json.dumps(_plain(message), sort_keys=True).encode() + b"\n")
+        except (TypeError, RecursionError):
+            raise ValueError("the messages are no JSON, or nested too deeply") from None
+        found.append(chain.digest())
+    return found
+
+
+def _plain(message: Any) -> Any:
+    """A message without what clients change from call to call: marks of prompt caches, and how one text is written."""
+    if not isinstance(message, Mapping):
+        return message
+    found = {key: value for key, value in message.items() if key != "cache_control" and value is not None}
+    content = found.get("content")
+    if isinstance(content, list):
+        parts = [
+            {k: v for k, v in part.items() if k != "cache_control"} if isinstance(part, Mapping) else part
+            for part in content
+        ]
+        texts = [p["text"] for p in parts if isinstance(p, Mapping) and p.keys() == {"type", "text"}]
+        found["content"] = texts[0] if len(parts) == 1 and len(texts) == 1 else parts
+    return found
 
 
 @dataclass(frozen=True)

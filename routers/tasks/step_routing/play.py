@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from routers.tasks.step_routing.arguments import StepRoutingArguments
+from srpo.cli import Parser
 from srpo.ranges import at_least, ranged
 from srpo.recipe import load_recipe
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; 0 where no budget was passed and no episode lost."""
-    parser = argparse.ArgumentParser("srpo play", None, __doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("srpo play", None, __doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder or Hub id of a step router")
     parser.add_argument("--config", help="recipe of the tasks; default: recipe.yaml beside the model or above it")
     parser.add_argument("--part", help="part of the benchmark; default: the first of the recipe's heldout_tasks")

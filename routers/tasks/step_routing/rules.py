@@ -9,7 +9,7 @@ every cap holds for them too. Beside the members alone, by families with one kno
     sticky P            one coin per episode: never a switch, so no prompt cache is thrown away
     escalate N          on error: the expensive one for N steps after each (inf: for good)
     explore K           the cheapest for K steps; if one of them went wrong, the expensive one for the rest
-    boxes N             time-boxed: N steps each, in turns, the cheapest first
+    time-boxed N        N steps each, in turns, the cheapest first
     arbitrage W         the expensive one where its estimated advantage, less W x its price, is positive
 
 Sources: explore is SWE-Router (arXiv 2607.00053), which escalates once, after K turns, where a learned value of going
@@ -77,8 +77,8 @@ def explore(turns: int) -> Choose:
     return functools.partial(_explore, turns)
 
 
-def boxes(steps: int) -> Choose:
-    """Time-boxed: `steps` steps of the cheapest, as many of the expensive one, and so on."""
+def time_boxed(steps: int) -> Choose:
+    """`steps` steps of the cheapest, as many of the expensive one, and so on."""
     return functools.partial(_boxes, steps)
 
 
@@ -156,7 +156,7 @@ FAMILIES: Mapping[str, Callable[[Any], Choose]] = {
     "sticky": sticky,
     "escalate": escalate,
     "explore": lambda turns: explore(int(turns)),
-    "boxes": lambda steps: boxes(int(steps)),
+    "time-boxed": lambda steps: time_boxed(int(steps)),
 }
 """Name -> rule by its knob; arbitrage needs its estimates besides."""
 Rules = Mapping[str, tuple[str, Choose]]
@@ -178,7 +178,7 @@ def rules_of(task: StepRoutingArguments, advantages: Advantages | None = None) -
             **{f"sticky {p:g}": ("sticky", sticky(p)) for p in (0.1, 0.3, 0.6)},
             **{f"escalate {n:g}": ("escalate on error", escalate(n)) for n in (1, 3, math.inf)},
             **{f"explore {k}": ("explore", explore(k)) for k in (2, 4)},
-            **{f"boxes {n}": ("time-boxed", boxes(n)) for n in (2, 5)},
+            **{f"time-boxed {n}": ("time-boxed", time_boxed(n)) for n in (2, 5)},
             **{
                 f"arbitrage {w:g}": ("arbitrage", arbitrage(advantages, w, task.observation))
                 for w in (0.0, 1.0, 3.0)

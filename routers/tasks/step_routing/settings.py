@@ -86,15 +86,9 @@ class StepSettings:
         """The limit of one episode; `unit` None: the trained one.
 
         Raises:
-            ValueError: as `Budget`, and for a part of a call, which would buy none.
+            ValueError: as `Budget`.
         """
-        budget = Budget(cap, unit or self.unit, self.tail_calls, self.on_empty)
-        if budget.unit == "large_calls" and cap is not None and cap % 1:
-            raise ValueError(
-                f"a cap of {cap:g}: this router counts calls of its expensive executor: give a whole number of them, "
-                "or a cap in USD (srpo serve: --conversation-unit usd, srpo play: --unit usd)"
-            )
-        return budget
+        return Budget(cap, unit or self.unit, self.tail_calls, self.on_empty)
 
     @property
     def style(self) -> Style:

@@ -219,18 +219,9 @@ def estimate(world: StepWorld, found: Sequence[Phase], cap: float | None) -> str
     from routers.evaluation.tables import aligned
 
     executors = world.executors()
-    views = [_first_view(world, name) for name in list(world.train_tasks())[:_SAMPLED_TASKS]]
-    bounds = {
-        e.name: [call_usd(e, view, world.arguments.step_limit) for view in views]
-        for e in (executors[0], executors[-1])
-    }
-    most = {name: [max(values) for values in zip(*found, strict=True)] for name, found in bounds.items()}
-    small, large = most[executors[0].name], most[executors[-1].name]
     names = executors[0].name, executors[-1].name
     rows: list[tuple[str, ...]] = [("calls at most", *names, "either", "USD, short prompts", "USD, long prompts")]
-    usd = [
-        [p.cheapest * a + (p.dearest + p.any) * max(a, b) for a, b in zip(small, large, strict=True)] for p in found
-    ]
+    usd = worst_usd(world, found)
     for phase, (low, high) in zip(found, usd, strict=True):
         calls = (phase.cheapest, phase.dearest, phase.any)
         rows.append((phase.name, *(f"{n:,}" for n in calls), _usd(low), _usd(high)))
@@ -238,6 +229,25 @@ def estimate(world: StepWorld, found: Sequence[Phase], cap: float | None) -> str
     end = "nothing stops the run before that: set max_cost_usd" if cap is None else f"max_cost_usd stops at ${cap:g}"
     note = "A byte counts as a token here, and every reply is as long as it may be: expect a fraction"
     return "\n".join([aligned(rows, True), f"{note}; {end}."])
+
+
+def worst_usd(world: StepWorld, found: Sequence[Phase]) -> list[tuple[float, float]]:
+    """The two sums of `estimate` for each phase, in USD."""
+    executors = world.executors()
+    views = [_first_view(world, name) for name in list(world.train_tasks())[:_SAMPLED_TASKS]]
+    bounds = {
+        e.name: [call_usd(e, view, world.arguments.step_limit) for view in views]
+        for e in (executors[0], executors[-1])
+    }
+    most = {name: [max(values) for values in zip(*found, strict=True)] for name, found in bounds.items()}
+    small, large = most[executors[0].name], most[executors[-1].name]
+    return [
+        (low, high)
+        for p in found
+        for low, high in [
+            [p.cheapest * a + (p.dearest + p.any) * max(a, b) for a, b in zip(small, large, strict=True)]
+        ]
+    ]
 
 
 def _usd(value: float) -> str:

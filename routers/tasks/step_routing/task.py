@@ -24,7 +24,7 @@ from routers.evaluation.episodes import Episodes
 from routers.tasks.step_routing.arguments import StepRoutingArguments
 from srpo.run.derived import source
 from srpo.run.steps import NoSteps, check_rows_of_a_batch
-from srpo.task import START, Corpus, Ids, RunArguments, Share
+from srpo.task import START, Corpus, Ids, Planned, RunArguments, Share
 from srpo.types import CORRECT, Columns, Row
 
 if TYPE_CHECKING:
@@ -83,16 +83,29 @@ class StepRouting:
             self._begun = self.tasks.rows(self.tasks.train_tasks(), self.arguments.train_caps, bad)
         return self._begun
 
-    def plan(self) -> tuple[int, list[str]]:
-        from routers.tasks.step_routing.spending import phases
+    def plan(self) -> Planned:
+        from routers.tasks.step_routing.spending import phases, worst_usd
 
         task, world = self.arguments, self.tasks
-        calls = {phase.name: phase.most for phase in phases(world, self.config, self._swept, 1)}
-        training = calls.pop("training")
-        members = f"{len(task.executors)} executors, {'live' if task.live else 'scripted'}"
-        said = f"at most {sum(calls.values()):,} calls before and after training, {training:,} in training per process"
+        found = phases(world, self.config, self._swept, 1)
+        bounds = [high for _, high in worst_usd(world, found)] if task.live else [0.0] * len(found)
+        [(training, usd)] = [(p, b) for p, b in zip(found, bounds, strict=True) if p.name == "training"]
         held_out = sum(len(types) for types in world.heldout().values())
-        return len(world.train_tasks()) * len(task.train_caps), [members, said, f"{held_out} held-out tasks"]
+        members = f"{len(task.executors)} executors, {'live' if task.live else 'scripted'}"
+        expected = None
+        if task.profiles is not None:
+            given = world.given_profiles(Path(task.profiles)).values()
+            expected = sum(one.cost_small + one.cost_large for one in given) / 2 / max(len(given), 1)
+        return Planned(
+            len(world.train_tasks()) * len(task.train_caps),
+            [members, f"{held_out} held-out tasks"],
+            calls=task.step_limit,
+            calls_beside=sum(phase.most for phase in found) - training.most,
+            usd_expected=expected,
+            expected_if="midway between the profiles' small and large runs",
+            usd_most=usd / max(training.most, 1) * task.step_limit,
+            usd_beside=sum(bounds) - usd,
+        )
 
     @property
     def _swept(self) -> int:

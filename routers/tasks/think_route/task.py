@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from routers.language.prompts import family_phrase, price, weighed
 from routers.tasks.think_route.arguments import ThinkRouteArguments
 from srpo.run.derived import source
 from srpo.run.steps import check_rows_of_a_batch
-from srpo.task import Corpus, Ids, RunArguments, Share
+from srpo.task import Corpus, Ids, Planned, RunArguments, Share
 from srpo.types import Row
 
 if TYPE_CHECKING:
@@ -92,11 +93,19 @@ class ThinkRoute:
         whole = [*actions.tags, *sorted({price(member) for member in members if member.priced})]
         return Corpus(texts, whole, vocab_size=2200, digits=3)
 
-    def plan(self) -> tuple[int, list[str]]:
-        held_out = len(self.heldout)
-        kind = "recorded: no calls" if self.arguments.pool == "recorded" else "live"
-        calls = f"at most {self.config.max_turns} calls an episode"
-        return len(self.train), [f"{len(self.names)} members, {kind}", calls, f"{held_out} held-out questions"]
+    def plan(self) -> Planned:
+        recorded, turns = self.arguments.pool == "recorded", self.config.max_turns
+        kind = "recorded: no calls" if recorded else "live"
+        usd = None if self.table is None else self.table.cost_matrix("train")
+        return Planned(
+            len(self.train),
+            [f"{len(self.names)} members, {kind}", f"{len(self.heldout)} held-out questions"],
+            calls=0 if recorded else turns,
+            usd_expected=None if usd is None else float(usd.mean()),
+            expected_if="a call an episode, of a member by chance, as the table has them",
+            usd_most=None if usd is None else turns * float(usd.max()),
+            paid=not recorded,
+        )
 
     def rows(self, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
         from routers.tasks.think_route.world import prompt_of
@@ -165,7 +174,10 @@ class ThinkRoute:
         return []
 
     def finish(self, trainer: Any, output: Path) -> None:
-        return None
+        """The books of this process, which the report reads; of recorded members there are none."""
+        if self.arguments.pool != "recorded":
+            books = json.dumps(self.pool.ledger.state_dict())
+            (output / f"spending_{trainer.accelerator.process_index}.json").write_text(books, encoding="utf-8")
 
     def evaluate(
         self, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, share: Share

@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from scipy.special import softmax
 
+from routers.baselines.critic import Critic
 from routers.baselines.online import (
     EMA,
     BetaThompson,
@@ -18,10 +18,10 @@ from routers.baselines.online import (
     SharedLinUCB,
     learners,
 )
-from routers.baselines.policy_gradient import Actor, PolicyGradient
+from routers.baselines.policy_gradient import PolicyGradient
 from routers.baselines.stream import STREAM, online_router, play_online, play_stream, regret_picture
 from routers.data.catalogue import Member
-from routers.evaluation.episodes import Outcomes, RewardRule
+from routers.evaluation.episodes import Episodes, Outcomes, RewardRule
 from routers.router import CannotDo, Decision, load_router
 
 RULE = RewardRule(cost_scale=2.0, cost_weight=0.2)
@@ -113,24 +113,38 @@ def test_exploration_has_the_chances_that_it_says() -> None:
         LinUCB(beta=1.0)
 
 
-def test_the_actors_step_is_the_gradient_of_the_expected_value() -> None:
+def test_the_policy_gradient_draws_by_its_posterior_and_learns_in_rounds() -> None:
+    learner = PolicyGradient(heads=400, temperature=1e-4, scale=1.0)
+    x, chosen, reward = taught(learner, 12)
+    assert learner.critic.count == 12 and learner.climbed == 8  # rounds of 4; climbs at 4 and 8
+    np.testing.assert_allclose(learner.seen, np.column_stack([x, chosen, reward, np.ones(12)]))
+    critic = Critic(5, 3)
+    for rows in (slice(0, 4), slice(4, 8), slice(8, 12)):
+        critic.add(x[rows], chosen[rows], reward[rows])
+        critic.fit()
+    np.testing.assert_allclose(learner.critic.theta, critic.theta)
+    np.testing.assert_allclose(learner.values(x[0], None), (critic.theta + learner.actor) @ x[0])
+    best = ((critic.draws(np.random.default_rng(5), 4000) + learner.actor) @ x[0]).argmax(axis=1)
+    found = learner.chances(x[0], np.random.default_rng(0), [0, 1, 2])
+    np.testing.assert_allclose(found, np.bincount(best, minlength=3) / 4000, atol=0.1)
+    assert found.sum() == pytest.approx(1) and learner.chances(x[0], None, [0, 2]).tolist() in ([1, 0], [0, 1])
+
+
+def test_the_actor_climbs_where_the_critic_cannot_and_only_where_it_gains() -> None:
+    """A critic that knows nothing foretells the same of both; whoever was asked tells whom to ask."""
     rng = np.random.default_rng(0)
-    x, prior, value = rng.standard_normal((6, 3)), rng.standard_normal((6, 4)), rng.standard_normal((6, 4))
-    drawn = rng.poisson(1.0, (2, 6))
-    actor = Actor(3, 4, seed=0, heads=2, hidden=5)
-    actor.weights = [rng.standard_normal(w.shape) for w in actor.weights]
-
-    def earned(weights: list[np.ndarray]) -> float:
-        hidden = np.maximum(x @ weights[0], 0)
-        return float(((softmax(hidden @ weights[1] + prior, axis=-1) * value).sum(axis=2) * drawn).sum() / 6)
-
-    before = [w.copy() for w in actor.weights]
-    actor.climb(x, prior, value, drawn, rate=0.0, decay=0.0)
-    for which, at in ((0, (0, 1, 2)), (0, (1, 2, 4)), (1, (0, 3, 1)), (1, (1, 0, 2))):
-        moved = [w.copy() for w in before]
-        moved[which][at] += 1e-6
-        slope = (earned(moved) - earned(before)) / 1e-6
-        assert actor.moments[2 * which][at] / 0.1 == pytest.approx(slope, rel=1e-3, abs=1e-6)
+    side = rng.choice([-1.0, 1.0], 400)
+    x = np.column_stack([side, np.zeros(400), np.ones(400)])
+    learner = PolicyGradient()
+    learner.start(x, 2, 0)
+    chosen = rng.integers(0, 2, 400)
+    for gain, climbs in ((0.8, True), (0.0, False)):
+        reward = np.where((side > 0) == (chosen == 1), gain, 0.0) + 0.1 * rng.standard_normal(400)
+        learner.seen = np.column_stack([x, chosen, reward, np.full(400, 0.5)])
+        learner.climb()
+        assert learner.actor.any() == climbs
+        if climbs:
+            np.testing.assert_array_equal((x @ learner.actor.T).argmax(axis=1), side > 0)
 
 
 def outcomes(count: int = 200, seed: int = 0) -> Outcomes:
@@ -197,6 +211,20 @@ def test_saved_routers_go_on_where_they_stood(name: str, tmp_path: Path) -> None
             again.route("add 1 and 2", cost_weight=0.5)
         with pytest.raises(ValueError, match="usd of the outcome is nan"):
             again.update("add 1 and 2", again.route("add 1 and 2"), {"score": 1.0, "usd": float("nan")})
+
+
+def test_one_command_plays_them_all(tmp_path: Path) -> None:
+    from routers.tasks.query_routing.frontier import main
+
+    how = ["--table", "quickstart", "--online", "--heldout_limit", "20", "--seeds", "2", "--output", str(tmp_path)]
+    text = main([*how, "--baselines", "EMA"])
+    assert "| EMA |" in text and "| policy gradient |" in text and "LinUCB" not in text
+    assert (tmp_path / "regret.png").read_bytes()[:4] == b"\x89PNG"
+    assert set(Episodes.read(tmp_path).frame["set"]) == {STREAM, ""}
+    with pytest.raises(ValueError, match="--members_left_out is not of --online"):
+        main([*how, "--members_left_out"])
+    with pytest.raises(ValueError, match="no online router is called 'mixing'"):
+        main([*how, "--baselines", "mixing"])
 
 
 def test_the_same_seed_plays_the_same_stream() -> None:

@@ -7,7 +7,8 @@
     z_0 = a r_0 + u_0 e + a_0                                              of abstaining, where it has a reward r_0
 
 W is a truncated SVD of the training queries' TF-IDF. A member's *capability* w, b, v, d are ridge regressions of its
-scores and costs (over the mean cost of the dearest member) on e. Landmarks are some training queries. Trained are U, u
+scores and costs (over the mean cost of the dearest member) on e; from a log, of those that it tells
+(`routers.baselines.critic`). Landmarks are some training queries. Trained are U, u
 and the sharpnesses a, b > 0 (and u_0, a_0): none belongs to a member, so that a new one needs its features only. As
 c_m >= 0 is all that lambda touches, the expected c_m under pi never rises with lambda.
 """
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -24,10 +25,14 @@ from sklearn.utils.extmath import randomized_svd
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from routers.baselines.features import rarity, seen_in
+from routers.baselines.critic import Critic
+from routers.baselines.features import DIRECTIONS, rarity, seen_in
 from routers.data.catalogue import Member
 from routers.data.table import spread
 from routers.tasks.query_routing.encoder.features import WIDTH, counted, ridge, tfidf
+
+if TYPE_CHECKING:
+    from routers.evaluation.off_policy import Logged
 
 MOST_TEXTS = 4000
 """Texts that the embedding is fitted to, spread evenly."""
@@ -114,25 +119,20 @@ class EncoderPolicy(PreTrainedModel):
             embedded = torch.cat([embedded, torch.from_numpy(embeddings(list(texts)))], dim=1)
         return embedded
 
-    def fit_members(self, members: Sequence[Member], embedded: Tensor, outcomes: Tensor) -> Tensor:
-        """Fit the capabilities of all members.
+    def describe_members(self, members: Sequence[Member], embedded: Tensor, capability: Tensor) -> None:
+        """Set the capabilities of all members, and features by them.
 
         Args:
             members: in the order of the configuration.
             embedded: ``[rows, width]``, of training queries.
-            outcomes: ``[2, rows, members]``, score and cost of each.
-
-        Returns:
-            ``[2, rows, members]``: what the other rows foretell of each row.
+            capability: ``[2, members, width + 1]``.
         """
         self.landmarks.copy_(embedded[spread(len(embedded), len(self.landmarks))])
-        capability, left_out = capabilities(embedded, outcomes)
         self.capability.copy_(capability)
         features = self.described(members, capability)
         self.features.copy_(features)
         spread_of = features.std(dim=0, correction=0).clamp(min=0.05)
         self.feature_moments.copy_(torch.stack([features.mean(dim=0), spread_of]))
-        return left_out
 
     def described(self, members: Sequence[Member], capability: Tensor) -> Tensor:
         """Features ``[members, features]`` of members whose capabilities ``[2, members, width + 1]`` are known."""
@@ -186,6 +186,22 @@ def capabilities(embedded: Tensor, outcomes: Tensor) -> tuple[Tensor, Tensor]:
     weights = [np.concatenate([weight, bias[:, None]], axis=1) for weight, bias, _ in found]
     capability, left_out = (np.stack(parts) for parts in (weights, [part for *_, part in found]))
     return torch.from_numpy(capability).float(), torch.from_numpy(left_out).float()
+
+
+def capabilities_of_log(embedded: Tensor, logged: Logged) -> tuple[Tensor, Tensor]:
+    """The same from the outcomes of who was asked alone: `Critic`s on the leading directions of the embedding."""
+    rows = embedded.double().numpy()
+    directions = np.linalg.svd(rows, full_matrices=False)[2][:DIRECTIONS]
+    directions = directions / np.linalg.norm(rows @ directions.T, axis=1).mean()
+    x, found = np.hstack([rows @ directions.T, np.ones((len(rows), 1))]), []
+    for seen in (logged.score, logged.costs):
+        critic = Critic(x.shape[1], len(logged.members))
+        critic.add(x, logged.chosen, seen)
+        critic.fit()
+        weights = np.hstack([critic.theta[:, :-1] @ directions, critic.theta[:, -1:]])
+        found.append((weights, critic.left_out(x, logged.chosen, seen)))
+    capability, left_out = (torch.from_numpy(np.stack(parts)).float() for parts in zip(*found, strict=True))
+    return capability, left_out
 
 
 def _linear(embedded: Tensor, capability: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from routers.evaluation.episodes import Outcomes
+from routers.evaluation.off_policy import Logged
 from routers.router import find_router, load_router
 from routers.tasks.query_routing.encoder.router import KIND, EncoderRouter
 from routers.tasks.query_routing.encoder.training import train_encoder
@@ -46,7 +47,7 @@ class Encoder:
             completions = args.per_device_train_batch_size * args.gradient_accumulation_steps
             how["queries"] = max(1, completions // args.num_generations)
         router = train_encoder(
-            Outcomes.of_table(task.table, rule, "train", task.chosen),
+            (Logged if task.table.log else Outcomes).of_table(task.table, rule, "train", task.chosen),
             rule,
             catalogue=task.table.catalogue,
             cost_weights=task.arguments.cost_weights,

@@ -6,7 +6,9 @@
                score alike); bopo with the cheapest and the dearest member as references; srpo and sdpo distil what
                failed from the moving average of the policy, told the outcomes: what failed in the group is masked
 
-    R = score - cost_weight * min(usd / cost_scale, 1), or abstain_reward
+    R = score - cost_weight * min(usd / cost_scale, 1), or abstain_reward;
+        from a log of decisions its doubly robust estimate (`routers.evaluation.off_policy`), in which the foretold
+        scores and costs are those that the other rows foretell. All of this is linear in R, but for srpo and sdpo
 
 Each step draws a cost weight for every query and leaves members out at random, so that their features are learned,
 neither their places nor names. Steps are as many as serve a validation fifth of the rows best, none where they gain
@@ -20,13 +22,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from routers.data.catalogue import Member
 from routers.data.table import ReplyTable
 from routers.evaluation.episodes import Outcomes, RewardRule
-from routers.tasks.query_routing.encoder.model import EncoderConfig, EncoderPolicy
+from routers.evaluation.off_policy import Logged
+from routers.tasks.query_routing.encoder.model import (
+    EncoderConfig,
+    EncoderPolicy,
+    capabilities,
+    capabilities_of_log,
+)
 from routers.tasks.query_routing.encoder.router import EncoderRouter
 from routers.tasks.query_routing.settings import QuerySettings
 from srpo.objectives import OBJECTIVES, Counts, LossConfig, TokenBatch, entropy_weights
@@ -64,7 +73,8 @@ class EncoderTraining:
 
 @dataclass(frozen=True)
 class Rows:
-    """Training queries: `embedded` [rows, width]; `outcomes`, `foretold` [2, rows, members] are scores and costs."""
+    """Training queries: `embedded` [rows, width]; `outcomes`, `foretold` [2, rows, members] are scores and costs, the
+    latter as rewards subtract them."""
 
     embedded: Tensor
     outcomes: Tensor
@@ -75,14 +85,14 @@ class Rows:
 
     def reward(self, cost_weight: Tensor, abstain_reward: float | None) -> Tensor:
         """[rows, members], and `abstain_reward` in a last column where there is one."""
-        reward = self.outcomes[0] - cost_weight[:, None] * self.outcomes[1].clamp(max=1)
+        reward = self.outcomes[0] - cost_weight[:, None] * self.outcomes[1]
         if abstain_reward is None:
             return reward
         return torch.cat([reward, torch.full_like(reward[:, :1], abstain_reward)], dim=1)
 
 
 def train_encoder(
-    known: Outcomes | ReplyTable,
+    known: Outcomes | Logged | ReplyTable,
     rule: RewardRule,
     *,
     catalogue: Mapping[str, Member] | None = None,
@@ -96,7 +106,8 @@ def train_encoder(
     """An encoder router, trained on what is known of queries.
 
     Args:
-        known: the outcomes of all members on training queries, with texts; or a table, whose training split is read.
+        known: the outcomes of all members on training queries, with texts, or of those that were asked; or a table,
+            whose training split is read.
         rule: of the reward; its `cost_weight` counts where there are no `cost_weights`.
         catalogue: the members' prices and descriptors; None: the table's, or unknown.
         cost_weights: several for one checkpoint; the first is what it routes by where none is asked for.
@@ -107,17 +118,19 @@ def train_encoder(
         how: fields of `EncoderTraining`, `objective` first of all.
 
     Raises:
-        ValueError: fewer than ten queries, or one without a text.
+        ValueError: fewer than ten queries, one without a text, or an objective that a log does not do for.
     """
     told = known if isinstance(known, ReplyTable) else None
     if isinstance(known, ReplyTable):
         catalogue = known.catalogue if catalogue is None else catalogue
-        known = Outcomes.of_table(known, rule, "train")
+        known = (Logged if known.log else Outcomes).of_table(known, rule, "train")
     texts = [str(item.get("query") or "") for item in known.items]
     if len(texts) < 10 or not all(texts):
         raise ValueError(f"the encoder needs at least 10 training queries, all with a text; there are {len(texts)}")
     members = tuple((catalogue or {}).get(name) or Member(name, name) for name in known.members)
     training, weights = EncoderTraining(**how), tuple(cost_weights or (rule.cost_weight,))
+    if isinstance(known, Logged):
+        check_linear(training)
     config = EncoderConfig(
         [member.name for member in members],
         landmarks=min(32, len(texts) // 2),
@@ -129,12 +142,22 @@ def train_encoder(
     model.fit_embedding(texts, seed)
     with torch.no_grad():
         embedded = model.embed(texts)
-    outcomes = torch.stack([torch.tensor(known.score), torch.tensor(known.usd / rule.cost_scale)]).float()
+
+    def fitted(some: Tensor) -> Rows:
+        part, own = known.rows(some.numpy()), embedded[some]
+        if isinstance(part, Logged):
+            capability, left_out = capabilities_of_log(own, part)
+        else:
+            costs = torch.tensor(part.usd / rule.cost_scale)
+            capability, left_out = capabilities(own, torch.stack([torch.tensor(part.score), costs]).float())
+        model.describe_members(members, own, capability)
+        return Rows(own, credit(part, left_out, rule), left_out)
+
     draw = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(texts), generator=draw)
     held, rest = order[: len(order) // 5], order[len(order) // 5 :]
-    own = Rows(embedded[rest], outcomes[:, rest], model.fit_members(members, embedded[rest], outcomes[:, rest]))
-    others = Rows(embedded[held], outcomes[:, held], model.foretold(embedded[held]))
+    own, foretold = fitted(rest), model.foretold(embedded[held])
+    others = Rows(embedded[held], credit(known.rows(held.numpy()), foretold, rule), foretold)
     found = []
     for decay in DECAYS if training.weight_decay is None else (training.weight_decay,):
         model.forget()
@@ -142,14 +165,46 @@ def train_encoder(
         found.append((*fit(model, own, tried, weights, draw, training.max_steps, others), tried))
     _, steps, training = max(found, key=lambda one: one[0])
     model.forget()
-    own = Rows(embedded, outcomes, model.fit_members(members, embedded, outcomes))
-    fit(model, own, training, weights, draw, steps)
+    fit(model, fitted(torch.arange(len(texts))), training, weights, draw, steps)
     if settings is None and told is not None:
         settings = QuerySettings(members).seen_in(told)
     elif settings is None:
-        usd = dict(zip(known.members, known.usd.mean(axis=0).tolist(), strict=True))
-        settings = QuerySettings(members, typical_usd=usd)
+        settings = QuerySettings(members, typical_usd=dict(zip(known.members, mean_usd(known), strict=True)))
     return EncoderRouter(model, replace(settings, cost_weights=weights))
+
+
+def credit(part: Outcomes | Logged, foretold: Tensor, rule: RewardRule) -> Tensor:
+    """``[2, rows, members]``: scores and costs that rewards are made of. Of a log the doubly robust ones, with
+    `foretold`, which saw no outcome of its row."""
+    if isinstance(part, Logged):
+        score, cost = foretold.double().numpy()
+        both = [part.credit(score, part.score), part.credit(cost, part.costs)]
+    else:
+        both = [part.score, np.minimum(part.usd / rule.cost_scale, 1)]
+    return torch.from_numpy(np.stack(both)).float()
+
+
+def check_linear(how: EncoderTraining) -> None:
+    """ValueError for what no log can tell: credit that is not linear in the rewards."""
+    if how.objective in ("srpo", "sdpo") or how.distill_failed or how.drop_all_fail:
+        raise ValueError(
+            f"objective: {how.objective} has to know which choices failed, and a log tells the outcome of one choice "
+            "for each query: set objective: grpo (exact_credit: true is its limit) or bopo, without distill_failed "
+            "and drop_all_fail"
+        )
+    if (how.scale_rewards, how.advantage_scale) != ("none", "none"):
+        raise ValueError(
+            "scale_rewards and advantage_scale divide by a group's spread, which of estimates from a log is their "
+            "noise: set both to none"
+        )
+
+
+def mean_usd(known: Outcomes | Logged) -> list[float]:
+    """Of each member's replies; of a log weighted by 1 / propensity, 0 for who was never asked."""
+    if isinstance(known, Outcomes):
+        return [float(value) for value in known.usd.mean(axis=0)]
+    weight = np.eye(len(known.members))[known.chosen] / known.propensity[:, None]
+    return [float(value) for value in known.usd @ weight / np.maximum(weight.sum(axis=0), 1e-300)]
 
 
 def fit(
