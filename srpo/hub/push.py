@@ -1,4 +1,4 @@
-"""`srpo push FOLDER REPO`: a policy, `router.yaml`, recipe, report and model card to the Hugging Face Hub.
+"""`srpo push FOLDER REPO`: a policy, `router.yaml`, recipe, picture and model card to the Hugging Face Hub.
 
 What the Hub holds already is not sent again, so the same command finishes what was interrupted. A run pushes by this
 command too, in a process of its own (`srpo.hub.jobs`). Exit codes:
@@ -26,6 +26,7 @@ from srpo.cli import Parser
 from srpo.hub.errors import explain
 from srpo.hub.files import ROUTER, files_to_push
 from srpo.hub.upload import DEADLINE, NotPushed, create, push_checkpoint
+from srpo.ranges import above, ranged
 from srpo.redact import scrubbed
 
 BYTES_PER_SECOND = 1e6
@@ -56,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
-        description="Upload a trained router: its policy, router.yaml, recipe, report and card, and nothing else of "
+        description="Upload a trained router: its policy, router.yaml, recipe, picture and card, and nothing else of "
         "the folder. Files that the Hub has already are not sent again.",
         epilog="example: srpo push outputs/quickstart/srpo my-name/my-router --private. Exit code 75: the Hub has not "
         "taken it within the deadline; the same command goes on later",
@@ -71,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--also", nargs="+", default=[], help="names of further files of the folder")
     parser.add_argument("--create", action="store_true", help="make the repository, and push nothing")
     parser.add_argument(
-        "--deadline", type=float, default=DEADLINE, help=f"seconds, and one more for each MB ({DEADLINE:g})"
+        "--deadline", type=ranged(above(0)), default=DEADLINE, help=f"seconds, and one more for each MB ({DEADLINE:g})"
     )
     return parser
 
