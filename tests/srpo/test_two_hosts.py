@@ -24,7 +24,7 @@ PORT, CABLE, HANG = 29471, "cable", 20
 RUNS = itertools.count()
 SMALL = {
     "train_limit": 32, "heldout_limit": 2, "sft_epochs": 0, "max_steps": 6, "save_steps": 1, "save_strategy": "steps",
-    "logging_steps": 1, "prompts_per_step": 4, "num_generations": 4, "per_device_train_batch_size": 8,
+    "logging_steps": 1, "gradient_accumulation_steps": 1, "num_generations": 4, "per_device_train_batch_size": 8,
     "max_completion_length": 24, "use_cpu": "true", "report_to": "none", "disable_tqdm": "true",
     "hang_deadline": HANG, "objective": "grpo",
 }  # fmt: skip
