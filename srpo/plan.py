@@ -169,8 +169,9 @@ def _memory(task: Any, how: Any, args: Any, device: _Device, gpu_gib: float, giv
         )
     if base.replays:
         host = plan_memory(shape, replace(base, rollouts=args.generation_batch_size)).replay_host
-        yield f"replay table: {host / GIB:.2f} GiB of expert ids for a batch of rollouts, in the machine's memory"
-    yield "formulas: srpo/memory.py; checked against peaks on a CPU, on no GPU"
+        host_text = "of expert ids for a batch of rollouts, over all machines and on no GPU"
+        yield f"replay table: {host / GIB:.2f} GiB {host_text}"
+    yield "formulas: srpo/memory.py; not compared with a GPU"
 
 
 _HEADER = (

@@ -26,6 +26,7 @@ from srpo.cli import Parser
 from srpo.hub.errors import explain
 from srpo.hub.files import ROUTER, files_to_push
 from srpo.hub.upload import DEADLINE, NotPushed, create, push_checkpoint
+from srpo.ranges import above, ranged
 from srpo.redact import scrubbed
 
 BYTES_PER_SECOND = 1e6
@@ -71,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--also", nargs="+", default=[], help="names of further files of the folder")
     parser.add_argument("--create", action="store_true", help="make the repository, and push nothing")
     parser.add_argument(
-        "--deadline", type=float, default=DEADLINE, help=f"seconds, and one more for each MB ({DEADLINE:g})"
+        "--deadline", type=ranged(above(0)), default=DEADLINE, help=f"seconds, and one more for each MB ({DEADLINE:g})"
     )
     return parser
 

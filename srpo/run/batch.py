@@ -9,6 +9,7 @@ In verl the three are called ppo_mini_batch_size, rollout.n, and train_batch_siz
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Any
 
@@ -36,7 +37,8 @@ def accumulation(args: Any, processes: int) -> int:
     if completions % at_once:
         what = f"prompts_per_step {prompts} x num_generations {group} = {completions} completions cannot be shared by "
         if completions % processes:
-            raise BatchMistake(f"{what}{processes} processes: set prompts_per_step to a multiple of {processes}")
+            least = processes // math.gcd(processes, group)
+            raise BatchMistake(f"{what}{processes} processes: set prompts_per_step to a multiple of {least}")
         fits = max(n for n in range(1, size) if completions // processes % n == 0)
         raise BatchMistake(
             f"{what}{processes} process{'es' if processes > 1 else ''} with per_device_train_batch_size {size}: set "

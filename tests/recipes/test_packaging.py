@@ -87,6 +87,8 @@ def test_every_third_party_import_is_declared() -> None:
                 else:
                     continue
                 for root in roots:
+                    if root == "verifiers" and path.stem == "verifiers_tasksets":
+                        continue  # runs in a Python of verifiers' own (`routers.environments.messages.verifiers`)
                     name = names.get(root, root)
                     if root not in own and name and name.lower().replace("_", "-") not in declared:
                         undeclared[root] = str(path.relative_to(ROOT))
