@@ -25,7 +25,9 @@ def relative(found, wanted):
     """Norm of the difference of two gradients of a step, by that of the second."""
     assert found.keys() == wanted.keys()
     apart = torch.cat([(found[key].double() - wanted[key]).flatten() for key in wanted])
-    return float(apart.norm() / torch.cat([value.double().flatten() for value in wanted.values()]).norm())
+    length = torch.cat([value.double().flatten() for value in wanted.values()]).norm()
+    assert length > 1e-3, "there is no gradient to compare"
+    return float(apart.norm() / length)
 
 
 def compared(folder, objective, kind):

@@ -100,7 +100,7 @@ def run(folder: Path, cell: str, part: str) -> None:
         "engine": f"{made.accelerator.distributed_type.value} {type(made.model_wrapped).__name__}",
         "processes": made.accelerator.num_processes,
         "log": {e["step"]: e for e in made.state.log_history if "loss" in e},
-        "evaluated": {k: v for k, v in made.evaluate().items() if isinstance(v, float) and "sec" not in k},
+        "evaluated": {k: v for k, v in made.evaluate().items() if "time" not in k and "per_second" not in k},
     }
     found = {"engine": logits(made.model_wrapped)}
     made.save_model(str(out / part))
