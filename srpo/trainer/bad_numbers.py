@@ -46,11 +46,12 @@ class BadSteps(TrainerCallback):
 
     Attributes:
         skipped: whether the last step was left out.
+        last: why, of the last one that was.
     """
 
     def __init__(self, most: int, accelerator: Accelerator, tokenizer: Any) -> None:
         self.most, self.accelerator, self.tokenizer = most, accelerator, tokenizer
-        self.skipped, self.verdict = False, ""
+        self.skipped, self.verdict, self.last = False, "", ""
         self._said: list[str] = []
         self._batches: list[tuple[dict[str, Any], dict[str, Tensor], Tensor]] = []  # inputs, bad rows, loss
         self._norm: Any = None
@@ -98,12 +99,13 @@ class BadSteps(TrainerCallback):
         self.skipped = norm is not None and not math.isfinite(float(norm))
         if self.skipped:
             own = [cause for i, batch in enumerate(batches) for cause in self._causes(i, *batch)]
-            found = gather_object([own])
+            told = gather_object([(own, self._said[:1])])
+            found, said = [causes for causes, _ in told], [words for _, some in told for words in some][:1]
             if not any(found) and self.accelerator.scaler is not None:
                 self.skipped = False  # the scaler leaves the step out, and scales less
                 return
             kwargs["optimizer"].zero_grad(set_to_none=True)  # an optimiser passes over what has no gradient
-            self._note(args, state, batches, own, found, float(norm))
+            self._note(args, state, batches, own, found, said, float(norm))
         else:
             self._streak = 0
 
@@ -122,14 +124,21 @@ class BadSteps(TrainerCallback):
         return found if found or math.isfinite(loss) else [f"the loss of {where} is {float(loss)}"]
 
     def _note(
-        self, args: Any, state: Any, batches: list[Any], own: list[str], found: list[list[str]], norm: float
+        self,
+        args: Any,
+        state: Any,
+        batches: list[Any],
+        own: list[str],
+        found: list[list[str]],
+        said: list[str],
+        norm: float,
     ) -> None:
         self._streak, self._unlogged = self._streak + 1, self._unlogged + 1
         causes = [f"process {rank}: {cause}" for rank, those in enumerate(found) for cause in those]
         if not causes:
             causes = [f"the gradient's norm is {norm}, of a finite loss"]
-        said, self._said = self._said[:1], []
-        what = "; ".join([*causes[:3], *(["..."] if len(causes) > 3 else []), *said])
+        self._said = []
+        what = self.last = "; ".join([*causes[:3], *(["..."] if len(causes) > 3 else []), *said])
         step, rank = state.global_step + 1, self.accelerator.process_index
         path = Path(args.output_dir) / FOLDER / f"step_{step:05d}_{rank}.jsonl"
         if own or not any(found):

@@ -109,8 +109,11 @@ def test_all_ranks_leave_out_the_same_steps(tmp_path: Path) -> None:
             continue
         assert record["kept"] == found[1][case]["kept"] == [True, False], case
         assert record["end"] == found[1][case]["end"], "both ranks have the same weights"
-        where = case.split("/")[1]
-        assert where in record["files"] and (len(record["files"]) == 1 or case.startswith("gradient")), case
+        kind, where, _ = case.split("/")
+        # Rows are dealt out anew to the processes: a bad one's batch may be another process's.
+        files = {"loss": [[where]], "gradient": [["rank0", "rank1"]]}.get(kind, [["rank0"], ["rank1"]])
+        assert record["files"] in files, case
+        assert kind != "reward" or "'injected' returned for row 1" in record["cause"], case
 
 
 def test_everything_that_a_step_moves_is_compared(tmp_path: Path) -> None:

@@ -21,8 +21,8 @@ from typing import Any
 import pytest
 from core_helpers import config, dataset, equal, model, trainer, weights
 from resume_cases import reward
-from tqdm import tqdm
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils.logging import disable_progress_bar
 
 from srpo.hub.upload import push_checkpoint
 from srpo.policy_name import check_policy_name
@@ -60,7 +60,7 @@ def in_a_fork(act: Callable[[], object]) -> int:
     if child == 0:
         code = 1
         try:
-            tqdm.set_lock(threading.RLock())  # its own is shared by processes: one that is killed would keep it
+            disable_progress_bar()  # its lock is shared by processes: one that is killed would keep it
             act()
             code = 0
         except BaseException:

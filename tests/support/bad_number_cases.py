@@ -126,6 +126,7 @@ def main() -> None:
                 records[case] = {
                     "kept": [equal(a, b) for a, b in pairwise(states)],
                     "end": [float(value.double().sum()) for value in states[-1].values()],
+                    "cause": made.bad_steps.last,
                     "files": [f"rank{path.stem[-1]}" for path in sorted((folder / case / "bad_steps").iterdir())],
                 }
     for rank in (0, 1):
