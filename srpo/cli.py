@@ -42,7 +42,7 @@ _LAUNCHED = ("train", "evaluate")
 _OURS = ("srpo", "routers", "rewards")
 _EXTRAS = {"fastapi": "serve", "openai": "serve", "starlette": "serve", "uvicorn": "serve"}
 _OTHERS_WAIT = 30.0
-"""Seconds that another process than the first gives it to say the same mistake, and the launcher to end all."""
+"""Seconds that a process gives another to say the same mistake, and the launcher to end all."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -117,18 +117,21 @@ def run(main: Callable[[], Any]) -> NoReturn:
     try:
         code = main()
     except Stopped as stopped:
-        if not getattr(stopped, "said", False):
+        if getattr(stopped, "said", False):
+            time.sleep(_OTHERS_WAIT)
+        else:
             print(f"STOPPED: {_one_line(stopped)}", file=sys.stderr, flush=True)
         sys.exit(stopped.code)
     except Exception as error:
         if sys.flags.dev_mode or not is_mistake(error):
             raise
         rank, said = os.environ.get("RANK", "0"), getattr(error, "said", False)
-        # All processes read one recipe: the first has said it, unless the mistake is this one's only.
-        if rank != "0" and not said and not getattr(error, "first", False):  # `srpo.run.watch` knows who has the word
+        # All processes read one recipe, and may find the same mistake: the first one says it, unless the mistake is
+        # another's only, or that one was quicker (`srpo.run.watch` sets `first`, and `said` on the others).
+        if said or (rank != "0" and not getattr(error, "first", False)):
             time.sleep(_OTHERS_WAIT)
-        who = "" if rank == "0" else f"process {rank}: "
-        if not said:  # by the process that found it, to all of the run
+        if not said:
+            who = "" if rank == "0" else f"process {rank}: "
             print(f"{who}error: {_one_line(error)}", file=sys.stderr, flush=True)
         sys.exit(2)
     sys.exit(code if isinstance(code, int) else 0)

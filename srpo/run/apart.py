@@ -66,7 +66,7 @@ class Apart:
         """Arguments of all calls until this is called again."""
         self._shared = dict(values)
         if self._process is not None:
-            self._send((self._shared, None, None))
+            self._give()
 
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[Any, Logged]:
         """What the function returns, or `Lost`; and what it has logged.
@@ -107,7 +107,16 @@ class Apart:
             self.close()
             raise ValueError(self._cannot(found.cause if isinstance(found, Lost) else found))
         if self._shared:
-            self._send((self._shared, None, None))
+            self._give()
+
+    def _give(self) -> None:
+        """The arguments of all calls. Reading them may import much there (a trainer's state: transformers), which is
+        no time of the function's."""
+        self._send((self._shared, None, None))
+        found = self._answer(_START)
+        if found is not None:
+            self.close()
+            raise ValueError(self._cannot(found.cause))
 
     def _send(self, what: Any) -> None:
         assert self._link is not None
@@ -164,6 +173,7 @@ def serve(descriptor: int) -> None:
             new, args, kwargs = link.recv()
             if new is not None:
                 shared = new
+                link.send(None)
                 continue
             link.send(_asked(func, args, {**shared, **kwargs}))
 

@@ -27,6 +27,7 @@ from typing import Any
 
 from srpo.run.processes import Elsewhere
 from srpo.run.signals import HEARD, end_children
+from srpo.types import Stopped
 
 _TICK = 0.5
 """Seconds between two looks; of more than 32 processes each looks less often."""
@@ -173,9 +174,11 @@ class Watch:
     def _exchange(self) -> None:
         store, everyone = self.store, range(self.size)
         told = {**self._status(), "count": self._exchanges, "left": self._left}
-        store.set(f"at/{self.rank}", json.dumps(told))
         if self._quiet:
             store.set(f"quiet/{self.rank}", "")
+        store.set(f"at/{self.rank}", json.dumps(told))
+        if self._left and self.rank:  # the first process, and the store with it, may end as soon as it reads this
+            return
         if self._post:
             store.compare_set("fault", "", self._post)
             self._post = ""
@@ -293,7 +296,7 @@ class Watch:
             self._settle(error)
         finally:
             for number, handler in before.items():
-                signal.signal(number, handler)
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def _settle(self, error: BaseException) -> None:
         if not isinstance(error, Exception):  # a signal, sys.exit
@@ -316,7 +319,9 @@ class Watch:
         from srpo.cli import is_mistake
 
         words = f"{type(error).__name__}: {error}"
-        code = 2 if is_mistake(error) else 1
+        code = error.code if isinstance(error, Stopped) else 2 if is_mistake(error) else 1
+        if code == 2 and self.rank:  # what all find is said by the first
+            self._until(lambda: self.fault is not None, _GRACE)
         if not self._is_ours(words, here, code):
             assert self.fault is not None
             if self.fault["words"] != words:
@@ -378,8 +383,8 @@ class Watch:
                 with suppress(ProcessLookupError):
                     os.kill(told["pid"], 9)
 
-    def _until(self, holds: Callable[[], bool]) -> None:
-        until = time.monotonic() + _PATIENCE + self._tick
+    def _until(self, holds: Callable[[], bool], seconds: float = _PATIENCE) -> None:
+        until = time.monotonic() + seconds + self._tick
         while not holds() and time.monotonic() < until:
             time.sleep(0.05)
 

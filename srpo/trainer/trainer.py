@@ -555,8 +555,8 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
                     self._save_checkpoint(self.model, None)  # asked after the last step
             if ended:
                 raise Interrupted
-        check_steps_made(self.state.global_step)
-        self.bad_steps.check_weights(self.model)
+            check_steps_made(self.state.global_step)
+            self.bad_steps.check_weights(self.model)
         return output
 
     @part("evaluation", prefix=True)

@@ -134,7 +134,7 @@ def catalogue(folder: Path, url: str, names: list[str]) -> Path:
 
 
 SMALL = {
-    "max_steps": 2, "num_generations": 4, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1,
+    "max_steps": 2, "num_generations": 4, "per_device_train_batch_size": 8,
     "logging_steps": 1, "save_strategy": "steps", "save_steps": 1, "disable_tqdm": "true", "report_to": "wandb",
     "push_to_hub": "true", "hub_model_id": "me/router", "hub_strategy": "checkpoint",
 }  # fmt: skip
@@ -142,7 +142,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "think_route": (
         "quickstart/think_route",
         {
-            "model_name_or_path": "tiny", "table": "quickstart", "pool": "endpoint",
+            "model_name_or_path": "tiny", "table": "quickstart", "pool": "endpoint", "gradient_accumulation_steps": 1,
             "members": ["fewshot", "calculator", "python"],
             "train_limit": 160, "heldout_limit": 4, "sft_epochs": 8, "sft_drills": 0, "agent_prompt": "{query}",
         },
@@ -151,6 +151,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
         str(ROOT / "recipes/Qwen2.5-1.5B-Instruct/bopo/alfworld.yaml"),
         {
             "model_name_or_path": "tiny", "train_tasks": "generated/train", "train_limit": 4, "step_limit": 6,
+            "prompts_per_step": 2,
             "heldout_tasks": "generated/test", "heldout_limit": 2, "profile_runs": 2, "sft_epochs": 0,
             "heldout_caps": ["inf"], "max_cost_usd": 50, "bf16": "false", "gradient_checkpointing": "false",
             "concurrency": 8,

@@ -75,8 +75,10 @@ def test_words_are_left_out_of_training_prompts_anew_in_every_pass(tmp_path: Pat
     task.config.max_steps = 2 * len(task.queries)  # of two queries each: four passes
     _, tokenizer = load_policy("tiny", task.config, 0, task.corpus)
     whole = {query["query_id"]: query["query"] for query in task.queries}
-    rows = task.rows(tokenizer)
-    assert len(rows) == 4 * len(whole) and rows == task.rows(tokenizer), "the same seed, the same rows"
+    checked = task.rows(tokenizer)
+    rows = task.prepare(tmp_path, checked)
+    assert len(checked) == len(whole) and len(rows) == 4 * len(whole)
+    assert rows == task.prepare(tmp_path, checked), "the same seed, the same rows"
     prompts: dict[str, list[str]] = {}
     for row in rows:
         text = row["prompt"][0]["content"]
@@ -88,7 +90,7 @@ def test_words_are_left_out_of_training_prompts_anew_in_every_pass(tmp_path: Pat
     seen = {tokenizer.decode(row["input_ids"]) for row in task.sft_rows(tokenizer, [tokenizer.eos_token_id])}
     assert len(seen) > len(whole)
     task.config.max_steps = -1
-    assert len(task.rows(tokenizer)) == len(whole)
+    assert len(task.prepare(tmp_path, checked)) == len(whole)
 
 
 def test_a_query_without_words_to_spare_stays() -> None:

@@ -21,7 +21,7 @@ from srpo.run.signals import heeded
 from srpo.run.watch import beat, part, watched
 
 pytestmark = pytest.mark.distributed
-HANG = 8.0
+HANG = 5.0
 NET = 300.0
 """Seconds after which a test gives up."""
 
@@ -100,7 +100,7 @@ def test_an_exception_ends_both_and_is_the_last_word(tmp_path: Path) -> None:
     assert said.startswith("[watch] process 0 ends, in: reward; process 1 says why\n")
 
 
-@pytest.mark.parametrize("rank", [0, 1], ids=["with the store", "without it"])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow, id="with the store"), 1])
 def test_a_process_that_is_killed_is_named(tmp_path: Path, rank: int) -> None:
     codes, said = two(tmp_path, guilty(lambda: os.kill(os.getpid(), signal.SIGKILL), rank), launcher=True)
     assert codes[rank] == -signal.SIGKILL and codes[1 - rank] == 1
@@ -108,7 +108,10 @@ def test_a_process_that_is_killed_is_named(tmp_path: Path, rank: int) -> None:
     assert f"process {rank} has died (killed, or out of memory?), last seen in: reward, at {__file__}:" in last
 
 
-@pytest.mark.parametrize("how", ["sleeps", "computes", "holds the interpreter in C"])
+@pytest.mark.parametrize(
+    "how",
+    ["sleeps", *(pytest.param(how, marks=pytest.mark.slow) for how in ("computes", "holds the interpreter in C"))],
+)
 def test_a_process_that_hangs_is_named_with_its_line(tmp_path: Path, how: str) -> None:
     def hang() -> None:
         if how == "sleeps":
@@ -125,11 +128,12 @@ def test_a_process_that_hangs_is_named_with_its_line(tmp_path: Path, how: str) -
     assert f"at {__file__}:" in last and "process 0: reward, for" in last
 
 
+@pytest.mark.slow
 def test_what_moves_on_may_take_longer(tmp_path: Path) -> None:
     def slowly(rank: int) -> None:
         with part("rollout"):
-            for _ in range(3):
-                time.sleep(HANG / 2)
+            for _ in range(5):
+                time.sleep(0.3 * HANG)
                 beat()
                 together()
         time.sleep(HANG * rank / 2)  # one leaves before the other, and is no fault
@@ -137,6 +141,7 @@ def test_what_moves_on_may_take_longer(tmp_path: Path) -> None:
     assert two(tmp_path, slowly) == ([0, 0], "")
 
 
+@pytest.mark.slow
 def test_outside_of_training_a_wait_for_others_ends_too(tmp_path: Path) -> None:
     def one_never_comes(rank: int) -> None:
         if rank == 1:

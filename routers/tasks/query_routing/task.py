@@ -107,15 +107,14 @@ class QueryRouting:
     def rows(self, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
         from srpo.rollout.untrusted import without_control_tokens
 
-        clean = without_control_tokens(tokenizer)
+        self.clean = without_control_tokens(tokenizer)
         rows = [weighed(row, self.settings.cost_weights) for row in self.queries]
-        prompt = self._training_prompt(clean, 1)
-        return [{"prompt": prompt(row), **row} for _ in range(self._passes()) for row in rows]
+        return [{"prompt": self._prompt(row, self.clean), **row} for row in rows]
 
     def _passes(self) -> int:
-        """Rows per query, so that each pass of `max_steps` has prompts of its own; `num_train_epochs` repeats one."""
+        """Of RL over the queries in `max_steps`, which need prompts of their own; `num_train_epochs` repeats one."""
         config = self.config
-        if not self.arguments.word_dropout or config.max_steps < 1:
+        if config.max_steps < 1:
             return 1
         batches = config.max_steps * config.gradient_accumulation_steps / config.steps_per_generation
         prompts = config.generation_batch_size / config.num_generations
@@ -125,8 +124,7 @@ class QueryRouting:
         """Row -> prompt, with `word_dropout` a new one at each call; `stream` numbers the sources of chance."""
         from routers.tasks.query_routing.sft_rows import thinned
 
-        dropout = self.arguments.word_dropout
-        if not dropout:
+        if not (dropout := self.arguments.word_dropout):
             return lambda row: self._prompt(row, clean)
         rng = np.random.default_rng([self.config.seed, stream])
         return lambda row: self._prompt({**row, "query": thinned(row["query"], dropout, rng)}, clean)
@@ -145,7 +143,10 @@ class QueryRouting:
         return start, {"format_weight": task.format_weight}
 
     def prepare(self, output: Path, rows: list[Row]) -> list[Row]:
-        return rows
+        if not self.arguments.word_dropout:
+            return rows
+        prompt = self._training_prompt(self.clean, 1)
+        return [{**row, "prompt": prompt(row)} for _ in range(self._passes()) for row in rows]
 
     def sft_rows(self, tokenizer: PreTrainedTokenizerBase, ends: Sequence[int]) -> list[Ids]:
         from routers.tasks.query_routing.sft_rows import foretold, sft_turns, with_soft_label
