@@ -488,7 +488,9 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
                 self._audit(passes.replay, inputs)
             passes.replay.arm(inputs[EXPERT_IDS])
         loss = super().compute_loss(model, inputs, *args, **kwargs)
-        return self.bad_steps.loss(inputs, loss) if self.model.training else loss
+        if self.model.training:
+            return self.bad_steps.loss(inputs, loss)
+        return self.accelerator.reduce(loss, reduction="mean")  # of an evaluation transformers reads the first rank's
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
         norm = super()._get_grad_norm(*args, **kwargs)

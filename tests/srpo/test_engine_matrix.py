@@ -32,7 +32,7 @@ def plain(folder, cell):
     """The policy of a folder for whoever knows transformers and peft only."""
     if cell.endswith("full"):
         return AutoModelForCausalLM.from_pretrained(folder)
-    return PeftModel.from_pretrained(base(cell), folder)
+    return PeftModel.from_pretrained(base(cell, folder.parents[1]), folder)
 
 
 def check(folder, cell, part):

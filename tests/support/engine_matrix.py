@@ -39,13 +39,21 @@ def logits(network: Any) -> Any:
         return network(input_ids=ids(), attention_mask=torch.ones_like(ids())).logits.contiguous()
 
 
-def base(cell: str) -> Any:
+def base(cell: str, folder: Path) -> Any:
+    """As a run has it: read from a folder, by which an adapter names it."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder / cell.split("-")[1])
+
+
+def write_bases(folder: Path) -> None:
     from core_helpers import model, tokenizer
     from replay_cases import moe
 
-    network = moe() if "-moe-" in cell else model()
-    network.generation_config.eos_token_id = [tokenizer().eos_token_id, *range(145, len(tokenizer()))]
-    return network
+    for name, network in (("dense", model()), ("moe", moe())):
+        # Half of the tokens end a sample.
+        network.generation_config.eos_token_id = [tokenizer().eos_token_id, *range(145, len(tokenizer()))]
+        network.save_pretrained(folder / name)
 
 
 def build(out: Path, cell: str, name: str) -> Any:
@@ -82,7 +90,7 @@ def build(out: Path, cell: str, name: str) -> Any:
     modules = ["q_proj", "v_proj"] if kind == "moe" else ["q_proj", "v_proj", "up_proj"]
     peft = LoraConfig(r=4, target_modules=modules, init_lora_weights=False) if policy == "lora" else None
     return trainer(
-        args, base(cell), reward, rollout_func=None, train_dataset=dataset(48), eval_dataset=dataset(4),
+        args, base(cell, out.parent), reward, rollout_func=None, train_dataset=dataset(48), eval_dataset=dataset(4),
         peft_config=peft,
     )  # fmt: skip
 
@@ -103,7 +111,7 @@ def run(folder: Path, cell: str, part: str) -> None:
         "evaluated": {k: v for k, v in made.evaluate().items() if "time" not in k and "per_second" not in k},
     }
     found = {"engine": logits(made.model_wrapped)}
-    made.save_model(str(out / part))
+    made.save_model(str(out / part), _internal_call=True)  # else it pushes, too
     with whole_policy(made, out / part) as network:
         found["whole"] = logits(network)
     made.teacher.save(str(out / part))  # beside the policy, for the comparison only
@@ -128,7 +136,7 @@ def hub(folder: Path) -> None:
         def handle(self, request: Any) -> None:
             super().handle(request)
             if "/commit/" in request.path:
-                for name, content in dict(self.files).items():
+                for name, content in self.files.items():
                     path = folder / "hub" / name.replace(":", "/")
                     path.parent.mkdir(parents=True, exist_ok=True)
                     path.write_bytes(content)
@@ -146,6 +154,9 @@ def main(folder: Path, cells: list[str]) -> list[str]:
         while not (folder / "endpoint").exists():
             pass
         endpoint = (folder / "endpoint").read_text()
+        import replay_sharded_cases  # noqa: F401  sets HF_HUB_OFFLINE
+        import sharded_weights_cases  # noqa: F401
+
         # All of these are read when huggingface_hub is imported.
         os.environ.update(HF_ENDPOINT=endpoint, HF_HUB_OFFLINE="0", HF_HUB_DISABLE_XET="1", HF_TOKEN="hf_test")
         os.environ.update(HF_HOME=str(folder / "hf"), DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1")
@@ -156,6 +167,7 @@ def main(folder: Path, cells: list[str]) -> list[str]:
             log = folder / f"{'-'.join(words)}.log"
             forked.group(1 if words[0].startswith("alone") else 2, work, folder, *words, log=log)
 
+        forked.group(1, write_bases, folder, log=folder / "bases.log")
         wrong = []
         for cell in cells:
             (folder / cell).mkdir(exist_ok=True)
@@ -165,7 +177,7 @@ def main(folder: Path, cells: list[str]) -> list[str]:
             except forked.Failed as error:
                 wrong.append(str(error))
         for engine, wrote in STRANGERS:
-            if f"{wrote}-dense-full" in cells:
+            if (folder / f"{wrote}-dense-full").exists():
                 all_ranks(refused, engine, wrote)
         return wrong
     finally:
