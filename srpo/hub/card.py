@@ -174,7 +174,7 @@ def merged_card(
     use = f"{_HOW}{_use(router, repo_id) if router else _loading(repo_id, None, False)}\n\n"
     for new in (use, _hashes(hashes) + "\n"):
         heading = new.partition("\n")[0]
-        text = re.sub(rf"(?ms)^{heading}$.*?(?=^## )", lambda _, new=new: new, text)
+        text = re.sub(rf"(?ms)^{heading}$.*?(?=^## )", new.replace("\\", r"\\"), text)
     return f"---\n{yaml.safe_dump({**metadata, 'library_name': 'transformers'}, sort_keys=True)}---\n{text}"
 
 
