@@ -60,6 +60,8 @@ def train_own(task: Task, own: OwnPolicy, recipe: Recipe) -> Evaluation:
     from srpo.hub.jobs import Push, Pushes
     from srpo.hub.upload import NotPushed
     from srpo.run.folder import claim, finish
+    from srpo.run.processes import main_process_long
+    from srpo.run.watch import part
     from srpo.task import START
     from srpo.train import concluded, evaluated, results_of
     from srpo.trainer.progress import phase
@@ -85,9 +87,15 @@ def train_own(task: Task, own: OwnPolicy, recipe: Recipe) -> Evaluation:
         evaluated(task.baselines),
     ]
     evaluation, table = concluded(task, parts, output)
-    pushed: str | None = ""
+    repo_id = (args.hub_model_id or output.absolute().name) if args.push_to_hub else None
+
+    def push(repo_id: str) -> bool:
+        options = ["--private"] if args.hub_private_repo else []
+        options += [f"--revision={args.hub_revision}"] if args.hub_revision else []
+        one = Push(str(output), repo_id, tuple(options), token=args.hub_token, deadline=args.hub_deadline)
+        return Pushes(str(output)).now(one) is not None
+
     if main_process:
-        repo_id = (args.hub_model_id or output.name) if args.push_to_hub else None
         card = model_card(
             objective=args.objective,
             model_name=output.name,
@@ -98,13 +106,12 @@ def train_own(task: Task, own: OwnPolicy, recipe: Recipe) -> Evaluation:
             **beside_card(output),
         )
         (output / "README.md").write_text(card, encoding="utf-8")
-        if repo_id is not None:
-            options = ["--private"] if args.hub_private_repo else []
-            options += [f"--revision={args.hub_revision}"] if args.hub_revision else []
-            push = Push(str(output), repo_id, tuple(options), token=args.hub_token, deadline=args.hub_deadline)
-            pushed = Pushes(str(output)).now(push)
+    pushed = True
+    if repo_id is not None:
+        with part("push", patient=True):
+            pushed = main_process_long(lambda: push(repo_id))
     finish(output)
     phase("done", f"policy, evaluation and report are in {output}")
-    if pushed is None:
+    if not pushed:
         raise NotPushed.of(output, str(repo_id))
     return evaluation

@@ -139,7 +139,7 @@ def _told(task_class: Any, recipe: Any) -> Evaluation:
         trainer.add_callback(callback)
     show_progress(trainer, "train")
     trainer.train(resume_from_checkpoint=resume)
-    trainer.save_model()
+    trainer.save_model(_internal_call=True)  # without a push, which comes last, with card and picture
     trainer.save_state()
     task.finish(trainer, output)
 
@@ -156,7 +156,7 @@ def _told(task_class: Any, recipe: Any) -> Evaluation:
     finish(output)
     phase("done", f"policy, evaluation and report are in {output}")
     if not pushed:
-        raise NotPushed.of(output, str(trainer.hub_model_id))
+        raise NotPushed.of(output, args.hub_model_id or output.absolute().name)
     return evaluation
 
 

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -69,6 +70,7 @@ _FIRST = (
     "You are in the middle of a room. Looking quickly around you, you see a cabinet 1, and a coffeemachine 1.\n\n"
     "Your task is to: put a clean mug in coffeemachine."
 )
+_HOW = "## How to use it\n\n"
 _LIMITS = """\
 - The policy knows the {members} that it was trained with, at the prices it was trained with. Evaluate again when
   either changes.
@@ -149,12 +151,31 @@ def model_card(
         f"## Objective\n\n`{objective}`. {sentence}\n\nPapers: {cites}.\n",
         "## Held-out results\n\n" + (heldout_table.strip() if heldout_table else "Not evaluated yet.") + "\n",
         *([f"![Score and cost of every router]({picture})\n"] if picture else []),
-        "## How to use it\n\n" + (_use(router, repo_id) if router else _loading(repo_id, base_model, adapter)) + "\n",
+        _HOW + (_use(router, repo_id) if router else _loading(repo_id, base_model, adapter)) + "\n",
         _training(recipe, command, costs),
         *([_hashes(hashes)] if hashes else []),
         f"## Limits\n\n{_LIMITS.format(members='executors' if kind == 'step_routing' else 'members')}",
     ]
     return scrubbed("\n".join(parts))
+
+
+def merged_card(
+    card: str, *, repo_id: str | None = None, router: Mapping[str, Any] | None = None, hashes: Mapping[str, str]
+) -> str | None:
+    """An adapter's card, as that of the whole model which it and its base make; None: it is not one of `model_card`.
+
+    Args: as of `model_card`, of the whole model.
+    """
+    _, front, text = [*card.split("---\n", 2), "", ""][:3]
+    metadata = yaml.safe_load(front) or {}
+    if "srpo" not in metadata.get("tags", ()):
+        return None
+    router = router if router and router.get("kind") in _USES else None
+    use = f"{_HOW}{_use(router, repo_id) if router else _loading(repo_id, None, False)}\n\n"
+    for new in (use, _hashes(hashes) + "\n"):
+        heading = new.partition("\n")[0]
+        text = re.sub(rf"(?ms)^{heading}$.*?(?=^## )", new.replace("\\", r"\\"), text)
+    return f"---\n{yaml.safe_dump({**metadata, 'library_name': 'transformers'}, sort_keys=True)}---\n{text}"
 
 
 def _names(router: Mapping[str, Any]) -> list[str]:

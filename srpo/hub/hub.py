@@ -19,6 +19,7 @@ from typing import Any
 from srpo.hub.card import costs_of, model_card
 from srpo.hub.files import CARD, PICTURE, ROUTER, files_to_push
 from srpo.hub.jobs import Push, Pushes, run
+from srpo.run.processes import main_process_long
 from srpo.run.whole import MANIFEST, read_manifest, seal, sha256_of
 from srpo.strict_yaml import read_yaml
 
@@ -103,22 +104,24 @@ class HubMixin:
         """Saves the model and uploads the output folder. Arguments as in `Trainer.push_to_hub`.
 
         Returns:
-            Whether it is on the Hub, verified; always True with `blocking=False`, where a failure is told later, and
-            on every process but the first.
+            Whether it is on the Hub, verified, on every process; always True with `blocking=False`, where a failure
+            is told later.
         """
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         self.save_model(_internal_call=True)  # type: ignore[attr-defined]  # all ranks take part
-        if not self.is_world_process_zero():  # type: ignore[attr-defined]
+
+        def push() -> bool:
+            if self.hub_model_id is None:
+                self.init_hf_repo(token=token, private=private)
+            self.create_model_card(**{"model_name": (self.args.hub_model_id or "").split("/")[-1] or None} | card)
+            options = (f"--message={commit_message or 'Upload model'}",)
+            one = self._a_push(self.args.output_dir, *options, token=token, revision=revision, private=private)
+            if blocking:
+                return self.push_in_progress.now(one) is not None
+            self.push_in_progress.later(one)
             return True
-        if self.hub_model_id is None:
-            self.init_hf_repo(token=token, private=private)
-        self.create_model_card(**{"model_name": (self.args.hub_model_id or "").split("/")[-1] or None} | card)
-        options = (f"--message={commit_message or 'Upload model'}",)
-        push = self._a_push(self.args.output_dir, *options, token=token, revision=revision, private=private)
-        if blocking:
-            return self.push_in_progress.now(push) is not None
-        self.push_in_progress.later(push)
-        return True
+
+        return bool(main_process_long(push))
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if not (Path(checkpoint_folder) / MANIFEST).is_file():

@@ -24,7 +24,7 @@ from typing import Any
 
 from srpo.cli import Parser
 from srpo.hub.errors import explain
-from srpo.hub.files import ROUTER, files_to_push
+from srpo.hub.files import CARD, ROUTER, files_to_push
 from srpo.hub.upload import DEADLINE, NotPushed, create, push_checkpoint
 from srpo.ranges import above, ranged
 from srpo.redact import scrubbed
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError(f"{args.folder}: there is no such folder")
     if args.merged:
         with tempfile.TemporaryDirectory() as folder:
-            _push(merged(args.folder, Path(folder)), args, where)
+            _push(merged(args.folder, Path(folder), args.repo), args, where)
     else:
         _push(args.folder, args, where)
 
@@ -131,8 +131,10 @@ class _Heard(logging.Handler):
             self.last = scrubbed(text)
 
 
-def merged(adapter: Path, folder: Path) -> Path:
+def merged(adapter: Path, folder: Path, repo_id: str) -> Path:
     """Writes the whole model that an adapter and its base make into `folder`, with what lies beside the adapter.
+
+    Its card is written anew; one that is not ours says who knows what of an adapter, and is left out.
 
     Raises:
         ValueError: there is no adapter.
@@ -141,12 +143,27 @@ def merged(adapter: Path, folder: Path) -> Path:
         raise ValueError(f"{adapter} holds no adapter (adapter_config.json): it is whole as it is, leave out --merged")
     from peft import AutoPeftModelForCausalLM
 
+    from srpo.hub.card import merged_card
+    from srpo.hub.hub import beside_card
+
     for name in files_to_push(adapter):
-        if not name.startswith("adapter_"):
+        if not name.startswith("adapter_") and name != CARD:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(adapter / name, folder / name)
     model = AutoPeftModelForCausalLM.from_pretrained(adapter).merge_and_unload(safe_merge=True)
     model.save_pretrained(folder)
+    if (adapter / CARD).is_file():
+        about = beside_card(folder)
+        card = merged_card(
+            (adapter / CARD).read_text(encoding="utf-8"),
+            repo_id=repo_id if "/" in repo_id else None,
+            router=about["router"],
+            hashes=about["hashes"],
+        )
+        if card is None:
+            print(f"{adapter / CARD} is of the adapter, and not pushed: write one of the whole model", file=sys.stderr)
+        else:
+            (folder / CARD).write_text(card, encoding="utf-8")
     return folder
 
 

@@ -8,6 +8,7 @@ pushed has been verified by the hashes that the Hub itself tells. An error that 
 import hashlib
 import os
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ DEADLINE = 300.0
 _REQUEST = 60.0
 """Seconds that one request may be silent; huggingface_hub itself would wait for ever."""
 _SENDS = 3
-"""Times that the same files are sent before they count as spoilt by the Hub."""
+"""Times that a file is sent before it counts as spoilt by the Hub."""
 _PAUSES = (1.0, 30.0)
 """Seconds between two tries: of the first pause, which doubles, and at most."""
 
@@ -85,7 +86,7 @@ def push_checkpoint(
         content = manifest({name: entry for name, entry in known_here.items() if name in names})
         files[f"{prefix}{MANIFEST}"] = content.encode()
     hub = Repository(repo_id, token, revision)
-    sent: list[list[str]] = []
+    sent: Counter[str] = Counter()
 
     def missing() -> tuple[list[str], str]:
         known, url = hub.files(private)
@@ -93,11 +94,11 @@ def push_checkpoint(
 
     def push() -> str:
         names, url = missing()
-        if names and sent.count(names) == _SENDS:
-            raise NotPushed(f"the Hub holds another {names[0]} than was sent, {_SENDS} times")
+        if spoilt := [name for name in names if sent[name] == _SENDS]:
+            raise NotPushed(f"the Hub holds another {spoilt[0]} than was sent, {_SENDS} times")
         if names:
             hub.commit([CommitOperationAdd(name, files[name]) for name in names], commit_message)
-            sent.append(names)
+            sent.update(names)
             names, url = missing()
         if names:
             raise Differs(f"the Hub holds another {names[0]} than was sent")

@@ -3,9 +3,13 @@
 import atexit
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 from srpo.types import Stopped
+
+_PIECE = 5.0
+"""Seconds of one wait for something long."""
 
 
 class Refused(ValueError):
@@ -46,6 +50,33 @@ def main_process(act: Callable[[], Any], refused: type[Refused]) -> Any:
     if told[1] is not None:
         raise refused(told[1], not state.is_main_process)
     return told[0]
+
+
+def main_process_long(act: Callable[[], Any]) -> Any:
+    """What `act` returned on the main process, on every one, however long that takes.
+
+    The others wait in short pieces, so that neither a collective's deadline nor `hang_deadline` ends a run that only
+    waits for the Hub. What `act` raises is raised on the main process; `srpo.run.watch` ends the others.
+    """
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
+
+    from srpo.run.watch import beat
+
+    state = PartialState()
+    if state.num_processes == 1:
+        return act()
+    with ThreadPoolExecutor(1) as pool:
+        acting = pool.submit(act) if state.is_main_process else None
+        while True:
+            told: list[Any] = [False, None]  # whether it is done, and what it returned
+            if acting is not None:
+                wait([acting], _PIECE)
+                told = [True, acting.result()] if acting.done() else told
+            broadcast_object_list(told)
+            beat()
+            if told[0]:
+                return told[1]
 
 
 @atexit.register

@@ -11,13 +11,16 @@ from typing import Any
 
 import pytest
 import yaml
+from hub_server import HubServer
+from router_helpers import QUESTIONS, right
 
 from srpo.hub import upload
-from srpo.hub.card import costs_of, model_card
+from srpo.hub.card import costs_of, merged_card, model_card
 from srpo.hub.errors import explain
 from srpo.hub.files import files_to_push
 from srpo.hub.hub import HubMixin
 from srpo.hub.upload import NotPushed
+from srpo.losses import noted
 from srpo.redact import REDACTED, redacted, scrubbed
 
 HERE = Path(__file__).resolve().parents[1] / "support"
@@ -131,14 +134,87 @@ def test_training_goes_on_whatever_the_hub_does(refused: dict[str, Any], mode: s
     assert run["received"] == {} and run["staged"] == []
 
 
-@pytest.mark.slow  # loads torch, and three models from a Hub on loopback
+@pytest.mark.slow  # loads torch, trains a tiny router, and loads three models from a Hub on loopback
 def test_what_was_pushed_loads_with_plain_libraries_and_as_a_router(tiny_model_dir: Path, tmp_path: Path) -> None:
     found = worked(tiny_model_dir, tmp_path, "loads")
     assert found.pop("moved") > 1e-2  # the adapter does something
-    for name, (difference, _) in found.items():
+    for name, (difference, routes, _) in found.items():
         assert difference <= 1e-5, name
-    scores = {name: scores for name, (_, scores) in found.items()}
-    assert scores["adapter"] == pytest.approx(scores["merged"], abs=1e-5) != scores["whole"]
+        assert [member for member, _ in routes] == [right(question) for question in QUESTIONS], name
+    scores = {
+        name: [score for _, scores in routes for score in scores.values()] for name, (_, routes, _) in found.items()
+    }
+    assert scores["adapter"] == pytest.approx(scores["merged"], abs=1e-5)
+    assert max(abs(a - b) for a, b in zip(scores["adapter"], scores["whole"], strict=True)) > 1e-3
+    # The card of the merged one is that of a whole model, and else the adapter's.
+    old, new = found["adapter"][2], found["merged"][2]
+    assert (metadata(old)["library_name"], metadata(new)["library_name"]) == ("peft", "transformers")
+    assert 'load_router("me/merged")' in new and "me/adapter" not in new and "adapter_model" not in new
+    assert "| `model.safetensors` |" in new and "| `adapter_model.safetensors` |" in old
+    for section in ("Objective", "Held-out results", "How it was trained", "Limits"):
+        assert part(old, section) == part(new, section) != ""
+
+
+def part(card: str, heading: str) -> str:
+    return card.partition(f"## {heading}\n")[2].partition("\n## ")[0]
+
+
+def test_a_merged_models_card_loads_it_whole_and_a_strangers_card_is_no_such() -> None:
+    card = model_card(objective="grpo", model_name="r", base_model="a/b", adapter=True, repo_id="me/r", command=["x"])
+    found = merged_card(card, repo_id="me/whole", hashes={})
+    assert (
+        found is not None
+        and 'AutoModelForCausalLM.from_pretrained("me/whole")' in found
+        and "eft" not in part(found, "How to use it")
+    )
+    assert merged_card("# mine\n", hashes={}) is None
+    assert merged_card("---\ntags: [lora]\n---\n# mine\n", hashes={}) is None
+
+
+def trained(tmp_path: Path, endpoint: str, *words: object) -> subprocess.CompletedProcess[str]:
+    """`srpo train ...` in a process of its own, pushing to a Hub that is somewhere."""
+    environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    environment |= {"HF_TOKEN": "hf_mine", "HF_HOME": str(tmp_path / "hf")}
+    environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
+    given = ("--push_to_hub", "true", "--hub_model_id", "me/router", "--output_dir", tmp_path / "out")
+    return subprocess.run(
+        [sys.executable, "-m", "srpo", "train", *map(str, (*words, *given))],
+        capture_output=True, text=True, timeout=600, env=environment, cwd=tmp_path,
+    )  # fmt: skip
+
+
+def is_finished_but_not_on_the_hub(done: subprocess.CompletedProcess[str], output: Path, why: str) -> None:
+    said = done.stdout + done.stderr
+    assert done.returncode == 75, said[-3000:]
+    assert said.count("STOPPED: the run is finished and not on the Hub: srpo push") == 1 and why in said, said[-3000:]
+    assert said.count("sends what is missing") == 1 and "Traceback" not in said
+    assert json.loads((output / "run.json").read_text())["finished"]
+    assert (output / "report.html").is_file() and (output / "evaluation.parquet").is_file()
+    assert [(lost["what"], lost["count"]) for lost in noted(output)] == [("pushes", 1)]
+
+
+@pytest.mark.slow  # imports everything twice, in two processes
+def test_a_run_that_the_hub_refuses_is_whole_and_ends_with_75(tmp_path: Path) -> None:
+    recipe = ("quickstart/encoder", "--max_steps", 5, "--cost_weights", 0.2, "--heldout_limit", 20)
+    with HubServer() as hub:
+        hub.always["*"] = 401
+        done = trained(tmp_path, hub.endpoint, *recipe)
+    is_finished_but_not_on_the_hub(done, tmp_path / "out", "the Hub refused the credentials (HTTP 401)")
+
+
+@pytest.mark.slow  # two processes, which train, evaluate, and wait for the Hub
+@pytest.mark.distributed
+def test_all_processes_of_a_run_that_is_not_on_the_hub_end_with_75(tmp_path: Path) -> None:
+    given: dict[str, object] = {
+        "model_name_or_path": "tiny", "sft_epochs": 0, "bf16": "false", "num_generations": 2, "max_steps": 1,
+        "per_device_train_batch_size": 2, "max_completion_length": 12, "train_limit": 20, "heldout_limit": 4,
+        "save_strategy": "no", "report_to": "none", "hub_deadline": 45, "hang_deadline": 30,
+    }  # fmt: skip
+    words = [word for key, value in given.items() for word in (f"--{key}", str(value))]
+    with HubServer() as hub:  # the push takes longer than any part of a step may, and the other waits all the same
+        hub.always["*"] = 503
+        done = trained(tmp_path, hub.endpoint, "--processes", 2, "quickstart/grpo", *words)
+    is_finished_but_not_on_the_hub(done, tmp_path / "out", "the Hub has a problem of its own (HTTP 503)")
 
 
 def test_what_of_a_checkpoint_goes_up(tmp_path: Path) -> None:

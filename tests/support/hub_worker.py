@@ -59,7 +59,7 @@ def main(model_dir: Path, work: Path, what: str) -> dict[str, Any]:
         if what == "faults":
             return pushed_through_faults(server, work / "folder")
         if what == "loads":
-            return loaded_again(model_dir, work)
+            return loaded_again(server, work)
         results: dict[str, Any] = {}
         if what == "run":
             results["folder"] = push_a_folder(server, work / "folder")
@@ -74,25 +74,25 @@ def main(model_dir: Path, work: Path, what: str) -> dict[str, Any]:
     return results
 
 
-def loaded_again(model_dir: Path, work: Path) -> dict[str, Any]:
-    """Kind of push -> largest difference of logits to the model that was pushed, by plain transformers or peft; and
-    what `load_router` makes of it."""
+def loaded_again(server: HubServer, work: Path) -> dict[str, Any]:
+    """Kind of push -> largest difference of logits to the model that was pushed, by plain transformers or peft; what
+    `load_router` makes of it; and its card."""
     import torch
     from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
-    from router_helpers import SETTINGS
+    from router_helpers import QUESTIONS, SETTINGS, train_query_router
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from routers import load_router
+    from srpo.hub.card import model_card
+    from srpo.hub.hub import beside_card
     from srpo.hub.push import main as push
 
-    tokenizer, ids = AutoTokenizer.from_pretrained(model_dir), torch.arange(40).view(2, 20)
-    base = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
-    adapter, whole = work / "adapter", work / "whole"
+    adapter, whole, ids = work / "adapter", work / "whole", torch.arange(40).view(2, 20)
     for folder in (adapter, whole):
         folder.mkdir()
-        tokenizer.save_pretrained(folder)
-        SETTINGS.save(folder)
-    base.save_pretrained(whole)
+    train_query_router(whole)
+    AutoTokenizer.from_pretrained(whole).save_pretrained(adapter)
+    SETTINGS.save(adapter)
     push([str(whole), "me/whole"])
     base = AutoModelForCausalLM.from_pretrained("me/whole", dtype=torch.float32).eval()
     with torch.no_grad():
@@ -100,9 +100,12 @@ def loaded_again(model_dir: Path, work: Path) -> dict[str, Any]:
         policy = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear")).eval()
         for name, weight in policy.named_parameters():
             if "lora_B" in name:
-                weight.normal_(std=0.2, generator=torch.Generator().manual_seed(0))
+                weight.normal_(std=0.02, generator=torch.Generator().manual_seed(0))
         wanted["adapter"] = wanted["merged"] = policy(ids).logits
     policy.save_pretrained(adapter)
+    about = {"base_model": "me/whole", "adapter": True, "repo_id": "me/adapter", "heldout_table": "| a | 0.61 |"}
+    card = model_card(objective="srpo", model_name="r", command=["x"], **about, **beside_card(adapter))
+    (adapter / "README.md").write_text(card)
     push([str(adapter), "me/adapter"])
     push([str(adapter), "me/merged", "--merged"])
     found: dict[str, Any] = {"moved": float((wanted["adapter"] - wanted["whole"]).abs().max())}
@@ -111,8 +114,13 @@ def loaded_again(model_dir: Path, work: Path) -> dict[str, Any]:
         with torch.no_grad():
             there = kind.from_pretrained(f"me/{name}", dtype=torch.float32).eval()(ids).logits
         with load_router(f"me/{name}") as router:
-            scores = dict(router.route("What is 17 + 25?").scores)
-        found[name] = [float((there - logits).abs().max()), scores]
+            told = [router.route(question) for question in QUESTIONS]
+        routes = [[one.member, dict(one.scores)] for one in told]
+        found[name] = [
+            float((there - logits).abs().max()),
+            routes,
+            server.files.get(f"me/{name}:README.md", b"").decode(),
+        ]
     return found
 
 
@@ -234,7 +242,7 @@ def train(server: HubServer, mode: Any, model_dir: Path, work: Path, **extra: An
         (output / name).parent.mkdir(exist_ok=True)
         (output / name).write_text("of this machine")
     trainer.heldout_table = "| router | accuracy |\n|---|---|\n| held-out | 0.61 |"
-    finished = args.push_to_hub and trainer.push_to_hub()
+    finished = trainer.push_to_hub() if args.push_to_hub else trainer.save_model()
     logging.getLogger("srpo.hub").removeHandler(handler)
     return {
         "steps": trainer.state.global_step,
