@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from srpo.redact import redacted, scrubbed
+from srpo.strict_yaml import YamlError, read_yaml_text
 
 _PAPERS = {"GRPO": "2402.03300", "SDPO": "2601.20802", "SRPO": "2604.02288", "BoPO": "2602.21227"}
 
@@ -167,8 +168,11 @@ def merged_card(
     Args: as of `model_card`, of the whole model.
     """
     _, front, text = [*card.split("---\n", 2), "", ""][:3]
-    metadata = yaml.safe_load(front) or {}
-    if "srpo" not in metadata.get("tags", ()):
+    try:
+        metadata, _ = read_yaml_text(front, "README.md")
+    except YamlError:  # not ours
+        return None
+    if not isinstance(metadata, dict) or "srpo" not in (metadata.get("tags") or ()):
         return None
     router = router if router and router.get("kind") in _USES else None
     use = f"{_HOW}{_use(router, repo_id) if router else _loading(repo_id, None, False)}\n\n"

@@ -124,6 +124,7 @@ class ChatServer(OpenAIServer):
                     writer.write(b"%x\r\n%s\r\n" % (len(piece), piece))
                     await writer.drain()
                 elif not answer.hang:
+                    self._log(data)  # before anybody can have read it
                     writer.write(piece)
             if answer.hang:
                 await ended
@@ -131,8 +132,9 @@ class ChatServer(OpenAIServer):
                 return False
         finally:
             ended.cancel()
-        self._log(data)
-        writer.write(b"0\r\n\r\n" if answer.pieces else b"")
+        if answer.pieces:
+            self._log(data)
+            writer.write(b"0\r\n\r\n")
         with suppress(ConnectionError):
             await writer.drain()
         writer.close()  # one connection each: the read that waits for its end takes what comes next
