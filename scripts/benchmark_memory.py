@@ -232,7 +232,6 @@ def planned_model(name: str, folder: str) -> str:
         return make_any_model(name, folder, 24)
     tokenizer = train_tokenizer([" ".join(words(seed)) for seed in range(3)], vocab_size=4096)
     model = tiny_causal_lm(tokenizer)
-    end_sometimes(model, len(tokenizer), tokenizer.eos_token_id, 64)
     place = Path(folder, "own")
     model.save_pretrained(place)
     tokenizer.save_pretrained(place)

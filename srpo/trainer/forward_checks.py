@@ -61,6 +61,11 @@ def padding_matters(last_logits: Callable[[Tensor, Tensor], Tensor], config: Any
         mask = torch.cat([torch.zeros_like(padding), torch.ones_like(ids)], dim=1)
         alone = last_logits(ids.to(device), torch.ones_like(ids).to(device)).float()
         beside = last_logits(torch.cat([padding, ids], dim=1).to(device), mask.to(device)).float()
+        if alone.isnan().any():
+            raise ValueError(
+                "the policy's logits are NaN before any training: its weights are damaged (or its dtype overflows); "
+                "load it from another checkpoint, or in another dtype"
+            )
         moved.append(not torch.allclose(alone, beside, rtol=0.0, atol=within * float(alone.abs().max())))
     return all(moved)
 

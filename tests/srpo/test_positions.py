@@ -133,6 +133,14 @@ def test_rotary_models_are_left_as_trl_runs_them(tmp_path):
     assert not made.model._forward_pre_hooks
 
 
+def test_a_policy_whose_weights_are_nan_is_refused_at_the_start(tmp_path):
+    broken = network("Qwen3")
+    with torch.no_grad():
+        broken.lm_head.weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="logits are NaN before any training: its weights are damaged"):
+        trainer(config(tmp_path), broken, train_dataset=rows())
+
+
 def test_positions_by_hand():
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 0]])
     assert positions_of(mask).tolist() == [[0, 0, 0, 1, 2], [0, 1, 2, 3, 3]]
