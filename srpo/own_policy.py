@@ -57,7 +57,7 @@ def train_own(task: Task, own: OwnPolicy, recipe: Recipe) -> Evaluation:
 
     from srpo.hub.card import model_card
     from srpo.hub.hub import beside_card
-    from srpo.hub.jobs import Push, Pushes
+    from srpo.hub.jobs import Pushes, push_of, repository
     from srpo.hub.upload import NotPushed
     from srpo.run.folder import claim, finish
     from srpo.run.processes import main_process_long
@@ -87,14 +87,7 @@ def train_own(task: Task, own: OwnPolicy, recipe: Recipe) -> Evaluation:
         evaluated(task.baselines),
     ]
     evaluation, table = concluded(task, parts, output)
-    repo_id = (args.hub_model_id or output.absolute().name) if args.push_to_hub else None
-
-    def push(repo_id: str) -> bool:
-        options = ["--private"] if args.hub_private_repo else []
-        options += [f"--revision={args.hub_revision}"] if args.hub_revision else []
-        one = Push(str(output), repo_id, tuple(options), token=args.hub_token, deadline=args.hub_deadline)
-        return Pushes(str(output)).now(one) is not None
-
+    repo_id = repository(args) if args.push_to_hub else None
     if main_process:
         card = model_card(
             objective=args.objective,
@@ -109,7 +102,8 @@ def train_own(task: Task, own: OwnPolicy, recipe: Recipe) -> Evaluation:
     pushed = True
     if repo_id is not None:
         with part("push", patient=True):
-            pushed = main_process_long(lambda: push(repo_id))
+            push = push_of(args, repo_id, str(output))
+            pushed = main_process_long(lambda: Pushes(str(output)).now(push) is not None)
     finish(output)
     phase("done", f"policy, evaluation and report are in {output}")
     if not pushed:

@@ -61,6 +61,7 @@ def plan(words: Sequence[str], processes: int = 1, gpu_gib: float = 80.0, model_
         model_config: config.json of the policy or its folder; None: as the recipe's policy says.
     """
     from srpo.config import has_bf16_device
+    from srpo.hub.jobs import repository
     from srpo.recipe import load_recipe, load_run
     from srpo.run.folder import run_of
     from srpo.task import Planned
@@ -103,7 +104,7 @@ def plan(words: Sequence[str], processes: int = 1, gpu_gib: float = 80.0, model_
         "checkpoints": _checkpoints(args, steps),
         "writes": f"{folder}: policy, router.yaml, start/, evaluation.parquet, report.html, completions",
         "folder": "new" if there is None else "holds a finished run" if there["finished"] else "holds a run",
-        "Hub": f"{args.hub_model_id or folder.name}" if args.push_to_hub else "no push",
+        "Hub": repository(args) if args.push_to_hub else "no push",
     }
     width = max(map(len, lines))
     return "\n".join([*(f"{name:{width}}  {what}".rstrip() for name, what in lines.items()), "", *memory])

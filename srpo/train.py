@@ -22,6 +22,7 @@ from srpo.checks import check_rows
 from srpo.cli import run
 from srpo.config import SRPOConfig
 from srpo.garbage import set_imports_aside
+from srpo.hub.jobs import repository
 from srpo.hub.upload import NotPushed
 from srpo.own_policy import own_policy, train_own
 from srpo.policy import check_loads, check_policy, load_policy, whole_policy, whole_start, with_adapter
@@ -156,7 +157,7 @@ def _told(task_class: Any, recipe: Any) -> Evaluation:
     finish(output)
     phase("done", f"policy, evaluation and report are in {output}")
     if not pushed:
-        raise NotPushed.of(output, args.hub_model_id or output.absolute().name)
+        raise NotPushed.of(output, repository(args))
     return evaluation
 
 

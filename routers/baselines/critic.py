@@ -37,6 +37,14 @@ class Critic:
         self.variances = (VARIANCES[0], VARIANCES[0])
         self.fit()
 
+    @classmethod
+    def of(cls, x: np.ndarray, chosen: np.ndarray, reward: np.ndarray, members: int) -> Critic:
+        """Fitted to rewards that were seen; arguments of `add`."""
+        found = cls(x.shape[1], members)
+        found.add(x, chosen, reward)
+        found.fit()
+        return found
+
     def add(self, x: np.ndarray, chosen: np.ndarray, reward: np.ndarray) -> None:
         """Rewards that were seen: ``[N, width]``, ``[N]``, ``[N]``; `fit` takes them in."""
         for member in np.unique(chosen):

@@ -40,13 +40,8 @@ def foretold(known: Logged, queries: Sequence[str]) -> np.ndarray:
     texts = [text_of(item) for item in known.items]
     features = Features().fit(texts)
     x, new = (unit_rows(features.view("svd", some)) for some in (texts, list(queries)))
-    found = []
-    for seen in (known.score, known.costs):
-        critic = Critic(x.shape[1], len(known.members))
-        critic.add(x, known.chosen, seen)
-        critic.fit()
-        found.append(new @ critic.theta.T)
-    return np.stack(found)
+    critics = [Critic.of(x, known.chosen, seen, len(known.members)) for seen in (known.score, known.costs)]
+    return np.stack([new @ critic.theta.T for critic in critics])
 
 
 def told_by_log(evaluation: Episodes) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 
 from srpo.hub.card import costs_of, model_card
 from srpo.hub.files import CARD, PICTURE, ROUTER, files_to_push
-from srpo.hub.jobs import Push, Pushes, run
+from srpo.hub.jobs import Push, Pushes, push_of, repository, run
 from srpo.run.processes import main_process_long
 from srpo.run.whole import MANIFEST, read_manifest, seal, sha256_of
 from srpo.strict_yaml import read_yaml
@@ -55,7 +55,7 @@ class HubMixin:
         if not self.is_world_process_zero():  # type: ignore[attr-defined]
             return
         self.push_in_progress = Pushes(self.args.output_dir)
-        self.hub_model_id = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
+        self.hub_model_id = repository(self.args)
         self._say_if_the_base_stays_here()
         made, why = run(self._a_push(self.args.output_dir, "--create", token=token, private=private, deadline=_FIRST))
         if made is None:
@@ -151,31 +151,11 @@ class HubMixin:
             if not pushes.wait_until_done(None if left == math.inf else max(left, 0.0)):
                 logger.warning("A push is left where it is, because the process has to end; srpo push finishes it")
 
-    def _a_push(
-        self,
-        folder: str,
-        *options: str,
-        staged: str | None = None,
-        token: str | None = None,
-        revision: str | None = None,
-        private: bool | None = None,
-        deadline: float | None = None,
-    ) -> Push:
-        if private if private is not None else self.args.hub_private_repo:
-            options += ("--private",)
-        if (branch := revision or self.args.hub_revision) is not None:
-            options += (f"--revision={branch}",)
-        if also := self._names_beside():
-            options += ("--also", *also)
-        return Push(
-            folder,
-            str(self.hub_model_id),
-            options,
-            staged,
-            self.state.global_step if hasattr(self, "state") else 0,  # none yet when the trainer is made
-            token or self.args.hub_token,
-            self.args.hub_deadline if deadline is None else deadline,
-        )
+    def _a_push(self, folder: str, *options: str, **how: Any) -> Push:
+        """As `srpo.hub.jobs.push_of`."""
+        step = self.state.global_step if hasattr(self, "state") else 0  # none yet when the trainer is made
+        repo_id = str(self.hub_model_id)
+        return push_of(self.args, repo_id, folder, *options, also=self._names_beside(), step=step, **how)
 
     def _stage(self, checkpoint_folder: str) -> str:
         """Hard links to the checkpoint's files: the upload survives the deletion of old checkpoints, at no cost."""

@@ -9,11 +9,12 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 from srpo.hub.push import BYTES_PER_SECOND
 from srpo.hub.upload import DEADLINE
@@ -51,6 +52,35 @@ class Push:
     def command(self) -> str:
         """What finishes it by hand."""
         return shlex.join(["srpo", "push", self.folder, self.repo_id, *self.options])
+
+
+def repository(args: Any) -> str:
+    """Of a run; without an owner it is the logged-in user's."""
+    return str(args.hub_model_id or Path(args.output_dir).absolute().name)
+
+
+def push_of(
+    args: Any,
+    repo_id: str,
+    folder: str,
+    *options: str,
+    also: Sequence[str] = (),
+    staged: str | None = None,
+    step: int = 0,
+    token: str | None = None,
+    revision: str | None = None,
+    private: bool | None = None,
+    deadline: float | None = None,
+) -> Push:
+    """A push of a run, as its configuration says it; what is given here goes before that."""
+    if args.hub_private_repo if private is None else private:
+        options += ("--private",)
+    if (branch := revision or args.hub_revision) is not None:
+        options += (f"--revision={branch}",)
+    if also:
+        options += ("--also", *also)
+    seconds = args.hub_deadline if deadline is None else deadline
+    return Push(folder, repo_id, options, staged, step, token or args.hub_token, seconds)
 
 
 class Pushes:

@@ -39,7 +39,8 @@ class Calendar:
 
 
 def calendar_of(sampler: Any, args: Any) -> Calendar:
-    """Of TRL's sampler, which gives a generation batch once for each micro-step; None: of data without an end."""
+    """Of TRL's sampler, which gives a generation batch once for each micro-step; None: there is none yet, or its data
+    have no end."""
     batches = 0 if sampler is None else len(sampler) // args.generation_batch_size
     return Calendar(args.gradient_accumulation_steps, batches or sys.maxsize)
 

@@ -33,18 +33,18 @@ def one_by_one(func: Callable[..., Any], name: str, seconds: float) -> Callable[
 
     def ask(*args: Any, **kwargs: Any) -> list[Any]:
         count, values, logs = _count(args, kwargs), [], []
-        logging = {log: kwargs.pop(log) for log in LOGS if log in kwargs}
+        sinks = {log: kwargs.pop(log) for log in LOGS if log in kwargs}
         apart.share({_SHARED: kwargs.pop(_SHARED)} if _SHARED in kwargs else {})
         for i in range(count):
             given, named = _one(i, count, args, kwargs)
             try:
-                value, logged = apart(*given, **named, **dict.fromkeys(logging))
+                value, logged = apart(*given, **named, **dict.fromkeys(sinks))
             except RuntimeError as error:
                 error.add_note(_row(i, kwargs))
                 raise
             values.append(_only(name, value))
             logs.append(logged)
-        _log(logs, logging)
+        _log(logs, sinks)
         return values
 
     return ask
@@ -55,12 +55,12 @@ def one_by_one_async(func: Callable[..., Awaitable[Any]], name: str, seconds: fl
 
     async def ask(*args: Any, **kwargs: Any) -> list[Any]:
         count = _count(args, kwargs)
-        logging = {log: kwargs.pop(log) for log in LOGS if log in kwargs}
+        sinks = {log: kwargs.pop(log) for log in LOGS if log in kwargs}
         logs: list[Logged] = [[] for _ in range(count)]
 
         async def one(i: int) -> Any:
             given, named = _one(i, count, args, kwargs)
-            for log in logging:
+            for log in sinks:
                 named[log] = lambda column, value, log=log: logs[i].append((log, column, value))
             try:
                 async with asyncio.timeout(seconds) as clock:
@@ -71,7 +71,7 @@ def one_by_one_async(func: Callable[..., Awaitable[Any]], name: str, seconds: fl
                 return Lost(f"reward function {name!r} gave no answer within {seconds:g} s (reward_deadline)")
 
         values = await asyncio.gather(*(one(i) for i in range(count)))
-        _log(logs, logging)
+        _log(logs, sinks)
         return values
 
     return ask
@@ -148,14 +148,14 @@ def _row(i: int, kwargs: dict[str, Any]) -> str:
     return f"row {i} of the batch" + ("" if ids is None else f", query_id {ids[i]!r}")
 
 
-def _log(logs: Sequence[Logged], logging: dict[str, Callable[..., Any]]) -> None:
+def _log(logs: Sequence[Logged], sinks: dict[str, Callable[..., Any]]) -> None:
     """What was logged for single completions: metrics as they come, columns with a value per completion."""
     columns: dict[str, list[Any]] = {}
     for i, logged in enumerate(logs):
         for log, name, value in logged:
             if log == "log_metric":
-                logging[log](name, value)
+                sinks[log](name, value)
             else:
                 columns.setdefault(name, [None] * len(logs))[i] = _only(f"log_extra of {name!r}", value)
     for name, values in columns.items():
-        logging["log_extra"](name, values)
+        sinks["log_extra"](name, values)

@@ -179,16 +179,8 @@ class Rollouts:
             causes = Counter(str(row.cause) for row in lost)
             tokens, usd = sum(row.policy_tokens for row in lost), sum(row.usd for row in lost)
             dropped = kept.count(False) - len(lost)
-            note(
-                self.args.output_dir,
-                step.number,
-                "rollouts",
-                causes,
-                len(rows),
-                dropped=dropped,
-                tokens=tokens,
-                usd=usd,
-            )
+            lines = {"dropped": dropped, "tokens": tokens, "usd": usd}
+            note(self.args.output_dir, step.number, "rollouts", causes, len(rows), **lines)
 
     def _seeds(self, step: GenerationStep) -> list[str]:
         keys = gather_object([row_key(row) for row in step.rows])

@@ -59,7 +59,7 @@ from srpo.trainer.adapters import prepare_adapter
 from srpo.trainer.arguments import checked_config, datasets_of, init_kwargs, refuse_contradictions
 from srpo.trainer.bad_numbers import BAD_REWARDS, BadSteps
 from srpo.trainer.checkpoint import Checkpoints
-from srpo.trainer.clock import Calendar, Clock, calendar_of, wind
+from srpo.trainer.clock import Clock, calendar_of, wind
 from srpo.trainer.credit import credited
 from srpo.trainer.distiller import Distiller, nothing_distilled
 from srpo.trainer.engines import saved_whole
@@ -138,7 +138,7 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
         self.correctness, self.allowed_tokens, self.heldout = correctness, allowed_tokens, heldout
         self.generation_step = GenerationStep(scored=True)  # a resumed run may begin inside of one
         self._train_sampler: Any = None
-        self.calendar = Calendar(int(args.gradient_accumulation_steps or 1))  # settled by the configuration
+        self.calendar = calendar_of(None, args)
         self._evaluated = 0  # batches of an evaluation
 
         # `rest` are TRL's further arguments by position.
@@ -267,10 +267,10 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         rows = inputs if self._is_vlm else columns.without_pictures(inputs)
         if self.model.training:
-            _, part = self.calendar.when(self._step)
+            _, micro = self.calendar.when(self._step)
         else:
-            part, self._evaluated = self._evaluated, self._evaluated + 1
-        step = self.generation_step = GenerationStep(rows, self.model.training, self.state.global_step, part)
+            micro, self._evaluated = self._evaluated, self._evaluated + 1
+        step = self.generation_step = GenerationStep(rows, self.model.training, self.state.global_step, micro)
         own_reference = self.reference.weights is not None
         beta, self.beta = self.beta, 0.0 if own_reference else self.beta  # TRL's is the model without its adapter
         try:
@@ -483,8 +483,8 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
     @part("loss")
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         if (passes := self.replay_passes) is not None and EXPERT_IDS in inputs:
-            steps, part = self.calendar.when(self._step)
-            if passes.audit_due(steps, first=part == 0):
+            steps, micro = self.calendar.when(self._step)
+            if passes.audit_due(steps, first=micro == 0):
                 self._audit(passes.replay, inputs)
             passes.replay.arm(inputs[EXPERT_IDS])
         loss = super().compute_loss(model, inputs, *args, **kwargs)

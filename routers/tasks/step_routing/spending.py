@@ -231,23 +231,17 @@ def estimate(world: StepWorld, found: Sequence[Phase], cap: float | None) -> str
     return "\n".join([aligned(rows, True), f"{note}; {end}."])
 
 
-def worst_usd(world: StepWorld, found: Sequence[Phase]) -> list[tuple[float, float]]:
+def worst_usd(world: StepWorld, found: Sequence[Phase]) -> list[list[float]]:
     """The two sums of `estimate` for each phase, in USD."""
-    executors = world.executors()
     views = [_first_view(world, name) for name in list(world.train_tasks())[:_SAMPLED_TASKS]]
-    bounds = {
-        e.name: [call_usd(e, view, world.arguments.step_limit) for view in views]
-        for e in (executors[0], executors[-1])
-    }
-    most = {name: [max(values) for values in zip(*found, strict=True)] for name, found in bounds.items()}
-    small, large = most[executors[0].name], most[executors[-1].name]
-    return [
-        (low, high)
-        for p in found
-        for low, high in [
-            [p.cheapest * a + (p.dearest + p.any) * max(a, b) for a, b in zip(small, large, strict=True)]
-        ]
-    ]
+
+    def most(executor: Executor) -> list[float]:
+        bounds = [call_usd(executor, view, world.arguments.step_limit) for view in views]
+        return [max(values) for values in zip(*bounds, strict=True)]
+
+    executors = world.executors()
+    ends = list(zip(most(executors[0]), most(executors[-1]), strict=True))
+    return [[p.cheapest * a + (p.dearest + p.any) * max(a, b) for a, b in ends] for p in found]
 
 
 def _usd(value: float) -> str:
