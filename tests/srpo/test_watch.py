@@ -2,9 +2,7 @@
 
 import ctypes
 import os
-import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +14,7 @@ from typing import Any
 import pytest
 import torch  # noqa: F401  which both forks would import
 import torch.distributed as dist
+from two_ranks import two_ranks
 
 from srpo.run.signals import heeded
 from srpo.run.watch import beat, part, watched
@@ -32,43 +31,15 @@ def two(folder: Path, act: Callable[[int], object], launcher: bool = False) -> t
     Args:
         launcher: asks the other with SIGTERM when one has ended, as torchrun does.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    said, forks, codes, until = folder / "said.txt", [], {}, time.monotonic() + NET
-    for rank in (0, 1):
-        forks.append(os.fork())
-        if forks[-1] == 0:
-            code = 0
-            try:
-                out = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-                os.dup2(out, 1)
-                os.dup2(out, 2)
-                sys.stdout = sys.stderr = os.fdopen(out, "w", buffering=1)
-                dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-                with heeded(), watched(HANG, HANG):
-                    dist.barrier()
-                    act(rank)
-            except SystemExit as asked:
-                code = int(asked.code or 0)
-            except BaseException:
-                code = 1
-                sys.excepthook(*sys.exc_info())
-            finally:
-                os._exit(code)
-    while len(codes) < 2 and time.monotonic() < until:
-        for rank, fork in enumerate(forks):
-            if rank not in codes and (ended := os.waitpid(fork, os.WNOHANG))[0]:
-                codes[rank] = os.waitstatus_to_exitcode(ended[1])
-                if launcher and len(codes) == 1:
-                    os.kill(forks[1 - rank], signal.SIGTERM)
-        time.sleep(0.02)
-    for rank in {0, 1} - set(codes):
-        os.kill(forks[rank], signal.SIGKILL)
-        os.waitpid(forks[rank], 0)
-    words = said.read_text() if said.exists() else ""
-    said.unlink(missing_ok=True)
-    return [codes.get(rank, 999) for rank in (0, 1)], re.sub(r"\[rank\d\]: ", "", words)  # torch's own
+
+    def work(rank: int, port: int) -> None:
+        dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+        with heeded(), watched(HANG, HANG):
+            dist.barrier()
+            act(rank)
+
+    codes, _, words = two_ranks(folder, work, NET, launcher)
+    return codes, words
 
 
 def together() -> None:

@@ -6,9 +6,7 @@ python tests/support/fault_cases.py [CASE...]       the table of all cases: what
 import ctypes
 import itertools
 import os
-import re
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -23,6 +21,7 @@ sys.path[:0] = [*(str(TESTS / folder) for folder in ("support", "srpo")), str(TE
 
 import deepspeed  # noqa: F401  which every fork would import by itself
 from core_helpers import config, dataset, digest, model, scripted, trainer
+from two_ranks import two_ranks
 
 from srpo.run.whole import MANIFEST
 
@@ -132,45 +131,14 @@ def train(folder: Path, rank: int, case: str, **changes: Any) -> None:
 
 def two(folder: Path, case: str, **changes: Any) -> Ended:
     """Forks two processes that train, until both have ended."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     folder.mkdir(parents=True, exist_ok=True)
-    said, began, forks = folder / "said.txt", time.monotonic(), []
-    for rank in (0, 1):
-        forks.append(os.fork())
-        if forks[-1] == 0:
-            code = 0
-            try:
-                out = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-                sys.stdout = sys.stderr = os.fdopen(os.dup(out), "w", buffering=1)
-                os.dup2(out, 1)
-                os.dup2(out, 2)
-                where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-                os.environ.update(where, RANK=str(rank), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE="2")
-                train(folder, rank, case, **changes)
-            except SystemExit as asked:
-                code = int(asked.code or 0)
-            except BaseException:
-                code = 1
-                sys.excepthook(*sys.exc_info())
-            finally:
-                os._exit(code)
-    codes: dict[int, int] = {}
-    while len(codes) < 2 and time.monotonic() - began < NET:
-        for rank, fork in enumerate(forks):
-            if rank not in codes and (ended := os.waitpid(fork, os.WNOHANG))[0]:
-                codes[rank] = os.waitstatus_to_exitcode(ended[1])
-        time.sleep(0.02)
-    seconds = time.monotonic() - began
-    for rank, fork in enumerate(forks):
-        if rank not in codes:
-            os.kill(fork, signal.SIGKILL)
-            os.waitpid(fork, 0)
-    words = re.sub(r"\[rank\d\]: ", "", said.read_text(errors="replace"))  # torch's own
-    found = Ended([codes.get(rank, 999) for rank in (0, 1)], seconds, words, folder)
-    said.unlink()
-    return found
+
+    def work(rank: int, port: int) -> None:
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+        os.environ.update(where, RANK=str(rank), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE="2")
+        train(folder, rank, case, **changes)
+
+    return Ended(*two_ranks(folder, work, NET), folder)
 
 
 def main() -> None:
