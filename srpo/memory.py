@@ -36,13 +36,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from srpo.objectives.divergence import CHUNK_BYTES, CHUNK_BYTES_GPU
+
 ENGINES = ("plain", "ddp", "zero2", "zero3", "fsdp2")
 GIB = 2**30
 _TILE_TOKENS, _TILE_IDS = 4096, 32768
 _TILE_COPIES = 8.25
 """Of TRL's head in its backward pass without Triton: eight fp32 tensors and one of bools."""
-_CHUNKS = {"cpu": 2**26, "cuda": 2**29}
-"""`CHUNK_BYTES` of srpo.objectives.divergence, which imports torch."""
 _BUCKET = 5e8
 _GATHERED = 1e9
 
@@ -295,7 +295,7 @@ def _head(shape: Shape, how: How, scored: float) -> tuple[float, float]:
     passes = 1
     if how.teacher and how.teacher_states:
         passes, chunk = 2, scored * 3 * shape.vocabulary * 4
-        tiles = max(tiles, min(_CHUNKS[how.device], chunk))
+        tiles = max(tiles, min(CHUNK_BYTES if how.device == "cpu" else CHUNK_BYTES_GPU, chunk))
     return tiles, 0.0 if how.lora else passes * shape.head * 4.0
 
 
