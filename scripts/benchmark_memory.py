@@ -16,7 +16,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -162,8 +162,7 @@ def main(argv: Sequence[str] | None = None) -> str:
     if args.plan is not None:
         models = {"smollm2": args.smollm2} if args.smollm2 else {}
         rows = ["| training | planned MiB | measured MiB | planned / measured |", "|---|---|---|---|"]
-        for name in args.plan or PLANNED:
-            one = compare([name], models, args.threads)[name]
+        for name, one in compare(args.plan or PLANNED, models, args.threads):
             ratio = one["planned"] / one["measured"]
             rows.append(f"| {name} | {one['planned']:.0f} | {one['measured']:.0f} | {ratio:.2f} |")
             print(rows[-1], flush=True)
@@ -282,21 +281,19 @@ def measured_peak(case: Planned, folder: str) -> dict[str, float]:
     return {"planned": plan_memory(shape, settings).total / MIB, "measured": found}
 
 
-def compare(names: Sequence[str], models: dict[str, str], threads: int) -> dict[str, dict[str, float]]:
+def compare(names: Iterable[str], models: Mapping[str, str], threads: int) -> Iterator[tuple[str, dict[str, float]]]:
     """`measured_peak` of cases of `PLANNED`, each in a process of its own.
 
     Args:
         models: folders of models that are there already, by name.
     """
-    found = {}
     with tempfile.TemporaryDirectory() as folder:
         made = dict(models)
         for name in names:
-            case = PLANNED[name]
-            made.setdefault(case.model, "")
-            made[case.model] = made[case.model] or planned_model(case.model, folder)
-            found[name] = in_process({"plan": name, "folder": made[case.model]}, threads)
-    return found
+            kind = PLANNED[name].model
+            if kind not in made:
+                made[kind] = planned_model(kind, folder)
+            yield name, in_process({"plan": name, "folder": made[kind]}, threads)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ or {"error": words}. When stdin ends, everything ends.
 """
 
 import asyncio
+import functools
 import importlib
 import importlib.util
 import json
@@ -79,6 +80,7 @@ class Environments:
         return float(played["reward"])  # of what there is, where a member failed or the steps were used up
 
 
+@functools.cache
 def _side() -> Any:
     """Who answers for the verifiers that is installed."""
     if hasattr(importlib.import_module("verifiers"), "load_environment"):
@@ -104,14 +106,11 @@ async def main() -> None:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)
     sys.path.insert(0, os.getcwd())
-    sides: list[Any] = []
     running = set()
 
     async def answer(number: int, what: str, *arguments: Any) -> None:
         try:
-            if not sides:
-                sides.append(_side())
-            result = {"result": await getattr(sides[0], what)(*arguments)}
+            result = {"result": await getattr(_side(), what)(*arguments)}
         except Exception as error:
             result = {"error": f"{type(error).__name__}: {error}"}
         answers.write(json.dumps([number, result]).encode() + b"\n")
