@@ -15,16 +15,17 @@ whatever was never fed to the sampler. Rows of several turns are appended and ne
 experts of the forward that produced its log-prob. The penalty to a reference policy is therefore not 0 at step 0.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 from transformers.utils import logging
 
 from srpo.replay.expert_table import pad_routes
-from srpo.replay.metrics import ReplayAlarms
+from srpo.replay.metrics import ReplayAlarms, audited
 from srpo.replay.replay import RoutingReplay
 from srpo.replay.settings import Mode, check_replay, has_old_logprobs, replay_mode
 from srpo.replay.vllm import EngineRoutes, returning_routes
@@ -95,33 +96,33 @@ class ReplayPasses:
     # ------------------------------------------------------------------------------------------------- sampling
 
     @contextmanager
-    def turns(self, step: GenerationStep) -> Iterator[Any]:
-        """Around the episodes of an environment: the recorder that its decoding loop reports to, or None."""
+    def turns(self, step: GenerationStep) -> Iterator[None]:
+        """Around the episodes of an environment: `step` has the recorder that its decoding loop reports to."""
         if not self._samples(step):
-            yield None
+            yield
             return
         if self._engine is not None:
             raise ValueError(
                 "routing_replay: R3 does not read vLLM's experts over several turns; sample with transformers "
                 "(use_vllm: false) or set routing_replay: R2"
             )
-        with self.replay.record_rows() as recorder:
-            yield recorder
+        with self.replay.record_rows() as step.recorder:
+            yield
 
-    def take(self, step: GenerationStep, output: tuple[Any, ...], recorder: Any) -> None:
-        """Keep what a rollout recorded: `output` is that of TRL's `_generate`, `recorder` that of `turns`."""
+    def take(self, step: GenerationStep, output: tuple[Any, ...]) -> None:
+        """Keep what `turns` recorded, or a rollout function has returned; `output` is that of TRL's `_generate`."""
         step.old_pass_due = step.training and has_old_logprobs(self.args)
         if not self._samples(step):
             return
         prompt_ids, completion_ids, extra_fields = output[0], output[1], output[5]
-        if recorder is not None:
+        if step.trajectories is not None:
             lengths = {i: len(p) + len(c) for i, (p, c) in enumerate(zip(prompt_ids, completion_ids, strict=True))}
-            assert step.trajectories is not None
             # A lost trajectory may have been fed more than it kept, or nothing; none of its tokens is trained on.
             lost = {i for i, one in enumerate(step.trajectories) if one.stop == "lost"}
             kept = {i: n for i, n in lengths.items() if i not in lost}
-            rows = dict(zip(kept, recorder.rows(kept) if kept else [], strict=True))
+            rows = dict(zip(kept, step.recorder.rows(kept) if kept else [], strict=True))
             shape = (len(self.replay.spec.layers), self.replay.spec.top_k)
+            step.recorder = None
             step.expert_rows = [
                 rows[i] if i in rows else torch.full((n, *shape), -1, dtype=torch.int16) for i, n in lengths.items()
             ]
@@ -133,21 +134,25 @@ class ReplayPasses:
                 "prompt and completion, layers, k] per completion (srpo.replay.engines), or set routing_replay: R2"
             )
 
-    def sampling(self, step: GenerationStep) -> AbstractContextManager[Any]:
-        """Around the sampling of completions of one turn: the recorder that the generator reports to, or None."""
+    @contextmanager
+    def sampling(self, step: GenerationStep) -> Iterator[None]:
+        """Around the sampling of completions of one turn: `step` has the recorder that the generator reports to."""
         if not self._samples(step) or self._engine is not None:
-            return nullcontext()
-        return self.replay.record_rows()
+            yield
+            return
+        with self.replay.record_rows() as step.recorder:
+            yield
 
-    def sampled(self, step: GenerationStep, prompt_ids: Any, completion_ids: Any, recorder: Any) -> None:
-        """After TRL's `_generate_single_turn`: keep the expert ids of these completions; `recorder` of `sampling`."""
+    def sampled(self, step: GenerationStep, prompt_ids: Any, completion_ids: Any) -> None:
+        """After TRL's `_generate_single_turn`: keep the expert ids of these completions."""
         if not self._samples(step):
             return
         if self._engine is not None:
             step.expert_rows = self._engine.rows(prompt_ids, completion_ids)
             return
         pairs = enumerate(zip(prompt_ids, completion_ids, strict=True))
-        step.expert_rows = recorder.rows({i: len(prompt) + len(completion) for i, (prompt, completion) in pairs})
+        step.expert_rows = step.recorder.rows({i: len(prompt) + len(completion) for i, (prompt, completion) in pairs})
+        step.recorder = None
 
     # -------------------------------------------------------------------------------------------------- scoring
 
@@ -208,10 +213,25 @@ class ReplayPasses:
 
     # ------------------------------------------------------------------------------------------------- training
 
-    def audit_due(self, steps: int, first: bool) -> bool:
-        """Whether to audit a micro-batch: `steps` optimiser steps are made, and it is the `first` of its own."""
-        every = self.args.routing_replay_metrics_steps
-        return every > 0 and first and steps % every == 0
+    def arm(
+        self,
+        inputs: dict[str, Any],
+        when: tuple[int, int],
+        score: Callable[[], Tensor],
+        clip: tuple[float, float],
+        accelerator: Accelerator,
+    ) -> dict[str, float]:
+        """Replay a micro-batch, which is audited before where it is time to: the numbers of that (`audited`), or none.
+
+        Args:
+            when: optimiser steps made, and micro-batches of the next one.
+            score, clip: as in `audited`.
+        """
+        every, (steps, micro) = self.args.routing_replay_metrics_steps, when
+        due = every > 0 and micro == 0 and steps % every == 0
+        numbers = audited(score, self.replay, inputs, clip, accelerator) if due else {}
+        self.replay.arm(inputs[EXPERT_IDS])
+        return numbers
 
 
 def laid_out(step: GenerationStep, attention_mask: Tensor) -> Tensor:

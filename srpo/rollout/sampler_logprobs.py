@@ -43,19 +43,19 @@ def mismatch_metrics(sums: Tensor) -> dict[str, float]:
     return {name: total / count for name, total in zip(names, totals, strict=True)} if count else {}
 
 
-def settle_ends(model: Any, tokenizer: Any, args: Any, generation_config: Any, engine: Any) -> list[int]:
+def settle_ends(trainer: Any, engine: Any) -> list[int]:
     """What ends a completion is the same for every way to sample, and what is not scored is said.
 
     Args:
-        model: the policy; it and its configurations get the ids.
-        generation_config: TRL's, where transformers sample.
+        trainer: its policy, the policy's configurations and TRL's settings of generation get the ids.
         engine: TRL's vLLM, or None.
 
     Returns:
         Ids of which any one ends a completion.
     """
-    ends = settle_special_tokens(model, tokenizer)
-    pad = tokenizer.pad_token_id
+    model, args = trainer.model, trainer.args
+    ends = settle_special_tokens(model, trainer._tokenizer)
+    pad = trainer._tokenizer.pad_token_id
     model.config.get_text_config().pad_token_id = model.generation_config.pad_token_id = pad
     if unscored := unscored_settings(args):
         logger.warning(
@@ -64,7 +64,8 @@ def settle_ends(model: Any, tokenizer: Any, args: Any, generation_config: Any, e
             ", ".join(unscored),
         )
     if engine is None:
-        generation_config.update(eos_token_id=ends, pad_token_id=pad)
+        for settings in (trainer.generation_config, trainer.generation_kwargs):
+            settings.update(eos_token_id=ends, pad_token_id=pad)
         return ends
     # vLLM reads the end tokens of the *path*, and none at all with `--generation-config vllm`: they do not count.
     engine.generation_kwargs = {**(engine.generation_kwargs or {}), "stop_token_ids": list(ends), "ignore_eos": True}

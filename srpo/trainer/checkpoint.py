@@ -22,8 +22,9 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from srpo.run.steps import check_start
 from srpo.run.watch import part
-from srpo.run.whole import SAVING, put_in_place, rotate, seal, whole_looking
+from srpo.run.whole import AUTO, SAVING, put_in_place, resume_from, rotate, seal, whole_looking
 from srpo.trainer.distiller import Distiller
 from srpo.trainer.nested import load_nested, save_nested
 from srpo.trainer.reference import Reference
@@ -144,6 +145,22 @@ class Checkpoints:
         # Sharded weights have their own format, under the model's own names.
         if self.accelerator.distributed_type not in ("DEEPSPEED", "FSDP") and not is_peft_model(model):
             load_renamed_weights(model, folder)
+
+    def to_resume(self, given: str | bool | None, args: Any, rows: Any) -> str | None:
+        """The checkpoint that a run begins with, or None; arguments as of transformers' `train`.
+
+        Args:
+            rows: to train on.
+
+        Raises:
+            ValueError: it is another run's, or nothing can be trained (`srpo.run.steps.check_start`).
+        """
+        found = resume_from(given, args.output_dir) if given in AUTO else given
+        check_start(rows, args, found)
+        found = resume_from(found, args.output_dir)
+        if found is not None:
+            self.refuse_other_run(found)
+        return found
 
     def refuse_other_run(self, folder: str) -> None:
         """ValueError for a checkpoint of another number of processes, or of another engine.

@@ -6,7 +6,6 @@ M is a multiple of the micro-steps that a generation batch feeds, and need not b
 """
 
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,13 +52,58 @@ def wind(sampler: Any, epochs: int) -> None:
 
 
 class Clock(TrainerCallback):
-    """Calls `begin(state)` when training begins, also when it is resumed, and `end()` after each optimiser step."""
+    """Where a trainer is. Begins its reference and teacher with a training, also one that is resumed, and moves the
+    teacher once per generation batch.
 
-    def __init__(self, begin: Callable[[Any], None], end: Callable[[], None]) -> None:
-        self._begin, self._end = begin, end
+    Attributes:
+        calendar: of the run, once its data are known.
+        sampler: TRL's, of the training data; None before there is one.
+        generate_every: micro-steps that one generation batch feeds.
+        evaluated: batches of the evaluation under way.
+    """
+
+    def __init__(self, trainer: Any, args: Any) -> None:
+        self.trainer, self.args = trainer, args
+        self.sampler: Any = None
+        self.calendar = calendar_of(None, args)
+        self.evaluated = 0
+        self.generate_every = args.steps_per_generation * args.num_iterations
+
+    @property
+    def now(self) -> tuple[int, int]:
+        """Optimiser steps made, and micro-steps of the next one."""
+        return self.calendar.when(self.trainer._step)
+
+    @property
+    def between_batches(self) -> bool:
+        """Whether no generation batch is half used."""
+        return bool(self.trainer._step % self.generate_every == 0)
+
+    def part(self, training: bool) -> int:
+        """`GenerationStep.part` of the generation batch that begins."""
+        if training:
+            return self.now[1]
+        self.evaluated += 1
+        return self.evaluated - 1
+
+    def next_batch(self, max_steps: int) -> tuple[int, tuple[int, int]] | None:
+        """Number of the next generation batch, optimiser steps made before it, and micro-steps of the next one; None:
+        the run of `max_steps` has no other."""
+        number = self.trainer._step // self.generate_every + 1
+        first = number * self.generate_every
+        return None if first >= self.calendar.micro_steps(max_steps) else (number, self.calendar.when(first))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._begin(state)
+        trainer = self.trainer
+        trainer.reference.begin()
+        if trainer.teacher is not None:
+            trainer.teacher.begin()
+        # TRL counts micro-steps from 0 in each process; a resumed run must know where in a generation batch it is.
+        self.calendar = calendar_of(self.sampler, self.args)
+        trainer._step = self.calendar.micro_steps(state.global_step)
+        wind(self.sampler, state.global_step // self.calendar.steps)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._end()
+        trainer = self.trainer
+        if trainer.teacher is not None and self.between_batches and not trainer.bad_steps.skipped:
+            trainer.teacher.update()

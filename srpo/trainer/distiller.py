@@ -80,6 +80,20 @@ class Distiller:
         self._head: Head | None = None
         """The teacher's, of the batch that is being trained on."""
 
+    def batch(
+        self, step: GenerationStep, batch: dict[str, Any], correct: Tensor, mask: Tensor
+    ) -> tuple[dict[str, Any], list[str | None]]:
+        """What a generation batch has to carry along, and the branch that each completion of this rank takes.
+
+        Args:
+            correct: [B] bool.
+            mask: [B, T] of trained tokens.
+        """
+        plan = self.plan(step, correct, mask)
+        rewarded = "grpo" if self.objective.rewards_others else None
+        branches = ["sdpo" if distilled else rewarded for distilled in plan.distilled.tolist()]
+        return self.targets(batch, mask, plan, step.prompts), branches
+
     def plan(self, step: GenerationStep, correct: Tensor, mask: Tensor) -> Plan:
         """Decide on all ranks' completions together, since a group may straddle ranks; keep this rank's part."""
         args, n = self.args, mask.size(0)

@@ -35,6 +35,8 @@ class GenerationStep:
     restricted, on any rank."""
     trained: Tensor | None = None
     """[B, T] 1 at the policy's tokens, in the padding of the completions; None: others wrote none."""
+    recorder: Any = None
+    """R3: what the sampler of this process reports experts to; None: it reports none."""
     expert_rows: Sequence[Tensor] | None = None
     """R3: expert ids that the sampler chose, ragged (`srpo.replay.expert_table`)."""
     expert_ids: Tensor | None = None

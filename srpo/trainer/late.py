@@ -77,8 +77,11 @@ def one_by_one_async(func: Callable[..., Awaitable[Any]], name: str, seconds: fl
     return ask
 
 
-def world_one_by_one(world: World, seconds: float) -> World:
-    """A world that says of late completions that they are lost; arguments and errors as of `one_by_one`."""
+def world_one_by_one(world: World | None, seconds: float | None) -> World | None:
+    """A world that says of late completions that they are lost; arguments and errors as of `one_by_one`. Without
+    `seconds` it is the same world."""
+    if world is None or seconds is None:
+        return world
     apart = Apart(world, "the world", "world_deadline", seconds)
 
     def ask(rows: Sequence[Any], texts: Sequence[str]) -> Columns:

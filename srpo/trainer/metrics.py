@@ -11,7 +11,8 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -274,6 +275,21 @@ class CompletionsTable:
         self.args = args
         self.failed = 0
         self._said: frozenset[str] = frozenset()
+
+    @contextmanager
+    def in_place_of_trls(self, trainer: Any, logs: dict[str, float]) -> Iterator[None]:
+        """Around TRL's `log`, which would write the table too: what was `take`n before it is written after it."""
+        ours, step = trainer.log_completions, trainer.state.global_step
+        rollouts = trainer.heldout is None or trainer.model.training
+        wanted = ours and rollouts and trainer.accelerator.is_main_process
+        table = self.take(trainer._logs, step, logs) if wanted else {}
+        trainer.log_completions = False
+        try:
+            yield
+        finally:
+            trainer.log_completions = ours
+        if table:
+            self.write(table, trainer._logs, step)
 
     def take(self, kept: Mapping[str, Any], step: int, logs: dict[str, float]) -> dict[str, list[Any]]:
         """The table of what TRL has `kept` in its `_logs`; what could not be written as it is is counted in `logs`."""

@@ -83,6 +83,11 @@ class Ahead:
         self._played = None
 
 
+def old_policy_sampled(batch: dict[str, Any], mask: torch.Tensor) -> torch.Tensor:
+    """Old log-probs [B, T] of a batch that was played ahead: the sampler's, wherever `mask` has a trained token."""
+    return torch.where(mask.bool(), batch["sampling_per_token_logps"], batch["old_per_token_logps"])
+
+
 def rows_of_batch(number: int, rows: int, prompts: int, shuffle: bool, seed: int) -> list[int]:
     """Dataset rows of the n-th generation batch of a run, over all ranks, one for each prompt: TRL's order.
 

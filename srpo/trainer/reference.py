@@ -31,6 +31,7 @@ from trl.trainer import grpo_trainer
 
 from srpo.teacher.teacher import plain_copy
 from srpo.trainer.engines import load_whole, save_whole
+from srpo.trainer.loss import sequences
 from srpo.trainer.other_weights import OtherWeights
 from srpo.trainer.precision import engine_keeps_masters
 
@@ -68,11 +69,22 @@ class Reference:
             self.weights = OtherWeights(self.accelerator.unwrap_model(self.model))
         self._begun = True
 
-    def logps(self, batch: dict[str, Any], score: Callable[..., Any], args: Any) -> Tensor:
-        """[B, T] of a batch under `weights`, by the trainer's own scoring."""
-        assert self.weights is not None
-        ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
-        attention = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+    @contextmanager
+    def in_place_of_trls(self, trainer: Any) -> Iterator[None]:
+        """Around TRL's scoring, which would take the model without its adapter for the reference."""
+        beta = trainer.beta
+        if self.weights is not None:
+            trainer.beta = 0.0
+        try:
+            yield
+        finally:
+            trainer.beta = beta
+
+    def logps(self, batch: dict[str, Any], score: Callable[..., Any], args: Any) -> dict[str, Tensor]:
+        """[B, T] of a batch under `weights`, by the trainer's own scoring, under the name that TRL's have; empty where
+        TRL's are right."""
+        if self.weights is None:
+            return {}
         size = args.per_device_train_batch_size if self.model.training else args.per_device_eval_batch_size
         extra = {name: batch[name] for name in _INPUTS if name in batch}
         with (
@@ -80,9 +92,8 @@ class Reference:
             disable_gradient_checkpointing(self.model, args.gradient_checkpointing_kwargs),
             self.weights.put_into(self.accelerator.unwrap_model(self.model)),
         ):
-            length = batch["completion_ids"].size(1)
-            scored: Tensor = score(self.model, ids, attention, length, batch_size=size, **extra)[0]
-            return scored
+            scored: Tensor = score(self.model, *sequences(batch), batch_size=size, **extra)[0]
+        return {"ref_per_token_logps": scored}
 
     def save(self, folder: str) -> None:
         """Write it into a checkpoint folder; every rank calls this, the main one writes."""

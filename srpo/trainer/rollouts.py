@@ -11,6 +11,7 @@ is that of the survivors. A group of which less than three quarters survive is d
 import copy
 from collections import Counter
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,10 +20,10 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from transformers.utils import logging
 
-from srpo.columns import checked_metric
+from srpo.columns import checked_metric, without_pictures
 from srpo.losses import note
 from srpo.rollout.batch import flatten, kept_rows, row_key, row_seeds
-from srpo.rollout.generator import TransformersGenerator
+from srpo.rollout.generator import ALL_TOKENS, TransformersGenerator
 from srpo.rollout.loop import Limits, play
 from srpo.rollout.sampling import text_of
 from srpo.rollout.vllm import VLLMGenerator
@@ -31,8 +32,8 @@ from srpo.run.watch import beat
 from srpo.teacher.masked_decisions import gathered_choices
 from srpo.trainer.generation_step import GenerationStep
 from srpo.trainer.metrics import TRUNCATED, Account, Losses, account, rollout_metrics
-from srpo.trainer.overlap import Ahead
-from srpo.trainer.sampler import sampling_of
+from srpo.trainer.overlap import Ahead, rows_of_batch
+from srpo.trainer.sampler import Sampler, sampling_of
 from srpo.types import Environment, Trajectory
 
 logger = logging.get_logger(__name__)
@@ -85,6 +86,11 @@ class Rollouts:
         if self.ahead is not None:
             self.ahead.drop()
 
+    def wait(self) -> None:
+        """Until nothing is played ahead."""
+        if self.ahead is not None:
+            self.ahead.wait()
+
     def state(self) -> dict[str, Any]:
         """For a checkpoint, as JSON."""
         return {"environment": self.environment.state_dict(), "lost_batches": self.losses.streak}
@@ -95,6 +101,54 @@ class Rollouts:
         self.losses.streak = state["lost_batches"]
 
     # ------------------------------------------------------------------------------------------------ rollouts
+
+    def batch(
+        self,
+        step: GenerationStep,
+        prompt_ids: list[Any],
+        plain: bool,
+        generator: Callable[[], AbstractContextManager[TransformersGenerator | VLLMGenerator]],
+        keep_loop: bool,
+    ) -> Played:
+        """One generation batch: as it was played ahead, or `play`ed now by what `generator()` gives."""
+        ahead = self.ahead if step.training and keep_loop else None
+        if ahead is None or (episodes := ahead.take(prompt_ids)) is None:
+            with generator() as one:
+                return self.play(step, prompt_ids, plain, one, keep_loop)
+        step.ahead = True
+        played = self.played(step, prompt_ids, plain, episodes)
+        played.metrics["rollout/ahead_wait"] = ahead.waited
+        return played
+
+    def step_ahead(self, number: int, when: tuple[int, int], mine: int, dataset: Any, shuffle: bool) -> GenerationStep:
+        """The generation batch `number` of the run, with its rows.
+
+        Args:
+            when: optimiser steps made before it, and micro-steps of the next one.
+            mine: rows of this rank.
+        """
+        prompts, start = self.args.generation_batch_size // self.group, self.accelerator.process_index * mine
+        chosen = rows_of_batch(number, len(dataset), prompts, shuffle, self.args.seed)
+        rows = [dataset[i] for i in chosen for _ in range(self.group)][start : start + mine]
+        return GenerationStep(without_pictures(rows), True, *when)
+
+    def begin_ahead(self, policy: Any, step: GenerationStep, prompt_ids: list[Any], eos_ids: list[int]) -> None:
+        """Begin to play the next generation batch with the weights that the base model `policy` has now."""
+        assert self.ahead is not None
+        sampler = Sampler(self.args, self.accelerator, self.tokenizer)  # the thread's own tokenizer
+        generator = sampler.make_generator(self.ahead.policy, eos_ids, keep_tokens=ALL_TOKENS)
+        play = self.episodes(step, prompt_ids, generator, keep_loop=True, bar=False)
+
+        def by_the_copy() -> list[Trajectory]:
+            with self.accelerator.autocast():
+                return play()
+
+        self.ahead.begin(policy, prompt_ids, by_the_copy)
+
+    @property
+    def ended(self) -> bool:
+        """Whether money or lost rollouts end the run with this step."""
+        return self.stop_because is not None or self.losses.verdict is not None
 
     def play(
         self,

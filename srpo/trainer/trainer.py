@@ -16,8 +16,8 @@ What one hook learns of a generation batch the next finds in a `GenerationStep`;
 
 import inspect
 import os
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,6 @@ from accelerate.utils import gather_object, is_peft_model
 from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
 from trl import GRPOConfig
 from trl import GRPOTrainer as TRLGRPOTrainer
@@ -37,44 +36,37 @@ from trl.trainer.utils import pad
 from srpo import columns
 from srpo.hub.hub import HubMixin
 from srpo.objectives import objective_of
-from srpo.objectives.advantages import REFERENCES
-from srpo.prefix.sharing import PrefixSharing
-from srpo.replay.metrics import audited
 from srpo.replay.passes import EXPERT_IDS, engine_that_replay_needs, replay_passes
-from srpo.replay.replay import RoutingReplay
 from srpo.rollout.generator import ALL_TOKENS
 from srpo.rollout.sampler_logprobs import batch_mismatch, settle_ends
-from srpo.rollout.sampling_rules import own_settings_aside, samples_itself
+from srpo.rollout.sampling_rules import own_settings_aside
 from srpo.rollout.thinking import opened_by
 from srpo.rollout.vllm_settings import vllm_of
 from srpo.run.signals import Interrupted, heeded
-from srpo.run.steps import check_eval_rows, check_start, check_steps_made
+from srpo.run.steps import check_eval_rows, check_steps_made
 from srpo.run.watch import part, watched
-from srpo.run.whole import AUTO, SAVING, resume_from
+from srpo.run.whole import SAVING
 from srpo.teacher import masked_decisions as masked
-from srpo.teacher.lm_head import add_scoring_head
-from srpo.teacher.teacher import plain_copy, unpatched_copy
-from srpo.trainer import rewards
+from srpo.trainer import parts, rewards
 from srpo.trainer.adapters import prepare_adapter
-from srpo.trainer.arguments import checked_config, datasets_of, init_kwargs, refuse_contradictions
+from srpo.trainer.arguments import checked_config, datasets_of, refuse_contradictions
 from srpo.trainer.bad_numbers import BAD_REWARDS, BadSteps
 from srpo.trainer.checkpoint import Checkpoints
-from srpo.trainer.clock import Clock, calendar_of, wind
+from srpo.trainer.clock import Clock
 from srpo.trainer.credit import credited
-from srpo.trainer.distiller import Distiller, nothing_distilled
+from srpo.trainer.distiller import nothing_distilled
 from srpo.trainer.engines import saved_whole
-from srpo.trainer.forward_checks import ForwardChecks, still
 from srpo.trainer.generation_step import GenerationStep
-from srpo.trainer.late import lost_rows, world_one_by_one
-from srpo.trainer.limits import EarlyWarnings, EndOnSignal, RunLimits, without_trl_warning
+from srpo.trainer.late import world_one_by_one
+from srpo.trainer.limits import EarlyWarnings, EndOnSignal, RunLimits
 from srpo.trainer.loss import loss_of, sequences
-from srpo.trainer.metrics import Alarms, CompletionsTable, Losses, gathered_metrics
+from srpo.trainer.metrics import Alarms, CompletionsTable, Losses
 from srpo.trainer.micro_batches import micro_batches
-from srpo.trainer.overlap import Ahead, refuse_ahead, rows_of_batch
-from srpo.trainer.precision import engine_keeps_masters, train_in_fp32
+from srpo.trainer.overlap import old_policy_sampled
+from srpo.trainer.precision import train_in_fp32
 from srpo.trainer.reference import Reference, reference_of
-from srpo.trainer.rollouts import Rollouts
 from srpo.trainer.sampler import Sampler
+from srpo.trainer.scoring import Scoring
 from srpo.types import FEEDBACK, Environment, World
 
 logger = logging.get_logger(__name__)
@@ -132,31 +124,22 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
         self.recipe, self.save_beside = recipe, save_beside
         self.heldout_table: str | None = None
         self.heldout_results: Sequence[Mapping[str, Any]] = ()
-        late = args.world_deadline
-        self.world = world if world is None or late is None else world_one_by_one(world, late)
-        self.environment = environment
+        self.world, self.environment = world_one_by_one(world, args.world_deadline), environment
         self.correctness, self.allowed_tokens, self.heldout = correctness, allowed_tokens, heldout
         self.generation_step = GenerationStep(scored=True)  # a resumed run may begin inside of one
-        self._train_sampler: Any = None
-        self.calendar = calendar_of(None, args)
-        self._evaluated = 0  # batches of an evaluation
+        self.clock = Clock(self, args)
 
         # `rest` are TRL's further arguments by position.
         given = inspect.signature(TRLGRPOTrainer).bind(model, reward_funcs, args, train_dataset, *rest, **kwargs)
         peft_config = given.arguments.get("peft_config")
-        has_adapter = peft_config is not None or (not isinstance(model, str) and is_peft_model(model))
-        distils = self._record.distils(args)
-        if not isinstance(model, str) and not has_adapter:
-            train_in_fp32(model, args)  # before it is copied: teacher and reference take the policy's precision
-        needs_copy = distils and args.teacher_model_kind != "live" and not has_adapter
-        in_fp32 = args.teacher_model_kind == "ema" or not engine_keeps_masters(args)
-        twin = unpatched_copy(model, init_kwargs(args), in_fp32) if needs_copy else None
+        twin = parts.twin_of(model, args, peft_config, self._record.distils(args))
         refuse_contradictions(args, given.arguments, world, environment, allowed_tokens)
 
         with (
             vllm_of(self, args),
             engine_that_replay_needs(args),
             reference_of(model, peft_config, args) as own_reference,
+            parts.evaluates_by(heldout, args),
         ):
             functions = rewards.checked_rewards(
                 reward_funcs,
@@ -164,89 +147,46 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
                 args.reward_deadline,
                 lambda causes: self.generation_step.lose(causes),
             )
-            evaluated = args.eval_strategy
-            if heldout is not None:
-                args.eval_strategy = IntervalStrategy.NO  # else transformers asks for an eval_dataset
             super().__init__(model, functions, args, train_dataset, *rest, **kwargs)
-            args.eval_strategy = evaluated
         self.beta = args.beta
         self.args.logging_nan_inf_filter = False  # it would log the loss of such a step as 0
         self.bad_steps = BadSteps(args.max_bad_steps, self.accelerator, self._tokenizer)
         self.end_on_signal = EndOnSignal(self.accelerator)
         self.alarms = Alarms(args.diagnostics_warning_interval, logger.warning)
-        warnings = EarlyWarnings(self.alarms, args.stop_on, self.max_completion_length)
-        self.limits: list[Any] = [self.bad_steps, warnings]
-        for callback in (*self.limits, self.end_on_signal):
-            self.add_callback(callback)
         engine = self.vllm_generation if self.use_vllm else None
         self.reference = Reference(self.model, self.ref_model, own_reference, self.accelerator)
-        refused = self._is_vlm or bool(getattr(self, "tools", None))
-        self.replay_passes = replay_passes(self.model, args, refused, engine)
+        self.replay_passes = replay_passes(
+            self.model, args, self._is_vlm or bool(getattr(self, "tools", None)), engine
+        )
         for data in [] if self._is_vlm else datasets_of(given.arguments):
             columns.check_no_pictures(data)
         train_in_fp32(self.model, args)
         if is_peft_model(self.model):
             prepare_adapter(self.model, self.accelerator)
-        self.eos_token_ids = settle_ends(self.model, self._tokenizer, args, self.generation_config, engine)
-        if engine is None:
-            pad = self._tokenizer.pad_token_id
-            self.generation_kwargs.update(eos_token_id=self.eos_token_ids, pad_token_id=pad)
+        self.eos_token_ids = settle_ends(self, engine)
         columns.check_reward_names(self.reward_func_names)
         self.table = CompletionsTable(args)
 
         self.sampler = Sampler(args, self.accelerator, self._tokenizer)
-        needs = {
-            "environment=": environment is not None,
-            "allowed_tokens=": allowed_tokens is not None,
-            "loss_type: minirl": self._record.sampler_logps,
-            f"routing_replay: {args.routing_replay}": self.replay_passes is not None,
-        }
-        self.samples_itself = engine is None and samples_itself(
-            args, self.model, self._is_vlm, [name for name, needed in needs.items() if needed]
-        )
-        self.rollouts: Rollouts | None = None
+        self.samples_itself = parts.our_generator_samples(self)
+        self.rollouts = parts.rollouts_of(environment, self)
         if environment is not None:
             self.mask_truncated_completions = False  # TRL looks at the last token; here the stop reason says it
-            self.rollouts = Rollouts(environment, args, self.accelerator, self._tokenizer, self.num_generations)
-            if args.rollout_ahead:
-                sharded = self._dist.is_zero3 or self._dist.is_fsdp
-                refuse_ahead(args, is_peft_model(self.model), sharded, self.train_dataset)
-                self.rollouts.ahead = Ahead(plain_copy(self._base(self.model)))
         self.losses = Losses(args.max_lost_share, args.max_lost_batches) if not self.rollouts else self.rollouts.losses
-        self.limits.append(RunLimits(self.losses, self.rollouts))
-        self.add_callback(self.limits[-1])
-        replay = None if self.replay_passes is None else self.replay_passes.replay
-        self.sharing = self._add_scoring_head(self._base(self.model), replay)
-        for other in filter(None, (self.ref_model, twin)):
-            self._add_scoring_head(self._base(other), None)
-        self.add_callback(Clock(self._begin_training, self._end_step))
-        self.distiller: Distiller | None = None
-        if distils and not self._is_vlm:
-            words = (self._tokenizer, lambda prompts: self._tokenize_prompts(prompts)[0])
-            student, metrics = (self.model, twin), self._metrics["train"]
-            self.distiller = Distiller(self._record, *student, args, self.accelerator, *words, metrics)
+        self.sharing = parts.share_prefixes(self, twin)
+        warnings = EarlyWarnings(self.alarms, args.stop_on, self.max_completion_length)
+        money = RunLimits(self.losses, self.rollouts)
+        self.limits: list[Any] = [self.bad_steps, warnings, money]
+        for callback in (self.bad_steps, warnings, self.end_on_signal, money, self.clock):
+            self.add_callback(callback)
+        self.distiller = parts.distiller_of(self, twin)
         self.teacher = None if self.distiller is None else self.distiller.teacher
         self.loss = None if self._record.loss is None else loss_of(self)
+        kept = (self.losses, self.bad_steps, self.table, self.accelerator, self._add_metrics)
+        self.scoring = Scoring(self.world, *kept, environment is not None, args.reward_deadline is not None)
         self.checkpoints = Checkpoints(self.accelerator, self.reference, self.distiller, self.rollouts)
-        if args.disable_dropout:
-            for noisy in filter(None, (self.model, self.ref_model)):
-                still(noisy)
-        if not self._is_vlm:
-            others = [self.ref_model, None if self.teacher is None else self.teacher.model]
-            models = [self._base(m) for m in (self.model, *others) if m is not None]
-            self.add_callback(ForwardChecks(self.model, models, args, self.accelerator.autocast))
-
-    def _add_scoring_head(self, base: PreTrainedModel, replay: RoutingReplay | None) -> PrefixSharing:
-        mode = "off" if self._is_vlm else self.args.shared_prefix
-        sharded = self.accelerator.distributed_type in ("DEEPSPEED", "FSDP")
-        sharing = PrefixSharing(base, mode, sharded, replay)
-        add_scoring_head(base, sharing, self.temperature)
-        return sharing
-
-    def _base(self, model: torch.nn.Module) -> PreTrainedModel:
-        """The transformers model inside."""
-        base = self.accelerator.unwrap_model(model)
-        return base.get_base_model() if is_peft_model(base) else base
+        if (checks := parts.forward_checks_of(self)) is not None:
+            self.add_callback(checks)
 
     def _add_metrics(self, training: bool, values: Mapping[str, float]) -> None:
         """TRL averages what is appended until the next log."""
@@ -257,7 +197,7 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
     def _prepare_inputs(self, generation_batch: Any) -> Any:
         if self._is_vlm or not self.model.training:
             return super()._prepare_inputs(generation_batch)
-        if self._step % self._generate_every == 0 or self._buffered_inputs is None:
+        if self.clock.between_batches or self._buffered_inputs is None:
             scored = self._generate_and_score_completions(generation_batch)
             shared = self.sharing.attention is not None
             self._buffered_inputs = micro_batches(scored, self.args, self.accelerator, self.aux_loss_enabled, shared)
@@ -266,22 +206,15 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
     @part("scoring")
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         rows = inputs if self._is_vlm else columns.without_pictures(inputs)
-        if self.model.training:
-            _, micro = self.calendar.when(self._step)
-        else:
-            micro, self._evaluated = self._evaluated, self._evaluated + 1
+        micro = self.clock.part(self.model.training)
         step = self.generation_step = GenerationStep(rows, self.model.training, self.state.global_step, micro)
-        own_reference = self.reference.weights is not None
-        beta, self.beta = self.beta, 0.0 if own_reference else self.beta  # TRL's is the model without its adapter
-        try:
+        with self.reference.in_place_of_trls(self):
             batch = super()._generate_and_score_completions(rows)
-        finally:
-            self.beta = beta
-        if own_reference:
-            score = self._get_per_token_logps_and_entropies
-            batch["ref_per_token_logps"] = self.reference.logps(batch, score, self.args)
+        batch |= self.reference.logps(batch, self._get_per_token_logps_and_entropies, self.args)
         if step.ahead and "old_per_token_logps" not in batch:
-            batch["old_per_token_logps"] = self._scored_now(batch)
+            with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+                score, size = self._get_per_token_logps_and_entropies, self.args.per_device_train_batch_size
+                batch["old_per_token_logps"] = score(self.model, *sequences(batch), batch_size=size)[0]
         step.scored = True
         if step.bad_rewards is not None:
             batch[BAD_REWARDS] = step.bad_rewards
@@ -293,16 +226,16 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
             batch |= self.replay_passes.batch(step, batch)
         mask = batch["completion_mask"] * batch.get("tool_mask", 1)
         if step.ahead and not self._record.sampler_logps:  # else the loss tells the two apart
-            sampler, now = batch["sampling_per_token_logps"], batch["old_per_token_logps"]
-            batch["old_per_token_logps"] = torch.where(mask.bool(), sampler, now)
-        if step.training and self._record.credit is not None:
-            self._credit(step, batch)
+            batch["old_per_token_logps"] = old_policy_sampled(batch, mask)
+        correct = rewards.correct(step, self.args, self.correctness) if step.training else None
+        if correct is not None and self._record.credit is not None:
+            logged = self._logs["advantages"]
+            batch["advantages"], below = credited(self._record, step, correct, self.args, self.accelerator, logged)
+            self._add_metrics(True, {f"{self.objective}/below_baseline": below})
         branches: list[str | None] = ["grpo"] * len(rows)
-        if step.training and self.distiller is not None:
-            plan = self.distiller.plan(step, rewards.correct(step, self.args, self.correctness), mask)
-            batch |= self.distiller.targets(batch, mask, plan, step.prompts)
-            rewarded = "grpo" if self._record.rewards_others else None
-            branches = ["sdpo" if z else rewarded for z in plan.distilled.tolist()]
+        if correct is not None and self.distiller is not None:
+            targets, branches = self.distiller.batch(step, batch, correct, mask)
+            batch |= targets
         elif self._record.loss is not None and (step.training or self._record.branch is None):
             batch |= nothing_distilled(mask)
         self._logs["extra"]["branch"].extend(gather_object(branches))
@@ -320,26 +253,17 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
     def _generate(self, prompts: list[Any]) -> tuple[Any, ...]:
         step = self.generation_step
         if self.rollouts is None:
-            output, recorder = super()._generate(prompts), None
-            prompt_ids = output[0]
+            output = super()._generate(prompts)
             if self.allowed_tokens is not None:
                 found = [[tuple(some or ()) for some in self.allowed_tokens(list(ids))] for ids in output[1]]
                 step.choices = masked.gathered_choices(found, self.pad_to_multiple_of, self.accelerator.device)
         else:
             prompt_ids = self._tokenize_prompts(prompts)[0]
             in_training, plain = getattr(self, "is_in_train", False), isinstance(prompts[0], str)
-            ahead = self.rollouts.ahead if step.training and in_training else None
-            recorder = None
-            if ahead is not None and (episodes := ahead.take(prompt_ids)) is not None:
-                step.ahead = True
-                played = self.rollouts.played(step, prompt_ids, plain, episodes)
-                self._add_metrics(True, {"rollout/ahead_wait": ahead.waited})
-            else:
-                turns = nullcontext() if self.replay_passes is None else self.replay_passes.turns(step)
-                with turns as recorder, self._generator(recorder) as generator:
-                    played = self.rollouts.play(step, prompt_ids, plain, generator, in_training)
-            if ahead is not None:
-                self._play_ahead(ahead)
+            generator = partial(self._generator, step)
+            played = self.rollouts.batch(step, prompt_ids, plain, generator, keep_loop=in_training)
+            if step.training and in_training and self.rollouts.ahead is not None:
+                self._play_ahead(len(prompts))
             output = played.output
             if step.training:
                 self.state.num_input_tokens_seen += played.tokens
@@ -348,123 +272,70 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
         if (masks := output[2]) is not None:
             ours = [torch.tensor(mask) for mask in masks]
             step.trained = pad(ours, 0, "right", self.pad_to_multiple_of).to(self.accelerator.device)
-        step.opened = [opened_by(self._tokenizer, ids) for ids in prompt_ids]
+        step.opened = [opened_by(self._tokenizer, ids) for ids in output[0]]
         if self.replay_passes is not None:
-            self.replay_passes.take(step, output, recorder)
+            self.replay_passes.take(step, output)
         return output
 
-    def _play_ahead(self, ahead: Ahead) -> None:
-        """Begin the next generation batch, if this run has one."""
+    def _play_ahead(self, mine: int) -> None:
+        """Begin the next generation batch, `mine` rows of it here, if this run has one."""
         assert self.rollouts is not None
-        if self.rollouts.stop_because is not None or self.rollouts.losses.verdict is not None:
+        if self.rollouts.ended or (coming := self.clock.next_batch(self.state.max_steps)) is None:
             return
-        args, every, group = self.args, self._generate_every, self.num_generations
-        number = self._step // every + 1
-        if number * every >= self.calendar.micro_steps(self.state.max_steps):
-            return
-        data, prompts = self.train_dataset, args.generation_batch_size // group
-        chosen = rows_of_batch(number, len(data), prompts, bool(self.shuffle_dataset), args.seed)
-        mine, start = len(self.generation_step.rows), self.accelerator.process_index * len(self.generation_step.rows)
-        rows = [data[i] for i in chosen for _ in range(group)][start : start + mine]
-        step = GenerationStep(columns.without_pictures(rows), True, *self.calendar.when(number * every))
+        step = self.rollouts.step_ahead(*coming, mine, self.train_dataset, bool(self.shuffle_dataset))
         prompt_ids = self._tokenize_prompts([row["prompt"] for row in step.rows])[0]
-        sampler = Sampler(args, self.accelerator, self.rollouts.tokenizer)  # the thread's own tokenizer
-        generator = sampler.make_generator(ahead.policy, self.eos_token_ids, keep_tokens=ALL_TOKENS)
-        play = self.rollouts.episodes(step, prompt_ids, generator, keep_loop=True, bar=False)
+        self.rollouts.begin_ahead(parts.base_of(self, self.model), step, prompt_ids, self.eos_token_ids)
 
-        def by_the_copy() -> Any:
-            with self.accelerator.autocast():
-                return play()
-
-        ahead.begin(self._base(self.model), prompt_ids, by_the_copy)
-
-    def _scored_now(self, batch: dict[str, Any]) -> Tensor:
-        """Log-probs [B, T] of a generation batch under the newest weights, as TRL scores the old policy's."""
-        score, size = self._get_per_token_logps_and_entropies, self.args.per_device_train_batch_size
-        with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
-            found: Tensor = score(self.model, *sequences(batch), batch_size=size)[0]
-        return found
-
-    def _generator(self, recorder: Any) -> Any:
-        """A context: the policy's generator for one batch of episodes."""
+    @contextmanager
+    def _generator(self, step: GenerationStep) -> Iterator[Any]:
+        """The policy's generator for one batch of episodes."""
         assert self.rollouts is not None
-        if not self.use_vllm:
-            how: dict[str, Any] = {"recorder": recorder, "keep_tokens": ALL_TOKENS}
-            return self.sampler.policy(self.model_wrapped, self._dist, self.eos_token_ids, **how)
-        if self.state.global_step != self._last_loaded_step:
+        if self.use_vllm and self.state.global_step != self._last_loaded_step:
             self.vllm_generation.sync_weights()
             self._last_loaded_step = self.state.global_step
-        return nullcontext(self.rollouts.vllm(self.vllm_generation, self.eos_token_ids))
+        with nullcontext() if self.replay_passes is None else self.replay_passes.turns(step):
+            if self.use_vllm:
+                yield self.rollouts.vllm(self.vllm_generation, self.eos_token_ids)
+                return
+            with self._sampler(recorder=step.recorder, keep_tokens=ALL_TOKENS) as generator:
+                yield generator
+
+    def _sampler(self, **how: Any) -> Any:
+        return self.sampler.policy(self.model_wrapped, self._dist, self.eos_token_ids, **how)
 
     def _generate_single_turn(self, prompt_ids: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         step, passes = self.generation_step, self.replay_passes
         if not self.samples_itself:
-            recorder = None
             policy = self.accelerator.unwrap_model(self.model)
             with nullcontext() if self.use_vllm else own_settings_aside(policy):
                 completion_ids, logprobs = super()._generate_single_turn(prompt_ids, *args, **kwargs)
         else:
             allowed = None if self.allowed_tokens is None else self.allowed_tokens.after
-            how: dict[str, Any] = {"allowed": allowed, "keep_tokens": None}
-            sampler = partial(self.sampler.policy, self.model_wrapped, self._dist, self.eos_token_ids)
-            recording = nullcontext() if passes is None else passes.sampling(step)
-            with recording as recorder, sampler(recorder=recorder, **how) as generator:
+            with (
+                nullcontext() if passes is None else passes.sampling(step),
+                self._sampler(recorder=step.recorder, allowed=allowed, keep_tokens=None) as generator,
+            ):
                 samples = self.sampler.completions(generator, step, prompt_ids)
             completion_ids = [list(sample.ids) for sample in samples]
             read = self._record.sampler_logps or self.args.routing_replay != "off"
             logprobs = [list(sample.logprobs) for sample in samples] if read and step.training else None
         if passes is not None:
-            passes.sampled(step, prompt_ids, completion_ids, recorder)
+            passes.sampled(step, prompt_ids, completion_ids)
         return completion_ids, logprobs
 
     @part("reward")
     def _calculate_rewards(
         self, inputs: list[dict[str, Any]], prompts: list[Any], completions: list[Any], completion_ids_list: list[Any]
     ) -> Tensor:
-        step = self.generation_step
-        texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
-        step.opened = step.opened or [""] * len(texts)
-        step.rows = inputs
-        taken = {*self.reward_func_names, *columns.TABLE_COLUMNS}
-        with part("world"):
-            step.columns, repaired = rewards.columns_of(step, texts, self.world, taken)
-        has_world = self.world is not None or self.environment is not None
-        rows = rewards.rows_with_columns(inputs, step.columns, has_world)
-        step.references = [row.get(REFERENCES) for row in rows]
-        lost = [row.get(columns.LOST_ROW) is not None for row in rows]
-        late = self.args.reward_deadline is not None
-        with without_trl_warning() if any(lost) or late else nullcontext():
+        step, taken = self.generation_step, {*self.reward_func_names, *columns.TABLE_COLUMNS}
+        step.prompts, step.completion_ids = prompts, completion_ids_list  # an environment may have added to a prompt
+        rows = self.scoring.rows(step, inputs, completions, taken)
+        with self.scoring.quiet(rows):
             scored = super()._calculate_rewards(rows, prompts, completions, completion_ids_list)
-        rewards_per_func = rewards.of_models(scored, self.reward_funcs)
-        if has_world or late:
-            gone, counted = lost_rows(step, len(texts), self.losses, counted=self.rollouts is not None)
-            self._add_metrics(step.training, counted)
-            # A lost rollout has no reward, whatever a reward model says of it.
-            everyone = torch.tensor(gone, device=rewards_per_func.device)
-            rewards_per_func = rewards_per_func.masked_fill(everyone.unsqueeze(1), torch.nan)
-        rewards.extra_columns(self._pending_extra_logs, step, self._logs["extra"], len(texts))
-        step.prompts = prompts  # as the policy saw them: an environment may have added its first observation
-        step.completion_ids = completion_ids_list
-        step.truncated = rewards.cut_short(step, {*self.eos_token_ids, self._tokenizer.pad_token_id})
-        start = self.accelerator.process_index * len(prompts)
-        mine = slice(start, start + len(prompts))
-        rewards_per_func, step.bad_rewards = self.bad_steps.rewards(rewards_per_func, mine)
-        step.rewards = rewards.summed(rewards_per_func[mine], self.reward_weights)
-        self._add_metrics(step.training, gathered_metrics(step.columns, len(texts)))
-        if repaired := gather_object(repaired):
-            self._add_metrics(step.training, {"records/repaired": len(repaired)})
-            self.table.say(f"texts of the world are no valid Unicode, and were repaired: {repaired[0]}", step.number)
-        return rewards_per_func
-
-    def _credit(self, step: GenerationStep, batch: dict[str, Any]) -> None:
-        success = rewards.correct(step, self.args, self.correctness)
-        batch["advantages"], everyone = credited(self._record, step, success, self.args, self.accelerator)
-        logged = self._logs["advantages"]
-        for _ in everyone:
-            logged.pop()
-        logged.extend(everyone)
-        below = sum(a < 0 for a in everyone) / len(everyone)
-        self._add_metrics(True, {f"{self.objective}/below_baseline": below})
+        ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
+        settled = self.scoring.settled(step, scored, self.reward_funcs, self.reward_weights, ends)
+        rewards.extra_columns(self._pending_extra_logs, step, self._logs["extra"], len(rows))
+        return settled
 
     def _get_per_token_logps_and_entropies(
         self, model: Any, input_ids: Tensor, attention_mask: Tensor, *args: Any, **kwargs: Any
@@ -478,15 +349,14 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
 
     def _among(self, model: torch.nn.Module, choices: Tensor | None, trained: Tensor | None) -> Any:
         """A context: passes of the model score those of their tokens that are trained on, among `choices`."""
-        return masked.scored_among(self._base(model), choices, trained)
+        return masked.scored_among(parts.base_of(self, model), choices, trained)
 
     @part("loss")
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        if (passes := self.replay_passes) is not None and EXPERT_IDS in inputs:
-            steps, micro = self.calendar.when(self._step)
-            if passes.audit_due(steps, first=micro == 0):
-                self._audit(passes.replay, inputs)
-            passes.replay.arm(inputs[EXPERT_IDS])
+        if self.replay_passes is not None and EXPERT_IDS in inputs:
+            clip, score = (self.epsilon_low, self.epsilon_high), partial(self._rescored, inputs)
+            numbers = self.replay_passes.arm(inputs, self.clock.now, score, clip, self.accelerator)
+            self._add_metrics(True, numbers)
         loss = super().compute_loss(model, inputs, *args, **kwargs)
         if self.model.training:
             return self.bad_steps.loss(inputs, loss)
@@ -497,15 +367,11 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
         self.bad_steps.norm(norm)
         return norm
 
-    def _audit(self, replay: RoutingReplay, inputs: dict[str, Any]) -> None:
-        ids, attention, length = sequences(inputs)
-
-        def score() -> Tensor:
-            with self._among(self.model, inputs.get("choices"), inputs.get("tool_mask")):
-                return self._get_per_token_logps_and_entropies(self.model, ids, attention, length)[0]
-
-        clip = (self.epsilon_low, self.epsilon_high)
-        self._add_metrics(True, audited(score, replay, inputs, clip, self.accelerator))
+    def _rescored(self, inputs: dict[str, Any]) -> Tensor:
+        """Log-probs [B, T] of a micro-batch under the weights of now."""
+        with self._among(self.model, inputs.get("choices"), inputs.get("tool_mask")):
+            logps: Tensor = self._get_per_token_logps_and_entropies(self.model, *sequences(inputs))[0]
+        return logps
 
     def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> Tensor:
         with self._among(model, inputs.get("choices"), inputs.get("tool_mask")):
@@ -532,12 +398,7 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
         return torch.where(loss.isfinite(), loss, 0.0)  # transformers adds it up, and never gets rid of a NaN
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *rest: Any, **kwargs: Any) -> Any:
-        given = resume_from_checkpoint
-        found = resume_from(given, self.args.output_dir) if given in AUTO else given
-        check_start(self.train_dataset, self.args, found)
-        found = resume_from(found, self.args.output_dir)
-        if found is not None:
-            self.checkpoints.refuse_other_run(found)
+        found = self.checkpoints.to_resume(resume_from_checkpoint, self.args, self.train_dataset)
         if self.args.eval_strategy != "no" and self.heldout is None:
             check_eval_rows(self.eval_dataset, self.args, self.num_generations_eval)
         hang, wait = self.args.hang_deadline, self.args.ddp_timeout
@@ -561,8 +422,9 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
 
     @part("evaluation", prefix=True)
     def evaluate(self, eval_dataset: Any = None, *rest: Any, **kwargs: Any) -> Any:
-        self._wait_ahead()
-        self._evaluated = 0
+        if self.rollouts is not None:
+            self.rollouts.wait()
+        self.clock.evaluated = 0
         if self.heldout is not None and eval_dataset is None:
             self.model.eval()  # what is logged now is no training step
             found = {f"eval_{name}": float(value) for name, value in self.heldout().items()}
@@ -577,31 +439,9 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
             metrics["eval_reward"] = float("nan")
         return metrics
 
-    def _wait_ahead(self) -> None:
-        if self.rollouts is not None and self.rollouts.ahead is not None:
-            self.rollouts.ahead.wait()
-
     def _get_train_sampler(self, dataset: Any = None) -> Any:
-        self._train_sampler = super()._get_train_sampler(dataset)
-        return self._train_sampler
-
-    @property
-    def _generate_every(self) -> int:
-        """Micro-steps that one generation batch feeds."""
-        return self.args.steps_per_generation * self.args.num_iterations
-
-    def _begin_training(self, state: Any) -> None:
-        self.reference.begin()
-        if self.teacher is not None:
-            self.teacher.begin()
-        # TRL counts micro-steps from 0 in each process; a resumed run must know where in a generation batch it is.
-        self.calendar = calendar_of(self._train_sampler, self.args)
-        self._step = self.calendar.micro_steps(state.global_step)
-        wind(self._train_sampler, state.global_step // self.calendar.steps)
-
-    def _end_step(self) -> None:
-        if self.teacher is not None and self._step % self._generate_every == 0 and not self.bad_steps.skipped:
-            self.teacher.update()
+        self.clock.sampler = super()._get_train_sampler(dataset)
+        return self.clock.sampler
 
     @part("save")
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -620,9 +460,10 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
     @part("save")
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         self.bad_steps.check_weights(self.model)
-        self._wait_ahead()
+        if self.rollouts is not None:
+            self.rollouts.wait()
         theirs = partial(super()._save_checkpoint, model, trial)
-        inside = self._step % self._generate_every != 0
+        inside = not self.clock.between_batches
         output = Path(self._get_output_dir(trial)).parent
         self.checkpoints.write(self, output, theirs, self._buffered_inputs if inside else None)
 
@@ -650,18 +491,10 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
         super()._log_metric(name, columns.checked_metric("log_metric", name, value))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        ours, step = self.log_completions, self.state.global_step
-        of_rollouts = ours and self.accelerator.is_main_process and (self.heldout is None or self.model.training)
-        table = self.table.take(self._logs, step, logs) if of_rollouts else {}
-        if "loss" in logs:
-            logs |= self.bad_steps.since_logged()
-        self.log_completions = False  # TRL's own part of this
-        try:
+        with self.table.in_place_of_trls(self, logs):
+            if "loss" in logs:
+                logs |= self.bad_steps.since_logged()
             super().log(logs, start_time)  # adds the averaged metrics to `logs`
-        finally:
-            self.log_completions = ours
-        if table:
-            self.table.write(table, self._logs, step)
         if self.model.training and self.replay_passes is not None:
             numbers = {name: value for name, value in logs.items() if isinstance(value, float)}
             self.replay_passes.alarms.observe(numbers)

@@ -15,6 +15,7 @@ from srpo.rollout.batch import kept_rows, most_choices, padded_choices, row_seed
 from srpo.teacher.lm_head import capture_hidden
 from srpo.teacher.masked_decisions import scored_among
 from srpo.trainer.limits import LostRollouts
+from srpo.trainer.parts import base_of
 from srpo.types import Observation
 
 FRAME = {"before": "<|im_end|>\n<|im_start|>user\n", "after": "<|im_end|>\n<|im_start|>assistant\n"}
@@ -107,7 +108,7 @@ def test_only_tokens_that_are_trained_on_reach_the_head(tmp_path, monkeypatch, o
         changes = {"objective": objective, "beta": 0.1, "num_iterations": 2, "success_reward_threshold": 0.4}
         made = made_trainer(tmp_path, world, **changes, shared_prefix=mode)
         if mode == "off":
-            made._among = lambda network, choices, _, base=made._base: scored_among(base(network), choices)
+            made._among = lambda network, choices, _, made=made: scored_among(base_of(made, network), choices)
         batch = scored(made)
         made.current_gradient_accumulation_steps = 1
         loss = made._compute_loss(made.model, batch)

@@ -9,13 +9,15 @@ import replay_cases as moe
 import torch
 from peft import LoraConfig
 
+from srpo.trainer.parts import base_of
+
 STEPS = 20
 
 
 def spied(made: Any) -> list[tuple[bool, bool]]:
     """(with gradient, packed) of each pass of the policy's backbone."""
     seen: list[tuple[bool, bool]] = []
-    base = made._base(made.model)
+    base = base_of(made, made.model)
 
     def look(_module: Any, _args: Any, kwargs: Any) -> None:
         mask = kwargs.get("attention_mask")
