@@ -65,10 +65,12 @@ class Call:
         self._request = request
         self._reported: dict[str, Any] = {}
         self._seen: list[str] | None = None  # what the member wrote; None: nothing came
+        self._billed: Bill | None = None  # of all that came; None: not known
         self.began = False
 
     def note(self, document: dict[str, Any]) -> None:
         """Note what a body says of usage, an error too."""
+        self._billed = None
         if isinstance(document.get("usage"), dict):
             self._reported = {"usage": document["usage"]}
 
@@ -81,15 +83,17 @@ class Call:
 
     def bill(self) -> Bill | None:
         """Of what came so far; None: nothing did, and no usage was reported."""
-        request = self._request
-        return bill(
-            self._reported,
-            prompt_bound=request.prompt_bound,
-            max_tokens=request.limit,
-            seen=None if self._seen is None else "".join(self._seen),
-            reasoning_bound=request.reasoning_bound,
-            long_writes=(self._member.cache_seconds or 0.0) >= HOUR,
-        )
+        if self._billed is None:
+            request = self._request
+            self._billed = bill(
+                self._reported,
+                prompt_bound=request.prompt_bound,
+                max_tokens=request.limit,
+                seen=None if self._seen is None else "".join(self._seen),
+                reasoning_bound=request.reasoning_bound,
+                long_writes=(self._member.cache_seconds or 0.0) >= HOUR,
+            )
+        return self._billed
 
     @property
     def usage(self) -> Usage:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -64,12 +65,20 @@ def test_many_queries_are_decided_as_one_by_one(router: QueryRouter) -> None:
 
 def test_many_take_as_many_forwards_as_one(router: QueryRouter) -> None:
     def forwards(queries: list[str]) -> int:
-        before = router._batches._generator.forwards  # type: ignore[attr-defined]
+        before = router._generator.forwards
         router.route_all(queries)
-        return router._batches._generator.forwards - before  # type: ignore[attr-defined]
+        return router._generator.forwards - before  # type: ignore[attr-defined]
 
     forwards(["sum of 1 and 2"] * 2)  # then the beginning of all prompts is known
     assert forwards(["sum of 1 and 2"] * 8) == forwards(["sum of 1 and 2"])
+
+
+def test_threads_take_turns_and_no_decision_leaves_its_cache_behind(router: QueryRouter) -> None:
+    alone = [router.route(question) for question in QUESTIONS]
+    with ThreadPoolExecutor(8) as pool:
+        for one, other in zip(pool.map(router.route, QUESTIONS * 4), alone * 4, strict=True):
+            assert (one.member, one.text, one.prompt_tokens) == (other.member, other.text, other.prompt_tokens)
+    assert not router._generator._kept
 
 
 def test_members_can_be_dropped_for_a_call_and_at_load(router: QueryRouter, policy: Path) -> None:

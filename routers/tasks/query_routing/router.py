@@ -11,6 +11,7 @@ of which are scored (`srpo.rollout.constrained`). Evaluation, command line and s
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,16 +23,16 @@ from routers.language.prompts import stated_cost_weight
 from routers.router import CannotDo, Decision, Router, RouterFile, check_queries, members_now
 from routers.tasks.query_routing.settings import KIND, QuerySettings
 from srpo.rollout.constrained import Node, OneOf, choice_probabilities
-from srpo.rollout.generator import Request, TransformersGenerator
+from srpo.rollout.generator import Request, Sample, TransformersGenerator
 from srpo.rollout.sampling import Sampling, text_of
-from srpo.rollout.shared import Batches, load_checkpoint
+from srpo.rollout.shared import load_checkpoint
 from srpo.rollout.special_tokens import end_ids
 from srpo.rollout.thinking import opened_by
 from srpo.rollout.untrusted import LockedTokenizer, without_control_tokens
 
 
 class QueryRouter(Router):
-    """Routes single queries. Safe in many threads at once; close it at the end.
+    """Routes single queries. Safe in many threads: one decides at a time, `route_all` many queries together.
 
     Args:
         model, tokenizer: the policy, in evaluation mode.
@@ -65,7 +66,7 @@ class QueryRouter(Router):
         self._masks: dict[tuple[str, ...], OneOf] = {}
         self._numbers = itertools.count()
         self._mask(self.members)  # a name that cannot be written is an error now
-        generator = TransformersGenerator(
+        self._generator = TransformersGenerator(
             model,
             self._tokenizer,
             Sampling(temperature=0, stop=(settings.grammar.open(settings.grammar.route),)),
@@ -73,7 +74,7 @@ class QueryRouter(Router):
             keep_tokens=cache_tokens,
         )
         self._max_batch = max_batch
-        self._batches = Batches(generator, max_batch)
+        self._deciding = threading.Lock()
 
     @classmethod
     def load(
@@ -130,9 +131,6 @@ class QueryRouter(Router):
         self._tokenizer.save_pretrained(folder)
         self.settings.with_members(self.members).save(folder, self._made_from)
 
-    def close(self) -> None:
-        self._batches.close()
-
     def _mask(self, pool: Sequence[Member]) -> OneOf:
         names = tuple(member.name for member in pool)
         if names not in self._masks:
@@ -152,19 +150,26 @@ class QueryRouter(Router):
             for query in queries
         ]
         rows = [next(self._numbers) for _ in queries]
-        turns = self._batches.ask(
-            [
-                Request(row, tuple(prompt), "", self.settings.completion_tokens, allowed=mask.after)
-                for row, prompt in zip(rows, prompts, strict=True)
-            ]
-        )
-        begun = {n: found for n, turn in enumerate(turns) if (found := mask.inside(turn.ids)) is not None}
-        forks = [(tree, [*prompts[n], *turns[n].ids[:length]], rows[n]) for n, (length, tree) in begun.items()]
-        chosen = dict(zip(begun, choice_probabilities(self._batches.ask, forks) if forks else (), strict=True))
+        wanted = [
+            Request(row, tuple(prompt), "", self.settings.completion_tokens, allowed=mask.after)
+            for row, prompt in zip(rows, prompts, strict=True)
+        ]
+        with (
+            self._deciding
+        ):  # in the thread that asks: to wake another, and be woken, is a share of a small model's time
+            turns = self._generate(wanted)
+            begun = {n: found for n, turn in enumerate(turns) if (found := mask.inside(turn.ids)) is not None}
+            forks = [(tree, [*prompts[n], *turns[n].ids[:length]], rows[n]) for n, (length, tree) in begun.items()]
+            chosen = dict(zip(begun, choice_probabilities(self._generate, forks), strict=True))
+            self._generator.over(rows)
         return [
             self._decision(prompts[n], list(turn.ids), begun.get(n), chosen.get(n, {}), mask, pool)
             for n, turn in enumerate(turns)
         ]
+
+    def _generate(self, requests: Sequence[Request]) -> list[Sample]:
+        parts = (requests[start : start + self._max_batch] for start in range(0, len(requests), self._max_batch))
+        return [sample for part in parts for sample in self._generator.generate(part)]
 
     def _decision(
         self,
