@@ -19,6 +19,7 @@ from srpo.redact import redacted
 from srpo.replay.settings import check_replay
 from srpo.rollout.sampling_rules import check_generation_kwargs
 from srpo.run.batch import check_batch, processes_of_launch, settle_batch
+from srpo.run.compiles import free_deepspeed
 from srpo.settings import Settings, check_choices
 from srpo.trainer.ranges import TRAINER_RANGES
 
@@ -38,6 +39,7 @@ class SRPOConfig(Settings, GRPOConfig):
         check_numbers(self)  # before TRL divides by them
         self._check_device()
         settle_batch(self, processes_of_launch())
+        free_deepspeed()
         super().__post_init__()
         chosen = bool(self.objective)
         self.objective = self.objective or "srpo"
