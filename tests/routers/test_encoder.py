@@ -206,6 +206,8 @@ def test_a_recipe_trains_evaluates_and_describes_it(tmp_path: Path, capsys: pyte
     assert set(names) < set(evaluation.routers) and "TF-IDF ridge" in evaluation.routers
     rewards = evaluation.frame.groupby("router")["reward"].mean()
     assert rewards["grpo, price sensitivity 0.2"] > rewards["python"] + 0.1  # the best single member
+    alike = evaluation.header["rule"]
+    assert alike["baselines"] == alike["grpo, price sensitivity 0.2"] and alike["baselines"]["cost_weight"] == 0.2
     card = (output / "README.md").read_text()
     assert "text-classification" in card and "load_router" in card and "[`grpo" not in card
     with load_router(output) as router:

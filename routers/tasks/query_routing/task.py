@@ -269,9 +269,11 @@ class QueryRouting:
         return RewardRule(self.table.max_cost, weight, weights.get("format", 0.0))
 
     def baselines(self, share: Share) -> Episodes:
+        """At the first of `cost_weights`, where the policy has several: that is what it routes by unasked."""
         from routers.baselines.play import table_baselines
 
-        return table_baselines(self.table, self.rule(None), share=share, limit=self.run.heldout_limit)
+        rule = self.rule(next(iter(self.arguments.cost_weights or ()), None))
+        return table_baselines(self.table, rule, share=share, limit=self.run.heldout_limit)
 
     def report(self, evaluation: Episodes, output: Path) -> str:
         from routers.baselines.from_log import told_by_log
