@@ -154,6 +154,9 @@ def _step_worker(args: argparse.Namespace, file: RouterFile, name: str, tracing:
     catalogue, names = load_catalogue(args.catalogue), router.settings.executors
     if missing := [member for member in names if member not in catalogue]:
         raise ValueError(f"{args.catalogue}: there is no member {missing[0]!r}, which the router was trained with")
+    if others := [member for member in catalogue if member not in names]:
+        words = f"never asks {', '.join(others)}: the router was trained with {', '.join(names)}"
+        print(f"srpo serve: {words}", file=sys.stderr, flush=True)
     members = {member: catalogue[member] for member in names}
     ledger = Ledger(args.max_total_usd, _own_price(args, router.settings.policy_price))
     kept, budget = None, router.settings.budget(args.conversation_cap, args.conversation_unit)

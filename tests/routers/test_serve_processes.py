@@ -87,7 +87,8 @@ TRAINED = [pytest.param(make, marks=pytest.mark.slow) for make in (language_mode
 def test_a_cap_in_calls_is_a_whole_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     how = steps.settings("signs", ("small", "large"), environment="messages", unit="large_calls")
     RuleRouter(RuleSettings("escalate", math.inf, how)).save(tmp_path)
-    pool = [{"name": n, "descriptor": n, "price_in": 1, "price_out": 1, "base_url": "http://x"} for n in how.executors]
+    names = (*how.executors, "spare")
+    pool = [{"name": n, "descriptor": n, "price_in": 1, "price_out": 1, "base_url": "http://x"} for n in names]
     (tmp_path / "pool.yaml").write_text(yaml.safe_dump({"members": pool}))
     parser = argparse.ArgumentParser()
     router_arguments(parser)
@@ -102,6 +103,7 @@ def test_a_cap_in_calls_is_a_whole_number(tmp_path: Path, capsys: pytest.Capture
     made("--conversation_cap", "0.5", "--conversation_unit", "usd")
     told = capsys.readouterr().err
     assert "a conversation may spend 2 large_calls" in told and "a conversation may spend 0.5 usd" in told
+    assert "never asks spare: the router was trained with small, large" in told
 
 
 @pytest.fixture(scope="module")
