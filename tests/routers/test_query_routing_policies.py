@@ -75,6 +75,7 @@ def test_words_are_left_out_of_training_prompts_anew_in_every_pass(tmp_path: Pat
     task.config.max_steps = 2 * len(task.queries)  # of two queries each: four passes
     _, tokenizer = load_policy("tiny", task.config, 0, task.corpus)
     whole = {query["query_id"]: query["query"] for query in task.queries}
+    assert task.prepare(tmp_path, []) == [], "`srpo evaluate` makes no rows"
     checked = task.rows(tokenizer)
     rows = task.prepare(tmp_path, checked)
     assert len(checked) == len(whole) and len(rows) == 4 * len(whole)

@@ -1,6 +1,7 @@
 """A `StepRouter` with live parts: an executor behind a real server on loopback, and a checkpoint from the Hub."""
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -63,7 +64,7 @@ def test_a_live_executor_stays_within_dollars_whatever_its_server_does(policy: A
 HUB = """
 import json, os, sys
 from pathlib import Path
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = sys.argv[1].split(os.pathsep)
 from hub_server import HubServer
 source, home = Path(sys.argv[2]), Path(sys.argv[3])
 server = HubServer()
@@ -91,7 +92,7 @@ def test_a_pushed_checkpoint_is_used_by_its_hub_id(policy: Any, tmp_path: Path) 
     policy[1].save_pretrained(source)
     how.save(source)
     run = subprocess.run(
-        [sys.executable, "-c", HUB, str(ROOT / "tests"), str(source), str(tmp_path / "home")],
+        [sys.executable, "-c", HUB, os.pathsep.join(sys.path), str(source), str(tmp_path / "home")],
         cwd=ROOT, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr

@@ -86,8 +86,8 @@ def command(folder: Path, servers: dict[str, OpenAIServer], output: str = "out",
         "reply_cache": folder / "replies", "model_name_or_path": "tiny", "train_tasks": "generated/train",
         "train_limit": 4, "heldout_tasks": "generated/test", "heldout_limit": 2, "step_limit": 12,
         "profile_runs": 2, "sft_sweep": 3, "sft_epochs": 1, "heldout_caps": ["inf", "1"], "max_steps": 2,
-        "max_cost_usd": 50, "bf16": "false", "gradient_checkpointing": "false", "save_strategy": "no",
-        "learning_rate": 1e-4, "disable_tqdm": "true", "concurrency": 8,
+        "prompts_per_step": 4, "max_cost_usd": 50, "bf16": "false", "gradient_checkpointing": "false",
+        "save_strategy": "no", "learning_rate": 1e-4, "disable_tqdm": "true", "concurrency": 8,
     }  # fmt: skip
     words = []
     for key, value in {**arguments, **overrides}.items():

@@ -143,7 +143,7 @@ class QueryRouting:
         return start, {"format_weight": task.format_weight}
 
     def prepare(self, output: Path, rows: list[Row]) -> list[Row]:
-        if not self.arguments.word_dropout:
+        if not self.arguments.word_dropout or not rows:  # none: it is evaluated only
             return rows
         prompt = self._training_prompt(self.clean, 1)
         return [{**row, "prompt": prompt(row)} for _ in range(self._passes()) for row in rows]
