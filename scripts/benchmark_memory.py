@@ -18,10 +18,12 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import is_deepspeed_available
 from benchmark_common import end_sometimes, load_tokenizer, machine, make_prompts, words
 from benchmark_common import make_model as make_any_model
 from benchmark_step import PEERS, Case, make_trainer, reward
@@ -166,7 +168,8 @@ def main(argv: Sequence[str] | None = None) -> str:
             ratio = one["planned"] / one["measured"]
             rows.append(f"| {name} | {one['planned']:.0f} | {one['measured']:.0f} | {ratio:.2f} |")
             print(rows[-1], flush=True)
-        print("\n".join([*rows, machine("cpu")]))
+        print("\n".join(rows))
+        print(machine("cpu"))
         return "\n".join(rows)
     case = Case("", args.prompt_tokens, args.completion_tokens, args.group, rows=args.group, micro=args.group)
     header = ["V", "trainer", "loss MiB", "step MiB", *(f"{p} / TRL {t}" for t in ("GRPO", "SDPO") for p in PARTS)]
@@ -240,6 +243,8 @@ def planned_model(name: str, folder: str) -> str:
 def measured_peak(case: Planned, folder: str) -> dict[str, float]:
     """Planned and measured peak above what is there before the model, in MiB; for a process of its own."""
     data = make_prompts(load_tokenizer(folder), 16, case.prompt)
+    if is_deepspeed_available():
+        import_module("deepspeed")  # TRL's trainers do: a library of the process, not memory of a training
     peak = Peak("cpu")
     peak.reset()
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

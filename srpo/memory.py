@@ -23,26 +23,43 @@ the MLP, q and k widths of queries and keys:
     adapters   7 r x
     masks      c a key              for every query, in every layer
 
-With gradient checkpointing only h 4 of each layer stays, and one layer at a time has all of the above. The LM head
-(TRL's, and srpo.objectives.divergence) works on tiles: of 4,096 tokens x 32,768 ids, and of `CHUNK_BYTES`; on a CPU
-TRL's backward keeps 8 1/4 copies of a tile, on a GPU one. With a shared prefix a group of G rows has P + G C positions
-instead of G (P + C) (srpo.prefix).
+With gradient checkpointing only h 4 of each layer stays, and one layer at a time has all of the above, when the LM
+head's work is over. With a shared prefix a group of G rows has P + G C positions instead of G (P + C), or several P
+where one row of all would cost more (srpo.prefix cuts it here as in training).
 
-Measured: `scripts/benchmark_memory.py --plan` compares this with peaks of a process on a CPU.
+The LM head (TRL's, and srpo.objectives.divergence) comes first in the backward pass, on all that the forward kept, and
+is the peak of small models. It works on tiles: of 4,096 tokens x 32,768 ids, and of `CHUNK_BYTES`. On a GPU a tile is
+one tensor, of the C positions that a row scores. Without Triton, on a CPU,
+
+- rows that share no prefix send all P + C positions through the head (what is not scored is masked afterwards);
+- the backward pass keeps 7 1/4 fp32 copies of a tile beside it;
+- of a row of 32,768 numbers only the pages that the vocabulary reaches are ever touched, and so are memory.
+
+Measured: `scripts/benchmark_memory.py --plan` compares this with peaks of a process on a CPU, above what Python and
+its libraries take (0.6 GiB, not in here). There, freed memory goes back to the system at once
+(MALLOC_MMAP_THRESHOLD_=65536). glibc's malloc as it is keeps and scatters it: the same trainings of a 1M policy took
+20 % more, with gradient checkpointing 75 % more. No formula has that.
 """
 
 from __future__ import annotations
 
+import functools
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from srpo.objectives.divergence import CHUNK_BYTES, CHUNK_BYTES_GPU
+from srpo.prefix.costs import Costs, costs_of
+from srpo.prefix.tree import Tree
 
 ENGINES = ("plain", "ddp", "zero2", "zero3", "fsdp2")
 GIB = 2**30
 _TILE_TOKENS, _TILE_IDS = 4096, 32768
-_TILE_COPIES = 8.25
-"""Of TRL's head in its backward pass without Triton: eight fp32 tensors and one of bools."""
+_TILE_COPIES = 7.25
+"""In the backward pass of TRL's head without Triton, beside the tile: seven fp32 tensors and one of bools."""
+_PAGE = 4096
 _BUCKET = 5e8
 _GATHERED = 1e9
 
@@ -51,6 +68,8 @@ _GATHERED = 1e9
 class Shape:
     """Sizes of a causal language model."""
 
+    costs: Costs
+    """By which rows that share a prefix are packed."""
     weights: int
     """All of them, experts that a token does not meet too."""
     matrices: int
@@ -163,15 +182,22 @@ def trained(shape: Shape, lora: int) -> int:
     return lora * shape.linear if lora else shape.weights
 
 
-def positions(how: How, prompt: int, shared: bool) -> tuple[float, float, bool]:
+def positions(shape: Shape, how: How, prompt: int, shared: bool) -> tuple[int, int, bool]:
     """Positions of a micro-batch, keys of all its queries together, and whether it needs a mask."""
-    if not shared:
-        width = prompt + how.completion
-        return how.rows * width, how.rows * width**2, how.padded
-    members = min(how.group, how.rows)
-    groups = how.rows / members
-    width = prompt + members * how.completion
-    return groups * width, groups * width**2, True
+    rows, width = how.rows, prompt + how.completion
+    if shared:
+        rows, width = _packed(rows, how.group, prompt, how.completion, shape.costs)
+    return rows * width, rows * width**2, how.padded or shared
+
+
+@functools.lru_cache(maxsize=64)
+def _packed(rows: int, group: int, prompt: int, completion: int, costs: Costs) -> tuple[int, int]:
+    """Packed rows and their width, as `srpo.prefix` cuts groups that begin alike and end as differently as may be."""
+    number = torch.arange(rows).unsqueeze(1)
+    ids = torch.cat([(number // group).expand(rows, prompt), rows + number.expand(rows, completion)], dim=1)
+    tree = Tree(ids, torch.ones_like(ids))
+    runs = tree.cut(functools.partial(costs.packed, gradient=True))
+    return len(runs), tree.width(runs)
 
 
 def of_layer(shape: Shape, how: How, masked: bool) -> float:
@@ -196,13 +222,17 @@ def of_layer(shape: Shape, how: How, masked: bool) -> float:
 
 
 def kept_by_forward(shape: Shape, how: How) -> float:
-    """Bytes that the decoder's forward of a micro-batch keeps for the backward pass; with checkpointing, those at the
-    start of it, when the last layer has been computed again."""
-    count, keys, masked = positions(how, how.prompt, how.shared)
-    layer = count * of_layer(shape, how, masked) + (keys * _compute(how) if masked else 0)
+    """Bytes that the decoder's forward of a micro-batch keeps for the backward pass."""
+    count, _, _ = positions(shape, how, how.prompt, how.shared)
     stream = count * shape.hidden * (2 if _pure(how) else 4)
-    whole = stream * shape.layers + layer if how.checkpointing else layer * shape.layers
-    return whole + 3 * count * shape.hidden * 4  # the last norm, and what the head reads
+    layer = stream if how.checkpointing else _kept_by_layer(shape, how)
+    return layer * shape.layers + 2 * count * shape.hidden * 4  # input of the last norm, and normed
+
+
+def _kept_by_layer(shape: Shape, how: How) -> float:
+    """The same of one layer, without checkpointing."""
+    count, keys, masked = positions(shape, how, how.prompt, how.shared)
+    return count * of_layer(shape, how, masked) + (keys * _compute(how) if masked else 0)
 
 
 def plan_memory(shape: Shape, how: How) -> Memory:
@@ -214,13 +244,12 @@ def plan_memory(shape: Shape, how: How) -> Memory:
     if how.engine not in ENGINES:
         raise ValueError(f"engine {how.engine!r} is none of {', '.join(ENGINES)}")
     weights, gradients, optimiser, engine = _resting(shape, how)
-    count, _, _ = positions(how, how.prompt, how.shared)
+    count, _, _ = positions(shape, how, how.prompt, how.shared)
     c, h = _compute(how), shape.hidden
     saved = kept_by_forward(shape, how)
-    scored = min(how.rows * how.completion, count)
-    tiles, head_gradient = _head(shape, how, scored)
-    layer_work = count * (2 * shape.mlp * max(shape.experts, 1) * c + 2 * h * 4)
-    activations = saved + max(tiles, layer_work)
+    head, head_gradient = _head(shape, how, count)
+    again = _kept_by_layer(shape, how) if how.checkpointing else 0.0
+    activations = saved + max(head, again + count * (2 * shape.mlp * max(shape.experts, 1) * c + 2 * h * 4))
     here = gradients if how.accumulates else 0.0
     ends = gradients + (shape.head * 4 if shape.tied and not how.lora else 0)
     backward = engine + max(here + activations + head_gradient, ends)
@@ -284,30 +313,40 @@ def _copy(shape: Shape, how: How, kind: str | None, what: str) -> float:
     return shape.weights * (2.0 if low else 4.0) / (how.processes if shared_out else 1)
 
 
-def _head(shape: Shape, how: How, scored: float) -> tuple[float, float]:
-    """Tiles of the LM head in its backward pass with what they leave; gradients of its weight beyond `gradients`."""
-    n, c = min(scored, _TILE_TOKENS), _compute(how)
-    if how.device == "cpu":
-        tiles = n * min(shape.vocabulary, _TILE_IDS) * (c + 4 * (_TILE_COPIES - 1))
-    else:
-        tiles = n * _TILE_IDS * c
-    tiles += 2 * scored * shape.hidden * 4  # the states that are scored, and their gradient
+def _head(shape: Shape, how: How, count: float) -> tuple[float, float]:
+    """Work of the LM head in its backward pass; gradients of its weight beyond `gradients`."""
+    scored, read = min(how.rows * how.completion, count), _read(how, count)
+    work = _tile(shape, how, count, _TILE_COPIES) + 2 * read * shape.hidden * 4  # the states it reads, their gradient
     passes = 1
     if how.teacher and how.teacher_states:
         passes, chunk = 2, scored * 3 * shape.vocabulary * 4
-        tiles = max(tiles, min(CHUNK_BYTES if how.device == "cpu" else CHUNK_BYTES_GPU, chunk))
-    return tiles, 0.0 if how.lora else passes * shape.head * 4.0
+        work = max(work, min(CHUNK_BYTES if how.device == "cpu" else CHUNK_BYTES_GPU, chunk))
+        work += count * shape.hidden * 4  # the divergence's gradient, spread over all positions
+    return work, 0.0 if how.lora else passes * shape.head * 4.0
+
+
+def _read(how: How, count: float) -> float:
+    """Positions of a micro-batch that the LM head computes."""
+    return count if how.device == "cpu" and not how.shared else min(how.rows * how.completion, count)
+
+
+def _tile(shape: Shape, how: How, count: float, copies: float) -> float:
+    """A tile of the LM head and, on a CPU, fp32 copies of it."""
+    tokens, c = min(_read(how, count), _TILE_TOKENS), _compute(how)
+    if how.device != "cpu":
+        return tokens * _TILE_IDS * c
+    ids = min(shape.vocabulary, _TILE_IDS)
+    return tokens * (math.ceil(ids * c / _PAGE) * _PAGE + copies * ids * 4)
 
 
 def _scoring(shape: Shape, how: How) -> float:
-    """A pass without gradient: one layer's work, its mask, and the forward of the LM head."""
+    """A pass without gradient: one layer's work and its mask, then the forward of the LM head."""
     prompt = max(how.prompt, how.teacher_prompt)
     asked = replace(how, prompt=prompt)
-    count, keys, masked = positions(asked, prompt, how.shared and prompt == how.prompt)
+    count, keys, masked = positions(shape, asked, prompt, how.shared and prompt == how.prompt)
     c = _compute(how)
-    layer = count * (3 * shape.hidden * 4 + 3 * shape.mlp * max(shape.experts, 1) * c)
-    tile = min(how.rows * how.completion, _TILE_TOKENS) * min(shape.vocabulary, _TILE_IDS)
-    return layer + (keys * c if masked else 0) + tile * (c + 3 * 4 if how.device == "cpu" else c)
+    layer = count * (3 * shape.hidden * 4 + 3 * shape.mlp * max(shape.experts, 1) * c) + (keys * c if masked else 0)
+    return max(layer, 2 * count * shape.hidden * 4 + _tile(shape, how, count, 3))
 
 
 def _generation(shape: Shape, how: How) -> float:
@@ -342,6 +381,7 @@ def shape_of(config: Any) -> Shape:
     expert = _first(text, "moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size", "ffn_dim")
     dense = _first(text, "intermediate_size", "ffn_dim", "n_inner") or 4 * text.hidden_size
     return Shape(
+        costs=costs_of(model),
         weights=sum(p.numel() for p in named.values()),
         matrices=sum(p.numel() for p in named.values() if p.ndim > 1 and id(p) not in ends),
         block=max(sum(p.numel() for p in layer.parameters()) for layer in layers),
