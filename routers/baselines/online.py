@@ -32,6 +32,8 @@ class Learner:
     """
 
     grid: ClassVar[Sequence[Mapping[str, float]]] = ({},)
+    directions = 64
+    """Of the query that are read, the leading ones; there are no more than `features.DIRECTIONS`."""
     epsilon = 0.0
     """Share of the choices that are made uniformly at random."""
 
@@ -39,6 +41,10 @@ class Learner:
         if unknown := [name for name in settings if not isinstance(getattr(type(self), name, None), (int, float))]:
             raise ValueError(f"{type(self).__name__} has no setting {unknown[0]!r}")
         vars(self).update(settings)
+
+    def reads(self, contexts: np.ndarray) -> np.ndarray:
+        """``[Q, d]``: what this learner reads of contexts ``[Q, D]``: `directions` of them, and the constant."""
+        return np.hstack([contexts[:, :-1][:, : int(self.directions)], contexts[:, -1:]])
 
     def start(self, contexts: np.ndarray, members: int, seed: int) -> None:
         """Forget everything. `contexts`: ``[Q, d]`` of queries without outcomes, to know what queries look like."""
@@ -62,8 +68,10 @@ class Learner:
 class LinUCB(Learner):
     """Disjoint LinUCB (Li et al. 2010) with GreenServ's constants among the grid: theta'x + alpha sqrt(x'A^-1 x)."""
 
-    grid = tuple({"alpha": a, "ridge": r} for a in (0.1, 0.3, 0.5) for r in (0.05, 0.3, 1.0))
-    alpha, ridge = 0.1, 0.05
+    grid = tuple(
+        {"alpha": a, "ridge": r, "directions": d} for a in (0.1, 0.3, 0.5) for r in (0.3, 1.0, 3.0) for d in (16, 64)
+    )
+    alpha, ridge = 0.3, 1.0
 
     def start(self, contexts: np.ndarray, members: int, seed: int) -> None:
         self.shape(members, contexts.shape[1])
@@ -89,17 +97,19 @@ class LinUCB(Learner):
 
 class SharedLinUCB(LinUCB):
     """Symphony-Coord's global form: one theta for all members. Its features of a pair (query, member) are INFERRED:
-    the query's leading directions, and the same again in the member's own place."""
+    the query, and the query again in the member's own place."""
 
+    grid = tuple(
+        {"alpha": a, "ridge": r, "directions": d} for a in (0.1, 0.3, 0.5) for r in (0.3, 1.0, 3.0) for d in (16, 32)
+    )
     directions = 16
 
     def start(self, contexts: np.ndarray, members: int, seed: int) -> None:
         self.members = members
-        self.shape(1, (members + 1) * (min(self.directions, contexts.shape[1] - 1) + 1))
+        self.shape(1, (members + 1) * contexts.shape[1])
 
     def pairs(self, x: np.ndarray) -> np.ndarray:
-        short = np.append(x[:-1][: int(self.directions)], x[-1])
-        return np.hstack([np.tile(short, (self.members, 1)), np.kron(np.eye(self.members), short)])
+        return np.hstack([np.tile(x, (self.members, 1)), np.kron(np.eye(self.members), x)])
 
     def values(self, x: np.ndarray, rng: np.random.Generator | None) -> np.ndarray:
         pairs = self.pairs(x)
@@ -112,6 +122,11 @@ class SharedLinUCB(LinUCB):
 
 class LinearThompson(LinUCB):
     """Thompson sampling on the same regressions (Agrawal and Goyal 2013): x'theta, theta ~ N(theta, alpha^2 A^-1)."""
+
+    grid = tuple(
+        {"alpha": a, "ridge": r, "directions": d} for a in (0.03, 0.1, 0.3) for r in (0.3, 1.0, 3.0) for d in (16, 64)
+    )
+    alpha = 0.1
 
     def values(self, x: np.ndarray, rng: np.random.Generator | None) -> np.ndarray:
         mean = self.theta @ x
@@ -263,7 +278,7 @@ class OnlineRouter(Router):
         self._make(settings)
         self.features = like.features if like else Features().fit(queries)
         self._contexts = like._contexts if like else {}
-        self.learner.start(self.contexts(queries), len(settings.members), settings.seed)
+        self.learner.start(self.learner.reads(self.contexts(queries)), len(settings.members), settings.seed)
 
     def _make(self, settings: OnlineSettings) -> None:
         if settings.learner not in learners():
@@ -283,6 +298,9 @@ class OnlineRouter(Router):
         if new:
             self._contexts.update(zip(new, unit_rows(self.features.view("svd", new)), strict=True))
         return np.array([self._contexts[query] for query in queries])
+
+    def _read(self, query: str) -> np.ndarray:
+        return self.learner.reads(self.contexts([query]))[0]
 
     def route(
         self,
@@ -308,7 +326,7 @@ class OnlineRouter(Router):
         columns = [i for i, name in enumerate(pool) if name in open_to]
         rng = np.random.default_rng([self.settings.seed, self.decisions]) if self.explores else None
         self.decisions += 1
-        chances = self.learner.chances(self.contexts([query])[0], rng, columns)
+        chances = self.learner.chances(self._read(query), rng, columns)
         drawn = int(chances.argmax() if rng is None else rng.choice(len(columns), p=chances))
         scores = dict.fromkeys(pool, 0.0) | {pool[i]: float(p) for i, p in zip(columns, chances, strict=True)}
         return Decision((pool[columns[drawn]],), scores)
@@ -331,7 +349,7 @@ class OnlineRouter(Router):
         reward = float(rule(np.array(values["score"]), np.array(values["usd"])))
         chosen = [member.name for member in self.settings.members].index(decision.member)
         usd = min(values["usd"] / rule.cost_scale, 1.0)
-        x = self.contexts([query])[0]
+        x = self._read(query)
         self.learner.learn(x, chosen, reward, values["score"], usd, decision.scores[decision.member])
 
     def save(self, folder: str | Path) -> None:

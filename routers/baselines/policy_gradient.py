@@ -29,32 +29,29 @@ MOST = 20_000
 class PolicyGradient(Learner):
     """See above. `seen` holds rows of context, who was asked, what it earned and its propensity.
 
-    `scale` and `temperature` were chosen on RouteLLM-GSM8K, GSM8K's four models and LLMRouter's NQ pool, for all other
-    sets; the rest was not tuned.
+    `temperature` was chosen on RouteLLM-GSM8K, GSM8K's four models and LLMRouter's NQ pool, for all other sets.
     """
 
-    directions, heads, scale, temperature = 32, 16, 0.5, 0.01
-    """Of the query that are read; K; of the posterior's deviation; T."""
+    grid = tuple({"scale": s, "directions": d} for s in (0.05, 0.1, 0.2, 0.5) for d in (16, 32, 64))
+    heads, scale, temperature = 16, 0.1, 0.01
+    """K; of the posterior's deviation; T."""
     breadth, strength, clip = 0.1, 1.0, 10.0
     """B; of the penalty; greatest weight."""
     every, growth = 4, 0.05
     """The critic learns after so many outcomes, or this share of all so far; U after twice as many."""
 
     def start(self, contexts: np.ndarray, members: int, seed: int) -> None:
-        self.width = min(int(self.directions), contexts.shape[1] - 1) + 1
-        self.critic, self.seed = Critic(self.width, members), seed
-        self.actor = np.zeros((members, self.width))
-        self.seen, self.recent = np.zeros((0, self.width + 3)), np.zeros((0, self.width + 3))
+        width = contexts.shape[1]
+        self.critic, self.seed = Critic(width, members), seed
+        self.actor = np.zeros((members, width))
+        self.seen, self.recent = np.zeros((0, width + 3)), np.zeros((0, width + 3))
         self.climbed = 0
         self.drawn = self.critic.draws(np.random.default_rng([seed, 0]), int(self.heads), self.scale)
-
-    def short(self, x: np.ndarray) -> np.ndarray:
-        return np.append(x[: self.width - 1], x[-1])
 
     def values(self, x: np.ndarray, rng: np.random.Generator | None) -> np.ndarray:
         """``[M]`` without `rng`; else ``[K, M]``, of every draw."""
         theta = self.critic.theta if rng is None else self.drawn
-        return np.asarray((theta + self.actor) @ self.short(x))
+        return np.asarray((theta + self.actor) @ x)
 
     def chances(self, x: np.ndarray, rng: np.random.Generator | None, columns: Sequence[int]) -> np.ndarray:
         values = self.values(x, rng)[..., columns]
@@ -63,7 +60,7 @@ class PolicyGradient(Learner):
         return np.asarray(softmax(values / self.temperature, axis=1).mean(axis=0))
 
     def learn(self, x: np.ndarray, chosen: int, reward: float, score: float, usd: float, chance: float) -> None:
-        row = np.append(self.short(x), (chosen, reward, chance))
+        row = np.append(x, (chosen, reward, chance))
         self.recent = np.vstack([self.recent, row])
         if len(self.recent) < max(self.every, self.growth * self.critic.count):
             return

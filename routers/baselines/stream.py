@@ -18,6 +18,8 @@ from routers.router import Decision, Router
 
 STREAM = "stream"
 """`set` of the episodes on the stream."""
+ORDERS = range(100, 104)
+"""Seeds by which settings are chosen."""
 OURS = "policy gradient"
 """The learner that others are compared with."""
 
@@ -82,16 +84,15 @@ def play_online(
 
     Args:
         learner: a key of `learners()`.
-        how: its settings; None: `chosen_settings`.
+        how: its settings; None: those of its class.
         like: a router whose features are used.
 
     Returns:
         Episodes of both sets (the stream's is called `STREAM`), and the streams.
     """
-    how = chosen_settings(learner, stream, like) if how is None else how
     parts, streams = [], []
     for seed in seeds:
-        router = online_router(learner, stream, how, seed, like)
+        router = online_router(learner, stream, how or {}, seed, like)
         played = play_stream(router, stream, seed)
         back = np.empty_like(played.chosen)
         back[played.order] = played.chosen
@@ -115,49 +116,50 @@ def online_router(
     return OnlineRouter(settings, [text_of(item) for item in stream.items], like)
 
 
-def chosen_settings(learner: str, stream: Outcomes, like: OnlineRouter | None = None) -> Mapping[str, float]:
-    """The settings of a learner's grid that earn most: on four fifths of the items as a stream, plus on the last fifth
-    afterwards. Two orders; the items are those of the stream, so that the held-out ones stay unseen."""
-    grid = learners()[learner].grid
-    if len(grid) == 1:
-        return grid[0]
-    rows = np.random.default_rng(len(stream.items)).permutation(len(stream.items))
-    cut = len(rows) // 5
-    late, early = stream.rows(rows[:cut]), stream.rows(rows[cut:])
+def chosen_settings(learner: str, known: Outcomes, like: OnlineRouter | None = None) -> Mapping[str, float]:
+    """The settings of a learner's grid that earn most on `known` as a stream: the mean of `ORDERS`."""
 
     def earned(how: Mapping[str, float]) -> float:
-        episodes, _ = play_online(learner, early, late, (100, 101), how, like)
-        return float(episodes.frame.groupby("set")["reward"].mean().sum())
+        routers = ((online_router(learner, known, how, order, like), order) for order in ORDERS)
+        return float(np.mean([play_stream(router, known, order).reward.mean() for router, order in routers]))
 
-    return max(grid, key=earned)
+    grid = learners()[learner].grid
+    return grid[0] if len(grid) == 1 else max(grid, key=earned)
 
 
 def play_learners(
-    stream: Outcomes, heldout: Outcomes, seeds: Sequence[int], names: Sequence[str], tell: Callable[[str], object]
-) -> tuple[Episodes, dict[str, list[Stream]]]:
-    """`play_online` of several learners with one set of features, at the settings that their classes have: nothing is
-    chosen on this stream. `tell` is told the name of each."""
-    parts, streams, like = [], {}, None
+    known: Outcomes, heldout: Outcomes, seeds: Sequence[int], names: Sequence[str], tell: Callable[[str], object]
+) -> tuple[Episodes, dict[str, list[Stream]], dict[str, Mapping[str, float]]]:
+    """`play_online` of several learners with one set of features: three quarters of `known` are the stream, and the
+    others are another one, on which each learner's settings are chosen, of all alike. `tell` is told each name.
+
+    Returns:
+        Episodes, streams and settings.
+    """
+    rows = np.random.default_rng(0).permutation(len(known.items))
+    other, stream = (known.rows(np.sort(part)) for part in np.split(rows, [len(rows) // 4]))
+    parts, streams, chosen, like = [], {}, {}, online_router(names[0], known, {})
     for name in names:
         tell(name)
-        like = like or online_router(name, stream, {})
-        episodes, streams[name] = play_online(name, stream, heldout, seeds, {}, like)
+        chosen[name] = chosen_settings(name, other, like)
+        episodes, streams[name] = play_online(name, stream, heldout, seeds, chosen[name], like)
         parts.append(episodes)
-    return Episodes.merged(parts), streams
+    return Episodes.merged(parts), streams, chosen
 
 
-def stream_table(episodes: Episodes, ours: str) -> str:
+def stream_table(episodes: Episodes, ours: str, chosen: Mapping[str, Mapping[str, float]]) -> str:
     """Markdown of rewards on the stream, and afterwards on held-out queries, with what `ours` earns more (paired)."""
     parts = [Paired(episodes.of(set=name)) for name in (STREAM, "")]
     places = ["stream", "held-out queries afterwards"]
     head = "".join(f" | reward, {place} | {ours} minus it" for place in places)
-    lines = [f"|{head} |", "| --- " + "| ---: " * 2 * len(parts) + "|"]
+    lines = [f"|{head} | settings |", "| --- " + "| ---: " * 2 * len(parts) + "| --- |"]
     for name in sorted(parts[0].routers, key=lambda name: -parts[0].mean(name, "reward")):
         cells = []
         for part in parts:
             cells.append(_interval(part.estimate(name, "reward"), ""))
             cells.append("-" if name == ours else _interval(part.difference(ours, name, "reward"), "+"))
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        how = ", ".join(f"{setting} {value:g}" for setting, value in chosen[name].items())
+        lines.append(f"| {name} | {' | '.join(cells)} | {how} |")
     return "\n".join(lines)
 
 

@@ -6,8 +6,9 @@
 
 Everything is fitted, tuned and trained on the table's training split, and played on its held-out queries. It writes
 evaluation.parquet, table.md, report.html and frontier.png. `--runs` adds policies of `srpo train` on this table.
-`--online` plays routers that learn from the outcomes of their own choices instead, with the training queries as a
-stream in another order for every seed, and the held-out ones afterwards: table.md, evaluation.parquet, regret.png.
+`--online` plays routers that learn from the outcomes of their own choices instead: each chooses its settings on a
+quarter of the training queries, and starts anew on the others, a stream in another order for every seed, and the
+held-out ones afterwards: table.md, evaluation.parquet, regret.png.
 """
 
 from __future__ import annotations
@@ -123,12 +124,13 @@ def online(table: ReplyTable, how: argparse.Namespace, folder: Path, title: str)
         raise ValueError(f"--baselines: no online router is called {unknown[0]!r}; there are {', '.join(learners())}")
     rule, items, train, tell = _read(table, how)
     names = [name for name in learners() if how.baselines is None or name in (*how.baselines, OURS)]
-    found, streams = play_learners(train, items, range(how.seeds), names, tell)
+    found, streams, chosen = play_learners(train, items, range(how.seeds), names, tell)
     (folder / REGRET).write_bytes(regret_picture(streams, title))
     told = (
-        f"{len(train.items)} queries in another order for each of {how.seeds} seeds, then {len(items.items)} held-out "
-        f"ones; {len(items.members)} members, cost weight {how.cost_weight:g}; 95 % intervals over queries and seeds, "
-        f"differences paired.\n\n{stream_table(found, OURS)}\n\n![regret]({REGRET})\n"
+        f"Settings chosen on a quarter of {len(train.items)} queries; the others in another order for each of "
+        f"{how.seeds} seeds, then {len(items.items)} held-out ones; {len(items.members)} members, cost weight "
+        f"{how.cost_weight:g}; 95 % intervals over queries and seeds, differences paired.\n\n"
+        f"{stream_table(found, OURS, chosen)}\n\n![regret]({REGRET})\n"
     )
     return Episodes(found.frame, table_header(rule, "heldout")), told
 

@@ -19,7 +19,15 @@ from routers.baselines.online import (
     learners,
 )
 from routers.baselines.policy_gradient import PolicyGradient
-from routers.baselines.stream import STREAM, online_router, play_online, play_stream, regret_picture
+from routers.baselines.stream import (
+    STREAM,
+    chosen_settings,
+    online_router,
+    play_learners,
+    play_online,
+    play_stream,
+    regret_picture,
+)
 from routers.data.catalogue import Member
 from routers.evaluation.episodes import Episodes, Outcomes, RewardRule
 from routers.router import CannotDo, Decision, load_router
@@ -30,7 +38,7 @@ RULE = RewardRule(cost_scale=2.0, cost_weight=0.2)
 def taught(learner: Learner, count: int = 30, members: int = 3, width: int = 4) -> tuple[np.ndarray, ...]:
     """Contexts, choices and rewards that a learner was taught."""
     rng = np.random.default_rng(0)
-    x = np.hstack([rng.standard_normal((count, width)), np.ones((count, 1))])
+    x = learner.reads(np.hstack([rng.standard_normal((count, width)), np.ones((count, 1))]))
     chosen, reward = rng.integers(0, members, count), rng.standard_normal(count)
     learner.start(x, members, 0)
     for row, member, earned in zip(x, chosen, reward, strict=True):
@@ -195,6 +203,24 @@ def test_a_stream_shows_the_chosen_outcome_only_and_counts_regret() -> None:
     assert regret_picture({"fixed": [stream]})[:4] == b"\x89PNG"
 
 
+def test_settings_are_chosen_on_other_queries_than_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of these two LinUCBs one reads no word of the query; every learner has the same quarter to find out which."""
+    grid = ({"directions": 0, "alpha": 0.3}, {"directions": 16, "alpha": 0.3})
+    monkeypatch.setattr(LinUCB, "grid", grid)
+    known = outcomes()
+    assert chosen_settings("LinUCB", known) == grid[1]
+    told: list[Any] = []
+    episodes, streams, chosen = play_learners(known, outcomes(40, 1), (0, 1), ["EMA", "LinUCB"], told.append)
+    assert told == list(chosen) == list(streams) == ["EMA", "LinUCB"] and chosen["LinUCB"] == grid[1]
+    shown = [set(episodes.of(set=STREAM, router=name).frame["item"]) for name in streams]
+    other = {item["query_id"] for item in known.items} - shown[0]
+    assert shown[0] == shown[1] and len(shown[0]) == 150 and len(other) == 50
+    seen: list[Any] = []
+    monkeypatch.setattr("routers.baselines.stream.chosen_settings", lambda name, known, like: seen.append(known) or {})
+    play_learners(known, outcomes(40, 1), (0,), ["EMA"], told.append)
+    assert {item["query_id"] for item in seen[0].items} == other
+
+
 @pytest.mark.parametrize("name", learners())
 def test_saved_routers_go_on_where_they_stood(name: str, tmp_path: Path) -> None:
     known, later = outcomes(60), outcomes(40, 1)
@@ -218,12 +244,14 @@ def test_saved_routers_go_on_where_they_stood(name: str, tmp_path: Path) -> None
             again.update("add 1 and 2", again.route("add 1 and 2"), {"score": 1.0, "usd": float("nan")})
 
 
-def test_one_command_plays_them_all(tmp_path: Path) -> None:
+def test_one_command_plays_them_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from routers.tasks.query_routing.frontier import main
 
+    monkeypatch.setattr(PolicyGradient, "grid", ({"scale": 0.1, "directions": 16},))
+    monkeypatch.setattr(EMA, "grid", EMA.grid[3:5])
     how = ["--table", "quickstart", "--online", "--heldout_limit", "20", "--seeds", "2", "--output", str(tmp_path)]
     text = main([*how, "--baselines", "EMA"])
-    assert "| EMA |" in text and "| policy gradient |" in text and "LinUCB" not in text
+    assert "| EMA |" in text and "| scale 0.1, directions 16 |" in text and "LinUCB" not in text
     assert (tmp_path / "regret.png").read_bytes()[:4] == b"\x89PNG"
     assert set(Episodes.read(tmp_path).frame["set"]) == {STREAM, ""}
     with pytest.raises(ValueError, match="--members_left_out is not of --online"):
