@@ -29,12 +29,13 @@ MOST = 20_000
 class PolicyGradient(Learner):
     """See above. `seen` holds rows of context, who was asked, what it earned and its propensity.
 
-    `temperature` was chosen on RouteLLM-GSM8K, GSM8K's four models and LLMRouter's NQ pool, for all other sets.
+    `scale` and `temperature` were chosen on RouteLLM-GSM8K, GSM8K's four models and LLMRouter's NQ pool, for all other
+    sets.
     """
 
     grid = tuple({"scale": s, "directions": d} for s in (0.05, 0.1, 0.2, 0.5) for d in (16, 32, 64))
-    heads, scale, temperature = 16, 0.1, 0.01
-    """K; of the posterior's deviation; T."""
+    directions, heads, scale, temperature = 32, 16, 0.5, 0.01
+    """Of the query that are read; K; of the posterior's deviation (at 0.2 one of five streams starved members); T."""
     breadth, strength, clip = 0.1, 1.0, 10.0
     """B; of the penalty; greatest weight."""
     every, growth = 4, 0.05
