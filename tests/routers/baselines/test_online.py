@@ -215,10 +215,13 @@ def test_settings_are_chosen_on_other_queries_than_the_stream(monkeypatch: pytes
     shown = [set(episodes.of(set=STREAM, router=name).frame["item"]) for name in streams]
     other = {item["query_id"] for item in known.items} - shown[0]
     assert shown[0] == shown[1] and len(shown[0]) == 150 and len(other) == 50
-    seen: list[Any] = []
-    monkeypatch.setattr("routers.baselines.stream.chosen_settings", lambda name, known, like: seen.append(known) or {})
-    play_learners(known, outcomes(40, 1), (0,), ["EMA"], told.append)
-    assert {item["query_id"] for item in seen[0].items} == other
+
+    def chosen_on(name: str, known: Outcomes, like: Any) -> dict[str, float]:
+        assert {item["query_id"] for item in known.items} == other
+        return {"rate": 0.5}
+
+    monkeypatch.setattr("routers.baselines.stream.chosen_settings", chosen_on)
+    assert play_learners(known, outcomes(40, 1), (0,), ["EMA"], told.append)[2] == {"EMA": {"rate": 0.5}}
 
 
 @pytest.mark.parametrize("name", learners())
