@@ -263,8 +263,10 @@ class Settings:
     metric_for_best_model: str | None = field(
         default="eval_reward",
         metadata=about(
-            "As in TRL; a run's evaluation in training is its task's, on held-out items. The best one's checkpoint is "
-            "kept beyond save_total_limit: with evaluations and checkpoints at the same steps, or save_strategy: best."
+            "As in TRL; a run with an eval_strategy evaluates, in training, on a fifth of its training items, which "
+            "are not trained on (step_routing: on validation_tasks, where there are some). The best one's checkpoint "
+            "is kept beyond save_total_limit: with evaluations and checkpoints at the same steps, or save_strategy: "
+            "best."
         ),
     )
     resume_from_checkpoint: str | bool | None = field(

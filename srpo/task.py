@@ -196,6 +196,9 @@ class Task(Protocol):
         """Of the task's own: what the supervised start depends on, and what an evaluation depends on besides."""
 
     # Optional: `tools`, after `rows`: the environment's (`srpo.types.Environment`), which a prompt's length counts.
+    # Optional, and needed where a recipe sets `eval_strategy`: `validation`, after `load`: ids of the items on which
+    # the best checkpoint is chosen, which are neither among the `rows` nor held out; and `validate(self, policy,
+    # tokenizer, share) -> Evaluation`: as `evaluate`, on these.
     # Optional: `own_policy(self, name) -> OwnPolicy | None`, where the task has policies that it trains itself
     # (srpo/own_policy.py).
 

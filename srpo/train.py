@@ -9,6 +9,7 @@ GRPOConfig and more). Every process of a launch runs this whole story; what only
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,7 +31,7 @@ from srpo.recipe import load_run, resolved_recipe
 from srpo.rollout.special_tokens import settle_special_tokens
 from srpo.run.batch import batch_line
 from srpo.run.derived import check_made_from, is_made_from, made_from, mark, source, unmark
-from srpo.run.files import EVALUATION
+from srpo.run.files import EVALUATION, VALIDATION
 from srpo.run.folder import claim, finish
 from srpo.run.processes import Elsewhere
 from srpo.run.signals import heeded
@@ -71,6 +72,11 @@ def _told(task_class: Any, recipe: Any) -> Evaluation:
     (arguments, how, args), state = recipe, PartialState()
     resume = args.resume_from_checkpoint = resume_from(args.resume_from_checkpoint, args.output_dir)
     task: Task = task_class(arguments, how, args)
+    chooses = args.eval_strategy != "no"
+    if chooses and not hasattr(task, "validate"):
+        raise ValueError(
+            f'eval_strategy: {how.task} has no items to choose a checkpoint on (`validate`): set eval_strategy: "no"'
+        )
     if own := own_policy(task, how.model_name_or_path):
         return train_own(task, own, recipe)
 
@@ -108,6 +114,8 @@ def _told(task_class: Any, recipe: Any) -> Evaluation:
     rows = dataset.to_list()
     prepared = task.prepare(output, rows)
     dataset = dataset if prepared is rows else Dataset.from_list(prepared)
+    if chooses and state.is_main_process:
+        (output / VALIDATION).write_text(json.dumps({"items": [*task.validation]}), encoding="utf-8")  # type: ignore[attr-defined]
     model = with_adapter(model, tokenizer, name, args, how.lora_r)
     if supervised and resume is None:
         phase("sft", f"supervised start, {how.sft_epochs:g} epochs")
@@ -134,7 +142,7 @@ def _told(task_class: Any, recipe: Any) -> Evaluation:
         recipe=resolved_recipe(recipe),
         save_beside=task.save,
         allowed_tokens=task.allowed_tokens(tokenizer),
-        heldout=lambda: {"reward": _heldout_reward(task, trainer, output)},
+        heldout=lambda: {"reward": _validation_reward(task, trainer, output)},
     )
     for callback in task.callbacks():
         trainer.add_callback(callback)
@@ -203,14 +211,14 @@ def concluded(task: Task, parts: Sequence[Any], output: Path) -> tuple[Evaluatio
     return evaluation, told
 
 
-def _heldout_reward(task: Task, trainer: SRPOTrainer, output: Path) -> float:
-    """What the policy earns on the task's held-out items, in the middle of its training."""
+def _validation_reward(task: Any, trainer: SRPOTrainer, output: Path) -> float:
+    """What the policy earns on the task's items for choosing, in the middle of its training."""
     folder = output / SAVING / "evaluated"
     if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
         trainer.save_model(str(folder))
     with whole_policy(trainer, folder) as policy:
-        name, tokenizer = trainer.args.objective, trainer.processing_class
-        return float(evaluated(lambda share: task.evaluate(policy, tokenizer, name, share)).mean_reward())
+        tokenizer = trainer.processing_class
+        return float(evaluated(lambda share: task.validate(policy, tokenizer, share)).mean_reward())
 
 
 def results_of(evaluation: Any) -> Sequence[Mapping[str, Any]]:
@@ -263,6 +271,7 @@ def _made_from(task: Task, how: RunArguments, args: SRPOConfig) -> tuple[dict[st
         policy=source(how.start_from or how.model_name_or_path),
         **{name: getattr(how, name) for name in _OF_THE_RUN.split()},
         **{name: getattr(args, name) for name in _OF_THE_CONFIG.split()},
+        **({} if args.eval_strategy == "no" else {"eval_strategy": "a fifth of the rows is set aside"}),
         **of_start,
     )
     evaluated = {name: getattr(how, name) for name in _OF_AN_EVALUATION.split()}

@@ -19,6 +19,7 @@ from scipy.special import softmax
 
 from routers.baselines.features import Features
 from routers.data.catalogue import Member
+from routers.data.folds import folds
 from routers.data.table import ReplyTable
 from routers.data.typical import TypicalCalls, price_change, seen_in
 from routers.evaluation.episodes import Outcomes, RewardRule
@@ -27,7 +28,6 @@ from srpo.ranges import Ranges, above, at_least, check_numbers
 
 KIND = "fitted"
 STATE_FILE = "fitted.skops"
-FOLDS = 5
 Query = str | Mapping[str, Any]
 """A text, or a mapping with `query`, and `family` where it is known."""
 
@@ -137,11 +137,8 @@ class Data:
     @cached_property
     def folds(self) -> list[tuple[np.ndarray, Data, Data]]:
         """Places of a fold, the other folds, and the fold; the first is the fifth on which settings are chosen."""
-        order = np.random.default_rng(0).permutation(len(self))
-        parts = np.array_split(order, min(FOLDS, len(self)))
-        return [
-            (part, self.rows(np.sort(np.setdiff1d(order, part))), self.rows(part)) for part in parts if len(parts) > 1
-        ]
+        parts, every = folds([text_of(query) for query in self.queries]), np.arange(len(self))
+        return [(part, self.rows(np.setdiff1d(every, part)), self.rows(part)) for part in parts if len(parts) > 1]
 
     @cached_property
     def usd_model(self) -> tuple[np.ndarray, np.ndarray]:

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from routers.baselines import BASELINES, Baseline
-from routers.baselines.base import Data, Fitted, Told
+from routers.baselines.base import Data, Fitted, Told, text_of
 from routers.baselines.from_log import outcomes_of
+from routers.data.folds import folds
 from routers.data.table import ReplyTable, check_split, spread
 from routers.evaluation.episodes import Episodes, Outcomes, RewardRule
 
@@ -142,8 +143,8 @@ def spread_of(table: ReplyTable, split: str, limit: int | None) -> np.ndarray:
 
 
 def _possible(one: Baseline, items: Outcomes, train: Outcomes | None) -> bool:
-    """Whether enough is known: a fitted baseline needs two training items, for a fold and its rest."""
-    if isinstance(one.how, type) and (train is None or len(train.items) < 2):
+    """Whether enough is known: a fitted baseline needs two different training items, for a fold and its rest."""
+    if isinstance(one.how, type) and (train is None or len(folds([text_of(item) for item in train.items])) < 2):
         return False
     if not one.needs():
         return False

@@ -19,6 +19,8 @@ from routers.evaluation.statistics import PER_ITEMS, Paired, sets
 from routers.evaluation.tables import FAMILIES, NOTE, SENT, Section, named, render, sections, shown
 
 MARKDOWN, PICTURE, PAGE = "report.md", "frontier.png", "report.html"
+VALIDATION = "validation.json"
+"""What a run with an `eval_strategy` writes (`srpo.run.files`)."""
 EXAMPLES = 8
 """Items won, and as many lost, that are shown of every policy."""
 MOST_FAMILIES = 40
@@ -78,15 +80,30 @@ def report(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    lost = losses(folder, episodes)
-    text, drawn = render(episodes, title, markdown=True, more=[lost]), picture(episodes, title)
-    (folder / MARKDOWN).write_text(text, encoding="utf-8")
-    (folder / PICTURE).write_bytes(drawn)
     state = folder / "trainer_state.json"
     if records is None and state.is_file():
         records = json.loads(state.read_text(encoding="utf-8"))["log_history"]
-    (folder / PAGE).write_text(page(episodes, title, drawn, records or (), [lost]), encoding="utf-8")
+    more = [*_chosen_on(folder, records or ()), losses(folder, episodes)]
+    text, drawn = render(episodes, title, markdown=True, more=more), picture(episodes, title)
+    (folder / MARKDOWN).write_text(text, encoding="utf-8")
+    (folder / PICTURE).write_bytes(drawn)
+    (folder / PAGE).write_text(page(episodes, title, drawn, records or (), more), encoding="utf-8")
     return text
+
+
+def _chosen_on(folder: Path, records: Sequence[Mapping[str, Any]]) -> list[Section]:
+    """Which items chose the best checkpoint of a run with an `eval_strategy`."""
+    if not (folder / VALIDATION).is_file():
+        return []
+    items = json.loads((folder / VALIDATION).read_text(encoding="utf-8"))["items"]
+    found = {record["step"]: record.get("eval_reward") for record in records}
+    rewards = {step: reward for step, reward in found.items() if reward is not None and np.isfinite(reward)}
+    told = f"On {len(items):,} items ({VALIDATION}), which were neither trained on nor held out."
+    best = [
+        f"The best mean reward there: {max(rewards.values()):.4f}, after step {max(rewards, key=rewards.__getitem__)}"
+    ]
+    rows = [("step", "reward there"), *((str(step), f"{reward:.4f}") for step, reward in rewards.items())]
+    return [Section("Choice of the best checkpoint", rows, [told, *(best if rewards else [])])]
 
 
 def page(

@@ -15,12 +15,14 @@ from srpo.run.processes import Refused
 RUN = "run.json"
 RECIPE = "recipe.yaml"
 EVALUATION = "evaluation.parquet"
+VALIDATION = "validation.json"
+"""The ids of the items on which the best checkpoint is chosen."""
 CHECKED = "checked"
 """Folder of what was found before a run took the place of another: quarantine files, until then."""
 # Names that our scripts, TRL, transformers, peft, accelerate and DeepSpeed give to what they write into a folder.
 _FILES = """
-run.json run.json.draft recipe.yaml README.md quarantine*.jsonl losses.jsonl leaks.json made_from.json *.made_from.json
-evaluation.parquet report.html report.md frontier.png router.yaml
+run.json run.json.draft recipe.yaml README.md quarantine*.jsonl losses.jsonl leaks.json validation.json manifest.json
+manifest.json.draft made_from.json *.made_from.json evaluation.parquet report.html report.md frontier.png router.yaml
 profiles.parquet profiles.parquet.draft spending_*.json spending_*.draft teacher.safetensors config.json
 generation_config.json adapter_config.json *_results.json trainer_state.json training_args.bin tokenizer.json
 tokenizer_config.json tokenizer.model special_tokens_map.json added_tokens.json vocab.json vocab.txt merges.txt

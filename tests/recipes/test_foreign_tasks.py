@@ -137,6 +137,12 @@ def test_a_package_brings_a_task(environment: dict[str, str], tmp_path: Path) ->
     )  # fmt: skip
     assert wrong.returncode == 2 and "'colour' is not a task" in wrong.stderr and "nearest: colours" in wrong.stderr
     assert "Traceback" not in wrong.stderr
+    words = [*WORDS, "--eval_strategy", "steps", "--eval_steps", "1", "--output_dir", str(tmp_path / "y")]
+    wrong = subprocess.run(
+        [sys.executable, "-m", "srpo.train", *words], env=environment, capture_output=True, text=True
+    )
+    assert wrong.returncode == 2 and "colours has no items to choose a checkpoint on" in wrong.stderr
+    assert not (tmp_path / "y").exists()
 
 
 @pytest.mark.distributed

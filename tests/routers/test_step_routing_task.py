@@ -103,10 +103,15 @@ def test_one_command_runs_it_all(tmp_path: Path, capsys: Any) -> None:
     arguments = {
         "config": ROOT / "recipes/quickstart/bopo.yaml", "output_dir": out, "train_limit": 12,
         "heldout_limit": 6, "max_steps": 2, "logging_steps": 1, "sft_epochs": 1, "per_device_train_batch_size": 16,
-        "save_strategy": "steps", "save_steps": 1,
+        "save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1,
     }  # fmt: skip
     played = train.main([word for key, value in arguments.items() for word in (f"--{key}", str(value))])
     assert "training tasks:" in capsys.readouterr().out
+    aside = json.loads((out / "validation.json").read_text())["items"]
+    assert len(aside) == 3 and not {*aside} & {*pd.read_parquet(out / "profiles.parquet")["task"]}
+    assert (
+        "On 3 items (validation.json), which were neither trained on nor held out." in (out / "report.md").read_text()
+    )
     kinds = played.routers
     assert kinds["start"] == "start" and kinds["bopo"] == "policy"
     assert kinds["always-small"] == kinds["always-large"] == "member" and kinds["random mixing 0.1"] == "rule"

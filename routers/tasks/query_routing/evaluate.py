@@ -38,6 +38,7 @@ def evaluate_policy(
     share: Share | None = None,
     limit: int | None = None,
     split: str = "heldout",
+    places: np.ndarray | None = None,
     policy_price: tuple[float, float] = (0.0, 0.0),
     cost_weight: float | None = None,
     abstain_reward: float | None = None,
@@ -54,6 +55,7 @@ def evaluate_policy(
         share: of the queries, for this process; None: all of them.
         limit: this many queries only, spread evenly over the split (which lists one family after the other).
         split: "heldout" or "train".
+        places: of the queries of the split, in place of a `limit`.
         policy_price: USD per million prompt and completion tokens of the policy itself.
         cost_weight: the price sensitivity that prompts state, for policies that were trained with some.
         abstain_reward: of routing nobody, where that is an action; None: it is invalid.
@@ -61,7 +63,7 @@ def evaluate_policy(
     Raises:
         ValueError: the split has no queries.
     """
-    chosen = spread_of(table, split, limit).tolist()
+    chosen = (spread_of(table, split, limit) if places is None else places).tolist()
     known = outcomes_of(table, rule, split, chosen if share is None else share.of(chosen))
     deciding: Any = nullcontext(model) if isinstance(model, Router) else routing(model, tokenizer, settings)
     with deciding as router:

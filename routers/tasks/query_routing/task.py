@@ -11,6 +11,7 @@ import numpy as np
 
 from rewards.cost import warn_of_group_scale
 from rewards.registry import Facts, make_rewards
+from routers.data.folds import parted
 from routers.data.table import ReplyTable, check_split, replies_of, spread
 from routers.evaluation.episodes import Episodes, Outcomes, RewardRule
 from routers.language.grammar import Grammar
@@ -73,7 +74,10 @@ class QueryRouting:
                 "each query: it can train model_name_or_path: encoder, without abstain_reward"
             )
         queries = self.table.queries("train")
-        self.chosen = spread(len(queries), self.run.train_limit)
+        chosen = spread(len(queries), self.run.train_limit)
+        learned, aside = parted([queries[i]["query"] for i in chosen], self.config.eval_strategy != "no")
+        self.chosen, self.aside = chosen[learned], chosen[aside]
+        self.validation = [queries[i]["query_id"] for i in self.aside]
         self.queries = [queries[i] for i in self.chosen]
         check_rows_of_a_batch(len(self.queries), self.config, "the table's training split")
         # A policy that was trained to route is asked as it was then, whatever it began from.
@@ -240,6 +244,14 @@ class QueryRouting:
         self, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, share: Share
     ) -> Episodes:
         """Greedy routes among the members; with `cost_weights`, one router per weight."""
+        return self._played(policy, tokenizer, name, share, "heldout", None)
+
+    def validate(self, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, share: Share) -> Episodes:
+        return self._played(policy, tokenizer, self.config.objective, share, "train", self.aside)
+
+    def _played(
+        self, policy: Any, tokenizer: Any, name: str, share: Share, split: str, places: np.ndarray | None
+    ) -> Episodes:
         from routers.tasks.query_routing.evaluate import evaluate_policy
 
         weights = self.arguments.cost_weights
@@ -252,6 +264,8 @@ class QueryRouting:
                 name=name if weight is None else f"{name}, price sensitivity {weight:g}",
                 share=share,
                 limit=self.run.heldout_limit,
+                split=split,
+                places=places,
                 policy_price=(self.run.policy_price_in, self.run.policy_price_out),
                 rule=self.rule(weight),
                 cost_weight=weight,

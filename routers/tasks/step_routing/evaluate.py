@@ -124,13 +124,13 @@ def play_policy(
     seed: int,
     temperature: float,
 ) -> Episodes:
-    """The policy on its share of every held-out set at every cap, told about it as `settings` say.
+    """The policy on its share of every set of `profiles` at every cap, told about it as `settings` say.
 
     Its own tokens are priced, each token of a context once (it is cached). A lost episode is played again with the
     same seed; lost again, it counts as failed.
 
     Args:
-        profiles: of all tasks.
+        profiles: of all tasks of the sets to be played.
         name, kind: of the policy, in the table.
         seed: of its dice.
 
@@ -150,8 +150,8 @@ def play_policy(
         out = environment.out_of_money
         return play(environment, rows, prompts, seeds, generator, tokenizer, limits, out_of_money=out)
 
-    for which, types in world.heldout().items():
-        names = list(share.of(list(types)))
+    for which, known in profiles.items():
+        names = list(share.of(list(known)))
         for cap in world.arguments.heldout_caps:
             how = {"seed": seed, "cap": cap}
             rows = world.rows(names, [cap])

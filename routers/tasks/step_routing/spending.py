@@ -193,13 +193,14 @@ def phases(world: StepWorld, args: SRPOConfig, runs_per_row: int, processes: int
     task, trained = world.arguments, len(world.train_tasks())
     heldout, validation = sum(len(types) for types in world.heldout().values()), len(world.validation())
     rows, steps = trained * len(task.train_caps), task.step_limit
+    own = trained + (0 if validation else len(world.choosing()))
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes / args.num_iterations
     rollouts = args.max_steps * batch if args.max_steps > 0 else args.num_train_epochs * rows * args.num_generations
     profiled, evaluated = task.profile_runs * steps, len(task.heldout_caps) * heldout * steps
     rules, repetitions = rules_of(task)
     boundary, choice = validation * profiled, len(rules) * validation * steps
     return [
-        Phase("profiling", trained * profiled, trained * profiled, 0),
+        Phase("profiling", own * profiled, own * profiled, 0),
         Phase("profiling of held-out tasks", heldout * profiled, heldout * profiled, 0),
         *([Phase("rules on validation tasks", boundary, boundary, choice)] if validation else []),
         Phase("demonstrations", 0, 0, rows * runs_per_row * steps),

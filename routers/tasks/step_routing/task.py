@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from rewards.boundary import make_boundary_reward
 from routers.data.table import spread
 from routers.evaluation.episodes import Episodes
-from routers.tasks.step_routing.arguments import StepRoutingArguments
+from routers.tasks.step_routing.arguments import VALIDATION, StepRoutingArguments
 from srpo.run.derived import source
 from srpo.run.steps import NoSteps, check_rows_of_a_batch
 from srpo.task import START, Corpus, Ids, Planned, RunArguments, Share
@@ -49,7 +49,7 @@ class StepRouting:
         from routers.tasks.step_routing.world import StepWorld
 
         self.arguments, self.run, self.config = arguments, run, config
-        self.tasks = StepWorld(arguments, run.train_limit, run.heldout_limit)
+        self.tasks = StepWorld(arguments, run.train_limit, run.heldout_limit, config.eval_strategy != "no")
         self._begun: list[dict[str, Any]] | None = None
         self._given: Mapping[str, BoundaryProfile] | None = None
         self._environment: StepRoutingEnvironment | None = None
@@ -66,6 +66,10 @@ class StepRouting:
         self._notes = notes
         self.tasks.check_parts()
         self.tasks.executors()
+
+    @property
+    def validation(self) -> list[str]:
+        return list(self.tasks.choosing())
 
     def _begin(self) -> list[dict[str, Any]]:
         """A row per cap and training task that begins."""
@@ -162,6 +166,9 @@ class StepRouting:
                 how = (task.train_tasks, some, self.run.train_limit, self._folder)
                 with self._money.phase("profiling"):
                     self._profiled = world.profiles("train", *how)
+            if rows and self.validation:
+                with self._money.phase("profiling of validation tasks"):
+                    self._chosen_on = {VALIDATION: world.choosing_profiles(self._folder)}
             if rows:
                 estimate_advantages(world, self._profiled, self._folder)
             with self._money.phase("profiling of held-out tasks"):
@@ -271,6 +278,19 @@ class StepRouting:
     def evaluate(
         self, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, share: Share
     ) -> Episodes:
+        return self._played(policy, tokenizer, name, share, self._heldout)
+
+    def validate(self, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, share: Share) -> Episodes:
+        return self._played(policy, tokenizer, VALIDATION, share, self._chosen_on)
+
+    def _played(
+        self,
+        policy: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        name: str,
+        share: Share,
+        sets: Mapping[str, Mapping[str, BoundaryProfile]],
+    ) -> Episodes:
         from routers.tasks.step_routing.evaluate import play_policy
 
         self._money.take_back()
@@ -282,7 +302,7 @@ class StepRouting:
                 tokenizer,
                 self.tasks,
                 self.settings,
-                self._heldout,
+                sets,
                 name=name,
                 kind="start" if name == START else "policy",
                 share=share,

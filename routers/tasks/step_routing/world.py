@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from rewards.boundary import Boundary, BoundaryReward, cheap_failure_pays
 from routers.data.catalogue import Member, load_catalogue
+from routers.data.folds import parted
 from routers.environments.messages.agent import agent_of
 from routers.environments.messages.members import LiveMember, ScriptedMember
 from routers.environments.priced import PricedExecutor
@@ -21,7 +22,7 @@ from routers.environments.react import ReActExecutor
 from routers.environments.registry import benchmark
 from routers.environments.scripted import SCRIPTED
 from routers.pool import Pool, ReplyCache, live_pool
-from routers.tasks.step_routing.arguments import StepRoutingArguments
+from routers.tasks.step_routing.arguments import VALIDATION, StepRoutingArguments
 from routers.tasks.step_routing.environment import CAP, TASK, StepRoutingEnvironment
 from routers.tasks.step_routing.player import PAUSE, Player, twice
 from routers.tasks.step_routing.profiles import BoundaryProfile, profile_tasks, read_profiles, read_settings
@@ -49,15 +50,38 @@ class StepWorld:
     Args:
         arguments: of the recipe.
         train_limit, heldout_limit: tasks of the training part, and of each held-out part; None: all.
+        chooses: whether the best checkpoint of a training is chosen (`eval_strategy`).
     """
 
     arguments: StepRoutingArguments
     train_limit: int | None = None
     heldout_limit: int | None = None
+    chooses: bool = False
 
     def train_tasks(self) -> Mapping[str, str]:
-        """Training tasks: id -> type."""
-        return self.tasks(self.arguments.train_tasks, self.train_limit)
+        """Training tasks that are trained on: id -> type."""
+        return self._parted()[0]
+
+    def choosing(self) -> Mapping[str, str]:
+        """Tasks on which the best checkpoint is chosen: those of `validation_tasks`, else a fifth of the training
+        tasks, which are not trained on; none: it is not."""
+        if not self.chooses:
+            return {}
+        return self.validation() if self.arguments.validation_tasks else self._parted()[1]
+
+    def choosing_profiles(self, folder: Path) -> Mapping[str, BoundaryProfile]:
+        """Profiles of those, as `profiles`."""
+        task, part = self.arguments, self.arguments.validation_tasks
+        if part is None:
+            return self.profiles("train", task.train_tasks, self.choosing(), self.train_limit, folder)
+        return self.profiles(VALIDATION, part, self.choosing(), self.heldout_limit, folder)
+
+    def _parted(self) -> tuple[Mapping[str, str], Mapping[str, str]]:
+        every = self.tasks(self.arguments.train_tasks, self.train_limit)
+        names = list(every)
+        parts = parted(names, self.chooses and self.arguments.validation_tasks is None)
+        learned, aside = ({names[i]: every[names[i]] for i in part} for part in parts)
+        return learned, aside
 
     def heldout(self) -> dict[str, Mapping[str, str]]:
         """Name of every held-out set -> its tasks."""
@@ -224,8 +248,14 @@ class StepWorld:
 
     def check_parts(self) -> None:
         """Raise where a held-out part cannot be read, or a given `task_dir` is for something else; writes nothing."""
+        task = self.arguments
         self.heldout()
         self.validation()
+        if self.chooses and task.validation_tasks in (task.train_tasks, *task.heldout_tasks):
+            raise ValueError(
+                f"validation_tasks: {task.validation_tasks} is trained on or held out, and eval_strategy chooses the "
+                "best checkpoint on it: name another part, or none, which sets a fifth of the training tasks aside"
+            )
         if self.arguments.task_dir is not None:
             folder = Path(self.arguments.task_dir)
             if (folder / "settings.json").exists():

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rewards.cost import warn_of_group_scale
+from routers.data.folds import parted
 from routers.data.table import spread
 from routers.evaluation.episodes import Episodes
 from routers.language.prompts import family_phrase, price, weighed
@@ -52,6 +53,9 @@ class ThinkRoute:
         task, args = self.arguments, self.config
         self.table = world.load_replies(task, self.run, notes)
         train, self.heldout = world.load_questions(task, self.run, self.table, notes)
+        learned, aside = parted([row["query"] for row in train], args.eval_strategy != "no")
+        self.aside, train = [train[i] for i in aside], [train[i] for i in learned]
+        self.validation = [row["query_id"] for row in self.aside]
         check_rows_of_a_batch(len(train), args, "the training questions")
         self.pool = world.make_pool(task, self.run, self.table, args.max_cost_usd)
         self.names = world.seen_members(task, self.pool)
@@ -183,18 +187,31 @@ class ThinkRoute:
         self, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, share: Share
     ) -> Episodes:
         """Greedy episodes; with `cost_weights` at each of them too, with `unseen_members` once more with these."""
-        parts = [self._played(policy, tokenizer, name, share, self.names)]
-        for weight in self.settings.cost_weights:
-            told = f"{name}, price sensitivity {weight:g}"
-            parts.append(self._played(policy, tokenizer, told, share, self.names, weight))
+        ours, rows = (policy, tokenizer), share.of(self.heldout)
+        parts = self._at_all_weights(*ours, name, rows)
         if unseen := self.arguments.unseen_members:
-            parts.append(
-                self._played(policy, tokenizer, f"{name}, {', '.join(unseen)} added", share, list(self.pool.members))
-            )
+            parts.append(self._played(*ours, f"{name}, {', '.join(unseen)} added", rows, list(self.pool.members)))
         return Episodes.merged(parts)
 
+    def validate(self, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, share: Share) -> Episodes:
+        """As `evaluate`, without the unseen members."""
+        rows = share.of(self.aside)
+        return Episodes.merged(self._at_all_weights(policy, tokenizer, self.config.objective, rows))
+
+    def _at_all_weights(
+        self, policy: Any, tokenizer: Any, name: str, questions: Sequence[Mapping[str, Any]]
+    ) -> list[Episodes]:
+        named = {name: None, **{f"{name}, price sensitivity {w:g}": w for w in self.settings.cost_weights}}
+        return [self._played(policy, tokenizer, told, questions, self.names, w) for told, w in named.items()]
+
     def _played(
-        self, policy: Any, tokenizer: Any, name: str, share: Share, names: Sequence[str], weight: float | None = None
+        self,
+        policy: Any,
+        tokenizer: Any,
+        name: str,
+        questions: Sequence[Mapping[str, Any]],
+        names: Sequence[str],
+        weight: float | None = None,
     ) -> Episodes:
         from routers.tasks.think_route import world
         from routers.tasks.think_route.evaluate import evaluate_agent
@@ -205,7 +222,7 @@ class ThinkRoute:
             tokenizer,
             self._world(tokenizer, pool, names),
             self.settings,
-            share.of([weighed(row, self.settings.cost_weights, weight) for row in self.heldout]),
+            [weighed(row, self.settings.cost_weights, weight) for row in questions],
             self._rewards,
             name=name,
         )
