@@ -56,12 +56,14 @@ def train_own(task: Task, own: OwnPolicy, recipe: Recipe) -> Evaluation:
     from transformers import set_seed
 
     from srpo.hub.card import model_card
+    from srpo.hub.files import LOADED
     from srpo.hub.hub import beside_card
     from srpo.hub.jobs import Pushes, push_of, repository
     from srpo.hub.upload import NotPushed
     from srpo.run.folder import claim, finish
     from srpo.run.processes import main_process_long
     from srpo.run.watch import part
+    from srpo.run.whole import seal
     from srpo.task import START
     from srpo.train import concluded, evaluated, results_of
     from srpo.trainer.progress import phase
@@ -80,6 +82,7 @@ def train_own(task: Task, own: OwnPolicy, recipe: Recipe) -> Evaluation:
     start, policy = own.train(recipe.given)
     if main_process:
         own.save(policy, output)
+        seal(output, only=LOADED)
     phase("evaluate", "the policy that RL starts from, and the trained one")
     parts = [
         evaluated(lambda share: task.evaluate(start, None, START, share)),

@@ -13,16 +13,17 @@ from srpo.run.whole import MANIFEST, fault
 
 ROUTER, CARD, PICTURE = "router.yaml", "README.md", "frontier.png"
 _WEIGHTS = ("model*.safetensors", "adapter_model*.safetensors", "pytorch_model*.bin", "adapter_model.bin")
-POLICY = (
+LOADED = (
     *_WEIGHTS,
     *("model*.safetensors.index.json", "pytorch_model*.bin.index.json", "config.json", "generation_config.json"),
     *("adapter_config.json", "tokenizer*.json", "tokenizer*.model", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece*.model", "chat_template*"),
     *("*processor_config.json", "*.py"),  # code of a model that is not part of transformers
-    *(CARD, "LICENSE*", "NOTICE*", ROUTER),
-    *("recipe.yaml", PICTURE),  # how it was made, and the picture of the card
+    ROUTER,
 )
-"""Files at the top of the folder."""
+"""Files at the top of a policy's folder, which loading it reads."""
+POLICY = (*LOADED, CARD, "LICENSE*", "NOTICE*", "recipe.yaml", PICTURE)
+"""These, and what tells of it: how it was made, and the picture of the card."""
 _POLICY_BELOW = ("additional_chat_templates/*.jinja",)
 # Of a checkpoint: pickles (training_args.bin holds the token if one was passed), other checkpoints, local records.
 _LOCAL_ONLY = (

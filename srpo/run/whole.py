@@ -5,6 +5,8 @@
     OUTPUT/checkpoint-12                         the same folder, renamed once all of it is on the disk
 
 Older checkpoints go only after that, through `_saving` too, so that no name of a checkpoint ever stands for a part.
+
+The policy that a run ends with lies in OUTPUT itself, among much else. Its manifest lists the policy's files alone.
 """
 
 import hashlib
@@ -15,7 +17,6 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatch
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ MANIFEST = "manifest.json"
 SAVING = "_saving"
 AUTO = ("auto", "true", "True", True)
 """Values of `resume_from_checkpoint` that mean the newest whole checkpoint."""
-_THREADS = 8
+_THREADS, _REMEMBERED = 8, 2**14
 
 Entry = tuple[int, str]
 """Bytes and sha256 of a file."""
@@ -39,13 +40,16 @@ class NotWhole(Refused):
 # ------------------------------------------------------------------------------------------------------------- writing
 
 
-def seal(folder: Path, known: Mapping[str, Entry] | None = None) -> None:
+def seal(folder: Path, known: Mapping[str, Entry] | None = None, only: Iterable[str] = ()) -> None:
     """Bring all files of a folder to the disk and write its manifest, which makes it whole.
 
     Args:
         known: entries of files that need not be read again.
+        only: patterns of the files at its top that count; none: all, in folders too.
     """
-    names = _files(folder)
+    names, wanted = _files(folder), [*only]
+    if wanted:
+        names = [name for name in names if "/" not in name and _any(name, wanted)]
     read = [name for name in names if name not in (known or {})]
     with ThreadPoolExecutor(_THREADS) as pool:
         found = dict(zip(read, pool.map(lambda name: _flushed(folder / name), read), strict=True))
@@ -92,9 +96,8 @@ def _take_away(folder: Path) -> None:
 
 def _flushed(path: Path) -> Entry:
     with path.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
         os.fsync(stream.fileno())
-        return stream.tell(), digest
+    return path.stat().st_size, sha256_of(path)
 
 
 def _flush_folder(folder: Path) -> None:
@@ -125,7 +128,7 @@ def fault(folder: Path, only: Iterable[str] = ()) -> str | None:
         return f"{folder / MANIFEST} is damaged ({type(error).__name__})"
     found, wanted = set(_files(folder)), [*only]
     if wanted:
-        files = {name: entry for name, entry in files.items() if any(fnmatch(name, pattern) for pattern in wanted)}
+        files = {name: entry for name, entry in files.items() if _any(name, wanted)}
         found &= {*files}
     for name in sorted({*files} ^ found):
         return f"{folder / name} is {'missing' if name in files else f'none of its files ({MANIFEST} has no such)'}"
@@ -205,13 +208,24 @@ def _check(files: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
+def _any(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch(name, pattern) for pattern in patterns)
+
+
+_digests: dict[tuple[Path, int, int], str] = {}
+
+
 def sha256_of(path: Path) -> str:
+    """A file is read once: what was hashed when it was written, or looked at, is remembered until it changes."""
+    state = _state(path)
+    if state not in _digests:
+        if len(_digests) >= _REMEMBERED:
+            _digests.clear()
+        with path.open("rb") as stream:
+            _digests[state] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return _digests[state]
+
+
+def _state(path: Path) -> tuple[Path, int, int]:
     about = path.stat()
-    return _digest(path, about.st_size, about.st_mtime_ns)
-
-
-@lru_cache(maxsize=2**14)
-def _digest(path: Path, _size: int, _changed: int) -> str:
-    """A run looks at its checkpoint before it loads anything, and again in the trainer; it is read once."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    return path, about.st_size, about.st_mtime_ns

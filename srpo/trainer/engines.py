@@ -15,6 +15,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from srpo.hub.files import LOADED
+from srpo.run.whole import MANIFEST, SAVING, seal
+
 
 def gather_when_saving(args: Any) -> None:
     """Before engines exist: ZeRO-3 gathers its weights when they are saved, whatever its file says."""
@@ -37,6 +40,18 @@ def saved_whole(accelerator: Any) -> Iterator[None]:
         yield
     finally:
         plugin.state_dict_type = found
+
+
+@contextmanager
+def sealed(folder: str, writes: bool) -> Iterator[None]:
+    """Around what writes a policy: its files are then listed in a manifest; in a checkpoint, with all else there."""
+    place = Path(folder)
+    writes = writes and SAVING not in place.parts
+    if writes:
+        (place / MANIFEST).unlink(missing_ok=True)
+    yield
+    if writes:
+        seal(place, only=LOADED)
 
 
 @torch.no_grad()

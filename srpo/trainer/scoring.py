@@ -93,7 +93,7 @@ class Scoring:
         count = len(step.rows)
         scored = rewards.of_models(scored, functions)
         if self._may_lose or self.late:
-            gone, counted = lost_rows(step, count, self.losses, counted=self.episodes)
+            gone, counted = lost_rows(step, self.losses, self.episodes, self.table.args.output_dir)
             self._add_metrics(step.training, counted)
             # A lost rollout has no reward, whatever a reward model says of it.
             scored = scored.masked_fill(torch.tensor(gone, device=scored.device).unsqueeze(1), torch.nan)

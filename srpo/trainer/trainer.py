@@ -55,7 +55,7 @@ from srpo.trainer.checkpoint import Checkpoints
 from srpo.trainer.clock import Clock
 from srpo.trainer.credit import credited
 from srpo.trainer.distiller import nothing_distilled
-from srpo.trainer.engines import saved_whole
+from srpo.trainer.engines import saved_whole, sealed
 from srpo.trainer.generation_step import GenerationStep
 from srpo.trainer.late import world_one_by_one
 from srpo.trainer.limits import EarlyWarnings, EndOnSignal, RunLimits
@@ -445,7 +445,7 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
 
     @part("save")
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        with saved_whole(self.accelerator):
+        with saved_whole(self.accelerator), sealed(output_dir or self.args.output_dir, self.args.should_save):
             super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,8 @@ from routers.language.prompts import stated_cost_weight
 from routers.router import CannotDo, read_router
 from routers.tasks.query_routing.router import routing
 from routers.tasks.query_routing.settings import QuerySettings
+from srpo.hub.files import LOADED
+from srpo.run.whole import seal
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +33,18 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def router(policy: Path) -> QueryRouter:
     with load_router(policy) as made:
         yield made
+
+
+def test_a_damaged_policy_is_named_and_not_loaded(policy: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(policy, tmp_path / "copy"))
+    seal(copy, only=LOADED)
+    load_router(copy).close()
+    for name in ("model.safetensors", "router.yaml"):
+        content = (copy / name).read_bytes()
+        (copy / name).write_bytes(content[:-1])
+        with pytest.raises(OSError, match=f"copy cannot be used: .*{name} has .* bytes, and .* were written"):
+            load_router(copy)
+        (copy / name).write_bytes(content)
 
 
 @pytest.mark.parametrize("question", QUESTIONS)

@@ -24,6 +24,7 @@ from resume_cases import reward
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils.logging import disable_progress_bar
 
+from srpo.hub.files import files_to_push
 from srpo.hub.upload import push_checkpoint
 from srpo.policy_name import check_policy_name
 from srpo.run.whole import MANIFEST, NotWhole, fault, newest, read_manifest, resume_from, rotate, seal, whole_looking
@@ -80,6 +81,37 @@ def test_a_checkpoint_lists_every_file(run: Any) -> None:
     assert {"model.safetensors", "optimizer.pt", "teacher.safetensors", "rollouts_0.safetensors"} < files
     assert files == {*read_manifest(folder / "checkpoint-3")} and fault(folder / "checkpoint-3") is None
     assert not any((folder / "_saving").iterdir())
+
+
+def test_the_policy_that_a_run_ends_with_is_looked_at_before_it_is_loaded_or_pushed(run: Any) -> None:
+    folder = Path(run.args.output_dir)
+    run.save_beside = lambda place: (place / "router.yaml").write_text("kind: x")
+    run.save_model()
+    (folder / "README.md").write_text("what comes later is not of the policy")
+    listed = read_manifest(folder)
+    assert {"model.safetensors", "config.json", "tokenizer.json", "router.yaml"} <= {*listed}
+    assert not {*listed} & {"README.md", "trainer_state.json", "training_args.bin", "run.json"}
+    assert not [name for name in listed if "/" in name]
+    check_policy_name(str(folder))
+    for name in listed:
+        path, content = folder / name, (folder / name).read_bytes()
+        flipped = bytearray(content)
+        flipped[len(content) // 2] ^= 0x40
+        for damaged in (None, content[:-1], bytes(flipped)):
+            path.unlink()
+            if damaged is not None:
+                path.write_bytes(damaged)
+            for look in (lambda: check_policy_name(str(folder)), lambda: files_to_push(folder)):
+                if name != "config.json" or damaged is not None:
+                    with pytest.raises((FileNotFoundError, ValueError), match=f"^{folder} cannot be .*{path} "):
+                        look()
+            path.write_bytes(content)
+    check_policy_name(str(folder))
+    run.save_model()  # written anew, and listed anew
+    assert read_manifest(folder) == listed and fault(folder / "checkpoint-3") is None
+    (folder / MANIFEST).unlink()
+    (folder / "model.safetensors").write_bytes(b"of another tool")
+    check_policy_name(str(folder))  # without a manifest nothing is known
 
 
 def names(run: Any) -> list[str]:
