@@ -1,9 +1,10 @@
 """A user's function in a process of its own, asked for one completion at a time: one that takes too long is killed.
 
 Neither `await` nor a thread ends a function that computes for ever, sleeps, or is stuck in C. Killing its process
-does, with everything that it has started there; the next completion gets a new one. The function goes there by its
-name, so it must be one that can be imported. What it prints appears as usual; what it logs (`log_extra`, `log_metric`)
-comes back with its value.
+does, with everything that it has started there; the next completion gets a new one. A function that can be imported
+goes there by its name; a closure, a lambda or one of the script that was started goes by its code, with what it has
+captured (cloudpickle): a fork would take along locks that threads of this process hold, and on a GPU a context that no
+child can use. What it prints appears as usual; what it logs (`log_extra`, `log_metric`) comes back with its value.
 """
 
 import ctypes
@@ -18,6 +19,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
+
+import cloudpickle
 
 _START = 300.0
 """Seconds for importing the module of a function."""
@@ -52,14 +55,12 @@ class Apart:
         self._process: subprocess.Popen[bytes] | None = None
         self._link: Connection | None = None
         self._shared: dict[str, Any] = {}
-        if getattr(func, "__module__", type(func).__module__) == "__main__":
-            raise ValueError(self._cannot("it is defined in the script that was started"))
         self._start()
 
     def _cannot(self, why: str) -> str:
         return (
-            f"{self.key}: {self.name} cannot run in a process of its own: {why}. Put it into a module of its own as a "
-            f"plain function, class or functools.partial, or leave {self.key} out"
+            f"{self.key}: {self.name} cannot run in a process of its own: {why}. Let it hold nothing but plain values "
+            f"and functions, or leave {self.key} out"
         )
 
     def share(self, values: Mapping[str, Any]) -> None:
@@ -121,7 +122,7 @@ class Apart:
     def _send(self, what: Any) -> None:
         assert self._link is not None
         try:
-            self._link.send(what)
+            self._link.send_bytes(cloudpickle.dumps(what))
         except OSError:  # it has ended: that is the answer
             pass
         except Exception as error:  # whatever the parts of an object raise when they are pickled

@@ -4,20 +4,26 @@ import asyncio
 import functools
 import os
 import re
+import subprocess
+import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import late_rewards
 import pytest
-from core_helpers import config, dataset, logged, scripted, trainer
+from core_helpers import config, dataset, logged, script, scripted, trainer
 
+from rewards.registry import REWARDS, Facts
+from srpo.losses import noted
 from srpo.trainer.late import world_one_by_one
 from srpo.trainer.limits import LostRollouts
 from srpo.trainer.rewards import checked_reward
-from srpo.types import LOST
+from srpo.types import LOST, Columns
 
 SECONDS = 2.0
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def asked(func: Any, texts: list[str], **columns: Any) -> tuple[list[Any], list[Any]]:
@@ -83,9 +89,50 @@ def test_an_async_one_is_cancelled_and_the_others_are_scored() -> None:
     assert values == [2.0, None, 1.0] and [bool(cause) for cause in told] == [False, True, False]
 
 
+def test_closures_and_rewards_of_factories_go_there_with_what_they_hold() -> None:
+    weight, inner = 0.5, late_rewards.length
+
+    def mine(completions: list[str], **columns: Any) -> list[float]:
+        return [weight * value for value in inner(completions, **columns)]
+
+    values, told = asked(mine, ["abc", "sleep", "die", "ab"])
+    assert values == [1.5, None, None, 1.0]
+    assert told[1] == "reward function 'mine' gave no answer within 2 s (reward_deadline)"
+    columns: dict[str, Any] = {"cost": [0.25, 2.0], "cost_weight": [1.0, 0.5], "correct": [1.0, 0.0]}
+    facts = Facts(0.5, per_prompt=True)
+    for name, make in REWARDS.items():
+        here, there = (checked_reward(make(facts), None, seconds, lambda causes: None) for seconds in (None, SECONDS))
+        given = {
+            "prompts": ["p", "q"],
+            "completions": ["a", "c"],
+            "answer": ["a", None],
+            "em": [1.0, 0.0],
+            "f1": [0.5, 0.0],
+            "format_error": ["", "x"],
+        }
+        given |= {"invalid_actions": [0, 1], **columns}
+        assert here(**given) == there(**given), name
+
+
+def test_a_function_of_the_script_that_was_started_goes_there(tmp_path: Path) -> None:
+    script = tmp_path / "mine.py"
+    script.write_text(
+        "from srpo.trainer.rewards import checked_reward\n"
+        "BONUS = 2.0\n"
+        "def judge(completions, **_):\n"
+        "    while completions == ['for ever']: pass\n"
+        "    return [BONUS + len(text) for text in completions]\n"
+        "if __name__ == '__main__':\n"
+        "    print(checked_reward(judge, None, 2.0, print)(completions=['for ever', 'ab']))\n"
+    )
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.splitlines()[-1] == "[None, 4.0]", done.stderr
+
+
 def test_a_function_that_cannot_go_there_is_refused_at_once() -> None:
+    held = threading.Lock()
     with pytest.raises(ValueError, match="reward_deadline: reward function '<lambda>' cannot run in a process of its"):
-        checked_reward(lambda completions, **_: [0.0], None, SECONDS, None)
+        checked_reward(lambda completions, **_: [float(held.locked())], None, SECONDS, None)
 
 
 def test_a_world_that_does_not_answer_loses_the_completion() -> None:
@@ -101,7 +148,28 @@ def test_in_a_training_it_is_counted_and_too_many_stop_the_run(tmp_path: Path) -
     with pytest.raises(LostRollouts, match=r"x reward function 'late_for' gave no answer within 4 s"):
         made.train()
     shares = logged(made, "rollout/lost_share")
+    cause = "reward function 'late_for' gave no answer within 4 s (reward_deadline)"
+    lines = noted(tmp_path)
+    assert [(line["step"], line["what"], line["of"]) for line in lines] == [(0, "rollouts", 4), (1, "rollouts", 4)]
+    assert [line["why"][cause] / 4 for line in lines] == shares
     assert len(shares) == 2 and all(0 < share < 1 for share in shares)
     table = made._logs["extra"][LOST]
     scored = made._logs["rewards"]["late_for"]
     assert [cause is None for cause in table] == [value == value for value in scored] and None in table
+
+
+def test_what_a_world_of_one_turn_loses_is_noted_with_its_tokens_and_its_price(tmp_path: Path) -> None:
+    def world(rows: Any, texts: Any) -> Columns:
+        gone = [i % 4 == 1 for i in range(len(texts))]
+        return {
+            LOST: ["HTTP 500" if lost else None for lost in gone],
+            "cost": [0.25 if lost else 1.0 for lost in gone],
+        }
+
+    args = config(tmp_path, objective="grpo", max_steps=1, max_lost_share=0.9)
+    args.per_device_train_batch_size = 4
+    made = trainer(args, world=world, rollout_func=scripted, train_dataset=dataset(8))
+    made.train()
+    [line] = noted(tmp_path)
+    assert (line["why"], line["of"], line["usd"]) == ({"HTTP 500": 1}, 4, 0.25)
+    assert line["tokens"] == len(script(made._logs["prompt"][1][-1]["content"], 1))
