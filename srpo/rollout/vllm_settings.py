@@ -10,9 +10,12 @@ from functools import partial
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import is_peft_model
 
+from srpo.rollout.vllm_waits import bound_answers, wait_for_server
 from srpo.rollout.vllm_weights import watch_weights, weights_that_can_be_replaced
+from srpo.run.watch import part
 
 
 def check_context(args: Any) -> None:
@@ -77,8 +80,15 @@ def vllm_of(trainer: Any, args: Any) -> Iterator[None]:
         yield
         return
     check_context(args)
+    server = args.vllm_mode == "server"
+    if server and PartialState().is_main_process:  # which alone asks it
+        url = args.vllm_server_base_url or f"http://{args.vllm_server_host}:{args.vllm_server_port}"
+        with part("vllm", patient=True):
+            wait_for_server(url, args.vllm_server_timeout)
     with engine_built_with(partial(engine_options, trainer), lambda: weights_that_can_be_replaced(trainer.model)):
         yield
+    if server and PartialState().is_main_process:
+        bound_answers(trainer.vllm_generation.vllm_client.session, args.hang_deadline)
     watch_weights(trainer.vllm_generation)
 
 
