@@ -215,7 +215,7 @@ def _validation_reward(task: Any, trainer: SRPOTrainer, output: Path) -> float:
     """What the policy earns on the task's items for choosing, in the middle of its training."""
     folder = output / SAVING / "evaluated"
     if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
-        trainer.save_model(str(folder))
+        trainer.save_model(str(folder), _internal_call=True)  # without a push
     with whole_policy(trainer, folder) as policy:
         tokenizer = trainer.processing_class
         return float(evaluated(lambda share: task.validate(policy, tokenizer, share)).mean_reward())

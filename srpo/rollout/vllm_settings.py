@@ -79,15 +79,17 @@ def vllm_of(trainer: Any, args: Any) -> Iterator[None]:
     if not args.use_vllm:
         yield
         return
+    from trl.import_utils import is_vllm_available  # where it is not, TRL says so
+
     check_context(args)
-    server = args.vllm_mode == "server"
-    if server and PartialState().is_main_process:  # which alone asks it
+    asks = args.vllm_mode == "server" and PartialState().is_main_process  # no other process asks the server
+    if asks and is_vllm_available():
         url = args.vllm_server_base_url or f"http://{args.vllm_server_host}:{args.vllm_server_port}"
         with part("vllm", patient=True):
             wait_for_server(url, args.vllm_server_timeout)
     with engine_built_with(partial(engine_options, trainer), lambda: weights_that_can_be_replaced(trainer.model)):
         yield
-    if server and PartialState().is_main_process:
+    if asks:
         bound_answers(trainer.vllm_generation.vllm_client.session, args.hang_deadline)
     watch_weights(trainer.vllm_generation)
 

@@ -56,7 +56,8 @@ def wait_for_server(url: str, seconds: float) -> None:
 
 def bound_answers(session: requests.Session, hang_deadline: float) -> None:
     """Each answer in this session of TRL's client comes within a part of `hang_deadline`, or is an error."""
-    for adapter in {id(adapter): adapter for adapter in session.adapters.values()}.values():
+    adapters: list[Any] = [*{id(adapter): adapter for adapter in session.adapters.values()}.values()]
+    for adapter in adapters:
         theirs, send = adapter.max_retries, adapter.send
         adapter.max_retries = _NotWhenLate(**{name: getattr(theirs, name) for name in _RETRIES})
         adapter.send = partial(_sent, send, _SHARE * hang_deadline)
@@ -73,7 +74,7 @@ def _sent(send: Callable[..., Any], seconds: float, request: Any, **how: Any) ->
 
 
 class _NotWhenLate(Retry):
-    def increment(self, *args: Any, error: Any = None, **kwargs: Any) -> Any:
-        if isinstance(error, ReadTimeoutError):
+    def increment(self, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(error := kwargs.get("error"), ReadTimeoutError):
             raise error
-        return super().increment(*args, error=error, **kwargs)
+        return super().increment(*args, **kwargs)

@@ -27,6 +27,8 @@ REFUSED = [
     {"vendor": [{"authorisation": CANARY}]},
     {"auth": {"token": CANARY}},
     {"X-API-Key": CANARY},
+    {"api-key": CANARY},
+    {"headers": {"x-api-key": CANARY}},
     {"Ocp-Apim-Subscription-Key": CANARY},
     {"apiKey": 12345},
     {"APIKEY": CANARY},
@@ -65,6 +67,14 @@ def test_a_request_with_a_header_or_a_key_is_refused_and_not_shown(tmp_path, req
     with pytest.raises(ValueError, match=r"pool\.yaml: member 'm': field 'request'.*api_key_env") as caught:
         load_catalogue(catalogue(tmp_path, request=request_fields))
     assert CANARY not in str(caught.value) and "eyJ" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["headers", "extra_headers", "x-api-key", "api-key", "api_key"])
+def test_a_member_has_no_field_for_a_header_or_a_key(tmp_path, name):
+    value = {"x-api-key": CANARY} if name.endswith("headers") else CANARY
+    with pytest.raises(ValueError, match=f"member 'm': unknown field '{name}'; the fields are ") as caught:
+        load_catalogue(catalogue(tmp_path, **{name: value}))
+    assert CANARY not in str(caught.value)
 
 
 def test_what_endpoints_really_take_is_allowed(tmp_path):
