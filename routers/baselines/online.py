@@ -34,8 +34,8 @@ class Learner:
     grid: ClassVar[Sequence[Mapping[str, float]]] = ({},)
     directions = 64
     """Of the query that are read, the leading ones; there are no more than `features.DIRECTIONS`."""
-    epsilon = 0.0
-    """Share of the choices that are made uniformly at random."""
+    epsilon: float | None = 0.0
+    """Share of the choices that are made uniformly at random; None: no setting of a rule that draws lots itself."""
 
     def __init__(self, **settings: float) -> None:
         if unknown := [name for name in settings if not isinstance(getattr(type(self), name, None), (int, float))]:
@@ -56,7 +56,7 @@ class Learner:
 
     def chances(self, x: np.ndarray, rng: np.random.Generator | None, columns: Sequence[int]) -> np.ndarray:
         """Probability that each of these members is asked (of rules that draw lots inside `values`: given the lot)."""
-        epsilon = 0.0 if rng is None else self.epsilon
+        epsilon = 0.0 if rng is None else self.epsilon or 0.0
         best = np.eye(len(columns))[self.values(x, rng)[columns].argmax()]
         return (1 - epsilon) * best + epsilon / len(columns)
 
@@ -205,7 +205,7 @@ class Pheromone(ByCategory):
     p ~ tau^power. INFERRED: standard ant colony optimisation; f_sys is 1 + the cost weight's unit of cost."""
 
     grid = tuple({"categories": c, "rate": r, "power": p} for c in (1, 8, 32) for r in (0.05, 0.02) for p in (2, 4))
-    rate, power, sharpness, floor = 0.02, 2.0, 10.0, 0.02
+    rate, power, sharpness, floor, epsilon = 0.02, 2.0, 10.0, 0.02, None
 
     def counters(self, categories: int, members: int) -> None:
         self.trail = np.full((categories, members), 0.5)

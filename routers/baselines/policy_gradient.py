@@ -34,6 +34,7 @@ class PolicyGradient(Learner):
     """
 
     grid = tuple({"scale": s, "directions": d} for s in (0.05, 0.1, 0.2, 0.5) for d in (16, 32, 64))
+    epsilon = None
     directions, heads, scale, temperature = 32, 16, 0.5, 0.01
     """Of the query that are read; K; of the posterior's deviation (at 0.2 one of five streams starved members); T."""
     breadth, strength, clip = 0.1, 1.0, 10.0

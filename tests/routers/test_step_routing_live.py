@@ -26,8 +26,8 @@ from srpo import evaluate, train
 RECIPE = ROOT / "recipes/Qwen2.5-1.5B-Instruct/bopo/alfworld.yaml"
 PRICES = {"gpt-4.1-mini": (0.4, 1.6), "gpt-4.1": (2.0, 8.0)}
 PHASES = (
-    "profiling", "profiling of held-out tasks", "demonstrations", "evaluation of start", "training",
-    "evaluation of bopo", "rules",
+    "profiling", "profiling of held-out tasks", "rules on validation tasks", "demonstrations", "evaluation of start",
+    "training", "evaluation of bopo", "rules",
 )  # fmt: skip
 
 
@@ -204,7 +204,7 @@ def test_two_processes_pay_for_their_own_rollouts_and_once_for_the_rest(
     assert done.returncode == 0, done.stderr[-4000:]
     lines = re.findall(r"^process (\d): ([a-zA-Z -]+): (.*)\. The run", done.stdout, re.MULTILINE)
     assert [name for process, name, _ in lines if process == "0"] == list(PHASES)
-    assert [name for process, name, _ in lines if process == "1"] == [*PHASES[3:]], "all but what is paid once"
+    assert [name for process, name, _ in lines if process == "1"] == [*PHASES[4:]], "all but what is paid once"
     assert all(" 0 calls" not in said and "gpt-4.1" in said for _, name, said in lines if name == "training")
     books = [json.loads((tmp_path / f"out/spending_{process}.json").read_text()) for process in (0, 1)]
     assert all(book["spent"] > 0 for book in books)

@@ -13,7 +13,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(3000)]  # one launch trains all cells
 WRAPPED = {"ddp": "DistributedDataParallel", "zero2": "DeepSpeedEngine", "zero3": "DeepSpeedEngine", "fsdp2": "FSDP"}
 NAMES = {"ddp": "no engine", "zero2": "ZeRO-1 or 2", "zero3": "ZeRO-3", "fsdp2": "FSDP"}
 WEIGHTS = {"full": "model.safetensors", "lora": "adapter_model.safetensors"}

@@ -119,6 +119,9 @@ def test_exploration_has_the_chances_that_it_says() -> None:
     assert sorted(learner.chances(x[0], None, [0, 2])) == [0, 1]
     with pytest.raises(ValueError, match="LinUCB has no setting 'beta'"):
         LinUCB(beta=1.0)
+    for draws in ("pheromone", "policy gradient"):  # lots of their own: epsilon would do nothing
+        with pytest.raises(ValueError, match="has no setting 'epsilon'"):
+            learners()[draws](epsilon=0.1)
 
 
 def test_the_policy_gradient_draws_by_its_posterior_and_learns_in_rounds() -> None:
