@@ -51,14 +51,13 @@ OBJECTIVES: Mapping[str, dict[str, Any]] = {
     "SRPO": {"objective": "srpo"},
     "SRPO, no weights": {"objective": "srpo", "entropy_weight_beta": 0.0},
     "SRPO, reverse KL": {"objective": "srpo", "distillation_alpha": 1.0},
-    "SRPO, slow teacher": {"objective": "srpo", "teacher_update_rate": 0.01},
 }
 COMPARED = list(OBJECTIVES)[:4]
 """What runs where nothing is said."""
 TUNED_AS = {name: "SRPO" for name in OBJECTIVES if name.startswith("SRPO,")}
 """A variant takes the learning rate of what it is a variant of."""
 PAIRS = [("SRPO", "GRPO"), ("SRPO", "SDPO"), ("SDPO", "GRPO"), *((name, "SRPO") for name in TUNED_AS)]
-COLOURS = ("#0072B2", "#E69F00", "#D55E00", "#666666", "#009E73", "#CC79A7")
+COLOURS = ("#0072B2", "#E69F00", "#D55E00", "#666666", "#009E73")
 TOLD = Templates(SRPOConfig.reprompt_template, SRPOConfig.solution_template, SRPOConfig.feedback_template)
 DIGITS = 8
 PROMPTS, GROUP = 8, 8
