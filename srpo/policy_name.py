@@ -28,7 +28,7 @@ def check_policy_name(name: str) -> None:
         if not any((path / part).exists() for part in _PARTS):
             raise FileNotFoundError(f"{name} holds neither config.json nor adapter_config.json; is the training over?")
         if (path / MANIFEST).is_file() and (why := fault(path, only=POLICY)) is not None:
-            raise FileNotFoundError(f"{name} cannot be used: {why}")
+            raise FileNotFoundError(f"{name} cannot be used: {why}. If that was you, delete {MANIFEST} there")
         return
     local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or path.exists()
     # `outputs/mine` may be a Hub id by its form, but somebody who has a folder `outputs` means that one.

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from fnmatch import fnmatch
 from pathlib import Path
 
+from srpo.run.files import RUN
 from srpo.run.whole import MANIFEST, fault
 
 ROUTER, CARD, PICTURE = "router.yaml", "README.md", "frontier.png"
@@ -36,15 +37,16 @@ def files_to_push(folder: str | os.PathLike[str], resumable: bool = False, besid
     """Paths in `folder`, relative to it and sorted.
 
     Args:
-        resumable: all that resuming needs too.
+        resumable: of a checkpoint, all that resuming needs too.
         beside: names of further files that belong to the policy.
 
     Raises:
         ValueError: there are no weights of a policy, or it is a checkpoint that is not whole.
     """
     root = Path(folder)
+    resumable = resumable and not (root / RUN).is_file()  # OUTPUT itself, which is no checkpoint
     if (root / MANIFEST).is_file() and (why := fault(root, only=() if resumable else POLICY)) is not None:
-        raise ValueError(f"{folder} cannot be pushed: {why}")
+        raise ValueError(f"{folder} cannot be pushed: {why}. If that was you, delete {MANIFEST} there")
     found = sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
     if resumable:
         return [name for name in found if not _any(name, _LOCAL_ONLY)]

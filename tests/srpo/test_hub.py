@@ -17,11 +17,12 @@ from router_helpers import QUESTIONS, right
 from srpo.hub import upload
 from srpo.hub.card import costs_of, merged_card, model_card
 from srpo.hub.errors import explain
-from srpo.hub.files import files_to_push
+from srpo.hub.files import LOADED, files_to_push
 from srpo.hub.hub import HubMixin
 from srpo.hub.upload import NotPushed
 from srpo.losses import noted
 from srpo.redact import REDACTED, redacted, scrubbed
+from srpo.run.whole import seal
 
 HERE = Path(__file__).resolve().parents[1] / "support"
 
@@ -227,6 +228,12 @@ def test_what_of_a_checkpoint_goes_up(tmp_path: Path) -> None:
     assert files_to_push(tmp_path) == policy
     assert files_to_push(tmp_path, beside=["a[1].txt"]) == sorted([*policy, "a[1].txt"])
     assert files_to_push(tmp_path, resumable=True) == sorted([*policy, *state, "a[1].txt"])
+    (tmp_path / "run.json").write_text("{}")
+    seal(tmp_path, only=LOADED)
+    assert files_to_push(tmp_path, resumable=True) == policy, "OUTPUT itself, `srpo push OUTPUT NAME --into FOLDER`"
+    (tmp_path / "tokenizer.json").write_text("xy")
+    with pytest.raises(ValueError, match=r"tokenizer.json has 2 bytes, and 1 were .*delete manifest.json there"):
+        files_to_push(tmp_path)
 
 
 def test_a_folder_without_a_policy_is_not_pushed(tmp_path: Path) -> None:
