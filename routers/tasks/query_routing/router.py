@@ -154,9 +154,8 @@ class QueryRouter(Router):
             Request(row, tuple(prompt), "", self.settings.completion_tokens, allowed=mask.after)
             for row, prompt in zip(rows, prompts, strict=True)
         ]
-        with (
-            self._deciding
-        ):  # in the thread that asks: to wake another, and be woken, is a share of a small model's time
+        # In the thread that asks: to wake another, and be woken, is a share of a small model's time.
+        with self._deciding:
             turns = self._generate(wanted)
             begun = {n: found for n, turn in enumerate(turns) if (found := mask.inside(turn.ids)) is not None}
             forks = [(tree, [*prompts[n], *turns[n].ids[:length]], rows[n]) for n, (length, tree) in begun.items()]
