@@ -76,12 +76,13 @@ def _ended(launch: Callable[[Any], Any], parser: Any, words: list[str]) -> int:
 
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # it repeats the children's codes
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # as the launcher would, with a warning
-    # The launcher would give the processes 30 s after a signal, and end with an error whatever they did.
-    os.environ.setdefault("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGQUIT")
     for number in HEARD:
         signal.signal(number, _pass_on)
+    given = parser.parse_args(words)
+    # torch's launcher would take these over, give the processes 30 s, and end with an error whatever they did.
+    given.signals_to_handle = "SIGQUIT"
     try:
-        launch(parser.parse_args(words))
+        launch(given)
     except ChildFailedError as failed:
         return _code([failure.exitcode for failure in failed.failures.values()])
     except subprocess.CalledProcessError as failed:

@@ -4,6 +4,7 @@ import itertools
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -175,3 +176,34 @@ def test_a_signal_before_the_training_and_after_its_last_step(tmp_path: Path) ->
 
     code, _ = ended(tmp_path / "after", after)  # it saves nothing by itself
     assert code == 0 and newest(tmp_path / "after") == tmp_path / "after" / f"checkpoint-{STEPS}"
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("launcher", ["None, 2", "Path('recipes/accelerate/zero2.yaml'), 2"])
+def test_a_launcher_waits_for_processes_that_end_by_themselves(tmp_path: Path, launcher: str) -> None:
+    """SIGTERM reaches every process once, and the launcher has the exit code that they have."""
+    (tmp_path / "ends.py").write_text(
+        "import os, pathlib, signal, sys, time\n"
+        "said = []\n"
+        "signal.signal(signal.SIGTERM, lambda *_: said.append(1))\n"
+        "here = pathlib.Path(sys.argv[1], os.environ['RANK'])\n"
+        "here.touch()\n"
+        "while not said:\n"
+        "    time.sleep(0.1)\n"
+        "time.sleep(2)\n"
+        "here.write_text(str(len(said)))\n"
+    )
+    start = f"from srpo.launch import *; raise SystemExit(launch('ends', {launcher}, [{str(tmp_path)!r}]))"
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    with (tmp_path / "said.txt").open("w") as said:
+        one = subprocess.Popen(
+            [sys.executable, "-c", start], stdout=said, stderr=said, env={**os.environ, "PYTHONPATH": path}
+        )
+    while not all((tmp_path / rank).exists() for rank in "01"):
+        assert one.poll() is None, (tmp_path / "said.txt").read_text()
+        time.sleep(0.1)
+    one.send_signal(signal.SIGTERM)
+    assert one.wait(60) == 0, (tmp_path / "said.txt").read_text()
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["1", "1"]
+    assert "Traceback" not in (tmp_path / "said.txt").read_text()
