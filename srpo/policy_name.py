@@ -6,9 +6,8 @@ from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from pathlib import Path
 
-from srpo.hub.files import POLICY
+from srpo.hub.files import changed
 from srpo.redact import scrubbed
-from srpo.run.whole import MANIFEST, fault
 
 FROM_NOTHING = ("tiny", "tiny_moe")
 """Policies that are made here (`srpo.policy.TINY`), with a tokenizer of the task's texts."""
@@ -27,8 +26,8 @@ def check_policy_name(name: str) -> None:
     if path.is_dir():
         if not any((path / part).exists() for part in _PARTS):
             raise FileNotFoundError(f"{name} holds neither config.json nor adapter_config.json; is the training over?")
-        if (path / MANIFEST).is_file() and (why := fault(path, only=POLICY)) is not None:
-            raise FileNotFoundError(f"{name} cannot be used: {why}. If that was you, delete {MANIFEST} there")
+        if (why := changed(path)) is not None:
+            raise FileNotFoundError(f"{name} cannot be used: {why}")
         return
     local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or path.exists()
     # `outputs/mine` may be a Hub id by its form, but somebody who has a folder `outputs` means that one.

@@ -6,11 +6,10 @@ new file would be public until somebody thought of leaving it out. So what is up
 
 import os
 from collections.abc import Iterable
-from fnmatch import fnmatch
 from pathlib import Path
 
 from srpo.run.files import RUN
-from srpo.run.whole import MANIFEST, fault
+from srpo.run.whole import MANIFEST, fault, matches
 
 ROUTER, CARD, PICTURE = "router.yaml", "README.md", "frontier.png"
 _WEIGHTS = ("model*.safetensors", "adapter_model*.safetensors", "pytorch_model*.bin", "adapter_model.bin")
@@ -33,6 +32,18 @@ _LOCAL_ONLY = (
 )
 
 
+def changed(folder: Path, only: Iterable[str] = POLICY) -> str | None:
+    """Why a folder with a manifest does not hold what was written, and what to do; None: it does, or has no manifest.
+
+    Args:
+        only: as in `srpo.run.whole.fault`.
+    """
+    if not (folder / MANIFEST).is_file() or (why := fault(folder, only)) is None:
+        return None
+    # A checkpoint without its manifest could not be resumed.
+    return f"{why}. If that was you, delete {MANIFEST} there" if (folder / RUN).is_file() else why
+
+
 def files_to_push(folder: str | os.PathLike[str], resumable: bool = False, beside: Iterable[str] = ()) -> list[str]:
     """Paths in `folder`, relative to it and sorted.
 
@@ -45,20 +56,16 @@ def files_to_push(folder: str | os.PathLike[str], resumable: bool = False, besid
     """
     root = Path(folder)
     resumable = resumable and not (root / RUN).is_file()  # OUTPUT itself, which is no checkpoint
-    if (root / MANIFEST).is_file() and (why := fault(root, only=() if resumable else POLICY)) is not None:
-        raise ValueError(f"{folder} cannot be pushed: {why}. If that was you, delete {MANIFEST} there")
+    if (why := changed(root, () if resumable else POLICY)) is not None:
+        raise ValueError(f"{folder} cannot be pushed: {why}")
     found = sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
     if resumable:
-        return [name for name in found if not _any(name, _LOCAL_ONLY)]
+        return [name for name in found if not matches(name, _LOCAL_ONLY)]
     top = [name for name in found if "/" not in name]
-    if not any(_any(name, _WEIGHTS) for name in top):
+    if not any(matches(name, _WEIGHTS) for name in top):
         raise ValueError(
             f"{folder} holds no weights of a policy (model*.safetensors or adapter_model*.safetensors): name a folder "
             "that a run saved its policy into"
         )
     own = {*beside}
-    return [name for name in found if name in own or _any(name, POLICY if "/" not in name else _POLICY_BELOW)]
-
-
-def _any(name: str, patterns: Iterable[str]) -> bool:
-    return any(fnmatch(name, pattern) for pattern in patterns)
+    return [name for name in found if name in own or matches(name, POLICY if "/" not in name else _POLICY_BELOW)]

@@ -49,7 +49,7 @@ def seal(folder: Path, known: Mapping[str, Entry] | None = None, only: Iterable[
     """
     names, wanted = _files(folder), [*only]
     if wanted:
-        names = [name for name in names if "/" not in name and _any(name, wanted)]
+        names = [name for name in names if "/" not in name and matches(name, wanted)]
     read = [name for name in names if name not in (known or {})]
     with ThreadPoolExecutor(_THREADS) as pool:
         found = dict(zip(read, pool.map(lambda name: _flushed(folder / name), read), strict=True))
@@ -128,7 +128,7 @@ def fault(folder: Path, only: Iterable[str] = ()) -> str | None:
         return f"{folder / MANIFEST} is damaged ({type(error).__name__})"
     found, wanted = set(_files(folder)), [*only]
     if wanted:
-        files = {name: entry for name, entry in files.items() if _any(name, wanted)}
+        files = {name: entry for name, entry in files.items() if matches(name, wanted)}
         found &= {*files}
     for name in sorted({*files} ^ found):
         return f"{folder / name} is {'missing' if name in files else f'none of its files ({MANIFEST} has no such)'}"
@@ -208,7 +208,8 @@ def _check(files: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
-def _any(name: str, patterns: Iterable[str]) -> bool:
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a file's name is of one of these patterns."""
     return any(fnmatch(name, pattern) for pattern in patterns)
 
 
