@@ -13,7 +13,6 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import is_peft_model
 
-from srpo.rollout.vllm_waits import bound_answers, wait_for_server
 from srpo.rollout.vllm_weights import watch_weights, weights_that_can_be_replaced
 from srpo.run.watch import part
 
@@ -80,6 +79,8 @@ def vllm_of(trainer: Any, args: Any) -> Iterator[None]:
         yield
         return
     from trl.import_utils import is_vllm_available  # where it is not, TRL says so
+
+    from srpo.rollout.vllm_waits import bound_answers, wait_for_server  # need packages of the extra `vllm`
 
     check_context(args)
     asks = args.vllm_mode == "server" and PartialState().is_main_process  # no other process asks the server

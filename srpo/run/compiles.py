@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import psutil
-from torch.utils.cpp_extension import get_default_build_root
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +23,8 @@ def free_deepspeed(environment: Mapping[str, str] = os.environ) -> None:
     sure of is named. Both are warnings."""
     if environment.get("ACCELERATE_USE_DEEPSPEED") != "true" or environment.get("LOCAL_RANK", "0") != "0":
         return
+    from torch.utils.cpp_extension import get_default_build_root  # few runs need it
+
     root = Path(environment.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
     for lock in locks_without_owner(root):
         age = time.time() - lock.stat().st_mtime
