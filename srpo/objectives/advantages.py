@@ -107,6 +107,19 @@ def group_advantages(
     return torch.nan_to_num(advantages, nan=0.0).view(-1)
 
 
+def importance_weighted(rewards: Tensor, importance: Tensor, group_size: int) -> Tensor:
+    """A_i = w_i (r_i - mean_j w_j r_j)   [B]: policy-gradient credit of completions that the policy did not draw.
+
+    With each of M actions once and w = M pi(a), the gradient is that of the expected reward, exactly, and the mean is
+    the policy's value. A group with a reward of NaN has no such mean, and gets A = 0.
+
+    Args:
+        rewards, importance: [B], groups one after the other; w is the policy's probability over that of the draw.
+    """
+    r, w = rewards.view(-1, group_size), importance.to(rewards).view(-1, group_size)
+    return torch.nan_to_num(w * (r - (w * r).mean(dim=1, keepdim=True)), nan=0.0).view(-1)
+
+
 def _nanstd(x: Tensor) -> Tensor:
     """Unbiased std over the last dimension without its NaNs, [N, 1]; 0 for fewer than two values. As TRL's nanstd."""
     count = (~torch.isnan(x)).sum(dim=1, keepdim=True)

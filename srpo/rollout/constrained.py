@@ -54,7 +54,7 @@ class OneOf:
         self, tokenizer: Any, opening: str, alternatives: Sequence[str], closings: Sequence[str] = ("",)
     ) -> None:
         self._tokenizer = tokenizer
-        self._opening = opening
+        self._opening, self.alternatives = opening, tuple(alternatives)
         self._wholes = {alternative + closing: alternative for alternative in alternatives for closing in closings}
         ordered = sorted(self._wholes)
         if not ordered or not opening or "" in ordered or len(ordered) < len(alternatives) * len(closings):

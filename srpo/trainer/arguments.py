@@ -9,6 +9,8 @@ from trl import GRPOConfig
 
 from srpo.columns import check_dataset_columns
 from srpo.config import SRPOConfig, as_srpo_config, kept_defaults
+from srpo.objectives import objective_of
+from srpo.rollout.each_of import EachOf
 from srpo.trainer.engines import gather_when_saving
 from srpo.trainer.precision import check_precision
 
@@ -60,6 +62,8 @@ def refuse_contradictions(
         )
     if allowed is not None:
         _refuse_with_allowed_tokens(args, given, environment)
+    if isinstance(allowed, EachOf):
+        _refuse_with_each_of(args, allowed)
 
 
 def _refuse_other_rollouts(args: Any, given: Mapping[str, Any], world: Any) -> None:
@@ -84,6 +88,24 @@ def _refuse_with_allowed_tokens(args: Any, given: Mapping[str, Any], environment
     for name in ("use_vllm", "use_transformers_continuous_batching"):
         if getattr(args, name):
             raise ValueError(f"allowed_tokens= restricts our own generator only; set {name}: false")
+
+
+def _refuse_with_each_of(args: Any, each: EachOf) -> None:
+    """ValueError for arguments that would read completions of which each is tried as if the policy had drawn them."""
+    needed = {"objective": "grpo", "scale_rewards": "none", "beta": 0.0, "routing_replay": "off"}
+    if objective_of(args).sampler_logps:
+        needed["loss_type"] = "dapo"
+    for name, value in needed.items():
+        if (given := getattr(args, name)) != value:
+            raise ValueError(
+                f"groups that hold each alternative (exact_credit) are not draws of the policy, which {name}: {given} "
+                f"needs; set {name}: {value}"
+            )
+    if args.num_generations % (m := len(each.alternatives)):
+        raise ValueError(
+            f"num_generations is {args.num_generations}, but a group holds each of {m} alternatives equally often "
+            f"(exact_credit); set num_generations: {m}, or a multiple of it"
+        )
 
 
 _EPISODES_ONLY = (

@@ -33,6 +33,9 @@ class GenerationStep:
     choices: Tensor | None = None
     """[B, T, A] ids that were allowed, -1 at the padding (`srpo.teacher.masked_decisions`); None: no token was
     restricted, on any rank."""
+    importance: Tensor | None = None
+    """[B] the policy's probability of a completion over that by which it was drawn (`srpo.rollout.each_of`); None: the
+    policy drew."""
     trained: Tensor | None = None
     """[B, T] 1 at the policy's tokens, in the padding of the completions; None: others wrote none."""
     recorder: Any = None

@@ -19,7 +19,9 @@ from typing import Any
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from accelerate.utils import gather_object
+from torch import Tensor
 from transformers.utils import is_rich_available, logging
 from trl.trainer import grpo_trainer
 from trl.trainer.utils import print_prompt_completions_sample
@@ -41,8 +43,9 @@ TRUNCATED: tuple[Stop, ...] = ("turns", "tokens", "deadline")
 """Stops that cut a trajectory short. "budget" is the world's own ruling, as final as "done"."""
 
 
-def world_metrics(columns: Mapping[str, Sequence[Any]]) -> dict[str, float]:
-    """Metrics of one batch of gathered columns (see `srpo.types`); a column that is absent adds nothing.
+def world_metrics(columns: Mapping[str, Sequence[Any]], importance: Sequence[float] = ()) -> dict[str, float]:
+    """Metrics of one batch of gathered columns (see `srpo.types`); a column that is absent adds nothing. Those of
+    routes, cost, correctness and form are the policy's: means by the completions' `importance`, where some was given.
 
     route/share/<member>  share of completions routed there; "none" = no valid action
     route/entropy         nats over the members, completions without a valid action left out
@@ -58,23 +61,54 @@ def world_metrics(columns: Mapping[str, Sequence[Any]]) -> dict[str, float]:
         metrics.update({f"calls/share/{name}": n / asked.total() for name, n in sorted(asked.items())})
         metrics["calls/entropy"] = sum(-n / asked.total() * math.log(n / asked.total()) for n in asked.values())
     if routes := columns.get(ROUTE):
-        counts = Counter(NO_ROUTE if route is None else str(route) for route in routes)
+        counts: Counter[str] = Counter()
+        for route, weight in zip(routes, importance or [1.0] * len(routes), strict=True):
+            counts[NO_ROUTE if route is None else str(route)] += weight  # type: ignore[assignment]
+        total = sum(counts.values())
         metrics["route/share/" + NO_ROUTE] = 0.0
-        metrics.update({f"route/share/{name}": n / len(routes) for name, n in sorted(counts.items())})
-        valid = [n for name, n in counts.items() if name != NO_ROUTE]
+        metrics.update({f"route/share/{name}": n / total for name, n in sorted(counts.items())})
+        valid = [n for name, n in counts.items() if name != NO_ROUTE and n]
         metrics["route/entropy"] = sum(-n / sum(valid) * math.log(n / sum(valid)) for n in valid)
-    for column, name in ((COST, "cost/per_query_usd"), (CORRECT, "correct/mean")):
-        if values := [float(v) for v in columns.get(column, ()) if v is not None]:
-            metrics[name] = sum(values) / len(values)
-    if errors := [bool(error) for error in columns.get(FORMAT_ERROR, ()) if error is not None]:
-        metrics["invalid/share"] = sum(errors) / len(errors)
+    means = (
+        (COST, "cost/per_query_usd", float),
+        (CORRECT, "correct/mean", float),
+        (FORMAT_ERROR, "invalid/share", bool),
+    )
+    for column, name, kind in means:
+        if not (values := columns.get(column)):
+            continue
+        known = [(kind(v), w) for v, w in zip(values, importance or [1.0] * len(values), strict=True) if v is not None]
+        if mass := sum(w for _, w in known):
+            metrics[name] = sum(value * w for value, w in known) / mass
     return metrics
 
 
-def gathered_metrics(columns: Mapping[str, Sequence[Any]], rows: int) -> dict[str, float]:
-    """`world_metrics` of all ranks' columns; `rows` of this rank."""
+def gathered_metrics(columns: Mapping[str, Sequence[Any]], rows: int, importance: Any = None) -> dict[str, float]:
+    """`world_metrics` of all ranks' columns; `rows` and `importance` of this rank."""
+    weights = gather_object(importance.tolist()) if importance is not None else []
     names = sorted(set(gather_object(list(columns))))  # a rank may lack a column, but not a collective
-    return world_metrics({name: gather_object(list(columns.get(name, [None] * rows))) for name in names})
+    return world_metrics({name: gather_object(list(columns.get(name, [None] * rows))) for name in names}, weights)
+
+
+def as_the_policy_drew(
+    metrics: Mapping[str, list[float]], logs: Mapping[str, Any], rewards: Tensor, importance: Tensor
+) -> None:
+    """TRL's last numbers of rewards in `metrics`, weighted: mean and std of what the policy itself would draw.
+
+    Args:
+        logs: TRL's table, whose last rows are the batch.
+        rewards, importance: [all B].
+    """
+    weights = importance.double().cpu()
+    functions = {f"rewards/{name}/": list(values)[-len(weights) :] for name, values in logs["rewards"].items()}
+    for name, values in {"reward": rewards.tolist(), **functions}.items():
+        scored = torch.tensor(values, dtype=torch.float64)
+        known = scored.isfinite()
+        mass = weights[known].sum()
+        mean = (weights * scored)[known].sum() / mass
+        std = ((weights * (scored - mean) ** 2)[known].sum() / mass).sqrt()
+        ends = ("", "_std") if name == "reward" else ("mean", "std")
+        metrics[name + ends[0]][-1], metrics[name + ends[1]][-1] = mean.item(), std.item()
 
 
 class Alarms:

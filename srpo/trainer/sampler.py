@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from trl.models.utils import unwrap_model_for_generation
 
+from srpo.rollout.each_of import EachOf
 from srpo.rollout.generator import Generator, Request, Sample, TransformersGenerator
 from srpo.rollout.sampling import Sampling
 from srpo.trainer.generation_step import GenerationStep
@@ -76,9 +77,12 @@ class Sampler:
         return TransformersGenerator(model, self.tokenizer, sampling_of(self.args), eos_ids=eos_ids, **how)
 
     def completions(
-        self, generator: Generator, step: GenerationStep, prompt_ids: Sequence[Sequence[int]]
+        self, generator: Generator, step: GenerationStep, prompt_ids: Sequence[Sequence[int]], allowed: Any = None
     ) -> list[Sample]:
         """One completion for each prompt of this process.
+
+        Args:
+            allowed: of the trainer's `allowed_tokens`, `EachOf` fills the groups of a training.
 
         Raises:
             ValueError: a prompt without a token.
@@ -87,12 +91,18 @@ class Sampler:
             raise ValueError("a prompt has no token: leave its row out, or write something into it")
         when = step.named(self.args.seed)
         start = self.accelerator.process_index * len(prompt_ids)
+        each = allowed if isinstance(allowed, EachOf) and step.training else None
+        alike = 1 if each is None else len(each.alternatives)
         requests = []
         for i, ids in enumerate(prompt_ids):
             text = hashlib.sha256(repr(tuple(ids)).encode()).hexdigest()[:16]
-            seed = f"{when}:{start + i}:{text}"
+            seed = f"{when}:{(start + i) // alike}:{text}"
             requests.append(Request(i, tuple(ids), seed, self.args.max_completion_length))
-        samples = generator.generate(requests)
+        if each is None:
+            samples = generator.generate(requests)
+        else:
+            samples, importance = each.completions(generator, requests, start)
+            step.importance = torch.tensor(importance, device=self.accelerator.device)
         generator.finish()
         return samples
 

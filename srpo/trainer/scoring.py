@@ -102,5 +102,5 @@ class Scoring:
         mine = slice(start, start + count)
         scored, step.bad_rewards = self.bad_steps.rewards(scored, mine)
         step.rewards = rewards.summed(scored[mine], weights)
-        self._add_metrics(step.training, gathered_metrics(step.columns, count))
+        self._add_metrics(step.training, gathered_metrics(step.columns, count, step.importance))
         return scored

@@ -228,10 +228,9 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
         if step.ahead and not self._record.sampler_logps:  # else the loss tells the two apart
             batch["old_per_token_logps"] = old_policy_sampled(batch, mask)
         correct = rewards.correct(step, self.args, self.correctness) if step.training else None
-        if correct is not None and self._record.credit is not None:
-            logged = self._logs["advantages"]
-            batch["advantages"], below = credited(self._record, step, correct, self.args, self.accelerator, logged)
-            self._add_metrics(True, {f"{self.objective}/below_baseline": below})
+        if correct is not None and (self._record.credit or step.importance is not None):
+            logged = self._metrics["train"], self._logs
+            batch["advantages"] = credited(self._record, step, correct, self.args, self.accelerator, logged)
         branches: list[str | None] = ["grpo"] * len(rows)
         if correct is not None and self.distiller is not None:
             targets, branches = self.distiller.batch(step, batch, correct, mask)
@@ -315,7 +314,7 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
                 nullcontext() if passes is None else passes.sampling(step),
                 self._sampler(recorder=step.recorder, allowed=allowed, keep_tokens=None) as generator,
             ):
-                samples = self.sampler.completions(generator, step, prompt_ids)
+                samples = self.sampler.completions(generator, step, prompt_ids, self.allowed_tokens)
             completion_ids = [list(sample.ids) for sample in samples]
             read = self._record.sampler_logps or self.args.routing_replay != "off"
             logprobs = [list(sample.logprobs) for sample in samples] if read and step.training else None

@@ -97,8 +97,9 @@ class QueryRoutingArguments:
     exact_credit: bool = field(
         default=False,
         metadata={
-            "help": "encoder, objective: grpo: the expected reward over all members, which the table knows, in place "
-            "of num_generations that are drawn."
+            "help": "objective: grpo: the expected reward over all members, which the table knows, in place of that "
+            "of members that are drawn. A language model's group holds each member once, after one thought, or once "
+            "after each of several: num_generations is a multiple of the number of members."
         },
     )
     format_weight: float = field(default=0.2, metadata={"help": "Penalty for a completion without a valid route."})

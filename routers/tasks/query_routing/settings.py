@@ -95,17 +95,21 @@ class QuerySettings(TypicalCalls):
         how: Any = {"cost_weight": cost_weight, "clean": clean, "show_members": self.show_members}
         return policy_prompt(query, chosen, self.grammar, **how)
 
-    def mask(self, tokenizer: Any, members: Sequence[Member] | None = None) -> OneOf:
+    def mask(self, tokenizer: Any, members: Sequence[Member] | None = None, *, each: bool = False) -> OneOf:
         """Which ids may follow in a turn, so that its route names a member: for sampling, and for scoring samples.
+
+        Args:
+            each: a group of a training holds each member (`srpo.rollout.each_of`).
 
         Raises:
             ValueError: the tokenizer cannot write a name.
         """
         from srpo.rollout.constrained import OneOf  # imports torch
+        from srpo.rollout.each_of import EachOf
 
         names = [member.name for member in (self.members if members is None else members)]
         tag = self.grammar.route
-        return OneOf(tokenizer, self.grammar.open(tag), names, [self.grammar.close(tag)])
+        return (EachOf if each else OneOf)(tokenizer, self.grammar.open(tag), names, [self.grammar.close(tag)])
 
     def policy_usd(self, read: int, written: int) -> float:
         """USD of the policy's own tokens."""

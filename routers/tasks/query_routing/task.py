@@ -58,8 +58,8 @@ class QueryRouting:
 
     def load(self, notes: Path) -> None:
         task = self.arguments
-        if (task.exact_credit or task.abstain_reward is not None) and not self.own_policy(self.run.model_name_or_path):
-            raise ValueError("exact_credit and abstain_reward are of model_name_or_path: encoder; leave them out")
+        if task.abstain_reward is not None and not self.own_policy(self.run.model_name_or_path):
+            raise ValueError("abstain_reward is of model_name_or_path: encoder; leave it out")
         self.table = replies_of(
             task.table,
             task.catalogue,
@@ -223,7 +223,12 @@ class QueryRouting:
         mask, config = self.arguments.mask_routes, self.config
         if mask is None:
             mask = not (config.use_vllm or config.use_transformers_continuous_batching)
-        return self.settings.mask(tokenizer) if mask else None
+        if self.arguments.exact_credit and not mask:
+            raise ValueError(
+                "exact_credit needs routes among the members' names: leave mask_routes at its default, and "
+                "use_vllm and use_transformers_continuous_batching false"
+            )
+        return self.settings.mask(tokenizer, each=self.arguments.exact_credit) if mask else None
 
     def rewards(self) -> tuple[list[Any], list[float]]:
         facts = Facts(self.table.max_cost, per_prompt=self.arguments.cost_weights is not None)

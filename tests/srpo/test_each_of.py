@@ -1,0 +1,165 @@
+"""Groups that hold each alternative: what they hold, what is logged of them, and the gradient, which is that of the
+expected reward."""
+
+import math
+
+import pytest
+import torch
+from core_helpers import config, dataset, logged, model, tokenizer, trainer
+
+from srpo.objectives.advantages import importance_weighted
+from srpo.rollout.each_of import EachOf
+
+NAMES = ("small", "smart", "large")  # two begin alike
+WORTH = {"small": 0.2, "smart": 1.0, "large": 0.4}
+OPENING, CLOSING = "<route>", "</route>"
+OPENED = tokenizer()(OPENING, add_special_tokens=False)["input_ids"]
+THOUGHTS = (5, 6)
+
+
+class Turn(EachOf):
+    """A token of the policy's own, then the tag, which a model that has learned nothing would never write."""
+
+    def after(self, ids):
+        if not ids:
+            return THOUGHTS
+        if len(ids) <= len(OPENED):
+            return (OPENED[len(ids) - 1],)
+        return super().after(ids) or (tokenizer().eos_token_id,)
+
+    def __call__(self, ids):
+        return [self.after(ids[:t]) for t in range(len(ids))]
+
+
+def mask():
+    return Turn(tokenizer(), OPENING, NAMES, [CLOSING])
+
+
+def named(text):
+    return next((name for name in NAMES if f"{OPENING}{name}{CLOSING}" in text), None)
+
+
+def reward(completions, **_):
+    return [WORTH.get(named(c if isinstance(c, str) else c[0]["content"]), -1.0) for c in completions]
+
+
+def made(folder, allowed=None, **changes):
+    size = changes.setdefault("num_generations", 3)
+    settings = {"objective": "grpo", "loss_type": "dapo", "max_completion_length": 40, **changes}
+    settings = {"per_device_train_batch_size": 4 * size, "log_completions": True, **settings}
+    allowed = allowed or mask()
+    return trainer(config(folder, **settings), model(scale=2.0), reward, rollout_func=None, allowed_tokens=allowed)
+
+
+def scored(built, groups=4):
+    built.current_gradient_accumulation_steps = 1
+    built.model.train()
+    size = built.num_generations
+    return built._generate_and_score_completions([row for row in dataset().select(range(groups)) for _ in range(size)])
+
+
+def completions(batch):
+    rows = zip(batch["completion_ids"], batch["completion_mask"].bool(), strict=True)
+    return [ids[kept].tolist() for ids, kept in rows]
+
+
+def log_prob(network, batch, row):
+    """Of a completion, under the mask, by plain forwards."""
+    prompt = batch["prompt_ids"][row][batch["prompt_mask"][row].bool()]
+    ids = completions(batch)[row]
+    logits = network(torch.cat([prompt, torch.tensor(ids)])[None]).logits[0, len(prompt) - 1 : -1]
+    total = logits.new_zeros(())
+    for t, allowed in enumerate(mask()(ids)):
+        among = logits[t, list(allowed)].log_softmax(-1)
+        total = total + among[list(allowed).index(ids[t])]
+    return total
+
+
+def test_a_group_holds_each_once_after_one_thought(tmp_path):
+    built = made(tmp_path)
+    batch = scored(built)
+    texts = [built._tokenizer.decode(ids, skip_special_tokens=True) for ids in completions(batch)]
+    assert [named(text) for text in texts] == list(NAMES) * 4
+    assert all(ids[-1] == tokenizer().eos_token_id for ids in completions(batch))
+    for group in range(0, 12, 3):
+        assert len({ids[0] for ids in completions(batch)[group : group + 3]}) == 1
+    importance = built.generation_step.importance
+    thoughts = [math.log(3) + (log_prob(built.model, batch, i) - importance[i].log()).item() for i in range(12)]
+    for i, among in enumerate(thoughts):  # what is left of a completion's probability is its thought's
+        prompt = batch["prompt_ids"][i][batch["prompt_mask"][i].bool()]
+        logits = built.model(prompt[None]).logits[0, -1]
+        first = logits[list(THOUGHTS)].log_softmax(-1)[THOUGHTS.index(completions(batch)[i][0])]
+        assert among == pytest.approx(first.item(), abs=1e-5)
+    assert importance.view(4, 3).mean(dim=1).tolist() == pytest.approx([1.0] * 4)
+
+
+def test_the_gradient_is_that_of_the_expected_reward(tmp_path):
+    built = made(tmp_path)
+    batch = scored(built)
+    built.compute_loss(built.model, batch).backward()
+    found = {name: p.grad.clone() for name, p in built.model.named_parameters()}
+    built.model.zero_grad()
+    expected = torch.zeros(())
+    for group in range(0, 12, 3):
+        logs = torch.stack([log_prob(built.model, batch, i) for i in range(group, group + 3)])
+        value = (logs.softmax(0) * torch.tensor([WORTH[name] for name in NAMES])).sum()  # the thought cancels out
+        expected = expected + value
+    (-3 * expected / batch["completion_mask"].sum()).backward()
+    for name, p in built.model.named_parameters():
+        assert (found[name] - p.grad).norm() <= 1e-4 * p.grad.norm() + 1e-8, name
+    assert max(p.grad.norm() for p in built.model.parameters()) > 1e-4
+
+
+def test_several_thoughts_have_credit_too(tmp_path):
+    """For two thoughts of a group: A sums to M (V(thought) - mean V) over each one's members."""
+    built = made(tmp_path, num_generations=6)
+    batch = scored(built)
+    weights = built.generation_step.importance.view(4, 2, 3)
+    value = (weights * torch.tensor([WORTH[name] for name in NAMES])).mean(dim=2)
+    wanted = 3 * (value - value.mean(dim=1, keepdim=True))
+    assert torch.allclose(batch["advantages"].view(4, 2, 3).sum(dim=2), wanted, atol=1e-5)
+    firsts = [ids[0] for ids in completions(batch)]
+    assert any(len({*firsts[group : group + 6]}) == 2 for group in range(0, 24, 6)), "thoughts are drawn anew"
+
+
+def test_it_learns_and_what_is_logged_is_the_policys(tmp_path):
+    built = made(tmp_path, max_steps=12, learning_rate=2.0)
+    built.train()
+    rewards = logged(built, "reward")
+    assert rewards[0] < 0.9 and rewards[-1] > 0.95, rewards  # the mean over the names would stay 0.533
+    assert logged(built, "rewards/reward/mean") == pytest.approx(rewards)
+    assert logged(built, "reward_std")[-1] < logged(built, "reward_std")[0]
+
+
+def test_by_hand():
+    w, r = torch.tensor([3 * 0.5, 3 * 0.25, 3 * 0.25]), torch.tensor([1.0, 0.0, 2.0])
+    assert importance_weighted(r, w, 3).tolist() == pytest.approx([0.0, -0.75, 0.75])
+    lost = importance_weighted(torch.cat([r, torch.tensor([1.0, math.nan, 2.0])]), torch.cat([w, w]), 3)
+    assert lost.tolist() == pytest.approx([0.0, -0.75, 0.75, 0.0, 0.0, 0.0])
+
+
+class Mute(Turn):
+    def after(self, ids):
+        return THOUGHTS if len(ids) < 3 else (tokenizer().eos_token_id,)
+
+
+def test_a_turn_that_names_nobody_is_each_of_its_rows(tmp_path):
+    built = made(tmp_path, allowed=Mute(tokenizer(), OPENING, NAMES, [CLOSING]))
+    batch = scored(built)
+    assert built.generation_step.importance.tolist() == [1.0] * 12
+    assert batch["advantages"].tolist() == [0.0] * 12
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"num_generations": 4}, "set num_generations: 3, or a multiple of it"),
+        ({"objective": "srpo"}, "set objective: grpo"),
+        ({"beta": 0.1}, "set beta: 0.0"),
+        ({"scale_rewards": "group"}, "set scale_rewards: none"),
+        ({"loss_type": "minirl"}, "set loss_type: dapo"),
+    ],
+)
+def test_what_reads_draws_of_the_policy_is_refused(tmp_path, change, told):
+    with pytest.raises(ValueError, match=told):
+        made(tmp_path, **change)
