@@ -84,6 +84,7 @@ class SRPOConfig(Settings, GRPOConfig):
         check_batch(self)
         check_replay(self)
         check_generation_kwargs(self)
+        self.eval_on_start |= self.load_best_model_at_end  # `srpo.trainer.checkpoint.StartIsCandidate`
         if whole:
             self._check_objective()
 

@@ -266,7 +266,7 @@ class Settings:
             "As in TRL; a run with an eval_strategy evaluates, in training, on a fifth of its training items, which "
             "are not trained on (step_routing: on validation_tasks, where there are some). The best one's checkpoint "
             "is kept beyond save_total_limit: with evaluations and checkpoints at the same steps, or save_strategy: "
-            "best."
+            "best. With load_best_model_at_end the policy that training starts from is a candidate, as step 0."
         ),
     )
     resume_from_checkpoint: str | bool | None = field(

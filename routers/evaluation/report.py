@@ -99,11 +99,13 @@ def _chosen_on(folder: Path, records: Sequence[Mapping[str, Any]]) -> list[Secti
     found = {record["step"]: record.get("eval_reward") for record in records}
     rewards = {step: reward for step, reward in found.items() if reward is not None and np.isfinite(reward)}
     told = f"On {len(items):,} items ({VALIDATION}), which were neither trained on nor held out."
-    best = [
-        f"The best mean reward there: {max(rewards.values()):.4f}, after step {max(rewards, key=rewards.__getitem__)}"
-    ]
     rows = [("step", "reward there"), *((str(step), f"{reward:.4f}") for step, reward in rewards.items())]
-    return [Section("Choice of the best checkpoint", rows, [told, *(best if rewards else [])])]
+    lines = [told]
+    if rewards:
+        step = max(rewards, key=rewards.__getitem__)
+        when = f"after step {step}" if step else "of the policy that RL began with"
+        lines.append(f"The best mean reward there: {rewards[step]:.4f}, {when}")
+    return [Section("Choice of the best checkpoint", rows, lines)]
 
 
 def page(

@@ -17,7 +17,7 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import is_peft_model
 from safetensors import SafetensorError, safe_open
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
@@ -36,6 +36,25 @@ _TORCH_WRITER = ("PytorchStreamWriter", "inline_container", "iostream error")
 
 class SaveFailed(OSError):
     """A checkpoint could not be written; names it, the reason, and the last whole one."""
+
+
+class StartIsCandidate(TrainerCallback):
+    """With `load_best_model_at_end` the weights that training starts from are evaluated and saved as step 0, so that a
+    training that only made them worse ends with them.
+
+    Args:
+        trainer: who saves; its configuration has set `eval_on_start`.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any) -> None:
+        trainer = self.trainer
+        if args.load_best_model_at_end and state.global_step == 0 and trainer.is_in_train:
+            if trainer._determine_best_metric(metrics, None):  # transformers takes a best step of 0 for none
+                state.best_model_checkpoint = str(Path(trainer._get_output_dir(None), f"{PREFIX_CHECKPOINT_DIR}-0"))
+            trainer._save_checkpoint(trainer.model, None)
 
 
 class Checkpoints:

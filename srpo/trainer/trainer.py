@@ -51,7 +51,7 @@ from srpo.trainer import parts, rewards
 from srpo.trainer.adapters import prepare_adapter
 from srpo.trainer.arguments import checked_config, datasets_of, refuse_contradictions
 from srpo.trainer.bad_numbers import BAD_REWARDS, BadSteps
-from srpo.trainer.checkpoint import Checkpoints
+from srpo.trainer.checkpoint import Checkpoints, StartIsCandidate
 from srpo.trainer.clock import Clock
 from srpo.trainer.credit import credited
 from srpo.trainer.distiller import nothing_distilled
@@ -177,7 +177,7 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
         warnings = EarlyWarnings(self.alarms, args.stop_on, self.max_completion_length)
         money = RunLimits(self.losses, self.rollouts)
         self.limits: list[Any] = [self.bad_steps, warnings, money]
-        for callback in (self.bad_steps, warnings, self.end_on_signal, money, self.clock):
+        for callback in (self.bad_steps, warnings, self.end_on_signal, money, self.clock, StartIsCandidate(self)):
             self.add_callback(callback)
         self.distiller = parts.distiller_of(self, twin)
         self.teacher = None if self.distiller is None else self.distiller.teacher

@@ -113,7 +113,7 @@ def test_a_run_says_which_items_chose_its_checkpoint(tmp_path: Path) -> None:
 
     state = json.loads((out / "trainer_state.json").read_text())
     logged = {record["step"]: record["eval_reward"] for record in state["log_history"] if "eval_reward" in record}
-    assert [*logged] == [1, 2] and state["best_metric"] == max(logged.values())
+    assert [*logged] == [0, 1, 2] and state["best_metric"] == max(logged.values())
     task_class, (arguments, how, args) = load_run(argv)
     task = task_class(arguments, how, args)
     task.load(tmp_path)

@@ -52,6 +52,7 @@ PARAMETERS = {
     "_generate": "prompts",
     "_get_output_dir": "trial",
     "_get_grad_norm": "model grad_norm",
+    "_determine_best_metric": "metrics trial",
     "_prepare_inputs": "generation_batch",
     "_tokenize_prompts": "prompts",
 }
