@@ -4,7 +4,8 @@
 
 The text before is sampled once for M rows, and the policy's probability of each alternative after it is known. So
 every alternative is tried, also those that the policy would hardly ever draw, and the credit of
-`srpo.objectives.advantages.importance_weighted` is exact where draws would estimate it.
+`srpo.objectives.advantages.importance_weighted` is exact where draws would estimate it. The text itself is drawn: a
+group holds two or more, or nothing would speak against one that never comes to the choice.
 """
 
 from collections.abc import Sequence

@@ -63,7 +63,7 @@ def refuse_contradictions(
     if allowed is not None:
         _refuse_with_allowed_tokens(args, given, environment)
     if isinstance(allowed, EachOf):
-        _refuse_with_each_of(args, allowed)
+        check_each_of(args, len(allowed.alternatives))
 
 
 def _refuse_other_rollouts(args: Any, given: Mapping[str, Any], world: Any) -> None:
@@ -90,8 +90,9 @@ def _refuse_with_allowed_tokens(args: Any, given: Mapping[str, Any], environment
             raise ValueError(f"allowed_tokens= restricts our own generator only; set {name}: false")
 
 
-def _refuse_with_each_of(args: Any, each: EachOf) -> None:
-    """ValueError for arguments that would read completions of which each is tried as if the policy had drawn them."""
+def check_each_of(args: SRPOConfig, alternatives: int) -> None:
+    """ValueError for arguments that would read completions of `EachOf` as if the policy had drawn them, and for groups
+    that cannot hold each alternative equally often."""
     needed = {"objective": "grpo", "scale_rewards": "none", "beta": 0.0, "routing_replay": "off"}
     if objective_of(args).sampler_logps:
         needed["loss_type"] = "dapo"
@@ -101,10 +102,11 @@ def _refuse_with_each_of(args: Any, each: EachOf) -> None:
                 f"groups that hold each alternative (exact_credit) are not draws of the policy, which {name}: {given} "
                 f"needs; set {name}: {value}"
             )
-    if args.num_generations % (m := len(each.alternatives)):
+    if args.num_generations % alternatives or args.num_generations == alternatives:
         raise ValueError(
-            f"num_generations is {args.num_generations}, but a group holds each of {m} alternatives equally often "
-            f"(exact_credit); set num_generations: {m}, or a multiple of it"
+            f"num_generations is {args.num_generations}, but a group holds each of {alternatives} alternatives after "
+            f"two thoughts or more, which are compared (exact_credit); set num_generations: {2 * alternatives}, or "
+            f"another multiple of {alternatives}"
         )
 
 

@@ -20,8 +20,11 @@ from srpo.sft import encode_turn, sft
 from srpo.task import RunArguments
 
 
-def task_of(tmp_path: Path, run: dict[str, Any] | None = None, **how: Any) -> Any:
-    args = SRPOConfig(str(tmp_path), use_cpu=True, bf16=False, num_generations=4, per_device_train_batch_size=8)
+def task_of(
+    tmp_path: Path, run: dict[str, Any] | None = None, config: dict[str, Any] | None = None, **how: Any
+) -> Any:
+    settings = {"num_generations": 4, "per_device_train_batch_size": 8, **(config or {})}
+    args = SRPOConfig(str(tmp_path), use_cpu=True, bf16=False, **settings)
     task = QueryRouting(QueryRouting.Arguments(**how), RunArguments("query_routing", **run or {}), args)
     task.load(tmp_path)
     return task
@@ -215,3 +218,19 @@ def test_encode_turn_agrees_with_what_is_sampled(tmp_path: Path, pool: Any) -> N
            "completion": [{"role": "assistant", "content": "<think>question</think><route>chat</route>"}]}  # fmt: skip
     ids = encode_turn(row, tokenizer, [tokenizer.eos_token_id])
     assert tokenizer.decode(ids["input_ids"][-4:-1]) == "<think>question</think><route>chat</route>"
+
+
+def test_exact_credit_fills_groups_with_every_member(tmp_path: Path, pool: Any) -> None:
+    """Refused before a start is trained, where groups cannot hold them."""
+    sizes = dict.fromkeys(("num_generations", "per_device_train_batch_size"), 2 * len(CATALOGUE))
+    twice = {"objective": "grpo", **sizes}
+    task = task_of(tmp_path, {"model_name_or_path": "tiny"}, twice, exact_credit=True, **pool)
+    _, tokenizer = load_policy("tiny", task.config, 0, task.corpus)
+    assert task.allowed_tokens(tokenizer).alternatives == tuple(CATALOGUE)
+    for config, how, told in (
+        (twice, {"mask_routes": False}, "exact_credit needs routes among the members' names"),
+        ({**twice, "objective": "srpo"}, {}, "set objective: grpo"),
+        ({"objective": "grpo"}, {}, f"set num_generations: {2 * len(CATALOGUE)}"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            task_of(tmp_path, {"model_name_or_path": "tiny"}, config, exact_credit=True, **pool, **how)

@@ -44,7 +44,7 @@ def reward(completions, **_):
 
 
 def made(folder, allowed=None, **changes):
-    size = changes.setdefault("num_generations", 3)
+    size = changes.setdefault("num_generations", 6)
     settings = {"objective": "grpo", "loss_type": "dapo", "max_completion_length": 40, **changes}
     settings = {"per_device_train_batch_size": 4 * size, "log_completions": True, **settings}
     allowed = allowed or mask()
@@ -75,51 +75,42 @@ def log_prob(network, batch, row):
     return total
 
 
-def test_a_group_holds_each_once_after_one_thought(tmp_path):
+def test_a_group_holds_each_once_after_each_thought(tmp_path):
     built = made(tmp_path)
     batch = scored(built)
     texts = [built._tokenizer.decode(ids, skip_special_tokens=True) for ids in completions(batch)]
-    assert [named(text) for text in texts] == list(NAMES) * 4
+    assert [named(text) for text in texts] == list(NAMES) * 8
     assert all(ids[-1] == tokenizer().eos_token_id for ids in completions(batch))
-    for group in range(0, 12, 3):
-        assert len({ids[0] for ids in completions(batch)[group : group + 3]}) == 1
+    firsts = [ids[0] for ids in completions(batch)]
+    assert all(len({*firsts[row : row + 3]}) == 1 for row in range(0, 24, 3))
+    assert any(len({*firsts[row : row + 6]}) == 2 for row in range(0, 24, 6)), "thoughts are drawn anew"
     importance = built.generation_step.importance
-    thoughts = [math.log(3) + (log_prob(built.model, batch, i) - importance[i].log()).item() for i in range(12)]
-    for i, among in enumerate(thoughts):  # what is left of a completion's probability is its thought's
+    assert importance.view(8, 3).mean(dim=1).tolist() == pytest.approx([1.0] * 8)
+    for i in range(24):  # what is left of a completion's probability is its thought's
         prompt = batch["prompt_ids"][i][batch["prompt_mask"][i].bool()]
-        logits = built.model(prompt[None]).logits[0, -1]
-        first = logits[list(THOUGHTS)].log_softmax(-1)[THOUGHTS.index(completions(batch)[i][0])]
-        assert among == pytest.approx(first.item(), abs=1e-5)
-    assert importance.view(4, 3).mean(dim=1).tolist() == pytest.approx([1.0] * 4)
+        logits = built.model(prompt[None]).logits[0, -1, list(THOUGHTS)]
+        thought = logits.log_softmax(-1)[THOUGHTS.index(firsts[i])]
+        whole = thought + (importance[i] / 3).log()
+        assert log_prob(built.model, batch, i).item() == pytest.approx(whole.item(), abs=1e-5)
 
 
 def test_the_gradient_is_that_of_the_expected_reward(tmp_path):
+    """Of the members, after each thought that was drawn; a thought's is the policy gradient with the group's mean."""
     built = made(tmp_path)
     batch = scored(built)
     built.compute_loss(built.model, batch).backward()
     found = {name: p.grad.clone() for name, p in built.model.named_parameters()}
     built.model.zero_grad()
     expected = torch.zeros(())
-    for group in range(0, 12, 3):
-        logs = torch.stack([log_prob(built.model, batch, i) for i in range(group, group + 3)])
-        value = (logs.softmax(0) * torch.tensor([WORTH[name] for name in NAMES])).sum()  # the thought cancels out
-        expected = expected + value
+    for group in range(0, 24, 6):
+        logs = torch.stack([log_prob(built.model, batch, i) for i in range(group, group + 6)]).view(2, 3)
+        value = (logs.softmax(-1) * torch.tensor([WORTH[name] for name in NAMES])).sum(-1)
+        better = (value - value.mean()).detach()
+        expected = expected + (value + better * logs.logsumexp(-1)).sum()
     (-3 * expected / batch["completion_mask"].sum()).backward()
     for name, p in built.model.named_parameters():
         assert (found[name] - p.grad).norm() <= 1e-4 * p.grad.norm() + 1e-8, name
     assert max(p.grad.norm() for p in built.model.parameters()) > 1e-4
-
-
-def test_several_thoughts_have_credit_too(tmp_path):
-    """For two thoughts of a group: A sums to M (V(thought) - mean V) over each one's members."""
-    built = made(tmp_path, num_generations=6)
-    batch = scored(built)
-    weights = built.generation_step.importance.view(4, 2, 3)
-    value = (weights * torch.tensor([WORTH[name] for name in NAMES])).mean(dim=2)
-    wanted = 3 * (value - value.mean(dim=1, keepdim=True))
-    assert torch.allclose(batch["advantages"].view(4, 2, 3).sum(dim=2), wanted, atol=1e-5)
-    firsts = [ids[0] for ids in completions(batch)]
-    assert any(len({*firsts[group : group + 6]}) == 2 for group in range(0, 24, 6)), "thoughts are drawn anew"
 
 
 def test_it_learns_and_what_is_logged_is_the_policys(tmp_path):
@@ -146,14 +137,15 @@ class Mute(Turn):
 def test_a_turn_that_names_nobody_is_each_of_its_rows(tmp_path):
     built = made(tmp_path, allowed=Mute(tokenizer(), OPENING, NAMES, [CLOSING]))
     batch = scored(built)
-    assert built.generation_step.importance.tolist() == [1.0] * 12
-    assert batch["advantages"].tolist() == [0.0] * 12
+    assert built.generation_step.importance.tolist() == [1.0] * 24
+    assert batch["advantages"].tolist() == [0.0] * 24
 
 
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"num_generations": 4}, "set num_generations: 3, or a multiple of it"),
+        ({"num_generations": 8}, "set num_generations: 6, or another multiple of 3"),
+        ({"num_generations": 3}, "set num_generations: 6, or another multiple of 3"),
         ({"objective": "srpo"}, "set objective: grpo"),
         ({"beta": 0.1}, "set beta: 0.0"),
         ({"scale_rewards": "group"}, "set scale_rewards: none"),

@@ -68,6 +68,8 @@ class QueryRouting:
             folder=notes,
         )
         check_split(self.table)
+        if task.exact_credit and not self.own_policy(self.run.model_name_or_path):
+            self._check_exact_credit()
         if self.table.log and (task.abstain_reward is not None or not self.own_policy(self.run.model_name_or_path)):
             raise ValueError(
                 f"{task.table}: has a column propensity, so it is a log, which tells the outcome of one member for "
@@ -219,16 +221,24 @@ class QueryRouting:
     def environment(self, tokenizer: PreTrainedTokenizerBase) -> None:
         return None
 
-    def allowed_tokens(self, tokenizer: PreTrainedTokenizerBase) -> Any:
-        mask, config = self.arguments.mask_routes, self.config
-        if mask is None:
-            mask = not (config.use_vllm or config.use_transformers_continuous_batching)
-        if self.arguments.exact_credit and not mask:
+    def _check_exact_credit(self) -> None:
+        """Of a language model; the trainer checks again, after the start has been trained."""
+        from srpo.trainer.arguments import check_each_of
+
+        if not self._masks_routes:
             raise ValueError(
                 "exact_credit needs routes among the members' names: leave mask_routes at its default, and "
                 "use_vllm and use_transformers_continuous_batching false"
             )
-        return self.settings.mask(tokenizer, each=self.arguments.exact_credit) if mask else None
+        check_each_of(self.config, len(self.table.members))
+
+    @property
+    def _masks_routes(self) -> bool:
+        others = self.config.use_vllm or self.config.use_transformers_continuous_batching
+        return not others if self.arguments.mask_routes is None else self.arguments.mask_routes
+
+    def allowed_tokens(self, tokenizer: PreTrainedTokenizerBase) -> Any:
+        return self.settings.mask(tokenizer, each=self.arguments.exact_credit) if self._masks_routes else None
 
     def rewards(self) -> tuple[list[Any], list[float]]:
         facts = Facts(self.table.max_cost, per_prompt=self.arguments.cost_weights is not None)
