@@ -10,8 +10,9 @@ whole vocabulary.
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,6 +43,46 @@ class _Collator(DataCollatorForLanguageModeling):  # type: ignore[misc]
         batch: dict[str, Any] = super().torch_call(examples)
         soft = [(row, *each) for row, example in enumerate(examples) for each in example.get("soft") or ()]
         return {**batch, "soft": torch.tensor(soft, dtype=torch.float64).view(-1, 4)}
+
+
+class _Lines(DataCollatorForLanguageModeling):  # type: ignore[misc]
+    """Rows behind one another, in lines no longer than the longest row, where `position_ids` begin anew with each.
+
+    TRL's `padding_free` makes one line of a batch. Without flash attention its mask is a square of that line: work
+    that grows with the square of the batch.
+    """
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        width = max(len(example["input_ids"]) for example in examples)
+        lines: list[list[dict[str, Any]]] = []
+        free: list[int] = []
+        for example in sorted(examples, key=lambda example: -len(example["input_ids"])):
+            length = len(example["input_ids"])
+            fits = [i for i, left in enumerate(free) if left >= length]
+            if not fits:
+                lines.append([])
+                free.append(width)
+            line = min(fits, key=free.__getitem__, default=len(free) - 1)
+            lines[line].append(example)
+            free[line] -= length
+
+        def filled(parts: Callable[[dict[str, Any]], Sequence[int]], rest: Callable[[int], Sequence[int]]) -> Any:
+            made = [[one for example in line for one in parts(example)] for line in lines]
+            return torch.tensor([[*line, *rest(width - len(line))] for line in made])
+
+        return {
+            "input_ids": filled(lambda row: row["input_ids"], lambda left: [self.pad_token_id] * left),
+            "labels": filled(lambda row: [-100, *row["labels"][1:]], lambda left: [-100] * left),
+            "position_ids": filled(lambda row: range(len(row["input_ids"])), range),
+            "tokens": torch.tensor(width * len(lines) - sum(free)),
+        }
+
+
+class _LinesSFT(SFTTrainer):
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        uncounted = inputs.pop("tokens") - inputs["position_ids"].shape[1]  # TRL takes it for one line
+        self._total_train_tokens += int(self.accelerator.reduce(uncounted))
+        return super().compute_loss(model, inputs, *args, **kwargs)
 
 
 class _RowsSFT(SFTTrainer):
@@ -131,13 +172,20 @@ def sft(
         if len(row["input_ids"]) != len(row["labels"]) or all(label == -100 for label in row["labels"]):
             raise ValueError(f"row {i}: needs as many labels as input_ids, and at least one that is not -100")
     settle_special_tokens(model, tokenizer)
-    trainer = (_RowsSFT if mean == "rows" else SFTTrainer)(
+    made: type[SFTTrainer] = _RowsSFT if mean == "rows" else SFTTrainer
+    collator = _Collator(tokenizer.pad_token_id) if mean == "rows" else None
+    if args.padding_free and "flash" not in str(model.config._attn_implementation):
+        args = copy.copy(args)
+        args.padding_free = False
+        if not model._is_stateful:  # a state would go on from one row into the next
+            made, collator = _LinesSFT, _Lines(tokenizer.pad_token_id)
+    trainer = made(
         model=model,
         args=args,
         train_dataset=Dataset.from_list([dict(row) for row in rows]),
         processing_class=tokenizer,
         peft_config=peft_config,
-        data_collator=_Collator(tokenizer.pad_token_id) if mean == "rows" else None,
+        data_collator=collator,
     )
     zero3 = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
     if zero3 or trainer.accelerator.distributed_type == "FSDP":

@@ -43,7 +43,7 @@ class ThinkRoute:
         self.sft_options: Mapping[str, Any] = {
             "num_train_epochs": 1,  # `sft_rows` holds all passes
             "adam_beta2": 0.95,  # some hundred steps are too few for a memory of a thousand
-            # Drills are a quarter as long as episodes: rows of a batch stand in one line instead of being padded.
+            # Drills are a quarter as long as episodes: rows stand behind one another instead of being padded.
             "padding_free": arguments.sft_drills > 0,
         }
 
