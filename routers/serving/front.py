@@ -3,10 +3,16 @@
 What the client gets is the member's own reply, but for
 
     model               the router's name
-    usage.cost_usd      USD of the call at the catalogue's prices, and of the router's own tokens
-    srpo                {member, scores, tried, cost_usd, policy_usd, ...}: what was decided, and who was tried before
+    usage               of the member, with
+        cost_usd        USD of the call at the catalogue's prices, and of the router's own tokens
+        member          who answered
+        decision        what the policy wrote, where it writes; of a step router policy, sticky or failover
+        probabilities   of every member that could be chosen, by the router; empty where a kind has none
+    srpo                {member, scores, tried, cost_usd, policy_usd, ...}: the same, and who was tried before
 
-A stream has ``srpo`` in its first chunk, without costs, and in that of the usage, where the client asked for it.
+Headers say the same (`routers.serving.schema.HEADERS`). A stream's have no cost, which nobody knows yet: it is in the
+last chunk, that of the usage, if the client asked for it (`stream_options: {include_usage: true}`). The first has
+``srpo``, without costs.
 Errors of a member keep its status and words.
 """
 
@@ -28,6 +34,9 @@ from routers.serving.errors import RequestError
 from routers.serving.metrics import ServerMetrics
 from routers.serving.served import Served, Spent, counted
 from srpo.types import Usage
+
+_SHOWN, _LIKELIEST = 256, 16
+"""Characters of a decision, and members, that headers hold: proxies on the way take a few thousand bytes of them."""
 
 
 class Reply(Protocol):
@@ -95,7 +104,7 @@ class Front:
 
     def _document(self, reply: Reply, told: dict[str, Any], spent: Spent) -> dict[str, Any]:
         theirs = reply.document or {}
-        usage = self._usage(theirs.get("usage"), reply, spent)
+        usage = self._usage(theirs.get("usage"), reply, told, spent)
         return {**theirs, "model": self.name, "usage": usage, "srpo": self.costs(told, spent)}
 
     async def _chunks(
@@ -128,21 +137,24 @@ class Front:
             raise self.without_reply(error, told, spent) from None
         over(None)
         if asked.include_usage:
-            costs = {"usage": self._usage(usage, reply, spent), "srpo": self.costs(told, spent)}
+            costs = {"usage": self._usage(usage, reply, told, spent), "srpo": self.costs(told, spent)}
             yield {**head, "model": self.name, "choices": [], **costs}
 
     def costs(self, told: Mapping[str, Any], spent: Spent) -> dict[str, Any]:
         return {**told, "cost_usd": shown_usd(spent.usd), "policy_usd": shown_usd(spent.policy_usd)}
 
-    def _usage(self, reported: Any, reply: Reply, spent: Spent) -> dict[str, Any]:
+    def _usage(self, reported: Any, reply: Reply, told: Mapping[str, Any], spent: Spent) -> dict[str, Any]:
         """As the member said it; where it said nothing, what it is counted as, which is an upper bound."""
         usage = reported if isinstance(reported, dict) else {**counted(reply.usage), "estimated": True}
-        return {**usage, "cost_usd": shown_usd(spent.usd)}
+        decided = {"member": told["member"], "decision": _decision(told), "probabilities": told["scores"]}
+        return {**usage, "cost_usd": shown_usd(spent.usd), **decided}
 
     def headers(self, told: Mapping[str, Any], spent: Spent) -> dict[str, str]:
         headers = {"x-srpo-member": _safe(told["member"]), "x-srpo-policy-usd": f"{shown_usd(spent.policy_usd)}"}
-        if told["member"] in told["scores"]:
-            headers["x-srpo-probability"] = f"{told['scores'][told['member']]:.6g}"
+        if decision := _decision(told):
+            headers["x-srpo-decision"] = _safe(decision[:_SHOWN])
+        if likely := sorted(told["scores"].items(), key=lambda one: -one[1])[:_LIKELIEST]:
+            headers["x-srpo-probabilities"] = ", ".join(f"{_safe(name)}={p:.6g}" for name, p in likely)
         if told["tried"]:
             headers["x-srpo-tried"] = ", ".join(_safe(one["member"]) for one in told["tried"])
         return headers
@@ -167,6 +179,10 @@ class Front:
             await line.aclose()
 
 
-def _safe(name: str) -> str:
+def _decision(told: Mapping[str, Any]) -> str | None:
+    return told.get("decision") or told.get("reason")
+
+
+def _safe(text: str) -> str:
     """As a header can hold it."""
-    return quote(name, safe="/:@+ ")
+    return quote(text, safe="/:@+ ", errors="replace")

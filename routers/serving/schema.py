@@ -21,8 +21,9 @@ PATHS = {
 }
 HEADERS = {
     "x-srpo-member": "who answered",
-    "x-srpo-probability": "of that member, by the router",
-    "x-srpo-cost-usd": "of the whole request; a stream says it at its end, in usage.cost_usd",
+    "x-srpo-decision": "what the policy wrote, percent-encoded, its beginning; of a router of steps: why",
+    "x-srpo-probabilities": "of the likeliest members, by the router: NAME=P, NAME=P",
+    "x-srpo-cost-usd": "of the whole request; a stream says it in its last chunk, usage.cost_usd, if it was asked to",
     "x-srpo-policy-usd": "of the router's own tokens",
     "x-srpo-tried": "members that were asked before, or could not be",
     "x-srpo-conversation": "of a router of steps: the conversation; send it back to stay in it",

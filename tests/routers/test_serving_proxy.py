@@ -68,9 +68,11 @@ def test_a_whole_reply_is_the_member_s_own(served: Proxied, large: ChatServer) -
     assert found["srpo"]["scores"] == {"large": 0.5, "small": 0.25} and found["srpo"]["decision"] == "because"
     paid = price(served.members["large"], Usage(50, 8, cached_tokens=20, reasoning_tokens=3))
     assert paid == pytest.approx((30 * 10 + 20 * 1 + 5 * 20 + 3 * 40) / 1e6)
-    assert found["usage"] == {**document["usage"], "cost_usd": pytest.approx(paid)}
+    decided = {"member": "large", "decision": "because", "probabilities": {"large": 0.5, "small": 0.25}}
+    assert found["usage"] == {**document["usage"], "cost_usd": pytest.approx(paid), **decided}
     assert float(reply.headers["x-srpo-cost-usd"]) == pytest.approx(paid)
-    assert reply.headers["x-srpo-member"] == "large" and float(reply.headers["x-srpo-probability"]) == 0.5
+    assert reply.headers["x-srpo-member"] == "large" and reply.headers["x-srpo-decision"] == "because"
+    assert reply.headers["x-srpo-probabilities"] == "large=0.5, small=0.25"
 
 
 @pytest.mark.parametrize("size", [1, 7, 100_000])
@@ -93,7 +95,8 @@ def test_a_stream_is_the_member_s_own_however_it_is_cut(served: Proxied, small: 
     assert last["choices"] == [] and last["usage"]["prompt_tokens"] == 30
     assert last["usage"]["cost_usd"] == pytest.approx((30 * 1 + 4 * 2) / 1e6) == last["srpo"]["cost_usd"]
     assert reply.headers["content-type"].startswith("text/event-stream")
-    assert reply.headers["x-srpo-member"] == "small"
+    assert reply.headers["x-srpo-member"] == "small" and "x-srpo-cost-usd" not in reply.headers
+    assert (last["usage"]["member"], last["usage"]["decision"]) == ("small", "because")
 
 
 def test_a_stream_without_usage_has_none(served: Proxied, small: ChatServer) -> None:

@@ -160,7 +160,12 @@ def test_streams_failover_and_the_request_s_own_cap(router: StepRouter, members:
         tried = [] if told["reason"] == "policy" else [{"member": first, "error": "slow down", "status": 429}]
         assert told["tried"] == tried and told["member"] in NAMES
         assert members[told["member"]].requests[-1]["metadata"] == {"mine": "1"}
-        assert lines[-1]["usage"]["cost_usd"] == pytest.approx(told["cost_usd"])
+        used = lines[-1]["usage"]
+        assert used["cost_usd"] == pytest.approx(told["cost_usd"])
+        assert (used["member"], used["decision"], used["probabilities"]) == tuple(
+            told[name] for name in ("member", "reason", "scores")
+        )
+        assert reply.headers["x-srpo-decision"] == told["reason"]
         members[first].replies = []
         # only the small one fits into the request's cap
         capped = on.post({"messages": job(6, 0), "max_cost_usd": 0.001}).json()["srpo"]
