@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import math
 import re
 import time
@@ -28,9 +29,11 @@ from routers.pool.ledger import Ledger, OverBudget, Reservation, Spending
 from routers.pool.limits import Breaker, CircuitOpen, Entry, Spacing, TokenBucket
 from routers.pool.protocol import CIRCUIT_OPEN, OVER_BUDGET, TIMEOUT
 from routers.pool.request import Refusal, refusal, request_of
-from routers.pool.transport import Broken, Refused, Unreachable
+from routers.pool.transport import Broken, Redirected, Refused, Unreachable
 from srpo.redact import redacted, scrubbed
 from srpo.types import Usage
+
+_log = logging.getLogger(__name__)
 
 LONGEST_STREAM = 64 * 2**20
 """Bytes of all events of one reply: each token has an envelope of some hundred bytes."""
@@ -127,7 +130,7 @@ class Passthrough:
             raise _unmetered(504, f"no reply within the timeout of {self.member.timeout:g} s") from None
         except (Refused, Broken, Unreachable) as error:
             worked = False
-            raise _unmetered(502, self._clean(str(error))) from None
+            raise _unmetered(502, self._lost(error)) from None
         except Failed as error:
             worked, error.usd = (False if error.status >= 500 else None), call.usd
             if error.retry_after is not None:
@@ -170,7 +173,7 @@ class Passthrough:
             except TimeoutError:
                 raise Failed(504, f"the stream stood still for {self.member.timeout:g} s") from None
             except (Refused, Broken, Unreachable) as error:
-                raise Failed(502, self._clean(str(error))) from None
+                raise Failed(502, self._lost(error)) from None
             if event == DONE:
                 with suppress(Exception):  # the end of the body, so that the connection can be used again
                     async with asyncio.timeout(0.1):
@@ -241,6 +244,12 @@ class Passthrough:
     def _without_key(self, body: bytes) -> bytes:
         key = self._endpoint.key
         return body.replace(key.encode(), b"[key]") if key else body
+
+    def _lost(self, error: Exception) -> str:
+        """Why there is no reply; at which address a member lives, and what is wrong there, only the log says."""
+        words = self._clean(str(error))
+        _log.warning("member %r: %s", self.member.name, words)
+        return "the connection to the member failed" if isinstance(error, (Unreachable, Redirected)) else words
 
     def _clean(self, words: str) -> str:
         """Words of others for a client: without anything that looks like a secret, and not without end."""

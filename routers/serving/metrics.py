@@ -145,7 +145,10 @@ class ServerMetrics:
 
     def text(self, accept: str = "") -> tuple[bytes, str]:
         """All of it in the format that an Accept header asks for, and the type of that."""
-        encoder, kind = choose_encoder(accept)
+        try:
+            encoder, kind = choose_encoder(accept)
+        except TypeError:  # a version that is no number
+            encoder, kind = choose_encoder("")
         return encoder(self.registry), kind
 
     def _booked(self, member: str | None, used: Spending) -> None:

@@ -41,7 +41,8 @@ def posted(worker: Any, number: int, seed: int) -> Counter[int]:
                     assert set(error) == {"message", "type", "param", "code"} and len(error["message"]) < 3000
             good = {"model": "router", "messages": [{"role": "user", "content": "sum"}]}
             assert (await http.post(PATHS[0], json=good)).status_code == 200
-            assert "router_in_flight 0" in (await http.get("/metrics")).text
+            odd = {"accept": "application/openmetrics-text; version=1.x"}
+            assert "router_in_flight 0" in (await http.get("/metrics", headers=odd)).text
         await worker.aclose()
         assert min(taken[path] for path in PATHS) > 0
         return found
