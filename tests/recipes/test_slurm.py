@@ -119,3 +119,38 @@ def test_a_job_goes_on_by_itself_after_a_notice_and_after_a_kill(cluster: Path, 
 def test_a_mistake_ends_the_job(cluster: Path, repository: Path) -> None:
     assert started(cluster, repository, "--max_stepz", "3").wait() == 2
     assert not (cluster / "requeued").exists() and "max_steps" in (cluster / "log").read_text()
+
+
+SERVER = """#!/bin/bash
+sleep 600 &
+echo "$@" >server
+wait
+"""
+TRAINING = """#!/bin/bash
+trap 'kill $!; exit 0' USR1 TERM
+echo "$@" >training
+sleep 600 &
+wait
+"""
+
+
+@pytest.mark.parametrize("told", [signal.SIGUSR1, signal.SIGTERM])
+def test_the_server_of_a_job_ends_with_it(cluster: Path, repository: Path, told: int) -> None:
+    """vLLM's processes, and the training, are stand-ins."""
+    nodes = SCONTROL.replace("echo node1", "printf 'node1\\nnode2\\n'")
+    for name, text in {"scontrol": nodes, "trl": SERVER, "srpo": TRAINING}.items():
+        (cluster / "bin" / name).write_text(text)
+        (cluster / "bin" / name).chmod(0o755)
+    recipe = yaml.safe_load((cluster / "recipe.yaml").read_text()) | {"use_vllm": True, "vllm_mode": "server"}
+    (cluster / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    job = started(cluster, repository)
+    while not ((cluster / "server").exists() and (cluster / "training").exists()):
+        assert job.poll() is None, (cluster / "log").read_text()
+        time.sleep(0.02)
+    below = psutil.Process(job.pid).children(recursive=True)
+    assert sum(one.name() == "sleep" for one in below) == 2
+    job.send_signal(told)
+    assert job.wait(60) == 0
+    assert psutil.wait_procs(below, timeout=30)[1] == []
+    assert "--vllm_server_host node2 --vllm_server_port 8000" in (cluster / "training").read_text()
+    assert (cluster / "requeued").exists() == (told == signal.SIGUSR1)
