@@ -22,6 +22,8 @@ from typing import Any
 
 import cloudpickle
 
+from srpo.run.signals import turn_deaf
+
 _START = 300.0
 """Seconds for importing the module of a function."""
 LOGS = ("log_extra", "log_metric")
@@ -161,6 +163,7 @@ def serve(descriptor: int) -> None:
     """The other side, in its own process."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no orphan is left where the run is killed
+    turn_deaf()
     link = Connection(descriptor)
     try:
         func = link.recv()

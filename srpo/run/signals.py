@@ -128,11 +128,25 @@ def _in_child() -> None:
     if _current is not None:
         _current = None
         signal.set_wakeup_fd(-1)
-        for number in HEARD:
-            signal.signal(number, signal.SIG_DFL)
+        _die_as_usual()
+
+
+def _die_as_usual() -> None:
+    for number in HEARD:
+        signal.signal(number, signal.SIG_DFL)
 
 
 os.register_at_fork(after_in_child=_in_child)
+
+
+def turn_deaf() -> None:
+    """For a process that a run needs until it has finished its step: a terminal and Slurm tell every process.
+
+    It is killed when the run ends. Processes that it starts itself die of signals as usual.
+    """
+    for number in HEARD:
+        signal.signal(number, lambda *_: None)  # unlike SIG_IGN, not inherited by other programs
+    os.register_at_fork(after_in_child=_die_as_usual)
 
 
 def end_children() -> None:

@@ -17,6 +17,7 @@ import pytest
 from routers.environments.protocol import GameError, Session
 from routers.environments.scienceworld.environment import ScienceWorld, ScienceWorldBenchmark
 from routers.environments.scienceworld.novice import novice
+from srpo.run.signals import HEARD
 
 pytestmark = pytest.mark.slow
 BEES = ("teleport to greenhouse", "open bee hive", *["wait1", "look around"] * 6)
@@ -196,6 +197,18 @@ def test_a_killed_process_costs_its_episodes_and_no_more(installed: None) -> Non
     fresh = benchmark.make("melt/0", 40)
     assert "melt" in fresh.reset() and processes(benchmark) != [process]
     benchmark.close()
+
+
+def test_what_a_run_is_told_by_its_terminal_or_by_slurm_does_not_end_its_simulators(installed: None) -> None:
+    benchmark = ScienceWorldBenchmark()
+    episode = benchmark.make("melt/0", 40)
+    episode.reset()
+    [process] = processes(benchmark)
+    for number in HEARD:
+        os.kill(process, number)
+        episode.step("look around")
+    benchmark.close()
+    assert not alive(process)
 
 
 def test_a_call_that_hangs_ends_its_process(installed: None) -> None:

@@ -50,6 +50,10 @@ def test_a_process_that_dies_loses_its_completion_and_no_other() -> None:
     ]
 
 
+def test_what_the_run_is_told_ends_what_the_function_has_started_but_not_its_process() -> None:
+    assert asked(late_rewards.length, ["told", "a"]) == ([4.0, 1.0], [None, None])
+
+
 def test_what_it_has_started_is_killed_with_it(tmp_path: Path) -> None:
     values, _ = asked(late_rewards.length, [f"child:{tmp_path / 'pid'}"])
     child = int((tmp_path / "pid").read_text())

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from srpo.run.signals import HEARD
 from srpo.types import Columns
 
 
@@ -26,6 +27,12 @@ def _act(text: str) -> None:
         os._exit(3)
     if text == "raise":
         raise KeyError("planted")
+    if text == "told":
+        for number in HEARD:
+            os.kill(os.getpid(), number)
+        child = subprocess.Popen(["sleep", "600"])
+        child.terminate()
+        assert child.wait() == -signal.SIGTERM
     if text.startswith("child:"):
         child = subprocess.Popen([sys.executable, "-c", "while True: pass"])
         Path(text.removeprefix("child:")).write_text(str(child.pid))

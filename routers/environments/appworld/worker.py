@@ -38,6 +38,8 @@ EXPERIMENT = "srpo"
 
 
 def main() -> None:
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):  # a run that is told to end needs its worlds still
+        signal.signal(number, signal.SIG_IGN)
     with socket.socket(fileno=int(sys.argv[1])) as control:
         _import()
         folder = sys.argv[2]

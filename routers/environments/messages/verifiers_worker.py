@@ -17,6 +17,7 @@ import importlib.util
 import json
 import logging
 import os
+import signal
 import sys
 from contextvars import ContextVar
 from pathlib import Path
@@ -101,6 +102,8 @@ def _kind(info: Any) -> str | None:
 
 
 async def main() -> None:
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):  # the run is told, and ends this process
+        signal.signal(number, lambda *_: None)
     # The protocol keeps the two streams; what environments print goes to stderr.
     requests, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)

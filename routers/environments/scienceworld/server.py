@@ -27,6 +27,9 @@ ROOMS = (
     "kitchen", "workshop", "outside", "greenhouse", "living room", "bathroom", "bedroom", "art studio", "foundry",
     "hallway",
 )  # fmt: skip
+_DEAF = 'trap "" INT TERM USR1; exec java "$0" "$@"'
+"""A terminal and Slurm signal every process, and the run needs its simulators until it has finished its step. Java
+leaves ignored what was ignored when it started; it ends when its input does, however this process ends."""
 _JAVA = ["-Xmx2g", "-XX:+UseSerialGC", "-XX:+UnlockExperimentalVMOptions", "-XX:hashCode=2"]
 
 
@@ -47,6 +50,8 @@ class Server:
         logging.getLogger("py4j").setLevel(logging.CRITICAL)  # what it logs it raises too
         # In the package's folder: the simulator looks for its table of object types where it runs, or writes one.
         port, token, self.process = py4j.launch_gateway(
+            java_path=_DEAF,
+            use_shell=True,
             classpath=package.JAR_PATH,
             javaopts=_JAVA,
             cwd=package.BASEPATH,
