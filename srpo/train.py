@@ -40,6 +40,7 @@ from srpo.run.watch import part, watched
 from srpo.run.whole import SAVING, resume_from
 from srpo.sft import check_unsharded, sft, sft_config
 from srpo.task import START, Evaluation, RunArguments, Share, Task
+from srpo.trainer.engines import sealed
 from srpo.trainer.progress import check_report_to, phase, quiet, show_progress
 from srpo.trainer.trainer import SRPOTrainer
 
@@ -122,9 +123,10 @@ def _told(task_class: Any, recipe: Any) -> Evaluation:
         model = _supervised_start(task, how, args, model, tokenizer, start)
         if state.is_main_process:
             unmark(start)
-            model.save_pretrained(start)
-            tokenizer.save_pretrained(start)
-            task.save(start)
+            with sealed(str(start), writes=True):
+                model.save_pretrained(start)
+                tokenizer.save_pretrained(start)
+                task.save(start)
             mark(start, began_from)
     scored[START] = source(start) if supervised else None
     before = _evaluated_once(task, lambda: whole_start(model, name, args), tokenizer, start / EVALUATION, scored)

@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from srpo.run.derived import MADE_FROM
 from srpo.run.files import RUN
 from srpo.run.whole import MANIFEST, fault, matches
 
@@ -41,7 +42,8 @@ def changed(folder: Path, only: Iterable[str] = POLICY) -> str | None:
     if not (folder / MANIFEST).is_file() or (why := fault(folder, only)) is None:
         return None
     # A checkpoint without its manifest could not be resumed.
-    return f"{why}. If that was you, delete {MANIFEST} there" if (folder / RUN).is_file() else why
+    mine = (folder / RUN).is_file() or (folder / MADE_FROM).is_file()
+    return f"{why}. If that was you, delete {MANIFEST} there" if mine else why
 
 
 def files_to_push(folder: str | os.PathLike[str], resumable: bool = False, beside: Iterable[str] = ()) -> list[str]:

@@ -30,7 +30,7 @@ def engine_keeps_masters(args: TrainingArguments) -> bool:
 
 
 def check_precision(args: TrainingArguments) -> None:
-    """ValueError for settings that would train or leave behind rounded weights."""
+    """ValueError for settings that would train or leave behind weights that are rounded, or no numbers."""
     for name in ("bf16_full_eval", "fp16_full_eval"):
         if getattr(args, name):
             raise ValueError(
@@ -45,6 +45,11 @@ def check_precision(args: TrainingArguments) -> None:
                     f"the DeepSpeed file sets bf16.{name}: small updates are then rounded away; remove that line, so "
                     "that DeepSpeed keeps fp32 copies of the weights"
                 )
+        if bf16.get("check_grad_overflow") is False:
+            raise ValueError(
+                "the DeepSpeed file sets bf16.check_grad_overflow: false: a NaN in one gradient would then become the "
+                "weights; remove that line, so that such a step is left out"
+            )
 
 
 def loading_options(options: dict[str, Any] | None, args: TrainingArguments, adapter: bool = False) -> dict[str, Any]:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from srpo.policy_name import check_policy_name
+
 ROOT = Path(__file__).resolve().parents[2]
 MODULE = """
 import json
@@ -131,6 +133,10 @@ def test_a_package_brings_a_task(environment: dict[str, str], tmp_path: Path) ->
     assert marks == [[name, i] for name in ("start", "srpo") for i in range(5)]
     for folder in ("out", "out/start"):
         assert (tmp_path / folder / "router.yaml").read_text() == "favourite: cat"
+        check_policy_name(str(tmp_path / folder))
+        (tmp_path / folder / "tokenizer.json").unlink()  # half of it was copied
+        with pytest.raises(FileNotFoundError, match=r"/tokenizer\.json is missing\. .*delete manifest\.json there"):
+            check_policy_name(str(tmp_path / folder))
     wrong = subprocess.run(
         [sys.executable, "-m", "srpo.train", "--task", "colour", "--output_dir", str(tmp_path / "x")],
         env=environment, capture_output=True, text=True,

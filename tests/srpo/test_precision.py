@@ -146,3 +146,5 @@ def test_only_deepspeed_is_given_bf16_weights(tmp_path):
     check_precision(deepspeed_args())
     with pytest.raises(ValueError, match="bf16_master_weights_and_grads: small updates are then rounded away"):
         check_precision(deepspeed_args(bf16_master_weights_and_grads=True))
+    with pytest.raises(ValueError, match="a NaN in one gradient would then become the weights; remove that line"):
+        check_precision(deepspeed_args(check_grad_overflow=False))
