@@ -38,18 +38,19 @@ def check_precision(args: TrainingArguments) -> None:
                 f"{name.removesuffix('_full_eval')}: true evaluates in that precision over fp32 weights"
             )
     if args.deepspeed_plugin is not None:
-        bf16 = args.deepspeed_plugin.deepspeed_config.get("bf16", {})
+        settings = args.deepspeed_plugin.deepspeed_config
         for name in ("bf16_master_weights_and_grads", "bf16_optimizer_states"):
-            if bf16.get(name):
+            if settings.get("bf16", {}).get(name):
                 raise ValueError(
                     f"the DeepSpeed file sets bf16.{name}: small updates are then rounded away; remove that line, so "
                     "that DeepSpeed keeps fp32 copies of the weights"
                 )
-        if bf16.get("check_grad_overflow") is False:
-            raise ValueError(
-                "the DeepSpeed file sets bf16.check_grad_overflow: false: a NaN in one gradient would then become the "
-                "weights; remove that line, so that such a step is left out"
-            )
+        for part, name in (("bf16", "check_grad_overflow"), ("zero_optimization", "compute_grad_norm")):
+            if settings.get(part, {}).get(name) is False:
+                raise ValueError(
+                    f"the DeepSpeed file sets {part}.{name}: false: a NaN in one gradient would then become the "
+                    "weights; remove that line, so that such a step is left out"
+                )
 
 
 def loading_options(options: dict[str, Any] | None, args: TrainingArguments, adapter: bool = False) -> dict[str, Any]:
