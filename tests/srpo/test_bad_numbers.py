@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from bad_number_cases import KINDS, Injected, everything, run
+from bad_number_cases import KINDS, Injected, everything, on_engine, run
 from core_helpers import binary_reward, config, equal, logged, trainer, weights
 from transformers import TrainerCallback
+from two_ranks import two_ranks
 
 from srpo.trainer.bad_numbers import BadNumbers
 from srpo.trainer.rewards import of_models
@@ -114,6 +115,30 @@ def test_all_ranks_leave_out_the_same_steps(tmp_path: Path) -> None:
         files = {"loss": [[where]], "gradient": [["rank0", "rank1"]]}.get(kind, [["rank0"], ["rank1"]])
         assert record["files"] in files, case
         assert kind != "reward" or "'injected' returned for row 1" in record["cause"], case
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.timeout(1000)
+@pytest.mark.parametrize("engine", ["zero2", "zero3", "fsdp2"])
+def test_engines_leave_out_a_step_bitwise_and_save_no_nan(tmp_path: Path, engine: str) -> None:
+    """On the second process alone, with two micro-batches; what lies on each process is compared."""
+    import deepspeed  # noqa: F401  which every fork would import by itself
+
+    codes, _, said = two_ranks(tmp_path, lambda rank, port: on_engine(tmp_path, engine, rank, port), 900)
+    assert codes == [0, 0], said[-4000:]
+    for found in (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)):
+        for kind in ("loss", "gradient"):
+            record = found[kind]
+            assert record["wrapped"] == {"fsdp2": "FSDPQwen3ForCausalLM"}.get(engine, "DeepSpeedEngine")
+            assert record["kept"] == [True, False], "weights, optimiser and teacher, to the last bit"
+            assert record["moved"] == ["model", "optimizer", "teacher"] and record["finite"]
+            bad = [(count, math.isnan(loss)) for count, loss in record["logged"]]
+            assert bad == [(None, False), (1.0, True), (None, False)] and record["saved"] == 3
+            cause = {"loss": "process 1: the loss of micro-batch 2 is nan", "gradient": "the gradient's norm is"}[kind]
+            assert record["cause"].startswith(cause)
+        assert "the weights are not finite any more, first " in found["parameter"]["error"]
+        assert found["parameter"]["saved"] == []
 
 
 def test_everything_that_a_step_moves_is_compared(tmp_path: Path) -> None:

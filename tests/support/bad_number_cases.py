@@ -1,4 +1,7 @@
-"""Runs in which one number of one rank at one step is none; by torchrun all of them: bad_number_cases.py FOLDER."""
+"""Runs in which one number of one rank at one step is none; by torchrun all of them: bad_number_cases.py FOLDER.
+
+`on_engine`: a loss, a gradient and a parameter of the second process alone, on an engine, in one of two forks.
+"""
 
 import json
 import math
@@ -13,7 +16,7 @@ TESTS = Path(__file__).resolve().parents[1]
 sys.path[:0] = [*(str(TESTS / folder) for folder in ("support", "srpo", "routers")), str(TESTS.parent)]
 
 import torch
-from core_helpers import config, dataset, digest, equal, scripted, trainer, weights
+from core_helpers import config, dataset, digest, equal, scripted, trainer
 from transformers import TrainerCallback
 
 from srpo.trainer.bad_numbers import BadNumbers
@@ -36,13 +39,36 @@ class Injected:
         return rewards
 
 
+def local(value: Any) -> torch.Tensor:
+    """What lies on this process: of ZeRO-3's parameters, and of FSDP2's, a part."""
+    value = torch.as_tensor(getattr(value, "ds_tensor", value)).detach()
+    return value.to_local() if hasattr(value, "to_local") else value
+
+
 def everything(made: Any) -> dict[str, torch.Tensor]:
-    """What a step moves, by name."""
-    found = {f"model/{name}": value for name, value in weights(made.model).items()}
-    found |= {f"teacher/{name}": value for name, value in weights(made.teacher.model).items()}
-    for i, slots in made.optimizer.state_dict()["state"].items():
-        found |= {f"optimizer/{i}/{name}": torch.as_tensor(value).clone() for name, value in slots.items()}
-    return found
+    """What a step moves, by name, on this process."""
+    found = {f"model/{name}": value for name, value in made.model.named_parameters()}
+    found |= {f"teacher/{name}": value for name, value in made.teacher.model.named_parameters()}
+    optimizer, masters = made.optimizer, ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat")
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+        for name in masters:  # of DeepSpeed
+            found |= {f"optimizer/{name}/{i}": value for i, value in enumerate(getattr(optimizer, name, ()))}
+    for i, slots in enumerate(optimizer.state.values()):
+        found |= {f"optimizer/{i}/{name}": value for name, value in slots.items()}
+    return {name: local(value).clone() for name, value in found.items()}
+
+
+class Exploding(torch.autograd.Function):
+    """A finite loss with an infinite gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: torch.Tensor) -> torch.Tensor:
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient * math.inf
 
 
 class States(TrainerCallback):
@@ -61,7 +87,8 @@ class Broken(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step + 1 in self.at:
-            self.made.accelerator.unwrap_model(self.made.model).model.norm.weight.data[0] = math.nan
+            for parameter in self.made.model.parameters():
+                local(parameter).view(-1)[:1] = math.nan
 
 
 def run(
@@ -89,8 +116,11 @@ def run(
         return made.state.global_step + 1 in at
 
     def loss(model: Any, inputs: Any) -> Any:
+        found = compute(model, inputs)
+        if kind == "gradient" and due():
+            found = Exploding.apply(found)
         last = made._step % accumulation == accumulation - 1
-        return compute(model, inputs) * (math.nan if kind == "loss" and due() and last else 1.0)
+        return found * (math.nan if kind == "loss" and due() and last else 1.0)
 
     def scored(inputs: Any) -> Any:
         batch = generate(inputs)
@@ -101,15 +131,44 @@ def run(
         return batch
 
     made._compute_loss, made._generate_and_score_completions = loss, scored
-    if kind == "gradient":
-        first = next(made.model.parameters())
-        first.register_hook(lambda gradient: gradient * (math.inf if due() else 1.0))
     states = States(made)
     made.add_callback(states)
     if kind == "parameter":
         made.add_callback(Broken(made, at))
     made.train()
     return made, states.found
+
+
+def on_engine(folder: Path, engine: str, rank: int, port: int) -> None:
+    from sharded_weights_cases import engine_settings
+
+    global RANK
+    RANK = rank
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ.update(where, RANK=str(rank), LOCAL_RANK=str(rank))
+    settings = engine_settings(engine)
+    if engine.startswith("zero"):
+        settings["deepspeed"]["gradient_clipping"] = "auto"
+    records = {}
+    quick = {"log_completions": False, "save_strategy": "steps", "save_steps": 1, **settings}
+    for kind in ("loss", "gradient"):
+        made, states = run(folder / kind, kind, 2, {2}, 1, processes=2, **{**quick, "max_steps": 3})
+        saved = [str(path) for path in (folder / kind).glob("checkpoint-*/manifest.json")]
+        records[kind] = {
+            "kept": [equal(a, b) for a, b in pairwise(states)],
+            "moved": sorted({name.split("/")[0] for name in states[2] if not states[1][name].equal(states[2][name])}),
+            "finite": all(bool(value.isfinite().all()) for value in states[-1].values()),
+            "cause": made.bad_steps.last,
+            "logged": [(log.get("bad_steps"), log["loss"]) for log in made.state.log_history if "loss" in log],
+            "saved": len(saved),
+            "wrapped": type(made.model_wrapped).__name__,
+        }
+    try:
+        run(folder / "parameter", "parameter", 1, {2}, 1, processes=2, **{**quick, "max_steps": 6, "save_steps": 2})
+    except BadNumbers as error:
+        saved = [str(path) for path in (folder / "parameter").rglob("*.safetensors")]
+        records["parameter"] = {"error": str(error), "saved": saved}
+    (folder / f"rank{RANK}.json").write_text(json.dumps(records))
 
 
 def main() -> None:
