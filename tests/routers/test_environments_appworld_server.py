@@ -17,6 +17,7 @@ from appworld_stub import install, make_data
 from routers.environments.appworld import environment as appworld
 from routers.environments.appworld.environment import AppWorldBenchmark
 from routers.environments.protocol import GameError
+from srpo.run.signals import HEARD
 
 
 @pytest.fixture(scope="module", params=["stand-in", pytest.param("appworld", marks=pytest.mark.slow)])
@@ -110,6 +111,16 @@ def test_a_process_that_hangs_is_killed(benchmark: AppWorldBenchmark, monkeypatc
     wait_for(benchmark, before - 1)
     monkeypatch.undo()
     assert other.step("print(x)") == ("1\n", False)
+
+
+def test_what_a_run_is_told_by_its_terminal_or_by_slurm_ends_no_world(benchmark: AppWorldBenchmark) -> None:
+    episode = benchmark.make("abc1234_1", 9)
+    episode.reset()
+    episode.step("x = 1")
+    for number in HEARD:
+        for process in processes(benchmark):
+            os.kill(process, number)
+        assert episode.step("print(x)") == ("1\n", False)
 
 
 def test_a_world_that_cannot_be_started_costs_its_episode_only(benchmark: AppWorldBenchmark) -> None:

@@ -37,6 +37,7 @@ from routers.tasks.step_routing.prompts import OBSERVATIONS
 from routers.tasks.step_routing.rules import always_large
 from srpo import train
 from srpo.plan import plan
+from srpo.run.signals import HEARD
 from srpo.types import CORRECT, COST, LOST
 
 WORLDS = Path(__file__).resolve().parents[1] / "support" / "worlds"
@@ -289,8 +290,12 @@ def test_many_conversations_of_verifiers_within_their_budgets(tiny: None) -> Non
     found = drive("verifiers:tiny-env?kind=twice&rows=24", tasks, lambda last: last.split()[-1])
     assert [d.columns[CORRECT] for d in found] == [1.0] * 24 and all(d.columns["calls"] == 2 for d in found)
     first = max(d.columns[COST] for d in found)
+    process: Any = verifiers.worker(os.environ[verifiers.PYTHON])._process
+    for number in HEARD:  # what a run is told by its terminal or by Slurm is not for its worlds
+        process.send_signal(number)
     capped = drive("verifiers:tiny-env?kind=twice&rows=24", tasks, lambda last: last.split()[-1], cap=1.5e-4)
     assert first < 1.5e-4 and all(d.columns[COST] <= 1.5e-4 and not d.columns[LOST] for d in capped)
+    assert process.poll() is None
 
 
 def test_tasksets_of_verifiers(tasksets: None) -> None:

@@ -65,6 +65,17 @@ def test_everywhere_else(tmp_path: Path, case: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("engine", ["zero2", "zero3", "fsdp2"])
+def test_engines_end_and_go_on_alike(tmp_path: Path, engine: str) -> None:
+    for case in ("raises in loss", "hangs in loss", "dies in loss"):
+        found = two(tmp_path / case[:4], case, engine)
+        ended_with_its_cause(case, found)
+        checkpoint_is_left(found)
+    assert two(found.folder, "", engine).codes == [0, 0], "the run goes on from it"
+    checkpoint_is_left(found, 4)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
 def test_launchers_end_with_the_first_traceback(tmp_path: Path, launcher: str) -> None:
     module = {

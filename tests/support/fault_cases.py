@@ -1,6 +1,7 @@
 """A training of two processes in which one dies, raises or hangs somewhere: forks of this process, gloo, real signals.
 
 python tests/support/fault_cases.py [CASE...]       the table of all cases: what ended how, when, with which words
+ENGINE=zero2 python tests/support/fault_cases.py ...      the same on zero2, zero3 or fsdp2
 """
 
 import ctypes
@@ -21,12 +22,13 @@ sys.path[:0] = [*(str(TESTS / folder) for folder in ("support", "srpo")), str(TE
 
 import deepspeed  # noqa: F401  which every fork would import by itself
 from core_helpers import config, dataset, digest, model, scripted, trainer
+from sharded_weights_cases import engine_settings
 from two_ranks import two_ranks
 
 from srpo.run.whole import MANIFEST
 
 HANG_DEADLINE = 10.0
-NET = 100.0
+NET = 300.0
 """Seconds after which a test gives up."""
 PLACES = ("rollout", "reward", "world", "loss", "save", "evaluation", "push")
 FAULTS = ("dies", "raises", "hangs")
@@ -129,14 +131,14 @@ def train(folder: Path, rank: int, case: str, **changes: Any) -> None:
     run.train(resume_from_checkpoint=None if case else "auto")
 
 
-def two(folder: Path, case: str, **changes: Any) -> Ended:
-    """Forks two processes that train, until both have ended."""
+def two(folder: Path, case: str, engine: str = "", **changes: Any) -> Ended:
+    """Forks two processes that train, on an engine of `sharded_weights_cases`, until both have ended."""
     folder.mkdir(parents=True, exist_ok=True)
 
     def work(rank: int, port: int) -> None:
         where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
         os.environ.update(where, RANK=str(rank), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE="2")
-        train(folder, rank, case, **changes)
+        train(folder, rank, case, **changes, **engine_settings(engine))
 
     return Ended(*two_ranks(folder, work, NET), folder)
 
@@ -146,7 +148,7 @@ def main() -> None:
         return train(Path(sys.argv[3]), int(os.environ["RANK"]), sys.argv[2])
     with tempfile.TemporaryDirectory() as scratch:
         for i, case in enumerate(sys.argv[1:] or CASES):
-            found = two(Path(scratch) / str(i), case)
+            found = two(Path(scratch) / str(i), case, os.environ.get("ENGINE", ""))
             words = [line for line in found.text.splitlines() if "[watch]" in line or "process 1 of 2" in line]
             print(f"{case:24} {found.seconds:5.1f} s  {found.codes}  {words[-1] if words else found.last}", flush=True)
             if os.environ.get("ALL_WORDS"):
