@@ -157,7 +157,7 @@ class Caller:
         bound = self._bound(query, prompt_bound)
         left = max_cost - total.spending.cost
         if bound > left:
-            raise OverBudget(f"{bound:.6g} does not fit: {left:.6g} is left for this call")
+            raise OverBudget(f"up to {bound:.6g} USD do not fit into {left:.6g}, which are left for this call")
         async with self._semaphore():
             taken = await self._tokens.take(prompt_bound + self.backend.max_tokens)
             attempt = Attempt()

@@ -171,7 +171,8 @@ class Key:
         usd = min(at_most, self.limits.request_usd, self.today.available, self.total.available)
         if math.isinf(usd):  # a key without budgets
             return Allowance(usd, [])
-        if usd <= 0 < min(at_most, self.limits.request_usd):
+        each = self.limits.usd_per_request
+        if usd <= 0 < (at_most if each is None else min(at_most, each)):
             raise self._empty()
         parts = [account.reserve(usd) for account in (self.today, self.total)]
         return Allowance(usd, parts)

@@ -192,6 +192,11 @@ class _Reply(Response):
                         await send(_start(200, {**headers, **_EVENTS}))
                         async with aclosing(served.chunks) as chunks:
                             self._status = await self._stream(chunks, send)
+            except RequestError as error:
+                if error.code == "over_budget" and ticket.max_usd < (self._asked.max_cost_usd or math.inf):
+                    error.param = None  # the client has set no such limit
+                    error.message += f"; a request of key {self._key.name!r} may cost {ticket.max_usd:.6g} USD"
+                raise
             finally:
                 if spent.known:
                     ticket.settle(spent.usd)

@@ -419,6 +419,7 @@ def test_rates_and_budgets_answer_429_and_say_when_to_come_back(tmp_path: Path) 
         rate={"sha256": digest("rate"), "requests_per_minute": 2},
         day={"sha256": digest("day"), "usd_per_day": 1.0, "usd_per_request": 0.5},
         total={"sha256": digest("total"), "usd_total": 0.5, "usd_per_request": 0.5},
+        nothing={"sha256": digest("nothing"), "usd_per_day": 0},
     )
     gated = Gated(Gate(Keys(path), GateLimits(working=None)))
 
@@ -427,6 +428,7 @@ def test_rates_and_budgets_answer_429_and_say_when_to_come_back(tmp_path: Path) 
         day = [await ask(http, "cost 9", "day") for _ in range(3)]
         free = [await ask(http, "cost 9", "total", max_cost_usd=0.125) for _ in range(4)]
         none = await ask(http, "cost 9", "total")
+        assert (await ask(http, "hello", "nothing")).json()["error"]["code"] == "insufficient_quota"
         return rate, day, free, none
 
     rate, day, free, none = run(gated, work)

@@ -1,7 +1,9 @@
 """A served query router as a proxy: what the members got, what the client got, byte for byte, and what it cost."""
 
+import hashlib
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -270,6 +272,22 @@ def test_budgets_choose_whom_can_be_paid(served: Proxied, small: ChatServer, lar
     reply = served.post({"messages": user("large"), "max_cost_usd": 0})
     assert reply.status_code == 402 and len(small.requests) + len(large.requests) == before
     assert reply.json()["srpo"]["cost_usd"] == 0.0
+
+
+def test_what_a_key_lets_a_request_cost_is_said(small: ChatServer, tmp_path: Path) -> None:
+    sha = hashlib.sha256(b"secret").hexdigest()
+    (tmp_path / "keys.yaml").write_text(f"keys: {{poor: {{sha256: {sha}, usd_per_day: 0.001}}}}")
+    with proxied({"small": (small, {})}, keys=Keys(tmp_path / "keys.yaml")) as on:
+        head, asked = {"Authorization": "Bearer secret"}, {"model": "router", "messages": user("small")}
+        replies = [
+            httpx.post(f"{on.address}/v1/chat/completions", json=asked | more, headers=head)
+            for more in ({}, {"max_cost_usd": 1.0}, {"max_cost_usd": 1e-6})
+        ]
+    errors = [reply.json()["error"] for reply in replies]
+    assert {reply.status_code for reply in replies} == {402}
+    assert [error["param"] for error in errors] == [None, None, "max_cost_usd"]
+    for error in errors[:2]:
+        assert error["message"].endswith("; a request of key 'poor' may cost 1e-05 USD")
 
 
 def test_a_router_that_chooses_nobody(served: Proxied) -> None:
