@@ -18,9 +18,10 @@ Errors of a member keep its status and words.
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import AsyncGenerator, Callable, Mapping
-from contextlib import AbstractAsyncContextManager, aclosing
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing
 from typing import Any, Protocol
 from urllib.parse import quote
 
@@ -79,6 +80,19 @@ class Front:
         self.lines, self.ledger, self.name = lines, ledger, name
         self.metrics = ServerMetrics()
         self.metrics.follow(ledger)
+
+    async def reply_of(self, line: Line, asked: ChatRequest, spent: Spent, stack: AsyncExitStack) -> Reply:
+        """The reply of a member, open until the stack is closed. Declined or Failed: there is none.
+
+        Where the client leaves before anything has come, the request counts as what was set aside for the call: the
+        member was at work, and whoever leaves early would else use up no budget.
+        """
+        left = asked.cap - spent.usd
+        try:
+            return await stack.enter_async_context(line.call(asked.body, stream=asked.stream, max_cost=left))
+        except asyncio.CancelledError:
+            spent.failed_usd += min(left, line.bound(asked.body))
+            raise
 
     def served(
         self,

@@ -103,8 +103,7 @@ class Proxy(Front):
                 told["tried"].append({"member": name, "error": refusal.words})
                 continue
             try:
-                call = line.call(asked.body, stream=asked.stream, max_cost=asked.cap - spent.usd)
-                reply = await stack.enter_async_context(call)
+                reply = await self.reply_of(line, asked, spent, stack)
             except Declined as error:
                 declined = declined or error
                 told["tried"].append({"member": name, "error": str(error)})

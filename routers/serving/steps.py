@@ -108,8 +108,7 @@ class StepProxy(Front):
         while turn.call.member is not None:
             line = self.lines[turn.call.member]
             try:
-                calling = line.call(asked.body, stream=asked.stream, max_cost=asked.cap - spent.usd)
-                return await stack.enter_async_context(calling)
+                return await self.reply_of(line, asked, spent, stack)
             except Declined as error:
                 failed = failed or error
                 turn.instead(str(error), None, 0.0)

@@ -13,6 +13,7 @@ from chat_server import ChatServer, Said, cut, events, said, usage, whole
 from serving_helpers import Proxied, proxied, until
 
 from routers.data.billing import price
+from routers.pool.passthrough import Passthrough
 from routers.serving.keys import Keys
 from routers.serving.proxy import Proxy
 from srpo.types import Usage
@@ -342,6 +343,21 @@ def test_a_client_that_leaves_ends_the_member_s_work(served: Proxied, small: Cha
     until(lambda: served.ledger.account.reserved == 0.0)
     # what had come of the stream is paid for, by its bytes
     assert served.ledger.total().estimated >= 1
+
+
+def test_who_leaves_before_the_reply_has_spent_what_was_set_aside(small: ChatServer, tmp_path: Path) -> None:
+    sha = hashlib.sha256(b"secret").hexdigest()
+    (tmp_path / "keys.yaml").write_text(f"keys: {{a: {{sha256: {sha}, usd_per_day: 1}}}}")
+    keys = Keys(tmp_path / "keys.yaml")
+    with proxied({"small": (small, {})}, keys=keys) as on:
+        small.replies = [Said(body=b"never", pause=60.0)]
+        asked = {"model": "router", "messages": user("small")}
+        with pytest.raises(httpx.ReadTimeout):
+            head = {"Authorization": "Bearer secret"}
+            httpx.post(f"{on.address}/v1/chat/completions", json=asked, headers=head, timeout=0.3)
+        most = Passthrough(on.members["small"], on.ledger).bound(asked)
+        until(lambda: keys.budgets(spent=True)[("a", "day")] == pytest.approx(most))
+        assert 0 < most < 0.01
 
 
 def test_conversations_of_many_clients_never_mix() -> None:
