@@ -18,7 +18,6 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 HEARD = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-_DEFAULT = (signal.SIG_DFL, signal.default_int_handler)
 _ONE_PRESS = 0.5
 """Seconds within which two SIGINTs are one: a terminal sends it to a launcher and to its processes."""
 _CHILDREN = 3.0
@@ -122,21 +121,22 @@ def heeded() -> Iterator[Signals]:
             end_children()
 
 
+def _unheard(number: int, _frame: Any) -> None:
+    """Unlike SIG_IGN this is not inherited by other programs."""
+
+
+_DEFAULT = (signal.SIG_DFL, signal.default_int_handler, _unheard)
+
+
 def _in_child() -> None:
-    """A forked process, such as a data loader's, dies of signals as usual, and tells its parent nothing."""
+    """A forked process, such as a data loader's, ends when its parent ends it, by SIGTERM: the run needs it until it
+    has finished its step. It tells its parent nothing."""
     global _current
     if _current is not None:
         _current = None
         signal.set_wakeup_fd(-1)
-        _die_as_usual()
-
-
-def _die_as_usual() -> None:
-    for number in HEARD:
-        signal.signal(number, signal.SIG_DFL)
-
-
-os.register_at_fork(after_in_child=_in_child)
+        for number in HEARD:
+            signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else _unheard)
 
 
 def turn_deaf() -> None:
@@ -145,8 +145,16 @@ def turn_deaf() -> None:
     It is killed when the run ends. Processes that it starts itself die of signals as usual.
     """
     for number in HEARD:
-        signal.signal(number, lambda *_: None)  # unlike SIG_IGN, not inherited by other programs
+        signal.signal(number, _unheard)
     os.register_at_fork(after_in_child=_die_as_usual)
+
+
+def _die_as_usual() -> None:
+    for number in HEARD:
+        signal.signal(number, signal.SIG_DFL)
+
+
+os.register_at_fork(after_in_child=_in_child)
 
 
 def end_children() -> None:

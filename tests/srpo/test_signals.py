@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from core_helpers import config, dataset, equal, model, trainer, weights
 from resume_cases import reward
@@ -93,6 +94,21 @@ def test_the_step_is_finished_saved_and_gone_on_from(tmp_path: Path, number: int
     rest = made(tmp_path / "told")
     rest.train(resume_from_checkpoint="auto")
     assert equal(weights(rest.model), weights(whole.model)) and rest.state.global_step == STEPS
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_what_every_process_is_told_ends_no_data_loader_before_its_time(tmp_path: Path, number: int) -> None:
+    class Everyone(Told):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step + 1 == self.step:
+                workers = psutil.Process().children()
+                assert workers
+                for one in (*workers, psutil.Process()):
+                    one.send_signal(self.numbers[0])
+                time.sleep(2)
+
+    code, _ = ended(tmp_path, Everyone(2, number), dataloader_num_workers=1)
+    assert code == 0 and newest(tmp_path) == tmp_path / "checkpoint-2"
 
 
 def test_a_second_interrupt_and_a_passed_deadline_end_at_once(tmp_path: Path) -> None:
