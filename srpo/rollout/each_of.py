@@ -1,13 +1,16 @@
 """Groups that hold each alternative of a choice: all that the policy could have chosen, in place of draws.
 
-    row n of a batch:   what was written before choice n // M   +   alternative n % M   +   what was written after it
+    a group of G rows:   k = G // M beginnings, each followed by each of M alternatives, and by what was written after;
+                         G - k M rows are there twice
+    w(row) = G pi(alternative | beginning) / (k n)      n times that the group holds it
 
-The text before is sampled once for M rows, and the policy's probability of each alternative after it is known. So
-every alternative is tried, also those that the policy would hardly ever draw, and the credit of
-`srpo.objectives.advantages.importance_weighted` is exact where draws would estimate it. The text itself is drawn: a
-group holds two or more, or nothing would speak against one that never comes to the choice.
+The beginning, a thought, is sampled once, and the policy's probability of each alternative after it is known. So every
+alternative is tried, also those that the policy would hardly ever draw, and the credit of
+`srpo.objectives.advantages.importance_weighted` is exact where draws would estimate it. Beginnings are drawn: a group
+holds two or more, or nothing would speak against one that never comes to the choice.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -16,43 +19,53 @@ from srpo.rollout.generator import Generator, Request, Sample
 
 
 class EachOf(OneOf):
-    """`OneOf`, of which training samples each alternative; a group is a multiple of `len(alternatives)`."""
+    """`OneOf`, of which training samples each alternative."""
+
+    def place(self, row: int, size: int) -> tuple[int, int, int]:
+        """(group, beginning, alternative) of the `row`-th of all rows, in groups of `size`."""
+        m = len(self.alternatives)
+        group, n = divmod(row, size)
+        k = size // m
+        return group, n // m if n < k * m else (n - k * m) % k, n % m
 
     def completions(
-        self, generator: Generator, requests: Sequence[Request], first: int
+        self, generator: Generator, requests: Sequence[Request], first: int, size: int
     ) -> tuple[list[Sample], list[float]]:
-        """A completion for each request, without log-probs, and its importance: M x the policy's probability of its
-        alternative. A text that never comes to the choice is every one of its M rows, with importance 1.
+        """A completion for each request, without log-probs, and its importance w. A text that never comes to the
+        choice is every one of its rows.
 
         Args:
-            requests: of consecutive rows; those of a choice are alike but for `row`. The seed of its first one counts.
+            requests: of consecutive rows; those that share a beginning have the same seed.
             first: number of the first row among those of all processes.
+            size: of a group, G.
         """
         m = len(self.alternatives)
-        numbers = range(first, first + len(requests))
-        asked: dict[int, Request] = {}
-        for n, request in zip(numbers, requests, strict=True):
-            asked.setdefault(n // m, request)
+        k = size // m
+        places = [self.place(first + n, size) for n in range(len(requests))]
+        times = Counter(self.place(n, size)[1:] for n in range(size))
+        asked: dict[tuple[int, int], Request] = {}
+        for (group, beginning, _), request in zip(places, requests, strict=True):
+            asked.setdefault((group, beginning), request)
         written = dict(zip(asked, generator.generate(list(asked.values())), strict=True))
-        begun = {choice: found for choice, sample in written.items() if (found := self.inside(sample.ids))}
+        begun = {key: found for key, sample in written.items() if (found := self.inside(sample.ids))}
         choices = [
-            (tree, (*asked[choice].ids, *written[choice].ids[:length]), asked[choice].row)
-            for choice, (length, tree) in begun.items()
+            (tree, (*asked[key].ids, *written[key].ids[:length]), asked[key].row)
+            for key, (length, tree) in begun.items()
         ]
         chances = dict(zip(begun, choice_probabilities(generator.generate, choices), strict=True))
-        samples, known = [], []
-        for n, request in zip(numbers, requests, strict=True):
-            sample = written[n // m]
-            if n // m in begun:
-                length, tree = begun[n // m]
-                name = self.alternatives[n % m]
+        samples, importance = [], []
+        for (group, beginning, alternative), request in zip(places, requests, strict=True):
+            key = (group, beginning)
+            sample, name = written[key], self.alternatives[alternative]
+            weight = size / (k * sum(n for (of, _), n in times.items() if of == beginning))
+            if key in begun:
+                length, tree = begun[key]
                 path = (*sample.ids[:length], *self.spelling(tree, name), *_after(tree, sample.ids[length:]))
-                known.append(m * chances[n // m][name])
                 sample = replace(sample, ids=path[: request.max_tokens], logprobs=())
-            else:
-                known.append(1.0)
+                weight = size * chances[key][name] / (k * times[beginning, alternative])
             samples.append(sample)
-        return samples, known
+            importance.append(weight)
+        return samples, importance
 
 
 def _after(tree: Node, ids: Sequence[int]) -> Sequence[int]:

@@ -92,7 +92,7 @@ def _refuse_with_allowed_tokens(args: Any, given: Mapping[str, Any], environment
 
 def check_each_of(args: SRPOConfig, alternatives: int) -> None:
     """ValueError for arguments that would read completions of `EachOf` as if the policy had drawn them, and for groups
-    that cannot hold each alternative equally often."""
+    that are too small for it."""
     needed = {"objective": "grpo", "scale_rewards": "none", "beta": 0.0, "routing_replay": "off"}
     if objective_of(args).sampler_logps:
         needed["loss_type"] = "dapo"
@@ -102,11 +102,10 @@ def check_each_of(args: SRPOConfig, alternatives: int) -> None:
                 f"groups that hold each alternative (exact_credit) are not draws of the policy, which {name}: {given} "
                 f"needs; set {name}: {value}"
             )
-    if args.num_generations % alternatives or args.num_generations == alternatives:
+    if args.num_generations < 2 * alternatives:
         raise ValueError(
             f"num_generations is {args.num_generations}, but a group holds each of {alternatives} alternatives after "
-            f"two thoughts or more, which are compared (exact_credit); set num_generations: {2 * alternatives}, or "
-            f"another multiple of {alternatives}"
+            f"two thoughts or more, to compare them (exact_credit); set num_generations: {2 * alternatives}, or more"
         )
 
 

@@ -92,16 +92,17 @@ class Sampler:
         when = step.named(self.args.seed)
         start = self.accelerator.process_index * len(prompt_ids)
         each = allowed if isinstance(allowed, EachOf) and step.training else None
-        alike = 1 if each is None else len(each.alternatives)
+        size = self.args.num_generations
         requests = []
         for i, ids in enumerate(prompt_ids):
             text = hashlib.sha256(repr(tuple(ids)).encode()).hexdigest()[:16]
-            seed = f"{when}:{(start + i) // alike}:{text}"
+            drawn = start + i if each is None else "{}.{}".format(*each.place(start + i, size))
+            seed = f"{when}:{drawn}:{text}"
             requests.append(Request(i, tuple(ids), seed, self.args.max_completion_length))
         if each is None:
             samples = generator.generate(requests)
         else:
-            samples, importance = each.completions(generator, requests, start)
+            samples, importance = each.completions(generator, requests, start, size)
             step.importance = torch.tensor(importance, device=self.accelerator.device)
         generator.finish()
         return samples

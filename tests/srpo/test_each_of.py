@@ -113,6 +113,24 @@ def test_the_gradient_is_that_of_the_expected_reward(tmp_path):
     assert max(p.grad.norm() for p in built.model.parameters()) > 1e-4
 
 
+def test_a_group_of_any_size_is_weighted_by_how_often_it_holds_each(tmp_path):
+    """8 rows, 3 names: two thoughts, and the first two rows' names once more; the gradient is that of 6 rows."""
+    built = made(tmp_path, num_generations=8)
+    batch = scored(built)
+    texts = [built._tokenizer.decode(ids, skip_special_tokens=True) for ids in completions(batch)]
+    assert [named(text) for text in texts[:8]] == [*NAMES, *NAMES, "small", "smart"]
+    weights = built.generation_step.importance.view(4, 8)
+    assert weights.mean(dim=1).tolist() == pytest.approx([1.0] * 4)
+    # a thought's rows: 0 1 2 with 6, which is small again, and 3 4 5 with 7, which is smart again
+    for once, again in ((0, 6), (4, 7)):
+        assert torch.equal(weights[:, once], weights[:, again])
+        for group in range(0, 32, 8):
+            assert completions(batch)[group + once] == completions(batch)[group + again]
+    first = torch.stack([2 * weights[:, 0], weights[:, 1], weights[:, 2]], dim=1)
+    wanted = torch.stack([torch.stack([log_prob(built.model, batch, 8 * g + n) for n in range(3)]) for g in range(4)])
+    assert torch.allclose(first / 4, wanted.softmax(dim=1), atol=1e-5)
+
+
 def test_it_learns_and_what_is_logged_is_the_policys(tmp_path):
     built = made(tmp_path, max_steps=12, learning_rate=2.0)
     built.train()
@@ -144,8 +162,8 @@ def test_a_turn_that_names_nobody_is_each_of_its_rows(tmp_path):
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"num_generations": 8}, "set num_generations: 6, or another multiple of 3"),
-        ({"num_generations": 3}, "set num_generations: 6, or another multiple of 3"),
+        ({"num_generations": 5, "per_device_train_batch_size": 20}, "set num_generations: 6, or more"),
+        ({"num_generations": 3}, "set num_generations: 6, or more"),
         ({"objective": "srpo"}, "set objective: grpo"),
         ({"beta": 0.1}, "set beta: 0.0"),
         ({"scale_rewards": "group"}, "set scale_rewards: none"),

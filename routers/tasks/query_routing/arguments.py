@@ -98,8 +98,8 @@ class QueryRoutingArguments:
         default=False,
         metadata={
             "help": "objective: grpo: the expected reward over all members, which the table knows, in place of that "
-            "of members that are drawn. A language model's group holds each member once after each of two thoughts "
-            "or more: num_generations is a multiple of the number of members, twice it or more."
+            "of members that are drawn. A language model's group holds each member after each of two thoughts or "
+            "more: num_generations is at least twice the number of members."
         },
     )
     format_weight: float = field(default=0.2, metadata={"help": "Penalty for a completion without a valid route."})
