@@ -9,6 +9,7 @@ from core_helpers import config, dataset, logged, model, tokenizer, trainer
 
 from srpo.objectives.advantages import importance_weighted
 from srpo.rollout.each_of import EachOf
+from srpo.rollout.generator import Request
 
 NAMES = ("small", "smart", "large")  # two begin alike
 WORTH = {"small": 0.2, "smart": 1.0, "large": 0.4}
@@ -145,6 +146,24 @@ def test_by_hand():
     assert importance_weighted(r, w, 3).tolist() == pytest.approx([0.0, -0.75, 0.75])
     lost = importance_weighted(torch.cat([r, torch.tensor([1.0, math.nan, 2.0])]), torch.cat([w, w]), 3)
     assert lost.tolist() == pytest.approx([0.0, -0.75, 0.75, 0.0, 0.0, 0.0])
+
+
+def test_processes_that_share_a_group_make_what_one_makes(tmp_path):
+    built, each = made(tmp_path), mask()
+    generator = built.sampler.make_generator(built.model, [tokenizer().eos_token_id], allowed=each.after)
+
+    def asked(rows):
+        prompts = {group: tuple(tokenizer()(f"say {group}")["input_ids"]) for group in range(2)}
+        places = [each.place(row, 8) for row in rows]
+        requests = [Request(i, prompts[p[0]], f"{p[:2]}", 40) for i, p in enumerate(places)]
+        samples, importance = each.completions(generator, requests, rows[0], 8)
+        return [sample.ids for sample in samples], importance
+
+    ids, importance = asked(range(16))
+    assert len({*ids}) >= 6 and sum(importance) == pytest.approx(16)
+    for start, end in ((0, 5), (5, 10), (10, 16)):
+        some, weights = asked(range(start, end))
+        assert some == ids[start:end] and weights == pytest.approx(importance[start:end])
 
 
 class Mute(Turn):
