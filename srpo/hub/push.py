@@ -167,7 +167,9 @@ def merged(adapter: Path, folder: Path, repo_id: str) -> Path:
     return folder
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # a run's own push, which the run waits for and ends
     from srpo.cli import run
+    from srpo.run.signals import turn_deaf
 
+    turn_deaf()
     run(main)

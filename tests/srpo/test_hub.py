@@ -5,6 +5,7 @@ import logging
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +23,7 @@ from srpo.hub.hub import HubMixin
 from srpo.hub.upload import NotPushed
 from srpo.losses import noted
 from srpo.redact import REDACTED, redacted, scrubbed
+from srpo.run.signals import HEARD
 from srpo.run.whole import seal
 
 HERE = Path(__file__).resolve().parents[1] / "support"
@@ -172,15 +174,35 @@ def test_a_merged_models_card_loads_it_whole_and_a_strangers_card_is_no_such() -
     assert merged_card("---\ntags: [lora]\n---\n# mine\n", hashes={}) is None
 
 
-def trained(tmp_path: Path, endpoint: str, *words: object) -> subprocess.CompletedProcess[str]:
-    """`srpo train ...` in a process of its own, pushing to a Hub that is somewhere."""
+def of_a_user(tmp_path: Path, endpoint: str) -> dict[str, str]:
+    """An environment, with a Hub that is somewhere."""
     environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
-    environment |= {"HF_TOKEN": "hf_mine", "HF_HOME": str(tmp_path / "hf")}
     environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
+    return environment | {"HF_TOKEN": "hf_mine", "HF_HOME": str(tmp_path / "hf")}
+
+
+def test_a_push_of_a_run_that_is_told_to_end_is_finished(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_text("weights")
+    with HubServer() as hub:
+        hub.always["*"] = 503
+        words = [str(tmp_path), "me/router", "--deadline=300"]
+        push = subprocess.Popen(
+            [sys.executable, "-m", "srpo.hub.push", *words], env=of_a_user(tmp_path, hub.endpoint), cwd=tmp_path
+        )
+        while not hub.seen:
+            time.sleep(0.05)
+        for number in HEARD:
+            push.send_signal(number)
+        hub.always.clear()
+        assert push.wait(300) == 0 and hub.files["me/router:model.safetensors"] == b"weights"
+
+
+def trained(tmp_path: Path, endpoint: str, *words: object) -> subprocess.CompletedProcess[str]:
+    """`srpo train ...` in a process of its own, pushing to that Hub."""
     given = ("--push_to_hub", "true", "--hub_model_id", "me/router", "--output_dir", tmp_path / "out")
     return subprocess.run(
         [sys.executable, "-m", "srpo", "train", *map(str, (*words, *given))],
-        capture_output=True, text=True, timeout=600, env=environment, cwd=tmp_path,
+        capture_output=True, text=True, timeout=600, env=of_a_user(tmp_path, endpoint), cwd=tmp_path,
     )  # fmt: skip
 
 
