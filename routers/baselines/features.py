@@ -6,7 +6,7 @@ Nothing here sees an outcome, so folds of the training queries share one set of 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -112,9 +112,18 @@ def has_minilm() -> bool:
     return all(find_spec(module) for module in (MINILM, "sentence_transformers"))
 
 
-@cache
 def embedded(texts: tuple[str, ...]) -> np.ndarray:
-    """MiniLM embeddings ``[Q, 384]`` of length 1 (of the first 256 tokens); kept, for they cost 10 ms a text."""
+    """MiniLM embeddings ``[Q, 384]`` of length 1 (of the first 256 tokens).
+
+    They cost 10 ms a text: of several texts the last few results are kept.
+    """
+    return _embedded(texts) if len(texts) == 1 else _kept(texts)
+
+
+def _embedded(texts: tuple[str, ...]) -> np.ndarray:
     from routers.quickstart.members.embed import embeddings
 
     return embeddings(list(texts))
+
+
+_kept = lru_cache(maxsize=8)(_embedded)

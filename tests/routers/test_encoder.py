@@ -12,6 +12,8 @@ import torch
 from routers.data.catalogue import Member
 from routers.evaluation.episodes import Episodes, Outcomes, RewardRule
 from routers.router import load_router
+from routers.tasks.query_routing.encoder.features import STRENGTHS, ridge
+from routers.tasks.query_routing.encoder.model import WIDTHS
 from routers.tasks.query_routing.encoder.training import (
     EncoderTraining,
     Rows,
@@ -137,6 +139,48 @@ def test_the_expected_reward_is_exact_and_has_its_own_gradient() -> None:
     mean_f, std = model.feature_moments
     features = ((model.features - mean_f) / std).clamp(-3, 3)
     torch.testing.assert_close(found, (by_logit @ features).sum(dim=0), atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize(("rows", "width"), [(12, 3), (6, 9)])  # by the Gram matrix, and by the SVD
+def test_what_the_other_rows_foretell_is_a_ridge_regression_without_the_row(rows: int, width: int) -> None:
+    rng = np.random.default_rng(0)
+    x, values = rng.normal(size=(rows, width)), rng.normal(size=(rows, 2))
+    [(weights, bias, found)] = ridge(x, values)
+    centred = x - x.mean(axis=0)
+
+    def solved(strength: float, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        return np.asarray(np.linalg.solve(x.T @ x + strength * np.eye(width), x.T @ (y - y.mean(axis=0))))
+
+    [strength] = [s for s in STRENGTHS if np.allclose(solved(s, centred, values), weights.T)]
+    assert bias == pytest.approx(values.mean(axis=0) - weights @ x.mean(axis=0))
+    for row in range(rows):  # the mean of the rest is its own, too
+        keep = np.arange(rows) != row
+        own = x[keep] - x[keep].mean(axis=0)
+        told = values[keep].mean(axis=0) + (x[row] - x[keep].mean(axis=0)) @ solved(strength, own, values[keep])
+        assert found[row] == pytest.approx(told)
+
+
+@pytest.mark.parametrize("telling", [True, False])
+def test_minilm_is_read_where_it_earns_more(telling: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random words say nothing; an embedding does, or is noise."""
+    rng = np.random.default_rng(0)
+    texts = [" ".join(f"w{n}" for n in rng.integers(0, 500, 5)) for _ in range(60)]
+    kind = {text: i % 2 for i, text in enumerate(texts)}
+    axes = rng.normal(size=(2, 384)) / 384**0.5
+
+    def embedded(some: tuple[str, ...]) -> np.ndarray:
+        noise = rng.normal(size=(len(some), 384)) / 384**0.5
+        return np.float32([axes[kind.get(text, 0)] for text in some] if telling else noise)
+
+    monkeypatch.setattr("routers.tasks.query_routing.encoder.model.minilm", embedded)
+    monkeypatch.setattr("routers.tasks.query_routing.encoder.training.has_minilm", lambda: True)
+    score = np.eye(2)[[kind[text] for text in texts]] if telling else np.tile([0.0, 1.0], (60, 1))
+    usd, rule = np.full((60, 2), 0.1), RewardRule(1.0)
+    items = [{"query_id": text, "query": text} for text in texts]
+    known = Outcomes(items, ["a", "b"], score, usd, rule(score, usd), rule=rule)
+    model = train_encoder(known, rule, minilm=None, max_steps=0).model
+    assert model.config.minilm == telling and model.config.width == WIDTHS[0]  # of equals the smaller
+    assert train_encoder(known, rule, minilm=True, max_steps=0).model.config.minilm
 
 
 def test_it_is_saved_loaded_and_knows_new_and_dropped_members(tmp_path: Path) -> None:

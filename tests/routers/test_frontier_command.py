@@ -22,8 +22,9 @@ TWO = ["--baselines", "TF-IDF ridge", "oracle"]
 
 
 @pytest.fixture
-def table(tmp_path: Path) -> Path:
-    """Sums are small's, rivers are middle's; large knows three of four of each."""
+def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Sums are small's, rivers are middle's; large knows three of four of each. Nobody reads MiniLM's embeddings."""
+    monkeypatch.setattr("routers.tasks.query_routing.encoder.training.has_minilm", lambda: False)
     rows = []
     for i in range(64):
         sums = i % 2 == 0

@@ -203,7 +203,7 @@ def _encoder(table: ReplyTable, how: argparse.Namespace, rule: RewardRule, objec
 
     def fit(train: Outcomes, seed: int) -> Any:
         return train_encoder(
-            train, rule, catalogue=table.catalogue, cost_weights=weights, seed=seed, objective=objective
+            train, rule, catalogue=table.catalogue, cost_weights=weights, seed=seed, objective=objective, minilm=None
         )
 
     return fit
@@ -213,9 +213,9 @@ def _swept(items: Outcomes, router: Any, name: str, seed: int, weights: Sequence
     from routers.baselines.play import seconds_of
 
     texts, parts = [item["query"] for item in items.items], []
-    seconds = seconds_of(router, texts)
+    seconds, embedded = seconds_of(router, texts), router.model.embed(texts)
     for weight in (None, *weights):
-        routes = [decision.member for decision in router.route_all(texts, cost_weight=weight)]
+        routes = [decision.member for decision in router.decide(embedded, weight)]
         label, curve = (name, "") if weight is None else (f"{name}, price sensitivity {weight:g}", name)
         parts.append(items.play(label, "policy", routes, seed=seed, curve=curve, seconds=seconds))
     return parts

