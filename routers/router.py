@@ -1,7 +1,7 @@
 """What a router does, however it was made, and how it is found again.
 
     from routers import load_router
-    with load_router("outputs/quickstart/srpo") as router:         # a folder, or a Hub id
+    with load_router("outputs/quickstart/router") as router:         # a folder, or a Hub id
         decision = router.route("What is 17 + 25?")
         print(decision.member, decision.scores, decision.usd)
 

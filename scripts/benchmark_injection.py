@@ -1,6 +1,6 @@
 r"""How far a text can talk a query router into a member: its routes that change, beside harmless suffixes.
 
-    python scripts/benchmark_injection.py outputs/quickstart/srpo outputs/quickstart/encoder \
+    python scripts/benchmark_injection.py outputs/quickstart/router outputs/quickstart/encoder \
         --baselines "TF-IDF ridge,TF-IDF kNN,MLP"
 
 Every held-out query of a table is routed as it is, with each of the attacks below that names the cheapest or the

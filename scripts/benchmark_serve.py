@@ -1,7 +1,7 @@
 """What `srpo serve` adds to a call of a member, and what it holds up to: latency, and memory under many clients.
 
     python scripts/benchmark_serve.py latency --kind encoder                  # overhead of a decision: p50, p99
-    python scripts/benchmark_serve.py latency --router outputs/quickstart/srpo   # of a router of your own
+    python scripts/benchmark_serve.py latency --router outputs/quickstart/router   # of a router of your own
     python scripts/benchmark_serve.py load --kind encoder --clients 200 --minutes 10
 
 Members are one loopback server (`tests/support/openai_server.py`) in a process of its own that answers at once; the

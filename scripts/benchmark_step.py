@@ -3,7 +3,7 @@
     python scripts/benchmark_step.py --table                                       # the table of recipes/RESULTS.md
     python scripts/benchmark_step.py --model tiny moe --prompt-tokens 100 400 --completion-tokens 48 --group 4 8
     python scripts/benchmark_step.py --model smollm2 --trainers trl-grpo grpo --steps 2 --repeats 1
-    python scripts/benchmark_step.py --model outputs/quickstart/srpo/start --set shared_prefix=off
+    python scripts/benchmark_step.py --model outputs/quickstart/router/start --set shared_prefix=off
 
 Trainers take turns, so that a slow moment of the machine hits all of them. The table gives medians over the steps of
 all turns but the first of each, in three parts: generation; scoring (rewards, old log-probs, and our teacher, which

@@ -1,6 +1,6 @@
 """Evaluate a trained policy again: its own recipe, with other limits, other data, or on another machine.
 
-    srpo evaluate outputs/quickstart/srpo --output_dir outputs/again --heldout_limit 100
+    srpo evaluate outputs/quickstart/router --output_dir outputs/again --heldout_limit 100
     srpo evaluate user/router --config RECIPE --output_dir outputs/again
 
 MODEL is the folder of a run, a checkpoint or a `start` in one, or a Hub id. The recipe is the one that lies there (or

@@ -35,7 +35,7 @@ Plays the held-out items with a trained policy and the baselines again, and writ
 MODEL is the OUTPUT folder of a run, a checkpoint or start/ in it, or a Hub id. The recipe is the one that lies there
 or above, unless --config names another; every key of it can be set (srpo train --help).
 
-example: srpo evaluate outputs/quickstart/srpo --output_dir outputs/again --heldout_limit 100
+example: srpo evaluate outputs/quickstart/router --output_dir outputs/again --heldout_limit 100
 """
 
 

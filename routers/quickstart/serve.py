@@ -2,7 +2,7 @@
 
     python -m routers.quickstart.serve members --port 8001     # all five; a request's `model` says which
     python -m routers.quickstart.serve vllm --port 8002        # SmolLM2-135M-Instruct behind vLLM, for a CPU
-    srpo serve outputs/quickstart/srpo --catalogue recipes/catalogues/quickstart_live.yaml --ui
+    srpo serve outputs/quickstart/router --catalogue recipes/catalogues/quickstart_live.yaml --ui
 
 A member of `members` reads the last message of a conversation, if it is the user's, and answers greedily and whole,
 as it was recorded; what it cannot do (tools, several replies, shorter ones) is a 400 that says so. Further options go

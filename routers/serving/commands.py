@@ -1,7 +1,7 @@
 r"""Serve a trained router on an OpenAI-compatible endpoint: its decisions carried out, or a think/route agent.
 
-    srpo serve outputs/quickstart/srpo --catalogue pool.yaml          # a proxy in front of the members
-    srpo serve outputs/quickstart/srpo                                # its decisions alone
+    srpo serve outputs/quickstart/router --catalogue pool.yaml          # a proxy in front of the members
+    srpo serve outputs/quickstart/router                                # its decisions alone
     # a decision per call of an agent's loop:
     srpo serve STEP_ROUTER --catalogue pool.yaml --conversation_cap 0.5 --conversation_unit usd
     srpo serve outputs/quickstart/think_route --table quickstart      # recorded replies, to try it

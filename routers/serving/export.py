@@ -1,8 +1,8 @@
 """Write a router's choices in the form of others: RouterArena's submission, or vLLM Semantic Router's config.
 
-srpo export outputs/quickstart/srpo --to routerarena --queries RouterArena/dataset/router_data.json \\
+srpo export outputs/quickstart/router --to routerarena --queries RouterArena/dataset/router_data.json \\
     --output RouterArena/router_inference/predictions/mine.json
-srpo export outputs/quickstart/srpo --to semantic-router --table quickstart --output config.yaml
+srpo export outputs/quickstart/router --to semantic-router --table quickstart --output config.yaml
 
 RouterArena asks each query of the member that the router chose. Its names of models are those of its list: a member's
 `model` in --catalogue, else its name. Semantic Router has no policies like ours, so each family of the table's queries

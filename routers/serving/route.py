@@ -1,9 +1,9 @@
 """Send a query through a trained router: which member answers it, how sure the router is, and what it costs.
 
-srpo route outputs/quickstart/srpo "Calculate 12 - 8"                        # the decision
-srpo route outputs/quickstart/srpo "Calculate 12 - 8" --catalogue pool.yaml  # and the member's reply
+srpo route outputs/quickstart/router "Calculate 12 - 8"                        # the decision
+srpo route outputs/quickstart/router "Calculate 12 - 8" --catalogue pool.yaml  # and the member's reply
 srpo route user/agent "Who wrote Dune?" --catalogue pool.yaml --max_cost_usd 0.001
-srpo route outputs/quickstart/srpo --file queries.txt --json                 # one query a line
+srpo route outputs/quickstart/router --file queries.txt --json                 # one query a line
 """
 
 import argparse

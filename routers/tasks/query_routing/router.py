@@ -1,7 +1,7 @@
 """A trained query router at work: a query in, the member that shall answer it out, with the probability of each.
 
     from routers import load_router
-    with load_router("outputs/quickstart/srpo") as router:
+    with load_router("outputs/quickstart/router") as router:
         print(router.route("What is 17 + 25?"))
 
 The policy writes its turn freely (greedily) up to the route tag; the member is then chosen among the pool's names, all
