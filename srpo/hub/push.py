@@ -59,8 +59,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         description="Upload a trained router: its policy, router.yaml, recipe, picture and card, and nothing else of "
         "the folder. Files that the Hub has already are not sent again.",
-        epilog="example: srpo push outputs/quickstart/router my-name/my-router --private. Exit code 75: the Hub has not "
-        "taken it within the deadline; the same command goes on later",
+        epilog="example: srpo push outputs/quickstart/router my-name/my-router --private. Exit code 75: the Hub has "
+        "not taken it within the deadline; the same command goes on later",
     )
     parser.add_argument("folder", type=Path, help="OUTPUT of a run, or a checkpoint or start/ in it")
     parser.add_argument("repo", help="name or owner/name; it is created where it is missing")
