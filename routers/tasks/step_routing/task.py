@@ -151,7 +151,9 @@ class StepRouting:
         from routers.tasks.step_routing.evaluate import choose_rules, estimate_advantages
         from routers.tasks.step_routing.spending import Money, estimate, phases
         from routers.tasks.step_routing.world import describe_rows
+        from srpo.trainer.progress import phase
 
+        phase("prepare", "tasks are played by each executor alone, and by rules")
         world, task, args, state = self.tasks, self.arguments, self.config, PartialState()
         self._output, self._folder = output, Path(task.task_dir or output / "task")
         self._money = Money(world.pool(), args.max_cost_usd, output / f"spending_{state.process_index}.json")
