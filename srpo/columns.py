@@ -29,8 +29,8 @@ MEMBERS = "members"
 """Column of a world: the members that an episode asked, in order, one name per call."""
 OF_ROLLOUT = (STOP, LOST, TURNS)
 """Columns that the rollout adds to those of an environment; only `LOST` may come from the episode."""
-TABLE_COLUMNS = ("step", "prompt", "completion", "advantage", "branch")
-"""Columns of the completions table that are always there."""
+TABLE_COLUMNS = ("step", "prompt", "completion", "advantage", "branch", "importance_weight")
+"""Columns of the completions table that are its own; the last one where groups are not drawn."""
 _TRL_ARGUMENTS = (
     "prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "environments",
 )  # fmt: skip

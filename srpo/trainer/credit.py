@@ -28,7 +28,6 @@ def credited(
         importance = accelerator.gather(step.importance)
         advantages = importance_weighted(rewards, importance, args.num_generations)
         as_the_policy_drew(metrics, table, rewards, importance)
-        table["extra"]["importance"].extend(importance.tolist())
     else:
         assert objective.credit is not None
         references = None

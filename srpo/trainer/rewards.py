@@ -87,6 +87,8 @@ def extra_columns(said: dict[str, Any], step: GenerationStep, shown: Collection[
     if FEEDBACK in said:  # a reward function may give it too, through TRL's `log_extra`; it wins over the world's
         step.columns[FEEDBACK] = list(said[FEEDBACK])
     said |= {name: list(values) for name, values in step.columns.items()}
+    if step.importance is not None:
+        said["importance_weight"] = step.importance.tolist()
     said |= {name: [None] * rows for name in {*shown} - {*said, "branch"}}
 
 

@@ -3,6 +3,7 @@ expected reward."""
 
 import math
 
+import pandas as pd
 import pytest
 import torch
 from core_helpers import config, dataset, logged, model, tokenizer, trainer
@@ -139,6 +140,23 @@ def test_it_learns_and_what_is_logged_is_the_policys(tmp_path):
     assert rewards[0] < 0.9 and rewards[-1] > 0.95, rewards  # the mean over the names would stay 0.533
     assert logged(built, "rewards/reward/mean") == pytest.approx(rewards)
     assert logged(built, "reward_std")[-1] < logged(built, "reward_std")[0]
+
+
+@pytest.mark.parametrize("evaluated", [False, True])
+def test_the_table_says_how_much_a_completion_counts(tmp_path, evaluated):
+    """TRL keeps the last batch: after an evaluation that is its, which is drawn."""
+    how = {"max_completion_length": 40, "num_generations": 6, "per_device_train_batch_size": 24}
+    how |= {"per_device_eval_batch_size": 6, "log_completions": True}
+    how |= {"eval_strategy": "steps", "eval_steps": 1, "logging_steps": 2} if evaluated else {}
+    args = config(tmp_path, objective="grpo", loss_type="dapo", max_steps=2, **how)
+    held_out = dataset(4) if evaluated else None
+    built = trainer(args, model(scale=2.0), reward, rollout_func=None, allowed_tokens=mask(), eval_dataset=held_out)
+    built.train()
+    parts = [pd.read_parquet(path) for path in sorted((tmp_path / "completions").glob("*.parquet"))]
+    assert len(parts) == 2 and all(len(part) == 24 for part in parts)
+    for part in parts:
+        weights = part["importance_weight"]
+        assert weights.isna().all() if evaluated else weights.sum() == pytest.approx(24, rel=1e-5)
 
 
 def test_by_hand():
