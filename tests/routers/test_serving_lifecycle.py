@@ -209,7 +209,7 @@ def test_more_connections_than_there_may_be_are_closed_unheard() -> None:
 
 
 def test_who_leaves_is_not_worked_for(hasty: Server) -> None:
-    deciding = hasty.post("sleep 1")
+    deciding = hasty.post("sleep 3")  # all have left before it is decided, on a busy machine too
     until(lambda: "router_decision_batch_count 0.0" not in hasty.numbers())
     for number in range(200):
         hasty.post(f"left {number}").close()
@@ -220,8 +220,7 @@ def test_who_leaves_is_not_worked_for(hasty: Server) -> None:
     until(lambda: "router_in_flight 0" in hasty.numbers())
     done, ended = httpx.get(f"{hasty.url}/done").json()
     assert not any(text.startswith(("left", "wait")) for text in ended)
-    # Batches that were taken before their clients had been seen to leave: one, on a busy machine a few.
-    assert sum(text.startswith("left") for text in done) <= 20
+    assert sum(text.startswith("left") for text in done) <= 4  # one batch, that was taken before they left
 
 
 def test_the_end_of_a_server_that_was_attacked(hasty: Server) -> None:
