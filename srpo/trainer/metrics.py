@@ -83,7 +83,9 @@ def world_metrics(columns: Mapping[str, Sequence[Any]], importance: Sequence[flo
     return metrics
 
 
-def gathered_metrics(columns: Mapping[str, Sequence[Any]], rows: int, importance: Any = None) -> dict[str, float]:
+def gathered_metrics(
+    columns: Mapping[str, Sequence[Any]], rows: int, importance: Tensor | None = None
+) -> dict[str, float]:
     """`world_metrics` of all ranks' columns; `rows` and `importance` of this rank."""
     weights = gather_object(importance.tolist()) if importance is not None else []
     names = sorted(set(gather_object(list(columns))))  # a rank may lack a column, but not a collective

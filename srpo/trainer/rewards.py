@@ -78,7 +78,8 @@ def correct(step: GenerationStep, args: Any, rule: Correctness | None) -> Tensor
 
 
 def extra_columns(said: dict[str, Any], step: GenerationStep, shown: Collection[str], rows: int) -> None:
-    """Add the world's columns to those that reward functions have `said` for the completions table.
+    """Add the world's columns, and the weights of completions that were not drawn, to those that reward functions have
+    `said` for the completions table.
 
     Args:
         shown: names that the table has; without a value here they would show an earlier batch's.

@@ -96,7 +96,10 @@ class Sampler:
         requests = []
         for i, ids in enumerate(prompt_ids):
             text = hashlib.sha256(repr(tuple(ids)).encode()).hexdigest()[:16]
-            drawn = start + i if each is None else "{}.{}".format(*each.place(start + i, size))
+            drawn = f"{start + i}"
+            if each is not None:
+                group, beginning, _ = each.place(start + i, size)
+                drawn = f"{group}.{beginning}"
             seed = f"{when}:{drawn}:{text}"
             requests.append(Request(i, tuple(ids), seed, self.args.max_completion_length))
         if each is None:
