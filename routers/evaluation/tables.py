@@ -271,7 +271,15 @@ def _frontier(paired: Paired) -> Section:
     better = {"AIQ": 1, "APGR": 1, "AUC": 1, "CPT": -1, "regret": -1, "ECE": -1, "Brier": -1, "ms": -1}
     rows = [tuple(row[j] for j in kept) for row in rows]
     signs = [better.get(cell.split(" ")[0], 0) for cell in rows[0]]
-    return Section("Frontier", rows, FRONTIER, _best(rows, signs, paired))
+    return Section("Frontier", rows, [*FRONTIER, *_reads(paired)], _best(rows, signs, paired))
+
+
+def _reads(paired: Paired) -> list[str]:
+    """What the policies of a frontier read queries by, where they chose it."""
+    chosen: dict[str, list[str]] = {}
+    for name, what in paired.header.get("reads", {}).items():
+        chosen.setdefault(what, []).append(name)
+    return [f"{what}: read by {'; '.join(names)}" for what, names in chosen.items()]
 
 
 def _left_out(paired: Paired) -> Section:

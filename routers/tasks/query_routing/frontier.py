@@ -100,8 +100,10 @@ def frontier(table: ReplyTable, how: argparse.Namespace) -> Episodes:
     encoders = {f"encoder {objective}": _encoder(table, how, rule, objective) for objective in how.objectives}
     for name, fit in encoders.items():
         for seed in range(how.seeds):
-            tell(f"{name}, seed {seed}")
-            parts += _swept(items, fit(train, seed), name, seed, how.cost_weights)
+            router = fit(train, seed)
+            tell(f"{name}, seed {seed}: reads {router.model.reads}")
+            parts += _swept(items, router, name, seed, how.cost_weights)
+            parts[-1].header["reads"] = {f"{name}, seed {seed}": router.model.reads}
     if how.members_left_out:
         new = {n: BASELINES[n] for n in names if isinstance(BASELINES[n].how, type) and BASELINES[n].kind == "learned"}
         able = {n: one for n, one in new.items() if hasattr(one.how, "introduce")}

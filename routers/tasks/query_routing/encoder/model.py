@@ -109,6 +109,11 @@ class EncoderPolicy(PreTrainedModel):
         self.idf.copy_(torch.from_numpy(idf))
         self.words.zero_()[:, :rank] = torch.from_numpy(np.ascontiguousarray(vt.T))
 
+    @property
+    def reads(self) -> str:
+        """What queries are embedded by, in words for a table."""
+        return f"{self.config.width} directions of n-grams{' and MiniLM' if self.config.minilm else ''}"
+
     def embed(self, texts: Sequence[str]) -> Tensor:
         """``[texts, width]``."""
         found = tfidf(counted(texts), self.idf.numpy())
