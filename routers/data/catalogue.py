@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -186,6 +186,12 @@ def load_catalogue(path: str | Path, prices: Mapping[str, Any] | None = None) ->
             raise ValueError(f"{path}: member {member.name!r} is listed twice; rename or remove one entry")
         members[member.name] = member
     return members
+
+
+def member_names(words: Iterable[str], known: Collection[str]) -> list[str]:
+    """Members as a command line names them: a word is a name that is known, or several with commas between."""
+    parts = (part for word in words for part in ([word] if word in known else word.split(",")))
+    return list(dict.fromkeys(part if part in known else part.strip() for part in parts))
 
 
 def read_catalogue(path: Path) -> dict[str, Any]:

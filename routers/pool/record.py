@@ -34,8 +34,8 @@ from routers.evaluation.answers import GRADES, gold_problem, score
 from routers.pool import Ledger, Pool, ReplyCache, kind, live_pool
 from routers.pool.protocol import CIRCUIT_OPEN, NO_QUOTA, OVER_BUDGET
 from srpo.cli import Parser
-from srpo.quarantine import Quarantine
-from srpo.ranges import above, ranged
+from srpo.quarantine import MAX_BAD_SHARE, Quarantine
+from srpo.ranges import above, between, ranged
 from srpo.types import Reply
 
 DEADLINE = 3600.0
@@ -52,7 +52,7 @@ def say(text: str) -> None:
     print(f"[record] {text}", flush=True)
 
 
-def load_queries(path: Path, grade: str) -> list[dict[str, Any]]:
+def load_queries(path: Path, grade: str, max_bad_share: float = MAX_BAD_SHARE) -> list[dict[str, Any]]:
     """Rows `{query_id, query, family, split, gold}`; a text that stands twice is kept once.
 
     Raises:
@@ -62,7 +62,7 @@ def load_queries(path: Path, grade: str) -> list[dict[str, Any]]:
     raw = read_rows(path)
     if not raw:
         raise ValueError(f"{path}: there are no rows")
-    bad = Quarantine(f"rows of {path}", label=f"{path.name}: ")
+    bad = Quarantine(f"rows of {path}", max_share=max_bad_share, label=f"{path.name}: ")
     rows: dict[str, dict[str, Any]] = {}
     for number, entry in raw:
         try:
@@ -232,7 +232,8 @@ def main(argv: list[str] | None = None) -> int:
         raise ValueError(f"{given.output} is there, and was not recorded here ({folder} is missing); name another one")
     if given.output.suffix != ".parquet":
         raise ValueError(f"--output {given.output}: write the name of a .parquet file")
-    catalogue, queries = load_catalogue(given.catalogue), load_queries(given.queries, given.grade)
+    catalogue = load_catalogue(given.catalogue)
+    queries = load_queries(given.queries, given.grade, given.max_bad_share)
     ledger, cache = Ledger(given.max_cost_usd), ReplyCache(folder)
     recording = Recording(live_pool(catalogue, ledger=ledger, cache=cache, agent_prompt="{query}"), cache, queries)
     calls = len(queries) * len(catalogue)
@@ -287,7 +288,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--queries", required=True, type=Path, help="jsonl, json, csv, tsv or parquet: query, gold")
     parser.add_argument("--grade", default="em", choices=(*GRADES, "none"), help="how a reply is graded (em)")
     parser.add_argument("--output", type=Path, default=Path("table.parquet"), help="the table (table.parquet)")
-    usd = ranged(above(0))
+    share, usd = ranged(between(0, 1)), ranged(above(0))
+    parser.add_argument("--max_bad_share", type=share, default=MAX_BAD_SHARE, help="of the queries, left out (.05)")
     parser.add_argument("--max_cost_usd", type=usd, default=5.0, help="USD that all starts may spend together (5)")
     return parser
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from routers.data.catalogue import Member, load_catalogue
+from routers.data.catalogue import Member, load_catalogue, member_names
 from routers.data.table import load_table, quickstart_table
 from routers.pool import Endpoint, Ledger, Pool, ReplyCache, live_pool, recorded_pool
 from routers.pool.passthrough import Passthrough
@@ -31,7 +31,7 @@ def router_arguments(parser: argparse.ArgumentParser) -> None:
     """What `make_router` reads."""
     usd = ranged(at_least(0))
     parser.add_argument("model", help="folder or Hub id of a router that `srpo train` wrote")
-    parser.add_argument("--members", type=lambda text: text.split(","), help="route among these only: a,b,c")
+    parser.add_argument("--members", action="append", help="route among these only: a,b,c")
     parser.add_argument("--catalogue", type=Path, help="the pool as it is now: prices, endpoints, new members (YAML)")
     parser.add_argument("--table", help="recorded replies instead of endpoints: quickstart, or a file")
     share = ranged(between(0, 1))
@@ -137,6 +137,11 @@ def _checked(args: argparse.Namespace) -> RouterFile:
     file = read_router(args.model)
     if args.table and args.catalogue:
         raise ValueError("give --catalogue (endpoints) or --table (recorded replies), not both")
+    if args.members:
+        known = {one["name"] for one in file.settings.get("members", ())}
+        args.members = member_names(
+            args.members, known | {*(load_catalogue(args.catalogue) if args.catalogue else ())}
+        )
     return file
 
 

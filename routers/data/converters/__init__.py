@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from srpo.quarantine import MAX_BAD_SHARE
+
 if TYPE_CHECKING:
     from routers.data.converters.build import Converted
 
@@ -39,6 +41,8 @@ class PublishedSet:
     lacks: str
     prices: str
     evaluation_only: bool = False
+    unpickled: str = ""
+    """How its pickle is saved in a form that is read, where not as a frame."""
 
 
 _UNPRICED = "none: all members are free, until you write price_in and price_out into catalogue.yaml"
@@ -87,6 +91,7 @@ SETS: dict[str, PublishedSet] = {
     "routereval": PublishedSet(
         "matrix:routereval", f"{_HUB}linggm/RouterEval", "MIT",
         "pools of 3 to 1,000 models, scores, split", "replies, tokens, prices (a pickle: save it as JSON)", _UNPRICED,
+        unpickled="as JSON, by the lines at the top of routers/data/converters/matrix.py",
     ),
     "sprout": PublishedSet(
         "wide:sprout", f"{_HUB}CARROT-LLM-Routing/SPROUT", "none stated",
@@ -108,12 +113,15 @@ SETS: dict[str, PublishedSet] = {
 }  # fmt: skip
 
 
-def convert(name: str, source: str | Path, members: list[str] | None = None) -> Converted:
+def convert(
+    name: str, source: str | Path, members: list[str] | None = None, max_bad_share: float = MAX_BAD_SHARE
+) -> Converted:
     """Convert the set ``name`` (a key of ``SETS``).
 
     Args:
         source: the file, or a folder above what was downloaded from the official place.
-        members: the pool; None: the one that keeps most replies.
+        members: the pool, names or several of them with commas between; None: the one that keeps most replies.
+        max_bad_share: of the entries of a file; above it nothing is converted.
 
     Raises:
         ValueError: unknown name or member, a pickle, or a file that is not as the set has it.
@@ -122,23 +130,30 @@ def convert(name: str, source: str | Path, members: list[str] | None = None) -> 
     if name not in SETS:
         raise ValueError(f"no data set {name!r}; known are {', '.join(SETS)}")
     found, path = SETS[name], Path(source).expanduser()
-    if path.suffix.lower() in _PICKLES:
-        raise ValueError(
-            f"{path}: pickles are not read, because loading one runs its code. If you trust it, save it as parquet: "
-            f"python -c \"import pandas; pandas.read_pickle('{path.name}').to_parquet('{path.stem}.parquet')\""
-        )
+    _refuse_pickles(found, path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: not found; download {name} from {found.source}")
     from routers.data.converters.build import TableBuilder
 
     module, _, function = found.reader.partition(":")
-    table = TableBuilder(name)
+    table = TableBuilder(name, max_bad_share)
     try:
         getattr(importlib.import_module(f"{__name__}.{module}"), function)(path, table)
     except FileNotFoundError as error:
+        _refuse_pickles(found, *sorted(path.rglob("*")))
         told = f"{error.filename}: {error.strerror}"
         raise FileNotFoundError(f"{told}; download {name} from {found.source}") from error
     return table.finish(members, found.evaluation_only)
+
+
+def _refuse_pickles(found: PublishedSet, *paths: Path) -> None:
+    if pickles := [path for path in paths if path.suffix.lower() in _PICKLES]:
+        path = pickles[0]
+        frame = f"pandas.read_pickle('{path.name}').to_parquet('{path.stem}.parquet')"
+        how = found.unpickled or f'as parquet: python -c "import pandas; {frame}"'
+        raise ValueError(
+            f"{path}: pickles are not read, because loading one runs its code. If you trust it, save it {how}"
+        )
 
 
 def refuse_training(table: str | Path) -> None:

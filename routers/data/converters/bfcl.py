@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from routers.data.converters.build import TableBuilder, find
+from routers.data.converters.build import TableBuilder, find, formed
 from routers.data.files import Row
 
 
@@ -21,16 +21,20 @@ def bfcl(source: Path, table: TableBuilder) -> None:
     """The models whose folders are there; no prices were published."""
     for path in find(source, "result/**/BFCL_v*_result.json"):
         category = path.stem.removesuffix("_result")
-        member = path.relative_to(next(p for p in path.parents if p.name == "result")).parts[0]
-        scores = Path(str(path).replace("/result/", "/score/")).with_name(f"{category}_score.json")
+        results = next(p for p in path.parents if p.name == "result")
+        member = path.relative_to(results).parts[0]
+        scores = (results.parent / "score" / path.relative_to(results)).with_name(f"{category}_score.json")
         if not scores.is_file():
             table.drop("not evaluated", str(path))
             continue
-        header, *failed = (row.value for row in _lines(scores))
-        wrong = {one["id"] for one in failed}
-        if header["total_count"] - header["correct_count"] != len(wrong):
-            raise ValueError(f"{scores}: its first line counts other failures than the {len(wrong)} that follow")
-        questions = {row.value["id"]: _text(row.value["question"]) for row in _lines(_data(source, category))}
+        with formed(scores, "a line of correct_count and total_count, and a line with an id for every failure"):
+            header, *failed = (row.value for row in _lines(scores))
+            wrong = {one["id"] for one in failed}
+            failures = header["total_count"] - header["correct_count"]
+        if failures != len(wrong):
+            raise ValueError(f"{scores}: its first line counts {failures} failures, and {len(wrong)} follow")
+        with formed(data := _data(source, category), "lines of id and question, which is turns of messages"):
+            questions = {row.value["id"]: _text(row.value["question"]) for row in _lines(data)}
 
         def add(item: dict[str, Any], member: str = member, wrong: set[str] = wrong, texts: Any = questions) -> None:
             number = table.query(texts[item["id"]], item["id"].rpartition("_")[0], key=item["id"])

@@ -9,11 +9,13 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import logging
 import math
 import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +25,15 @@ import pyarrow.parquet as pq
 import yaml
 
 from routers.data import cells
-from routers.data.catalogue import Member
+from routers.data.catalogue import Member, member_names, read_member
 from routers.data.columns import check
 from routers.data.converters import EVALUATION_ONLY
-from routers.data.files import BadRow, Chunk, Row, files_of, rows_of
+from routers.data.files import FORMATS, BadRow, Chunk, Row, files_of, format_of, rows_of
 from routers.data.table import ReplyTable, normalise_query, split_of
-from srpo.quarantine import Quarantine
+from routers.data.table_rows import HIGHEST_USD
+from srpo.quarantine import MAX_BAD_SHARE, Quarantine
+
+logger = logging.getLogger(__name__)
 
 CHARS_PER_TOKEN = 4
 UNKNOWN_REPLY_TOKENS = 128
@@ -37,12 +42,14 @@ _AT_ONCE = 64 << 20
 _BATCH = 20_000
 _READERS = {
     "correct": lambda value: cells.number(value, 1.0, truth=True),
-    "cost": cells.number,
+    "cost": lambda value: cells.number(value, HIGHEST_USD),
     "prompt_tokens": cells.count,
     "completion_tokens": cells.count,
     "seconds": cells.number,
     "reply": cells.words,
 }
+_OTHER_FORM = (ArithmeticError, AttributeError, IndexError, KeyError, TypeError, ValueError)
+"""What a reader raises where an entry is not as the set has it."""
 _TYPES = {cells.count: pa.int64(), cells.words: pa.large_string()}
 _CELLS = pa.schema(
     {"number": pa.int32(), "member": pa.int16()}
@@ -74,6 +81,37 @@ def find(source: Path, *patterns: str, parts: bool = False) -> list[Path]:
     raise FileNotFoundError(2, f"there is no {' and no '.join(patterns)}", str(source))
 
 
+def find_one(source: Path, *patterns: str) -> Path:
+    """`find` for sets of one file. ValueError where there are several."""
+    found = find(source, *patterns)
+    if len(found) > 1:
+        raise ValueError(
+            f"{source}: holds {len(found)} such files, {', '.join(map(str, found[:3]))}; name one of them"
+        )
+    return found[0]
+
+
+def tables_beneath(source: Path) -> list[Path]:
+    """The source, if it is a file; else all beneath it whose names say a format. FileNotFoundError: none."""
+    found = [source] if source.is_file() else [path for path in sorted(source.rglob("*")) if format_of(path)]
+    if not found:
+        raise FileNotFoundError(2, f"there is no {', '.join(FORMATS)}", str(source))
+    return found
+
+
+@contextmanager
+def formed(path: Path, form: str) -> Iterator[None]:
+    """What a file of another form makes its reader raise inside is one ValueError that says which form it has."""
+    try:
+        yield
+    except _OTHER_FORM as error:
+        raise ValueError(f"{path}: is not {form} ({_said(error)})") from None
+
+
+def _said(error: Exception) -> str:
+    return f"field {error} is missing" if isinstance(error, KeyError) else str(error)
+
+
 def entries(path: Path) -> Iterator[Row]:
     """The rows of a file as `routers.data.files` has them; large ones of text are never in memory as a whole."""
     suffix = path.suffix.lower()
@@ -99,8 +137,8 @@ def entries(path: Path) -> Iterator[Row]:
 class TableBuilder:
     """Collects queries and replies of one source; `prices` may be filled at any time before `finish`."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, max_bad_share: float = MAX_BAD_SHARE) -> None:
+        self.name, self.max_bad_share = name, max_bad_share
         self.prices: dict[str, Member] = {}
         self.dropped: list[dict[str, Any]] = []
         """Dicts of file, row (from 1; None: no single one), reason, detail."""
@@ -111,6 +149,8 @@ class TableBuilder:
         self._texts: dict[bytes, int] = {}
         self._keys: dict[Hashable, int | None] = {}
         self._unpriced: set[int] = set()
+        self._textless = 0
+        self._unused: dict[str, None] = {}
         self._told = {"prompt_tokens", "completion_tokens"}
         """What any reply has."""
         self._columns: dict[str, list[Any]] = {name: [] for name in _CELLS.names}
@@ -131,7 +171,7 @@ class TableBuilder:
 
     def add_all(self, file: str, rows: Iterable[Row], add: Callable[[dict[str, Any]], None], what: str) -> None:
         """`read` for rows that are in memory."""
-        bad, total = Quarantine(what, label=f"{file}: "), 0
+        bad, total = Quarantine(what, max_share=self.max_bad_share, label=f"{file}: "), 0
         for number, item in rows:
             total += 1
             self._at = (file, number)
@@ -142,10 +182,9 @@ class TableBuilder:
                 if not isinstance(item, dict):
                     raise ValueError(f"is {type(item).__name__}, not a mapping of fields")
                 add(item)
-            except (ArithmeticError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            except _OTHER_FORM as error:
                 self._undo(*mark)
-                missing = isinstance(error, KeyError)
-                bad.add(number, "another form", f"field {error} is missing" if missing else str(error), item)
+                bad.add(number, "another form", _said(error), item)
             if len(self._columns["number"]) >= _BATCH:
                 self._flush()
         bad.settle(total)
@@ -166,20 +205,16 @@ class TableBuilder:
         """
         if key is not None and key in self._keys:
             return self._keys[key]
-        text = cells.name(text, strip=False)
+        text = _read("query", lambda value: cells.name(value, strip=False), text)
         digest = hashlib.blake2b(normalise_query(text).encode("utf-8"), digest_size=16).digest()
         number: int | None = len(self._queries)
         if self._texts.setdefault(digest, len(self._queries)) != number:
             self.drop("repeated text", text)
             number = None
         else:
-            family = "" if cells.missing(family) else cells.name(family)
-            split = cells.split(split) if split else split_of(text)
-            try:
-                self._queries.append((text, family, split, list(cells.answers(gold))))
-            except ValueError:
-                del self._texts[digest]
-                raise
+            family = "" if cells.missing(family) else _read("family", cells.words, family)
+            split = split_of(text) if cells.missing(split) else _read("split", cells.split, split)
+            self._queries.append((text, family, split, _read("gold", _answers, gold)))
             self._answered.append(0)
         if key is not None:
             self._keys[key] = number
@@ -195,17 +230,14 @@ class TableBuilder:
         if number is None:
             return
         row = {"correct": correct, **{name: v for name, v in values.items() if name == "cost" or not cells.missing(v)}}
-        for name, value in row.items():
-            try:
-                row[name] = _READERS[name](value)
-            except ValueError as error:
-                raise ValueError(f"{name} of {member} is {str(value)[:80]!r}; {error}") from None
-        code = self._members.setdefault(cells.name(member), len(self._members))
+        row = {name: _read(f"{name} of {member}", _READERS[name], value) for name, value in row.items()}
+        code = self._members.setdefault(_read("the member", cells.name, member), len(self._members))
         if self._answered[number] >> code & 1:
             self.drop("repeated reply", f"of {member} to: {self._queries[number][0]}")
             return
         self._answered[number] |= 1 << code
         self._told |= row.keys()
+        self._textless += "reply" not in row
         if "cost" not in row:
             self._unpriced.add(code)
         row.setdefault("prompt_tokens", estimated_tokens(self._queries[number][0]))
@@ -213,6 +245,14 @@ class TableBuilder:
             row["completion_tokens"] = estimated_tokens(row["reply"]) if "reply" in row else UNKNOWN_REPLY_TOKENS
         for name, column in self._columns.items():
             column.append(number if name == "number" else code if name == "member" else row.get(name))
+
+    def reply_if_scored(self, number: int | None, member: str, correct: Any, **values: Any) -> None:
+        """`reply`, of sets in which an empty score says that the member has none."""
+        if not cells.missing(correct):
+            self.reply(number, member, correct, **values)
+        elif number is not None:
+            self._members.setdefault(cells.name(member), len(self._members))  # its place is that of its column
+            self.drop("no score", f"of {member} to: {self._queries[number][0]}")
 
     def _undo(self, queries: int, replies: int, keys: int) -> None:
         for number, code in zip(self._columns["number"][replies:], self._columns["member"][replies:], strict=True):
@@ -242,11 +282,14 @@ class TableBuilder:
         self._writer.close()
         self._at = ("", 0)
         names = list(self._members)
-        if unknown := [name for name in members or () if name not in self._members]:
+        if not names:
+            raise ValueError(f"{self.name}: no reply was read; left out: {self.left_out()}")
+        members = member_names(members or (), self._members)
+        if unknown := [name for name in members if name not in self._members]:
             raise ValueError(f"{self.name} has no member {unknown[0]!r}; it has {', '.join(names)}")
         pools = Counter(self._answered)
         pool = sum(1 << self._members[name] for name in members) if members else _fullest(pools)
-        kept = np.array([mask & pool == pool and pool > 0 for mask in self._answered], dtype=bool)
+        kept = np.array([mask & pool == pool for mask in self._answered], dtype=bool)
         if not kept.any():
             raise ValueError(f"{self.name}: no query has a reply of every member ({', '.join(members or names)})")
         for number in np.flatnonzero(~kept):
@@ -257,11 +300,55 @@ class TableBuilder:
                 self.drop("member outside the pool", name)
         inside = {name: code for name, code in self._members.items() if pool >> code & 1}
         catalogue = {name: self._member(name, code) for name, code in inside.items()}
+        for i, member in enumerate(catalogue.values()):  # what is written must load
+            read_member(_told(member), dict, Path(f"{self.name}'s price list"), i)
+        if self.prices and (free := [name for name, code in inside.items() if self._free(name, code)]):
+            logger.warning(
+                "%s: no price is known of %s, so it counts as free, until you write price_in and price_out into "
+                "catalogue.yaml", self.name, ", ".join(free),
+            )  # fmt: skip
+        if self._unused:
+            logger.warning("%s: columns that are not used: %s", self.name, ", ".join(self._unused))
         return Converted(self, catalogue, kept, inside, evaluation_only)
 
+    def not_used(self, columns: Iterable[str]) -> None:
+        """Columns that hold nothing for a table: `finish` names them."""
+        self._unused |= dict.fromkeys(columns)
+
+    def left_out(self) -> str:
+        """How much, by reason."""
+        reasons = Counter(one["reason"] for one in self.dropped)
+        return ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common()) or "nothing"
+
+    def _free(self, name: str, code: int) -> bool:
+        return code in self._unpriced and name not in self.prices
+
     def _member(self, name: str, code: int) -> Member:
-        free = Member(name, name, 0.0, 0.0) if code in self._unpriced else Member(name, name)
+        free = Member(name, name, 0.0, 0.0) if self._free(name, code) else Member(name, name)
         return self.prices.get(name, free)
+
+
+def _told(member: Member) -> dict[str, Any]:
+    """What a catalogue says of a member."""
+    told = {fact: getattr(member, fact) for fact in ("name", "descriptor", "price_in", "price_out")}
+    return {fact: value for fact, value in told.items() if value is not None}
+
+
+def _read(field: str, read: Callable[[Any], Any], value: Any) -> Any:
+    try:
+        return read(value)
+    except ValueError as error:
+        raise ValueError(f"{field} is {str(value)[:80]!r}; {error}") from None
+
+
+def _answers(gold: Any) -> list[str]:
+    """As tables have them; a text that looks like a list and is none, such as an interval, is an answer."""
+    try:
+        return list(cells.answers(gold))
+    except ValueError:
+        if isinstance(gold, str):
+            return [cells.text(gold)]
+        raise
 
 
 def _fullest(pools: Mapping[int, int]) -> int:
@@ -306,7 +393,10 @@ class Converted:
             if table.num_rows:
                 facts, who = self._facts.take(table["number"]), names.take(table["member"].combine_chunks())
                 columns = dict(zip(facts.column_names, facts.columns, strict=True)) | {"member": who}
-                yield pa.table(columns | {name: table[name] for name in _CELLS.names if name in self._built._told})
+                columns |= {name: table[name] for name in _CELLS.names if name in self._built._told}
+                if "reply" in columns:
+                    columns["reply"] = columns["reply"].fill_null("")
+                yield pa.table(columns)
 
     def rows(self) -> list[dict[str, Any]]:
         """The rows as dicts."""
@@ -330,10 +420,9 @@ class Converted:
             ValueError: another `catalogue.yaml` is there; nothing has been written.
         """
         prices = path.with_name("catalogue.yaml")
-        facts = ("name", "descriptor", "price_in", "price_out")
-        told = [{fact: getattr(member, fact) for fact in facts} for member in self.catalogue.values()]
-        members = [{fact: value for fact, value in one.items() if value is not None} for one in told]
-        priced = yaml.safe_dump({"members": members}, sort_keys=False, allow_unicode=True)
+        priced = yaml.safe_dump(
+            {"members": [_told(one) for one in self.catalogue.values()]}, sort_keys=False, allow_unicode=True
+        )
         if prices.exists() and prices.read_text(encoding="utf-8") != priced:
             raise ValueError(
                 f"{prices} is there and says something else: prices of another table, or edited ones. Write into "
@@ -358,9 +447,9 @@ class Converted:
     def summary(self) -> str:
         """What was kept and left out, in one line."""
         splits = Counter(self._facts["split"].filter(pa.array(self._kept)).to_pylist())
-        reasons = Counter(one["reason"] for one in self.dropped)
-        told = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common()) or "nothing"
+        silent = self._built._textless if "reply" in self._built._told else 0
+        told = f"; {silent:,} replies were published without a text, which is empty here" if silent else ""
         return (
             f"kept {sum(splits.values()):,} queries ({splits['train']:,} train, {splits['heldout']:,} held out) x "
-            f"{len(self.catalogue)} members; left out: {told}"
+            f"{len(self.catalogue)} members; left out: {self._built.left_out()}{told}"
         )

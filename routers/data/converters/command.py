@@ -13,6 +13,8 @@ from pathlib import Path
 
 from routers.data.converters import SETS, convert
 from srpo.cli import Parser
+from srpo.quarantine import MAX_BAD_SHARE
+from srpo.ranges import between, ranged
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -21,7 +23,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("name", nargs="?", metavar="NAME", help="of the set; --list has all")
     parser.add_argument("source", nargs="?", metavar="SOURCE", help="file, or a folder above what was downloaded")
     parser.add_argument("--output", type=Path, metavar="TABLE.parquet", help="catalogue.yaml is written beside it")
-    parser.add_argument("--members", metavar="A,B", help="the pool; default: the one that keeps most replies")
+    parser.add_argument(
+        "--members", metavar="A,B", action="append", help="the pool; default: the one that keeps most replies"
+    )
+    share = ranged(between(0, 1))
+    parser.add_argument(
+        "--max_bad_share", type=share, default=MAX_BAD_SHARE, help="of a file's entries, left out (.05)"
+    )
     parser.add_argument("--list", action="store_true", help="the sets, where they are from, what they have and lack")
     args = parser.parse_args(argv)
     if args.list:
@@ -31,7 +39,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError("give NAME, SOURCE and --output TABLE.parquet, or --list")
     if args.output.suffix != ".parquet":
         raise ValueError(f"--output {args.output}: its name must end in .parquet")
-    converted = convert(args.name, args.source, args.members.split(",") if args.members else None)
+    if args.output.exists() and args.output.samefile(args.source):
+        raise ValueError(f"--output {args.output} is the source itself: name another file")
+    converted = convert(args.name, args.source, args.members, args.max_bad_share)
     files = converted.write(args.output)
     print(f"{args.name}: {converted.summary()}; prices: {SETS[args.name].prices}")
     print(*files, sep="\n")

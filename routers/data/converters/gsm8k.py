@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from routers.data.converters.build import TableBuilder, find
+from routers.data.converters.build import TableBuilder, find_one
 from routers.data.converters.routellm import members
 
 # OpenAI's list prices of 2022 for models of these sizes. Verification draws 100 solutions and keeps the best.
@@ -35,5 +35,6 @@ def gsm8k_4models(source: Path, table: TableBuilder) -> None:
         for member, (correct, reply) in replies.items():
             table.reply(number, member, correct, reply=reply)
 
-    [path] = find(source, "gsm8k/test_4models.jsonl", "test_4models.jsonl", "example_model_solutions.jsonl")
-    table.read(path, add)
+    table.read(
+        find_one(source, "gsm8k/test_4models.jsonl", "test_4models.jsonl", "example_model_solutions.jsonl"), add
+    )

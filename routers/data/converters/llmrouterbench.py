@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from routers.data.converters.build import TableBuilder, find
+from routers.data.converters.build import TableBuilder, find, formed
 from routers.data.files import Row
 
 
@@ -23,11 +23,10 @@ def llmrouterbench(source: Path, table: TableBuilder) -> None:
     for path in find(source, "bench/*/*/*/*.json", "*/*/*/*.json", "*.json"):
         newest[path.parts[-4:-1]] = max(newest.get(path.parts[-4:-1], path), path, key=_time)
     for path in newest.values():
-        try:
+        with formed(path, "a result of LLMRouterBench"):
             found = json.loads(path.read_text(encoding="utf-8"))
             dataset, part, member, records = (found[k] for k in ("dataset_name", "split", "model_name", "records"))
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}: is no result of LLMRouterBench ({error})") from None
+            rows = [Row(n, record) for n, record in enumerate(records, start=1)]
         if found.get("demo"):
             table.drop("demo", str(path))
             continue
@@ -41,7 +40,6 @@ def llmrouterbench(source: Path, table: TableBuilder) -> None:
                 prompt_tokens=item.get("prompt_tokens"), completion_tokens=item.get("completion_tokens"),
             )  # fmt: skip
 
-        rows = [Row(n, record) for n, record in enumerate(records, start=1)]
         table.add_all(f"{dataset}/{part}/{member}/{path.name}", rows, add, f"records of {path}")
 
 

@@ -19,9 +19,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from routers.data.converters.build import TableBuilder, find
+from routers.data.converters.build import TableBuilder, find, formed
 from routers.data.files import Row
 
+_FORM = (
+    "a mapping of model, prompt {train_prompt, val_prompt, test_prompt} and data {train_score, val_score, "
+    "test_score}, as routers.data.converters.matrix says"
+)
 _PARTS = (("train", "train"), ("train", "val"), ("test", "test"))
 
 
@@ -29,7 +33,9 @@ def embedllm(source: Path, table: TableBuilder) -> None:
     """112 open models, 35,673 prompts."""
 
     def add(item: dict[str, Any], split: str, part: str) -> None:
-        number = table.query(item["prompt"], item.get("category"), (), split, key=(part, item["prompt_id"]))
+        number = table.query(
+            item["prompt"], item.get("category"), (), split, key=(part, item["prompt_id"], item["prompt"])
+        )
         table.reply(number, str(item.get("model_name") or item["model_id"]), item["label"])
 
     for split, part in _PARTS:
@@ -46,18 +52,16 @@ def routereval(source: Path, table: TableBuilder) -> None:
             table.reply(number, member, score)
 
     for path in find(source, "*.json"):
-        found = json.loads(path.read_text(encoding="utf-8"))
-        try:
-            members, prompts, scores = found["model"], found["prompt"], found["data"]
-            parts = {part: (prompts[f"{part}_prompt"], scores[f"{part}_score"]) for _, part in _PARTS}
-        except (KeyError, TypeError) as error:
-            raise ValueError(
-                f"{path}: {error} is missing; it holds model, prompt {{train_prompt, val_prompt, test_prompt}} and "
-                "data {train_score, val_score, test_score}, as routers.data.converters.matrix says"
-            ) from None
+        with formed(path, _FORM):
+            found = json.loads(path.read_text(encoding="utf-8"))
+            members, prompts, scores = list(map(str, found["model"])), found["prompt"], found["data"]
+            parts = {part: [*map(list, (prompts[f"{part}_prompt"], scores[f"{part}_score"]))] for _, part in _PARTS}
+            several = {part: {len(row) for row in matrix} - {len(members)} for part, (_, matrix) in parts.items()}
+        if twice := [name for name in members if members.count(name) > 1]:
+            raise ValueError(f"{path}: the model {twice[0]!r} is listed twice; rename one of them")
         for split, part in _PARTS:
             texts, matrix = parts[part]
-            if len(texts) != len(matrix) or any(len(row) != len(members) for row in matrix):
+            if len(texts) != len(matrix) or several[part]:
                 raise ValueError(f"{path}: {part}_score is not {len(texts)} prompts x {len(members)} models")
             rows = [
                 Row(n, {"prompt": text, "scores": dict(zip(members, row, strict=True))})

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from routers.data.catalogue import Member
-from routers.data.converters.build import TableBuilder, entries, find
+from routers.data.converters.build import TableBuilder, entries, find, find_one, formed
 
 # RouteLLM names no prices per token; these are the list prices of late 2023.
 PRICES = {"mixtral-8x7b-instruct-v0.1": (0.24, 0.24), "gpt-4-1106-preview": (10.0, 30.0)}
@@ -35,10 +35,11 @@ def mmlu(source: Path, table: TableBuilder) -> None:
 def gsm8k(source: Path, table: TableBuilder) -> None:
     """Word problems, with replies."""
     table.prices = members(PRICES)
-    [path] = find(source, "routellm/gsm8k.jsonl", "gsm8k.jsonl", "gsm8k_responses.csv")
+    path = find_one(source, "routellm/gsm8k.jsonl", "gsm8k.jsonl", "gsm8k_responses.csv")
     answers = path.with_name("test.jsonl")
     rows = entries(answers) if path.suffix == ".csv" and answers.exists() else ()
-    gold = {row.value["question"]: row.value["answer"].rpartition("#### ")[2] for row in rows}
+    with formed(answers, "lines of question and answer"):
+        gold = {row.value["question"]: row.value["answer"].rpartition("#### ")[2] for row in rows}
 
     def add(item: dict[str, Any]) -> None:
         text = item["prompt" if "prompt" in item else "query"]

@@ -14,8 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from routers.data import cells
 from routers.data.catalogue import Member
-from routers.data.converters.build import UNKNOWN_REPLY_TOKENS, TableBuilder, entries, find
+from routers.data.converters.build import UNKNOWN_REPLY_TOKENS, TableBuilder, entries, find, find_one, formed
 
 BROKEN_TASKS = ("mbpp", "human_eval")
 """RouteProfile's scores of the code tasks are near zero for every model."""
@@ -73,8 +74,7 @@ def llmrouter_nq6(source: Path, table: TableBuilder) -> None:
             told = {"reply": item["response"][member], "completion_tokens": round(item["cost"][member] / price)}
             table.reply(number, member, item["score"][member], **told)
 
-    [path] = find(source, "replies500.jsonl")
-    table.read(path, add)
+    table.read(find_one(source, "replies500.jsonl"), add)
 
 
 def routeprofile(source: Path, table: TableBuilder) -> None:
@@ -93,8 +93,7 @@ def routeprofile(source: Path, table: TableBuilder) -> None:
 
     for path in find(source, "routing_test_data.json"):
         table.read(path, add)
-    beside = find(source if source.is_dir() else source.parent, "candidate_models.json")
-    table.prices = _prices(next(entries(beside[0])).value)
+    table.prices = _prices(find(source if source.is_dir() else source.parent, "candidate_models.json")[0])
 
 
 def _long(table: TableBuilder, paths: Iterable[Path], split: str) -> None:
@@ -115,23 +114,30 @@ def _long(table: TableBuilder, paths: Iterable[Path], split: str) -> None:
         table.read(path, add)
 
 
-def _candidates(source: Path) -> Mapping[str, Any]:
+def _candidates(source: Path) -> Path:
     for folder in (source, source.parent):
         for pattern in ("default_llm.json", "llm_candidates/*.parquet", "llm_candidates/*.jsonl"):
             if found := sorted(folder.rglob(pattern) if folder == source else folder.glob(pattern)):
-                rows = [row.value for row in entries(found[0])]
-                return rows[0] if pattern == "default_llm.json" else {row["model_name"]: row for row in rows}
+                return found[0]
     raise FileNotFoundError(2, "there is no default_llm.json and no llm_candidates", str(source))
 
 
-def _prices(listed: Mapping[str, Any]) -> dict[str, Member]:
-    return {
-        name: Member(
-            name,
-            one.get("feature") or one.get("description") or name,
-            float(one.get("input_price", one.get("input_price_per_1m"))),
-            float(one.get("output_price", one.get("output_price_per_1m"))),
-        )
-        for name, one in listed.items()
-        if "input_price" in one or "input_price_per_1m" in one
-    }
+def _prices(path: Path) -> dict[str, Member]:
+    """Of a file of candidates: one mapping by name, or a row each."""
+    rows = [row.value for row in entries(path)]
+    with formed(path, "models with their feature, input_price and output_price"):
+        listed = rows[0] if path.suffix == ".json" else {row["model_name"]: row for row in rows}
+        priced = {name: one for name, one in listed.items() if "input_price" in one or "input_price_per_1m" in one}
+        return {name: _priced(name, one) for name, one in priced.items()}
+
+
+def _priced(name: str, one: Mapping[str, Any]) -> Member:
+    feature = one.get("feature") or one.get("description") or name
+    prices = []
+    for kind in ("input_price", "output_price"):
+        told = one[kind if kind in one else f"{kind}_per_1m"]
+        try:
+            prices.append(cells.number(told))
+        except ValueError as error:
+            raise ValueError(f"{kind} of {name!r} is {told!r}; {error}") from None
+    return Member(name, " ".join(cells.text(feature).split()), price_in=prices[0], price_out=prices[1])

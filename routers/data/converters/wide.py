@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from routers.data.catalogue import Member
-from routers.data.converters.build import TableBuilder, find
+from routers.data.converters.build import TableBuilder, find, tables_beneath
 
 PARTS = {
     "cost": (":cost", "|total_cost", "|cost", "_cost"),
@@ -57,7 +57,7 @@ def wide(source: Path, table: TableBuilder) -> None:
     def add(item: dict[str, Any]) -> None:
         _add(table, item)
 
-    for path in find(source, "*.parquet", "*.csv*", "*.jsonl*", "*.tsv"):
+    for path in tables_beneath(source):
         table.read(path, add)
 
 
@@ -80,7 +80,7 @@ def sprout(source: Path, table: TableBuilder) -> None:
         for member, found in item.items():
             if isinstance(found, Mapping) and "score" in found:
                 tokens = {"prompt_tokens": found["num_input_tokens"], "completion_tokens": found["num_output_tokens"]}
-                table.reply(number, member, found["score"], reply=found.get("response"), **tokens)
+                table.reply_if_scored(number, member, found["score"], reply=found.get("response"), **tokens)
 
     for split, part in (("train", "train"), ("train", "validation"), ("test", "test")):
         for path in find(source, f"{part}*.parquet", parts=True):
@@ -88,22 +88,26 @@ def sprout(source: Path, table: TableBuilder) -> None:
 
 
 def _add(table: TableBuilder, item: Mapping[str, Any]) -> None:
-    facts, members = _columns(tuple(item))
+    facts, members, rest = _columns(tuple(item))
+    if table.name == "wide":  # of a published set it is known what else it holds
+        table.not_used(rest)
     text, family, gold, split = (None if name is None else item[name] for name in facts)
     number = table.query(text, family, () if gold is None else gold, split)
     for member, parts in members.items():
-        table.reply(number, member, item[member], **{part: item[column] for part, column in parts.items()})
+        told = {part: item[column] for part, column in parts.items()}
+        table.reply_if_scored(number, member, item[member], **told)
 
 
 @lru_cache(maxsize=8)
-def _columns(names: tuple[str, ...]) -> tuple[list[str | None], dict[str, dict[str, str]]]:
-    """The columns of `_FACTS`; and members with those of their `PARTS`."""
+def _columns(names: tuple[str, ...]) -> tuple[list[str | None], dict[str, dict[str, str]], list[str]]:
+    """The columns of `_FACTS`; members with those of their `PARTS`; and the rest."""
     facts = [next((name for name in some if name in names), None) for some in _FACTS.values()]
     beside = (name.removesuffix(suffix) for suffix in PARTS["cost"] for name in names if name.endswith(suffix))
     members = [name for name in dict.fromkeys(beside) if name in names and name not in facts]
     if not members:
         raise ValueError(
-            "no column NAME:cost, NAME|total_cost, NAME|cost or NAME_cost is beside a column NAME: none is a member"
+            "no column NAME:cost, NAME|total_cost, NAME|cost or NAME_cost is beside a column NAME: none is a member. "
+            "A table of scores alone needs no converting: give it with a catalogue (routers/data/README.md)"
         )
     if facts[0] is None:
         raise ValueError(f"no column of queries: call it {', '.join(_FACTS['text'])}")
@@ -111,7 +115,8 @@ def _columns(names: tuple[str, ...]) -> tuple[list[str | None], dict[str, dict[s
         member: {part: member + end for part, ends in PARTS.items() for end in reversed(ends) if member + end in names}
         for member in members
     }
-    return facts, found
+    used = {*facts, *found, *(column for parts in found.values() for column in parts.values())}
+    return facts, found, [name for name in names if name not in used]
 
 
 def _text(value: Any) -> Any:

@@ -28,7 +28,8 @@ import numpy as np
 from routers.evaluation.compare import compared
 from routers.evaluation.episodes import EPISODES, Episodes, Kind, Outcomes, RewardRule
 from srpo.cli import Parser
-from srpo.ranges import at_least, ranged
+from srpo.quarantine import MAX_BAD_SHARE
+from srpo.ranges import at_least, between, ranged
 
 if TYPE_CHECKING:
     from routers.data.table import ReplyTable
@@ -55,19 +56,22 @@ def main(argv: Sequence[str] | None = None) -> str:
     parser.add_argument("--objectives", nargs="*", default=["expected"], help="of encoder policies (expected)")
     parser.add_argument("--runs", nargs="*", type=Path, default=[], metavar="RUN", help="folders of srpo train")
     parser.add_argument("--heldout_limit", type=count, help="play this many held-out queries")
+    share = ranged(between(0, 1))
+    parser.add_argument(
+        "--max_bad_share", type=share, default=MAX_BAD_SHARE, help="of the table's rows, left out (.05)"
+    )
     parser.add_argument("--drop_incomplete", action="store_true", help="leave out queries that some member lacks")
     parser.add_argument("--members_left_out", action="store_true", help="each member in turn is new")
     parser.add_argument("--online", action="store_true", help="bandits and a policy gradient on a stream instead")
     how = parser.parse_args(argv)
     from routers.data.table import replies_of
     from routers.evaluation.report import MARKDOWN, report
-    from srpo.quarantine import MAX_BAD_SHARE
 
     path = Path(how.table)
     name = how.table if not path.suffix else path.parent.name or path.stem
     folder = how.output or Path("outputs", "frontier", Path(name).name)
     folder.mkdir(parents=True, exist_ok=True)
-    rest = {"max_bad_share": MAX_BAD_SHARE, "drop_incomplete": how.drop_incomplete, "folder": folder}
+    rest = {"max_bad_share": how.max_bad_share, "drop_incomplete": how.drop_incomplete, "folder": folder}
     if how.online and (fixed := [option for option in OFFLINE if getattr(how, option) != parser.get_default(option)]):
         raise ValueError(f"--{fixed[0]} is not of --online, which learns from one outcome at a time; leave it out")
     table = replies_of(how.table, how.catalogue, **rest)
