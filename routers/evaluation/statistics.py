@@ -258,9 +258,10 @@ class Paired:
 
     @cached_property
     def ends(self) -> tuple[str, str] | None:
-        """The members at the ends of `auc`: small and large of a pair; of more the cheapest and the dearest."""
+        """The members at the ends of `auc`: the cheapest and the dearest; of a pair of executors small and large, in
+        their order, for in steps the small one may cost more."""
         members = self.of_kind("member")
-        if len(members) > 2:
+        if len(members) != 2 or self.header.get("task") != "step_routing":
             members.sort(key=lambda name: self.mean(name, "usd"))
         return (members[0], members[-1]) if len(members) > 1 else None
 
@@ -297,24 +298,34 @@ class Paired:
         return recovery(usd, score, weak, strong)
 
     def regret(self, name: str, metric: str) -> Estimate | None:
-        """The best oracle's mean minus a router's; None: no oracle was played."""
-        oracles = self.of_kind("oracle")
-        best = max(oracles, key=lambda oracle: self.mean(oracle, metric), default="")
-        return self.difference(best, name, metric) if best else None
+        """What the best for each item has, minus a router's mean; None: no oracle was played."""
+        return self.draws.estimate(self._best_of_each(metric) - self.values(name, metric)) if self.has_oracle else None
+
+    @property
+    def has_oracle(self) -> bool:
+        return bool(self.of_kind("oracle"))
+
+    def _best_of_each(self, metric: str) -> np.ndarray:
+        """[items]: of oracles and members. Who is most right, at whatever price, is not always who earns most."""
+        names = [name for name in self.of_kind("oracle", "member") if self.played(name)]
+        return np.max([self.values(name, metric).mean(axis=0) for name in names], axis=0)
 
     def gained(self, router: str, of: str = "") -> Estimate:
-        """Share of the way from the best single member's reward to the best oracle's; over another router's share."""
-        best = self._best("", self.of_kind("member")).router
-        oracle = max(self.of_kind("oracle"), key=lambda name: self.mean(name, "reward"))
-        single, most = self.drawn(best, "reward"), self.drawn(oracle, "reward")
+        """Share of the way from the best single member's reward to that of the best for each item; over another
+        router's share."""
+        single, each = (
+            self.drawn(self._best("", self.of_kind("member")).router, "reward"),
+            self._best_of_each("reward"),
+        )
+        most = np.concatenate([[each.mean()], self.draws.means(each[None])])
         own = self.drawn(router, "reward") - single
         whole = self.drawn(of, "reward") - single if of else most - single
         return _estimate(np.divide(own, whole, out=np.full_like(own, math.nan), where=whole > 0))
 
-    def auc(self, routers: Sequence[str]) -> float | None:
-        """`normalised_auc` of these routers at all their caps, and of its two `ends`."""
+    def auc(self, routers: Sequence[str]) -> float:
+        """`normalised_auc` of these routers at all their caps, and of its two `ends`; NaN: there are none."""
         if self.ends is None:
-            return None
+            return math.nan
         played = [key for key in self._groups if key[0] in {*self.ends, *routers}]
         points = [tuple(float(self.values(name, m, cap).mean()) for m in ("usd", "score")) for name, cap in played]
         return normalised_auc(points, *(self.mean(name, "usd") for name in self.ends))

@@ -25,7 +25,7 @@ FRONTIER = (
     "mixing members: drawing lots between those that turn out best on these very items",
     "APGR: mean share of the way from the cheapest to the best member's score, over the way in cost; 0.5 is a coin",
     "CPT: the share of that cost at which so much of the score's way is gone; AUC: area under the steps",
-    "regret: to the oracle; ECE, Brier: of the score that was foretold; ms: of one decision; -: not defined",
+    "regret: to the best of each item; ECE, Brier: of the foretold score; ms: of one decision; -: not defined",
 )
 LEFT_OUT_NOTE = (
     "Gain: reward above the best single member's, of the oracle's. Left out: fitted without a member, which is then "
@@ -257,7 +257,7 @@ def _frontier(paired: Paired) -> Section:
             cells += [_or_dash(score.show_difference, gain.value), _or_dash(interval, gain, score, True)]
         cells.append(_or_dash("{:.3f}".format, apgr(curve)))
         cells += [_or_dash("{:.0%}".format, cpt(curve, share)) for share in CPT]
-        cells.append(_or_dash("{:.3f}".format, paired.auc(points) or math.nan))
+        cells.append(_or_dash("{:.3f}".format, paired.auc(points)))
         for metric in (score, reward):
             lost = paired.regret(own, metric.column) if own else None
             cells.append(_or_dash(metric.show_difference, lost.value if lost else math.nan).lstrip("+"))
@@ -285,7 +285,7 @@ def _reads(paired: Paired) -> list[str]:
 def _left_out(paired: Paired) -> Section:
     """What routers keep when each member in turn is seen for the first time."""
     names = [name for name in paired.routers if LEFT_OUT.format(name) in paired.routers and paired.played(name)]
-    if not names or not paired.of_kind("oracle"):
+    if not names or not paired.has_oracle:
         return Section("")
     share = Metric("reward", "", ".1%")
     top = ("share of the oracle's gain", "fitted on all", INTERVAL, "each left out", INTERVAL, "kept", INTERVAL)

@@ -155,6 +155,30 @@ def test_what_is_not_defined_is_a_dash(scores: Any, usd: tuple[float, float], da
     assert len(picture(Episodes(pd.concat([found, other])))) > 5000
 
 
+def test_regret_is_to_the_best_for_each_item_in_score_and_in_reward() -> None:
+    """The oracle takes the cheapest of the most right: here a little more right, and dearer than that is worth."""
+    members = {("small", "member"): [0.5, 0.0], ("large", "member"): [0.6, 1.0], ("oracle", "oracle"): [0.6, 1.0]}
+    found = episodes(members | {("kNN", "learned"): [0.5, 1.0]}, usd={"small": 0, "large": 1, "oracle": 1, "kNN": 0.5})
+    frame = found.frame.assign(reward=found.frame["score"] - 0.3 * found.frame["usd"])
+    frame.loc[frame["router"] == "kNN", "reward"] = [0.5, 0.7]  # small, then large: the best in reward
+    rows = frontier(Episodes(frame, found.header))
+    assert [rows[name]["regret (reward)"] for name in ("kNN", "oracle")] == ["0.000", "0.100"]
+    assert [rows[name]["regret (score)"] for name in ("kNN", "oracle")] == ["5.0 pt", "0.0 pt"]
+
+
+def test_the_axis_of_the_auc_does_not_depend_on_the_order_of_two_members() -> None:
+    """Of the area under the steps; of all wrong it is 0, which is a number. Executors of steps keep their order."""
+    told = {("cheap", "member"): [0, 1], ("dear", "member"): [1, 1], ("kNN", "learned"): [1, 0]}
+    usd = {"cheap": 1, "dear": 3, "kNN": 2}
+    found = [episodes(dict(some), usd=usd).frame for some in (told.items(), reversed(told.items()))]
+    rows = [frontier(Episodes(frame, {"task": "query_routing"}))["kNN"]["AUC"] for frame in found]
+    assert rows == ["0.500", "0.500"]  # .5 from cheap (0) to dear (1)
+    steps = Paired(Episodes(found[1], {"task": "step_routing"}))
+    assert steps.ends == ("dear", "cheap") and steps.auc(["kNN"]) == pytest.approx(0.5 * 2 / 3)
+    wrong = episodes({name: [0, 0] for name in told}, usd=usd)
+    assert frontier(wrong)["kNN"]["AUC"] == "0.000"
+
+
 def test_one_member_has_no_frontier() -> None:
     found = episodes({("only", "member"): [0, 1], "ours": [0, 1]})
     assert "Frontier" not in render(found)
