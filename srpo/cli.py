@@ -101,6 +101,8 @@ def _dispatch(words: list[str]) -> Any:
     if processes != (None, None):
         return launch(module, *processes, rest)
     sys.argv = [f"srpo {name}", *rest]  # what argparse calls the program
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # bars of other libraries, which would fill a log file
     with heeded() if name == "train" else nullcontext():  # a signal while it imports torch, too
         return import_module(module).main(rest)
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import io
 import itertools
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import FuncFormatter, LogLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
 
 from routers.evaluation.episodes import Episodes, Kind
 from routers.evaluation.frontier import pareto_hull
@@ -53,6 +56,15 @@ def draw(episodes: Episodes, path: str | Path, title: str = "") -> None:
     Path(path).write_bytes(picture(episodes, title))
 
 
+@contextmanager
+def plain_text() -> Iterator[None]:
+    """For pictures with names of others' in them: a dollar is no formula, and a letter that no font has is a box."""
+    with rc_context({"text.parse_math": False}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        yield
+
+
+@plain_text()
 def picture(episodes: Episodes, title: str = "") -> bytes:
     """The same as bytes. Costs are those of whole episodes, the policy's own tokens included."""
     found = sets(episodes)
@@ -119,6 +131,7 @@ def _panel(axes: Axes, paired: Paired) -> list[_Mark]:
     if logarithmic:
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.set_xlim(0.8 * min(max(m.x.low, m.x.value / 2) for m in marks), 1.25 * max(m.x.high for m in marks))
     else:
@@ -207,13 +220,14 @@ def _names(axes: Axes, marks: Sequence[_Mark]) -> None:
     figure, to_pixels = axes.figure, axes.transData.transform
     renderer, unit = FigureCanvasAgg(figure).get_renderer(), figure.dpi / 72  # pixels per point of type
     frame = axes.get_window_extent(renderer)
-    points = {mark.name: to_pixels((mark.x.value, mark.y.value)) for mark in marks}
-    taken = [(x - 7 * unit, y - 7 * unit, x + 7 * unit, y + 7 * unit) for x, y in points.values()]
+    points = to_pixels([(mark.x.value, mark.y.value) for mark in marks])
+    taken = [(x - 7 * unit, y - 7 * unit, x + 7 * unit, y + 7 * unit) for x, y in points]
     drawn = [line for line in axes.lines if line.get_visible()]  # a line across the axes is not in data coordinates
     lines = [_along(line.get_transform().transform(np.column_stack(line.get_data(orig=False)))) for line in drawn]
     lines += [_along(to_pixels([(m.x.value, m.y.low), (m.x.value, m.y.high)])) for m in marks]
     ink = np.concatenate(lines)
-    for mark in sorted(marks, key=lambda m: m.kind not in _STRONG):  # the policy's name has the first choice
+    first_choice = sorted(zip(marks, points, strict=True), key=lambda one: one[0].kind not in _STRONG)  # the policy's
+    for mark, (x, y) in first_choice:
         style: dict[str, Any] = {
             "fontsize": 9,
             "color": "#222222",
@@ -222,7 +236,7 @@ def _names(axes: Axes, marks: Sequence[_Mark]) -> None:
         text = axes.text(0, 0, mark.name, **style)
         box = text.get_window_extent(renderer)
         text.remove()
-        (x, y), best = points[mark.name], (np.inf, (0.0, 0.0, 0.0, 0.0), 0.0)
+        best = (np.inf, (0.0, 0.0, 0.0, 0.0), 0.0)
         for distance in (10.0, 16.0, 24.0, 34.0, 48.0, 66.0, 90.0, 120.0):
             for angle in range(0, 360, 20):
                 dx, dy = (distance * unit * f(np.radians(angle)) for f in (np.cos, np.sin))

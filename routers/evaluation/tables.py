@@ -37,6 +37,8 @@ CACHES_NOTE = (
 )
 FAMILIES, SENT = "By family", "Sent where"
 """Titles of sections that the page shows as pictures."""
+LONGEST = 48
+"""Characters of a router's name that are shown."""
 TO_SHOW = 12
 """At most this many families are columns of a table; the report's heat map shows all."""
 
@@ -126,11 +128,12 @@ def shown(paired: Paired) -> list[str]:
 
 
 def named(paired: Paired, name: str) -> str:
-    """A router's name in a table; of the members, the cheapest and the dearest are marked."""
+    """A router's name in a table, not longer than a line; of the members, the cheapest and the dearest are marked."""
     members = sorted(paired.of_kind("member"), key=lambda member: paired.mean(member, "usd"))
+    short = name if len(name) <= LONGEST else f"{name[: LONGEST // 2]}...{name[-LONGEST // 2 :]}"
     if len(members) < 2 or name not in (members[0], members[-1]):
-        return name
-    return f"{name} ({'cheapest' if name == members[0] else 'dearest'})"
+        return short
+    return f"{short} ({'cheapest' if name == members[0] else 'dearest'})"
 
 
 def header(metric: Metric, paired: Paired) -> str:

@@ -267,3 +267,12 @@ def test_what_was_lost_is_told_by_count_and_cause(tmp_path: Path) -> None:
     page, markdown = (tmp_path / "report.html").read_text(), (tmp_path / "report.md").read_text()
     assert "<h2>What was lost</h2>" in page and "3 x dear: HTTP 500" in page and "**What was lost**" in markdown
     assert "<script" not in page and "max_lost_share" in page
+
+
+def test_names_of_members_are_plain_text_and_as_long_as_a_line(recwarn: pytest.WarningsRecorder) -> None:
+    """A dollar would begin a formula, which may be none; a name of 300 letters would leave no room for the picture."""
+    names = ["$\\frac{", "模型", "x" * 300 + "1", "x" * 300 + "2"]
+    found = episodes({(name, "member"): [0, 1] for name in names}, usd={name: i + 1 for i, name in enumerate(names)})
+    assert len(plot.picture(found)) > 5000 and not [one for one in recwarn if "Glyph" in str(one.message)]
+    short = f"{'x' * 24}...{'x' * 23}"
+    assert {*table_of(found)} >= {"模型", f"{short}1", f"{short}2 (dearest)", "$\\frac{ (cheapest)"}

@@ -94,10 +94,16 @@ def frontier(table: ReplyTable, how: argparse.Namespace) -> Episodes:
     """All episodes of the command; `how`: its options."""
     from routers.baselines import BASELINES
     from routers.baselines.play import play_baselines, table_header
+    from routers.tasks.query_routing.encoder.training import LEAST
 
     if unknown := [name for name in how.baselines or () if name not in BASELINES]:
         raise ValueError(f"--baselines: there is no {unknown[0]!r}; there are {', '.join(BASELINES)}")
     rule, items, train, tell = _read(table, how)
+    if how.objectives and len(train.items) < LEAST:
+        raise ValueError(
+            f"{table.source}: has {len(train.items)} training queries, and the encoder needs {LEAST}: give "
+            "--objectives alone to leave it out"
+        )
     names, header = list(BASELINES) if how.baselines is None else how.baselines, table_header(rule, "heldout")
     parts = [_runs(how.runs, rule, {str(item["query_id"]) for item in items.items})] if how.runs else []
     parts.append(play_baselines(items, train, header, names=names, sweep=how.cost_weights, tell=tell))

@@ -45,6 +45,8 @@ from srpo.objectives.advantages import group_advantages
 from srpo.objectives.branches import distilled_by
 from srpo.objectives.divergence import divergence
 
+LEAST = 10
+"""Training queries."""
 DECAYS = (10.0, 100.0)
 """Weight decays to choose from; the last leaves little but the sharpnesses and what is preferred everywhere."""
 
@@ -128,8 +130,10 @@ def train_encoder(
         catalogue = known.catalogue if catalogue is None else catalogue
         known = (Logged if known.log else Outcomes).of_table(known, rule, "train")
     texts = [str(item.get("query") or "") for item in known.items]
-    if len(texts) < 10 or not all(texts):
-        raise ValueError(f"the encoder needs at least 10 training queries, all with a text; there are {len(texts)}")
+    if len(texts) < LEAST or not all(texts):
+        raise ValueError(
+            f"the encoder needs at least {LEAST} training queries, all with a text; there are {len(texts)}"
+        )
     members = tuple((catalogue or {}).get(name) or Member(name, name) for name in known.members)
     training, weights = EncoderTraining(**how), tuple(cost_weights or (rule.cost_weight,))
     if isinstance(known, Logged):
