@@ -22,6 +22,7 @@ from routers.baselines.mlp import MLP
 from routers.baselines.neighbours import MiniLMNeighbours, Neighbours
 from routers.baselines.ridge import Ridge
 from routers.baselines.softmax_head import SoftmaxHead
+from routers.baselines.stacked import Stacked
 from routers.baselines.state_zero import StateZero
 from routers.baselines.trees import Boosting
 from routers.evaluation.episodes import Kind, Outcomes
@@ -66,6 +67,7 @@ BASELINES: dict[str, Baseline] = {
     "TF-IDF SVM": Baseline("learned", SVM, reads=True, slow=True),
     "softmax head": Baseline("learned", SoftmaxHead, reads=True, slow=True),
     "matrix factorisation": Baseline("learned", Factors, reads=True),
+    "stacked": Baseline("learned", Stacked, reads=True, told=True, slow=True),
     "Elo": Baseline("learned", Elo, reads=True),
     "MLP": Baseline("learned", MLP, reads=True, slow=True),
     "gradient boosting": Baseline("learned", Boosting, reads=True, slow=True),

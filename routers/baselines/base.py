@@ -33,6 +33,10 @@ Query = str | Mapping[str, Any]
 
 TRUSTED = [
     "routers.baselines.critic.Critic",
+    "routers.baselines.families.FamilyGuessed",
+    "routers.baselines.mlp.MLP",
+    "routers.baselines.neighbours.Neighbours",
+    "routers.baselines.ridge.Ridge",
     "scipy.sparse._csr.csr_matrix",
     "sklearn.ensemble._hist_gradient_boosting.predictor.TreePredictor",
     "sklearn.neural_network._stochastic_optimizers.AdamOptimizer",

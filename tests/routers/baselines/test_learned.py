@@ -20,6 +20,7 @@ from routers.baselines.neighbours import Neighbours
 from routers.baselines.play import play_baselines
 from routers.baselines.ridge import Ridge
 from routers.baselines.softmax_head import SoftmaxHead
+from routers.baselines.stacked import Stacked
 from routers.baselines.state_zero import StateZero
 from routers.evaluation.episodes import Outcomes, RewardRule
 from routers.router import CannotDo
@@ -68,6 +69,44 @@ def test_matrix_factorisation_by_hand() -> None:
     by_hand = [[sum(router.vectors[m] * (router.project.T @ x[q])) + router.bias[m] for m in (0, 1)] for q in (0, 1)]
     found = router.foretold(["abc", "xyz"])[0]
     assert found == pytest.approx(1 / (1 + np.exp(-np.array(by_hand)))) and found.round(1).tolist() == [[1, 0], [0, 1]]
+
+
+class MeanScore(Fitted):
+    """Foretells what it has seen on the average."""
+
+    def learn(self, data: Data) -> None:
+        self.mean = data.score.mean(axis=0)
+
+    def foretell_score(self, data: Data) -> np.ndarray:
+        return np.tile(self.mean, (len(data), 1))
+
+
+class Wrong(MeanScore):
+    def foretell_score(self, data: Data) -> np.ndarray:
+        return -super().foretell_score(data)
+
+
+def test_stacked_weights_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each query is foretold by those who have not seen its fold; of one part that helps the weight is y u / u u, and
+    one that only harms has none."""
+    monkeypatch.setattr(Stacked, "kinds", (MeanScore, Wrong))
+    data = Data.of(two_kinds(rows=60))
+    expected = np.zeros_like(data.score)
+    for places, others, _ in data.folds:
+        expected[places] = others.score.mean(axis=0)
+    weight = (data.score * expected).sum() / (expected**2).sum()
+    router = Stacked()
+    told = router.left_out(data)
+    assert told.score == pytest.approx(weight * expected) and router.weights == pytest.approx([weight, 0.0])
+    router = Stacked().fit(data)
+    assert router.foretold(["add 1 and 2"])[0][0] == pytest.approx(weight * data.score.mean(axis=0))
+
+
+def test_stacked_parts_know_the_kinds_of_queries() -> None:
+    train = two_kinds(rows=200)
+    router = Stacked().fit(train)
+    asked = [router.route(text).member for text in ("add 7 and 8", "capital of country 7")]
+    assert asked == ["v", "w"] and router.weights.sum() == pytest.approx(1.0, abs=0.2)
 
 
 @pytest.mark.parametrize(("make", "least"), [(Logistic, 0.75), (SVM, 0.75)])
