@@ -1,8 +1,8 @@
 """A weighted sum of what other baselines foretell, for they err differently (stacking).
 
-    u = sum_k a_k u_k        a = argmin_{a >= 0} sum_{q, m} (score_qm - sum_k a_k u_k(q, m; learned without q's fold))^2
+    u = sum_k a_k u_k        a = argmin_{a >= 0} sum_{q, m} (y_qm - sum_k a_k u_k(q, m; learned without q's fold))^2
 
-u_k are scores; USD are the mean of the parts', weighted by a. (Wolpert 1992; the weights: Breiman 1996.)
+y and u_k are scores; USD are the mean of the parts', weighted by a. (Wolpert 1992; the weights: Breiman 1996.)
 """
 
 from __future__ import annotations
