@@ -76,10 +76,10 @@ def train_own(task: Task, own: OwnPolicy, recipe: Recipe) -> Evaluation:
         )
     claimed = claim(recipe, args.output_dir, overwrite=how.overwrite)
     task.load(claimed.notes)
-    output, main_process = claimed.take(), PartialState().is_main_process
     set_seed(args.seed)
-    phase("train", f"{how.task}, {args.objective}: policy {how.model_name_or_path}, into {output}")
-    start, policy = own.train(recipe.given)
+    phase("train", f"{how.task}, {args.objective}: policy {how.model_name_or_path}, into {args.output_dir}")
+    start, policy = own.train(recipe.given)  # what is wrong with it is said before the folder is touched
+    output, main_process = claimed.take(), PartialState().is_main_process
     if main_process:
         own.save(policy, output)
         seal(output, only=LOADED)

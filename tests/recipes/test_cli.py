@@ -169,6 +169,7 @@ MISTAKES = {
     "secret": ("train r.yaml", "run_name: hf_" + "aB3" * 10, "r.yaml:6: .*looks like a secret"),
     "YAML": ("train r.yaml", "a: [b", "not valid YAML"),
     "table": ("train r.yaml", "table: no.parquet", "no.parquet"),
+    "encoder": ("train r.yaml --train_limit 5", "model_name_or_path: encoder", "at least 10 training queries, .* 5"),
     "reward": ("train r.yaml", "rewards: [{speed: 1.0}]", "speed"),
     "folder": ("train r.yaml --output_dir r.yaml", "", "output_dir r.yaml is a file"),
     "policy": ("train r.yaml", "model_name_or_path: ./no/policy", "no/policy"),

@@ -97,6 +97,12 @@ def test_mistakes_are_named(table: Path, tmp_path: Path) -> None:
     table.write_text("\n".join(line for line in lines if '"q50"' not in line or '"large"' not in line))
     with pytest.raises(ValueError, match=r"1 of 64 queries lack .* 'q50', which has no reply of \['large'\]"):
         main(options)
+    table.write_text("\n".join(line for line in lines if '"small"' in line))
+    with pytest.raises(ValueError, match=r"--members_left_out: .*set\.jsonl has one member"):
+        main([*options, "--members_left_out"])
+    table.write_text("\n".join(line for line in lines if '"train"' not in line or '"q00"' in line))
+    with pytest.raises(ValueError, match="has 1 training queries, and the encoder needs 10: give --objectives alone"):
+        main(options)
 
 
 class BestOnProbes:

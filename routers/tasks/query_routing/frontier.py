@@ -104,6 +104,8 @@ def frontier(table: ReplyTable, how: argparse.Namespace) -> Episodes:
             f"{table.source}: has {len(train.items)} training queries, and the encoder needs {LEAST}: give "
             "--objectives alone to leave it out"
         )
+    if how.members_left_out and len(train.members) < 2:
+        raise ValueError(f"--members_left_out: {table.source} has one member, and without it nobody is left")
     names, header = list(BASELINES) if how.baselines is None else how.baselines, table_header(rule, "heldout")
     parts = [_runs(how.runs, rule, {str(item["query_id"]) for item in items.items})] if how.runs else []
     parts.append(play_baselines(items, train, header, names=names, sweep=how.cost_weights, tell=tell))
