@@ -10,6 +10,11 @@ from typing import Any
 def numbers(name: str, values: Sequence[Any], rows: int, low: float, high: float, **columns: Any) -> list[float]:
     """``values`` as floats in [low, high], one per row.
 
+    Args:
+        name: of the column, for messages.
+        rows: how many there are.
+        columns: others of the rows; ``query_id`` is named in messages.
+
     Raises:
         ValueError: wrong length, or a value that is missing, not a number, not finite or out of range. The message
             names the row (from 0) and, when the column is there, its query_id.

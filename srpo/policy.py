@@ -114,6 +114,10 @@ def with_adapter(
 
     What an adapter of a policy without a folder is for is saved under the output directory, where the adapter finds
     it; a shipped policy in any case, for engines that load a policy by its name.
+
+    Args:
+        tokenizer: saved with it.
+        args: names the output directory.
     """
     if isinstance(model, PeftModel):
         return model

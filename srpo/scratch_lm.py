@@ -132,6 +132,7 @@ def tiny_moe_lm(
     """The same as a mixture of experts (Qwen3-MoE, every layer, weights renormalised); about 1.5M parameters.
 
     Args:
+        tokenizer, hidden, layers, heads, positions, seed: as in `tiny_causal_lm`.
         experts, top_k, intermediate: experts per layer, how many of them a token uses, and the width of each.
 
     Raises:

@@ -49,6 +49,8 @@ def load_qa(
         source: a name of `SETS` (read from the Hub), or a file (`routers.data.files`), which is its own split.
         split: "train", or "heldout": the first of `TEST_SPLITS` that the set has.
         limit: draw this many rows without replacement; a set with fewer gives all of them. None: all.
+        max_bad_share: of bad rows, which are left out; above it there is an error.
+        quarantine_path: where they are written; None: warnings only.
         seed: of the draw. Router-R1 draws 7,000 training rows of NQ and of HotpotQA, and up to 500 test rows, with 42.
 
     Raises:

@@ -293,8 +293,13 @@ def quickstart_table() -> ReplyTable:
 def replies_of(
     table: str, catalogue: str | None, *, max_bad_share: float, drop_incomplete: bool, folder: Path
 ) -> ReplyTable:
-    """Recorded replies: `quickstart`, or a table of the user's own, whose bad rows are written into `folder`, and what
-    its held-out queries share with the training (`routers.data.leaks`; by the main process)."""
+    """Recorded replies: `quickstart`, or a table of the user's own.
+
+    Args:
+        table, catalogue, max_bad_share, drop_incomplete: as in `load_table`.
+        folder: where its bad rows are written, and what its held-out queries share with the training
+            (`routers.data.leaks`; by the main process).
+    """
     if table == "quickstart":
         return quickstart_table()
     refuse_training(table)

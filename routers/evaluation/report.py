@@ -115,7 +115,14 @@ def page(
     records: Sequence[Mapping[str, Any]] = (),
     more: Sequence[Section] = (),
 ) -> str:
-    """The report as one HTML page; `drawn` is the picture of the cost plane. Every text of the data is escaped."""
+    """The report as one HTML page. Every text of the data is escaped.
+
+    Args:
+        episodes, title: as in `report`.
+        drawn: the picture of the cost plane, as PNG.
+        records: of the training's log, for its curves; none: it has none.
+        more: sections beside those of the episodes.
+    """
     parts = [f"<h1>{escape(title)}</h1>", _image(drawn, "Score and cost of every router")]
     found = sets(episodes)
     for name, paired in found.items():

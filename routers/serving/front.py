@@ -106,6 +106,10 @@ class Front:
         """A member's reply as the client gets it.
 
         Args:
+            reply: as the pool gave it.
+            asked: the request.
+            told: what the router says of its decision.
+            spent: where its cost is booked.
             over: called when the member has said all, before the client knows, with None; or with why it broke off.
             more: headers.
         """

@@ -72,7 +72,16 @@ def push_of(
     private: bool | None = None,
     deadline: float | None = None,
 ) -> Push:
-    """A push of a run, as its configuration says it; what is given here goes before that."""
+    """A push of a run, as its configuration says it; what is given here goes before that.
+
+    Args:
+        args: the run's configuration.
+        repo_id, folder: where to, and what.
+        options: further words of `srpo push`.
+        also: names of further files of the folder.
+        staged, step: as in `Push`.
+        token, revision, private, deadline: as `srpo push` has them; None: as `args` say.
+    """
     if args.hub_private_repo if private is None else private:
         options += ("--private",)
     if (branch := revision or args.hub_revision) is not None:

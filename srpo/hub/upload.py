@@ -108,7 +108,15 @@ def push_checkpoint(
 
 
 def create(repo_id: str, *, token: str | None, private: bool | None, revision: str | None, deadline: float) -> str:
-    """Makes a repository where it is missing; returns `owner/name`."""
+    """Makes a repository where it is missing; returns `owner/name`.
+
+    Args:
+        repo_id: name, or owner/name.
+        token: None: of the environment, or of who is logged in.
+        private: of one that is made; None: as the owner's settings say.
+        revision: branch, made where it is missing; None: main.
+        deadline: seconds.
+    """
     hub = Repository(repo_id, token, revision)
     tried(lambda: hub.files(private), deadline)
     return hub.name

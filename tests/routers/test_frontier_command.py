@@ -93,6 +93,8 @@ def test_mistakes_are_named(table: Path, tmp_path: Path) -> None:
     options = ["--table", str(table), "--output", str(tmp_path / "out")]
     with pytest.raises(ValueError, match="--baselines: there is no 'kNN'; there are random, "):
         main([*options, "--baselines", "kNN"])
+    with pytest.raises(ValueError, match="--objectives: there is no 'gpro'; there are expected, grpo, "):
+        main([*options, "--objectives", "gpro"])
     lines = table.read_text().splitlines()
     table.write_text("\n".join(line for line in lines if '"q50"' not in line or '"large"' not in line))
     with pytest.raises(ValueError, match=r"1 of 64 queries lack .* 'q50', which has no reply of \['large'\]"):

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from routers.data.table import ReplyTable
 
 SWEEP = (0.0, 0.05, 0.1, 0.2, 0.4, 0.8)
+EXPECTED = "expected"
+"""The objective of an encoder that knows every outcome, beside those of `srpo.objectives`."""
 PROBES = 256
 """Training queries whose outcomes describe a member that was left out of the fitting (as many as V_0 has)."""
 TABLE, REGRET = "table.md", "regret.png"
@@ -53,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> str:
     parser.add_argument("--cost_weight", type=weight, default=0.2, help="of the reward (0.2)")
     parser.add_argument("--cost_weights", type=weight, nargs="+", default=SWEEP, help="of the sweep", metavar="WEIGHT")
     parser.add_argument("--baselines", nargs="*", metavar="NAME", help="default: all that can be played")
-    parser.add_argument("--objectives", nargs="*", default=["expected"], help="of encoder policies (expected)")
+    parser.add_argument("--objectives", nargs="*", default=[EXPECTED], help="of encoder policies (expected)")
     parser.add_argument("--runs", nargs="*", type=Path, default=[], metavar="RUN", help="folders of srpo train")
     parser.add_argument("--heldout_limit", type=count, help="play this many held-out queries")
     share = ranged(between(0, 1))
@@ -70,11 +72,11 @@ def main(argv: Sequence[str] | None = None) -> str:
     path = Path(how.table)
     name = how.table if not path.suffix else path.parent.name or path.stem
     folder = how.output or Path("outputs", "frontier", Path(name).name)
-    folder.mkdir(parents=True, exist_ok=True)
     rest = {"max_bad_share": how.max_bad_share, "drop_incomplete": how.drop_incomplete, "folder": folder}
     if how.online and (fixed := [option for option in OFFLINE if getattr(how, option) != parser.get_default(option)]):
         raise ValueError(f"--{fixed[0]} is not of --online, which learns from one outcome at a time; leave it out")
     table = replies_of(how.table, how.catalogue, **rest)
+    folder.mkdir(parents=True, exist_ok=True)
     command = shlex.join(["srpo", "frontier", *(sys.argv[1:] if argv is None else argv)])
     text = f"```bash\n{command}\n```\n\n"
     if how.online:
@@ -95,10 +97,15 @@ def frontier(table: ReplyTable, how: argparse.Namespace) -> Episodes:
     from routers.baselines import BASELINES
     from routers.baselines.play import play_baselines, table_header
     from routers.tasks.query_routing.encoder.training import LEAST
+    from srpo.objectives.names import OBJECTIVE_NAMES
 
     if unknown := [name for name in how.baselines or () if name not in BASELINES]:
         raise ValueError(f"--baselines: there is no {unknown[0]!r}; there are {', '.join(BASELINES)}")
     rule, items, train, tell = _read(table, how)
+    if unknown := [name for name in how.objectives if name not in (EXPECTED, *OBJECTIVE_NAMES)]:
+        raise ValueError(
+            f"--objectives: there is no {unknown[0]!r}; there are {', '.join((EXPECTED, *OBJECTIVE_NAMES))}"
+        )
     if how.objectives and len(train.items) < LEAST:
         raise ValueError(
             f"{table.source}: has {len(train.items)} training queries, and the encoder needs {LEAST}: give "
@@ -179,6 +186,9 @@ def left_out(
     """A router when each member in turn is new to it: fitted without it, then told its outcomes on `PROBES` queries.
 
     Args:
+        items, train: to route, and to fit on.
+        name, kind: of the router.
+        tell: is told what it is at.
         fits: one per seed, training items -> router with `introduce` or `learn_member`.
         catalogue: of the members, for `learn_member`.
 

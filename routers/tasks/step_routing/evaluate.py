@@ -130,8 +130,11 @@ def play_policy(
     same seed; lost again, it counts as failed.
 
     Args:
+        model, tokenizer: the policy.
+        world: environments, executors and money.
         profiles: of all tasks of the sets to be played.
         name, kind: of the policy, in the table.
+        temperature: of its choices; 0: greedy.
         seed: of its dice.
 
     Raises:

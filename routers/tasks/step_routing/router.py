@@ -250,7 +250,7 @@ class StepRouter(Router):
         unit: Unit | None = None,
         seed: str | None = None,
     ) -> Future[PlayedEpisode]:
-        """`play`, as a future."""
+        """`play`, as a future; `environment`, `executors`, `cap`, `unit` and `seed` as there."""
         return self._threads.submit(self._play, environment, executors, cap, unit, seed)
 
     async def aplay(

@@ -78,7 +78,7 @@ class RuleRouter(Router):
         state: StepState | None = None,
         account: Account | None = None,
     ) -> StepSession:
-        """As `StepRouter.session`."""
+        """As `StepRouter.session`: `task`, `cap`, `unit`, `seed`, `step_limit`, `task_type`, `state` and `account`."""
         return _RuleSession(
             self.how.rule(),
             self.settings,

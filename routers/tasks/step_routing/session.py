@@ -186,7 +186,7 @@ class StepSession:
         among: Collection[str] | None = None,
         prefer: Prefer | None = None,
     ) -> Decision:
-        """`decide` for asyncio."""
+        """`decide` for asyncio: `observation`, `bounds`, `steps_left`, `score`, `among` and `prefer` as there."""
         with self._deciding():
             asked = self._asked(self._heard(observation, score), bounds, steps_left, among)
             if asked is None:

@@ -217,7 +217,13 @@ class StepWorld:
     def profiles(
         self, name: str, which: str, types: Mapping[str, str], limit: int | None, folder: Path
     ) -> dict[str, BoundaryProfile]:
-        """Profiles of tasks (id -> type) of a part, by task; made once, in `folder`.
+        """Profiles of tasks of a part, by task; made once, in `folder`.
+
+        Args:
+            name: their file is `profiles_NAME.parquet`.
+            which: the part of the benchmark.
+            types: task id -> type.
+            limit: this many of the tasks; None: all.
 
         Raises:
             ValueError: the folder was made with other settings.

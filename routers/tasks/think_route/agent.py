@@ -281,8 +281,11 @@ class RouterAgent(Router):
         on_turn: OnTurn | None = None,
         drawing: Drawing = AS_USUAL,
     ) -> Answer:
-        """`answer` for asyncio. Cancelled, it ends at once where it waits, for a member too; a turn of the policy that
-        is being written is the last."""
+        """`answer` for asyncio, with its arguments: `question`, `max_cost_usd`, `cost_weight`, `on_turn`, `drawing`.
+
+        Cancelled, it ends at once where it waits, for a member too; a turn of the policy that is being written is the
+        last.
+        """
         interest = _Interest()
         play = copy_context().run  # so that calls of members know whose they are
         future = self._threads.submit(

@@ -52,7 +52,15 @@ def play_questions(
     questions: Sequence[dict[str, Any]],
     step_seconds: float = 60.0,
 ) -> Columns:
-    """Greedy episodes of all questions, in order; the model's mode is left as it was."""
+    """Greedy episodes of all questions, in order; the model's mode is left as it was.
+
+    Args:
+        model, tokenizer: the policy.
+        world: asks members and reads actions.
+        settings: the policy's prompt and limits.
+        questions: rows of the world.
+        step_seconds: that the calls of one turn may take.
+    """
     actions = settings.actions(world.members, tokenizer)
     rows = [{**q, "prompt": prompt_of(q, actions)} for q in questions]
     prompts = [actions.ids(row["prompt"]) for row in rows]
@@ -172,7 +180,15 @@ def agent_baselines(
 def asked_once(
     table: ReplyTable, names: Sequence[str], questions: Sequence[dict[str, Any]], rewards: Rewards, metric: Metric
 ) -> Outcomes:
-    """What each member's recorded reply to each question is worth as the final answer."""
+    """What each member's recorded reply to each question is worth as the final answer.
+
+    Args:
+        table: the replies.
+        names: of the members.
+        questions: of the table.
+        rewards: functions and weights of the training.
+        metric: what a right answer is.
+    """
     found: dict[str, list[np.ndarray]] = {name: [] for name in ("score", "usd", "reward", "em", "f1")}
     for name in names:
         recorded = [table.lookup(question["query_id"], name) for question in questions]

@@ -138,7 +138,16 @@ def make_settings(
 def make_world(
     task: ThinkRouteArguments, settings: AgentSettings, pool: Pool, names: Sequence[str], tokenizer: Any, priced: bool
 ) -> ThinkRoute:
-    """The environment, with these members; `priced`: the policy's own tokens cost something."""
+    """The environment.
+
+    Args:
+        task: the recipe's keys.
+        settings: prompt, grammar and limits of the policy.
+        pool: who answers.
+        names: of the members that may be asked.
+        tokenizer: of the policy.
+        priced: the policy's own tokens cost something.
+    """
     own = copy.deepcopy(tokenizer)  # steps read and count while the policy writes, in another thread
     return ThinkRoute(
         pool,

@@ -193,6 +193,10 @@ def embedding(
 
     Args:
         config: its `minilm` says whether MiniLM's may be used.
+        texts: of the training queries.
+        known: what is known of them.
+        rule, weights: of the reward, and the price sensitivities at which it counts.
+        seed: of the directions of the n-grams.
     """
     fair = isinstance(known, Outcomes)
     widths = [width for width in WIDTHS if width == WIDTHS[0] or (fair and width < len(texts))]
@@ -280,6 +284,13 @@ def fit(
     """Train for `steps`; with `held`, returns its largest gain of reward over the start, and after how many steps.
 
     A gain over the start that is not larger than its standard error is none: so small a set would choose noise.
+
+    Args:
+        model: trained in place.
+        rows: to learn from.
+        how: settings.
+        weights: price sensitivities, of which each query of a step draws one.
+        draw: the source of chance.
     """
     count, pool = rows.outcomes.shape[1:]
     known = torch.tensor(weights)
@@ -321,7 +332,17 @@ def step_loss(
     how: EncoderTraining,
     draw: torch.Generator,
 ) -> Tensor:
-    """The loss of one step on some queries: 0-d, with gradient."""
+    """The loss of one step on some queries: 0-d, with gradient.
+
+    Args:
+        model: the policy.
+        teacher: its moving average.
+        batch: the queries.
+        cost_weight: ``[rows]``, price sensitivities.
+        allowed: ``[members]``, who is not left out of the step.
+        how: settings.
+        draw: the source of chance.
+    """
     reward = batch.reward(cost_weight, model.config.abstain_reward)
     logp = model(batch.embedded, cost_weight, batch.foretold, allowed)
     shut = logp.isneginf()  # members left out
