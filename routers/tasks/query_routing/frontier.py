@@ -122,7 +122,8 @@ def frontier(table: ReplyTable, how: argparse.Namespace) -> Episodes:
             router = fit(train, seed)
             tell(f"{name}, seed {seed}: reads {router.model.reads}")
             parts += _swept(items, router, name, seed, how.cost_weights)
-            parts[-1].header["reads"] = {f"{name}, seed {seed}": router.model.reads}
+            reads = {"reads": {f"{name}, seed {seed}": router.model.reads}}
+            parts[-1] = Episodes(parts[-1].frame, {**parts[-1].header, **reads})
     if how.members_left_out:
         new = {n: BASELINES[n] for n in names if isinstance(BASELINES[n].how, type) and BASELINES[n].kind == "learned"}
         able = {n: one for n, one in new.items() if hasattr(one.how, "introduce")}
