@@ -32,7 +32,6 @@ Query = str | Mapping[str, Any]
 """A text, or a mapping with `query`, and `family` where it is known."""
 
 TRUSTED = [
-    "routers.baselines.critic.Critic",
     "routers.baselines.families.FamilyGuessed",
     "routers.baselines.mlp.MLP",
     "routers.baselines.neighbours.Neighbours",

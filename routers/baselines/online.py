@@ -1,7 +1,7 @@
 """Routers that learn from the outcomes of their own choices only: bandits, behind one router.
 
-A bandit is a `Learner` with a line in `LEARNERS`. What it sees of a query is a vector: the leading directions of its
-TF-IDF, of length 1, and a constant; they are fitted on texts, never on outcomes.
+A bandit is a `Learner` with a line in `learners()`. What it sees of a query is a vector: the leading directions of its
+TF-IDF, or of that and MiniLM's embedding, of length 1, and a constant; they are fitted on texts, never on outcomes.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ class Learner:
     grid: ClassVar[Sequence[Mapping[str, float]]] = ({},)
     directions = 64
     """Of the query that are read, the leading ones; there are no more than `features.DIRECTIONS`."""
+    minilm = 0
+    """1: they are of TF-IDF and of MiniLM's embedding; 0: of TF-IDF."""
     epsilon: float | None = 0.0
     """Share of the choices that are made uniformly at random; None: no setting of a rule that draws lots itself."""
 
@@ -228,7 +230,7 @@ class Pheromone(ByCategory):
 
 def learners() -> dict[str, type[Learner]]:
     """By the names that tables show."""
-    from routers.baselines.policy_gradient import PolicyGradient
+    from routers.baselines.optimist import Optimist
 
     return {
         "LinUCB": LinUCB,
@@ -238,7 +240,7 @@ def learners() -> dict[str, type[Learner]]:
         "epsilon-greedy": EpsilonGreedy,
         "EMA": EMA,
         "pheromone": Pheromone,
-        "policy gradient": PolicyGradient,
+        "logistic, optimistic": Optimist,
     }
 
 
@@ -272,7 +274,7 @@ class OnlineRouter(Router):
 
     kind = KIND
     features: Features
-    _contexts: dict[str, np.ndarray]
+    _contexts: dict[tuple[str, str], np.ndarray]
 
     def __init__(self, settings: OnlineSettings, queries: Sequence[str], like: OnlineRouter | None = None) -> None:
         self._make(settings)
@@ -291,13 +293,15 @@ class OnlineRouter(Router):
 
     def contexts(self, queries: Sequence[str]) -> np.ndarray:
         """``[Q, d]``: rows of length 1, and a constant."""
-        new = list(dict.fromkeys(query for query in queries if query not in self._contexts))
+        view = "both" if self.learner.minilm else "svd"
+        new = list(dict.fromkeys(query for query in queries if (view, query) not in self._contexts))
         if new and len(self._contexts) > MOST_CONTEXTS:  # behind a server there is no end of them
             self._contexts.clear()
             new = list(dict.fromkeys(queries))
         if new:
-            self._contexts.update(zip(new, unit_rows(self.features.view("svd", new)), strict=True))
-        return np.array([self._contexts[query] for query in queries])
+            rows = unit_rows(self.features.view(view, new))
+            self._contexts.update(zip([(view, query) for query in new], rows, strict=True))
+        return np.array([self._contexts[view, query] for query in queries])
 
     def _read(self, query: str) -> np.ndarray:
         return self.learner.reads(self.contexts([query]))[0]

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from routers.baselines.base import text_of
+from routers.baselines.features import has_minilm
 from routers.baselines.online import OnlineRouter, OnlineSettings, learners
 from routers.data.catalogue import Member
 from routers.evaluation.episodes import Episodes, Outcomes
@@ -20,7 +21,9 @@ STREAM = "stream"
 """`set` of the episodes on the stream."""
 ORDERS = range(100, 104)
 """Seeds by which settings are chosen."""
-OURS = "policy gradient"
+VIEWS: tuple[Mapping[str, float], ...] = ({}, {"minilm": 1})
+"""Of the query, that are tried with all settings of a grid."""
+OURS = "logistic, optimistic"
 """The learner that others are compared with."""
 
 
@@ -117,13 +120,14 @@ def online_router(
 
 
 def chosen_settings(learner: str, known: Outcomes, like: OnlineRouter | None = None) -> Mapping[str, float]:
-    """The settings of a learner's grid that earn most on `known` as a stream: the mean of `ORDERS`."""
+    """The settings that earn most on `known` as a stream, the mean of `ORDERS`: of a learner's grid, with MiniLM's
+    embedding, where it is installed, and without."""
 
     def earned(how: Mapping[str, float]) -> float:
         routers = ((online_router(learner, known, how, order, like), order) for order in ORDERS)
         return float(np.mean([play_stream(router, known, order).reward.mean() for router, order in routers]))
 
-    grid = learners()[learner].grid
+    grid = [{**how, **view} for how in learners()[learner].grid for view in VIEWS[: 1 + has_minilm()]]
     return grid[0] if len(grid) == 1 else max(grid, key=earned)
 
 
@@ -138,7 +142,9 @@ def play_learners(
     """
     rows = np.random.default_rng(0).permutation(len(known.items))
     other, stream = (known.rows(np.sort(part)) for part in np.split(rows, [len(rows) // 4]))
-    parts, streams, chosen, like = [], {}, {}, online_router(names[0], known, {})
+    parts, streams, chosen, like = [], {}, {}, None
+    for view in VIEWS[: 1 + has_minilm()]:  # fitted on all texts
+        like = online_router(names[0], known, view, like=like)
     for name in names:
         tell(name)
         chosen[name] = chosen_settings(name, other, like)

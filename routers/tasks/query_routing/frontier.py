@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> str:
     )
     parser.add_argument("--drop_incomplete", action="store_true", help="leave out queries that some member lacks")
     parser.add_argument("--members_left_out", action="store_true", help="each member in turn is new")
-    parser.add_argument("--online", action="store_true", help="bandits and a policy gradient on a stream instead")
+    parser.add_argument("--online", action="store_true", help="routers that learn on a stream instead")
     how = parser.parse_args(argv)
     from routers.data.table import replies_of
     from routers.evaluation.report import MARKDOWN, report

@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from routers.baselines.critic import Critic
 from routers.baselines.online import (
     EMA,
     BetaThompson,
@@ -18,7 +17,7 @@ from routers.baselines.online import (
     SharedLinUCB,
     learners,
 )
-from routers.baselines.policy_gradient import PolicyGradient
+from routers.baselines.optimist import Optimist
 from routers.baselines.stream import (
     STREAM,
     chosen_settings,
@@ -119,48 +118,86 @@ def test_exploration_has_the_chances_that_it_says() -> None:
     assert sorted(learner.chances(x[0], None, [0, 2])) == [0, 1]
     with pytest.raises(ValueError, match="LinUCB has no setting 'beta'"):
         LinUCB(beta=1.0)
-    for draws in ("pheromone", "policy gradient"):  # lots of their own: epsilon would do nothing
-        with pytest.raises(ValueError, match="has no setting 'epsilon'"):
-            learners()[draws](epsilon=0.1)
+    with pytest.raises(ValueError, match="has no setting 'epsilon'"):  # it draws lots of its own
+        Pheromone(epsilon=0.1)
 
 
-def test_the_policy_gradient_draws_by_its_posterior_and_learns_in_rounds() -> None:
-    learner = PolicyGradient(heads=400, temperature=1e-4, scale=1.0)
-    x, chosen, reward = taught(learner, 12)
-    assert learner.critic.count == 12 and learner.climbed == 8  # rounds of 4; climbs at 4 and 8
-    np.testing.assert_allclose(learner.seen, np.column_stack([x, chosen, reward, np.ones(12)]))
-    critic = Critic(5, 3)
-    for rows in (slice(0, 4), slice(4, 8), slice(8, 12)):
-        critic.add(x[rows], chosen[rows], reward[rows])
-        critic.fit()
-    np.testing.assert_allclose(learner.critic.theta, critic.theta)
-    np.testing.assert_allclose(learner.values(x[0], None), (critic.theta + learner.actor) @ x[0])
-    best = ((critic.draws(np.random.default_rng(5), 4000) + learner.actor) @ x[0]).argmax(axis=1)
-    found = learner.chances(x[0], np.random.default_rng(0), [0, 1, 2])
-    np.testing.assert_allclose(found, np.bincount(best, minlength=3) / 4000, atol=0.1)
-    assert found.sum() == pytest.approx(1) and learner.chances(x[0], None, [0, 2]).tolist() in ([1, 0], [0, 1])
+def test_the_optimist_takes_an_outcome_in_exactly() -> None:
+    """Mean and covariance of all weights after one outcome, against a sum over the posterior's density."""
+    learner = Optimist(shared=0.5, own=1.5, level=0.4, member=0.7, middle=-0.3)
+    x = np.array([0.8, 1.0])
+    learner.start(np.array([x]), 2, 0)
+    learner.learn(x, 1, 0.6, 1.0, 0.5, 1.0)
+    prior = np.array([0.5, 0.4, 1.5, 0.7, 1.5, 0.7])  # of c, w_0, w_1
+    along = prior * np.array([0.8, 1, 0, 0, 0.8, 1])  # what every weight has to do with f_1(x)
+    spread = 0.8**2 * 2.0 + 1.1
+    f = np.linspace(-15, 15, 20_001)
+    density = np.exp(-((f + 0.3) ** 2) / (2 * spread)) / (1 + np.exp(-f))
+    density /= density.sum()
+    after = density @ f
+    np.testing.assert_allclose(learner.mean.ravel(), along * (after + 0.3) / spread, atol=1e-6)
+    shrunk = (spread - density @ (f - after) ** 2) / spread**2
+    expected = np.diag(prior) - np.outer(along, along) * shrunk
+    np.testing.assert_allclose(learner.covariance.reshape(6, 6), expected, atol=1e-6)
+    right = 1 / (1 + np.exp(-f))
+    penalty = learner.theta[1] @ x  # ridge regression of score - reward = .4: .4 * 1.64 / 2.64
+    assert penalty == pytest.approx(0.4 * 1.64 / 2.64)
+    assert learner.values(x, None)[1] == pytest.approx(density @ right - penalty, abs=1e-3)
+    spread_of_right = (density @ right**2 - (density @ right) ** 2) ** 0.5
+    explored = learner.values(x, np.random.default_rng(0))[1] - learner.values(x, None)[1]
+    assert explored == pytest.approx(spread_of_right, abs=2e-3)
 
 
-@pytest.mark.parametrize(("least", "middle", "most"), [(0.3, -0.3, 1.5), (-0.6, 0.0, 0.6)])
-def test_the_actor_corrects_a_critic_whose_squares_mislead_and_leaves_a_right_one(
-    least: float, middle: float, most: float
-) -> None:
-    """What the second member earns more at u = -1, 0, 1. Of the first three the line of least squares is .18 + .6 u,
-    which asks the second at u = 0, the most common, where it loses .3; the others are a line."""
+def test_the_optimist_shares_how_hard_queries_are_as_much_as_it_is_told() -> None:
+    x, found = np.array([1.0, 1.0]), []
+    for shared in (0.0, 1.0):
+        learner = Optimist(shared=shared, level=shared)
+        learner.start(np.array([x]), 2, 0)
+        for _ in range(20):
+            learner.learn(x, 0, 0.0, 0.0, 0.0, 1.0)
+        found.append(learner.values(x, None))
+    assert found[0][0] < 0.1 and found[0][1] == pytest.approx(0.41, abs=0.01)  # nothing was seen of the second
+    assert found[1][0] < 0.1 and found[1][1] < 0.3
+
+
+def test_the_optimist_comes_near_the_truth_of_many_outcomes() -> None:
     rng = np.random.default_rng(0)
-    u = rng.choice([-1.0, 0.0, 1.0], 2000, p=[0.2, 0.6, 0.2])
-    x, chosen = np.column_stack([u, np.zeros(2000), np.ones(2000)]), rng.integers(0, 2, 2000)
-    reward = chosen * np.choose(u.astype(int) + 1, [least, middle, most]) + 0.1 * rng.standard_normal(2000)
-    learner = PolicyGradient()
+    x = np.column_stack([rng.standard_normal(3000), np.ones(3000)])
+    chosen = rng.integers(0, 2, 3000)
+    z = np.where(chosen == 0, 1.5 * x[:, 0] - 0.5, -1.0 * x[:, 0])
+    score = (rng.random(3000) < 1 / (1 + np.exp(-z))).astype(float)
+    learner = Optimist()
     learner.start(x, 2, 0)
-    learner.critic.add(x, chosen, reward)
-    learner.critic.fit()
-    learner.seen = np.column_stack([x, chosen, reward, np.full(2000, 0.5)])
-    learner.climb()
-    assert learner.actor.any() == (least > 0)
-    if learner.actor.any():
-        assert np.diff(learner.critic.theta @ [0.0, 0.0, 1.0]) == pytest.approx(0.18, abs=0.05)
-        assert [learner.values(np.array([at, 0.0, 1.0]), None).argmax() for at in (0.0, 1.0)] == [0, 1]
+    for row, member, right in zip(x, chosen, score, strict=True):
+        learner.learn(row, int(member), float(right), float(right), 0.0, 1.0)
+    at = np.array([[1.0, 1.0], [-1.0, 1.0], [0.0, 1.0]])
+    told = [learner.values(row, None) for row in at]
+    truth = 1 / (1 + np.exp(-np.array([[1.0, -1.0], [-2.0, 1.0], [-0.5, 0.0]])))
+    np.testing.assert_allclose(told, truth, atol=0.05)
+
+
+def test_minilm_is_one_of_the_settings_and_its_directions_are_fitted_on_all_texts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def embedded(texts: tuple[str, ...]) -> np.ndarray:
+        return np.array([[float("add" in text), float("name" in text), 1.0] for text in texts])
+
+    monkeypatch.setattr("routers.baselines.features.embedded", embedded)
+    monkeypatch.setattr("routers.baselines.stream.has_minilm", lambda: True)
+    monkeypatch.setattr(LinUCB, "grid", ({"directions": 1},))  # the first of TF-IDF alone tells the kinds less well
+    known = outcomes()
+    _, _, chosen = play_learners(known, outcomes(40, 1), (0,), ["LinUCB"], lambda name: None)
+    assert chosen["LinUCB"] in ({"directions": 1}, {"directions": 1, "minilm": 1})
+    router = online_router("LinUCB", known, {"minilm": 1})
+    texts = [item["query"] for item in known.items]
+    rows = router.contexts(texts)
+    assert np.allclose(np.linalg.norm(rows[:, :-1], axis=1), 1) and (rows[:, -1] == 1).all()
+    kinds = np.array(["add" in text for text in texts])
+    sentences = embedded(tuple(texts)) - embedded(tuple(texts)).mean(axis=0)
+    np.testing.assert_allclose(router.features.middle, embedded(tuple(texts)).mean(axis=0))
+    assert (sentences[kinds][0] == sentences[kinds][1]).all()
+    near = rows[:, :-1] @ rows[:, :-1].T  # half of it MiniLM's, by which queries of a kind are the same
+    assert near[np.ix_(kinds, kinds)].min() > near[np.ix_(kinds, ~kinds)].max()
 
 
 def outcomes(count: int = 200, seed: int = 0) -> Outcomes:
@@ -174,7 +211,9 @@ def outcomes(count: int = 200, seed: int = 0) -> Outcomes:
     return Outcomes(items, ["place", "sum", "dear"], score, usd, RULE(score, usd), rule=RULE)
 
 
-@pytest.mark.parametrize("name", ["LinUCB", "LinUCB, shared", "Thompson, linear", "epsilon-greedy", "policy gradient"])
+@pytest.mark.parametrize(
+    "name", ["LinUCB", "LinUCB, shared", "Thompson, linear", "epsilon-greedy", "logistic, optimistic"]
+)
 def test_contextual_learners_find_whom_to_ask(name: str) -> None:
     episodes, streams = play_online(name, outcomes(), outcomes(80, 1), (0, 1), {})
     after = episodes.of(set="").frame["reward"].mean()
@@ -210,6 +249,7 @@ def test_settings_are_chosen_on_other_queries_than_the_stream(monkeypatch: pytes
     """Of these two LinUCBs one reads no word of the query; every learner has the same quarter to find out which."""
     grid = ({"directions": 0, "alpha": 0.3}, {"directions": 16, "alpha": 0.3})
     monkeypatch.setattr(LinUCB, "grid", grid)
+    monkeypatch.setattr("routers.baselines.stream.has_minilm", lambda: False)
     known = outcomes()
     assert chosen_settings("LinUCB", known) == grid[1]
     told: list[Any] = []
@@ -253,11 +293,12 @@ def test_saved_routers_go_on_where_they_stood(name: str, tmp_path: Path) -> None
 def test_one_command_plays_them_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from routers.tasks.query_routing.frontier import main
 
-    monkeypatch.setattr(PolicyGradient, "grid", ({"scale": 0.1, "directions": 16},))
+    monkeypatch.setattr("routers.baselines.stream.has_minilm", lambda: False)
+    monkeypatch.setattr(Optimist, "grid", ({"alpha": 0.5, "directions": 16},))
     monkeypatch.setattr(EMA, "grid", EMA.grid[3:5])
     how = ["--table", "quickstart", "--online", "--heldout_limit", "20", "--seeds", "2", "--output", str(tmp_path)]
     text = main([*how, "--baselines", "EMA"])
-    assert "| EMA |" in text and "| scale 0.1, directions 16 |" in text and "LinUCB" not in text
+    assert "| EMA |" in text and "| alpha 0.5, directions 16" in text and "LinUCB" not in text
     assert (tmp_path / "regret.png").read_bytes()[:4] == b"\x89PNG"
     assert set(Episodes.read(tmp_path).frame["set"]) == {STREAM, ""}
     with pytest.raises(ValueError, match="--members_left_out is not of --online"):
@@ -268,6 +309,6 @@ def test_one_command_plays_them_all(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_the_same_seed_plays_the_same_stream() -> None:
     known = outcomes(80)
-    one, other = (play_stream(online_router("policy gradient", known, {}, 7), known, 7) for _ in range(2))
+    one, other = (play_stream(online_router("logistic, optimistic", known, {}, 7), known, 7) for _ in range(2))
     np.testing.assert_array_equal(one.chosen, other.chosen)
-    assert isinstance(online_router("policy gradient", known, {}).learner, PolicyGradient)
+    assert isinstance(online_router("logistic, optimistic", known, {}).learner, Optimist)

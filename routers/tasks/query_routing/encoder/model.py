@@ -200,7 +200,7 @@ def capabilities_of_log(embedded: Tensor, logged: Logged) -> tuple[Tensor, Tenso
     directions = directions / np.linalg.norm(rows @ directions.T, axis=1).mean()
     x, found = np.hstack([rows @ directions.T, np.ones((len(rows), 1))]), []
     for seen in (logged.score, logged.costs):
-        critic = Critic.of(x, logged.chosen, seen, len(logged.members))
+        critic = Critic(x, logged.chosen, seen, len(logged.members))
         weights = np.hstack([critic.theta[:, :-1] @ directions, critic.theta[:, -1:]])
         found.append((weights, critic.left_out(x, logged.chosen, seen)))
     capability, left_out = (torch.from_numpy(np.stack(parts)).float() for parts in zip(*found, strict=True))
