@@ -40,7 +40,7 @@ class Optimist(LinUCB):
 
     def start(self, contexts: np.ndarray, members: int, seed: int) -> None:
         super().start(contexts, members, seed)
-        prior = np.full((members + 1, contexts.shape[1]), self.own)
+        prior = np.full((members + 1, contexts.shape[1]), float(self.own))
         prior[0], prior[:, -1], prior[0, -1] = self.shared, self.member, self.level
         self.mean = np.zeros(prior.shape)
         self.covariance = np.diag(prior.ravel()).reshape(prior.shape * 2)

@@ -151,7 +151,7 @@ def test_the_optimist_takes_an_outcome_in_exactly() -> None:
 def test_the_optimist_shares_how_hard_queries_are_as_much_as_it_is_told() -> None:
     x, found = np.array([1.0, 1.0]), []
     for shared in (0.0, 1.0):
-        learner = Optimist(shared=shared, level=shared)
+        learner = Optimist(shared=shared, level=shared, own=2)  # whole numbers too: files have them
         learner.start(np.array([x]), 2, 0)
         for _ in range(20):
             learner.learn(x, 0, 0.0, 0.0, 0.0, 1.0)
