@@ -1,8 +1,9 @@
 """A weighted sum of what other baselines foretell, for they err differently (stacking).
 
-    u = sum_k a_k u_k        a = argmin_{a >= 0} sum_{q, m} (y_qm - sum_k a_k u_k(q, m; learned without q's fold))^2
+    u = sum_k a_k u_k        a = argmin_{a >= 0} sum_{q, m} (y_qm - sum_k a_k u_k(q, m))^2
 
-y and u_k are scores; USD are the mean of the parts', weighted by a. (Wolpert 1992; the weights: Breiman 1996.)
+over the queries of the first fold, whose scores y the parts have not seen when they foretell them by u_k; then the
+parts are learned anew from all. USD are the parts' mean, weighted by a. (Wolpert 1992; the weights: Breiman 1996.)
 """
 
 from __future__ import annotations
@@ -22,35 +23,23 @@ class Stacked(Fitted):
     kinds: ClassVar[tuple[type[Fitted], ...]] = (Ridge, FamilyGuessed, MLP, Neighbours)
 
     def learn(self, data: Data) -> None:
-        self.left_out(data)
-        self.parts = [kind().learn_with(data, kind().tuned(data)) for kind in self.kinds]
+        from scipy.optimize import nnls
+
+        settings = [kind().tuned(data) for kind in self.kinds]
+
+        def learned(some: Data) -> list[Fitted]:
+            return [kind().learn_with(some, how) for kind, how in zip(self.kinds, settings, strict=True)]
+
+        self.weights = np.full(len(self.kinds), 1 / len(self.kinds))
+        if data.folds:
+            _, known, held_out = data.folds[0]
+            told = np.array([part.foretell(held_out).score for part in learned(known)])
+            found = nnls(told.reshape(len(told), -1).T, held_out.score.ravel())[0]
+            self.weights = found if found.any() else self.weights  # none helps: all alike
+        self.parts = learned(data)
 
     def foretell(self, data: Data) -> Told:
         told = [part.foretell(data) for part in self.parts]
-        return self._summed(np.array([[one.score, one.usd] for one in told]))
-
-    def left_out(self, data: Data) -> Told:
-        """Sets the parts' `weights` ``[K]``. Returns what is foretold of each training query by learners that have not
-        seen its fold (a part's settings are chosen once, on the first fold, as everywhere)."""
-        found = np.zeros((len(self.kinds), 2, *data.score.shape))
-        for row, kind in zip(found, self.kinds, strict=True):
-            settings = kind().tuned(data)
-            for places, others, own in data.folds:
-                told = kind().learn_with(others, settings).foretell(own)
-                row[:, places] = told.score, told.usd
-        self.weights = _weights(found[:, 0], data.score)
-        return self._summed(found)
-
-    def _summed(self, told: np.ndarray) -> Told:
-        """Of ``[K, 2, Q, M]``."""
-        score = np.einsum("k,kqm->qm", self.weights, told[:, 0])
-        usd = np.einsum("k,kqm->qm", self.weights / self.weights.sum(), told[:, 1])
-        return Told(score, usd)
-
-
-def _weights(told: np.ndarray, score: np.ndarray) -> np.ndarray:
-    """Non-negative least squares; all alike where nothing that is foretold helps."""
-    from scipy.optimize import nnls
-
-    found = nnls(told.reshape(len(told), -1).T, score.ravel())[0]
-    return found if found.any() else np.full(len(told), 1 / len(told))
+        score, usd = (np.array([getattr(one, name) for one in told]) for name in ("score", "usd"))
+        share = self.weights / self.weights.sum()
+        return Told(np.einsum("k,kqm->qm", self.weights, score), np.einsum("k,kqm->qm", share, usd))

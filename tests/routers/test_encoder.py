@@ -12,7 +12,7 @@ import torch
 from routers.data.catalogue import Member
 from routers.evaluation.episodes import Episodes, Outcomes, RewardRule
 from routers.router import load_router
-from routers.tasks.query_routing.encoder.features import STRENGTHS, ridge
+from routers.tasks.query_routing.encoder.features import STRENGTHS, guessed, ridge
 from routers.tasks.query_routing.encoder.model import WIDTHS
 from routers.tasks.query_routing.encoder.training import (
     EncoderTraining,
@@ -278,3 +278,42 @@ def test_guarded_routing_is_the_harmonic_mean_in_and_out_of_domain() -> None:
         "- p: in domain 50.0%, out of domain 100.0%, harmonic mean 66.7%",
     ]
     assert played.frame.query("router == 'p'")["usd"].sum() == 1.0
+
+
+def test_families_are_guessed_by_those_who_have_not_seen_the_fold() -> None:
+    """Places on a line say the family, but for one query: who has not seen it guesses the other family."""
+    x = np.concatenate([np.linspace(-2, -1, 30), np.linspace(1, 2, 30)])[:, None]
+    families = ["left"] * 30 + ["right"] * 30
+    families[10], families[3] = "right", "rare"
+    found = guessed(x, families, [f"query {i}" for i in range(60)])
+    assert found is not None
+    weights, biases, left_out = found
+    assert weights.shape == (3, 1) and left_out.shape == (60, 3)  # left, right, and the rest
+    assert left_out.sum(axis=1) == pytest.approx(np.ones(60)) and left_out[10].argmax() == left_out[9].argmax()
+    right = left_out[:, left_out[40].argmax()]
+    assert right[30:].min() > 0.8 and right[:30].max() < 0.3
+    # the weights that the model keeps guess alike, from all rows
+    logits = x @ weights.T + biases
+    assert (logits.argmax(axis=1) == left_out.argmax(axis=1)).all()
+    assert guessed(x, ["one"] * 60, [f"query {i}" for i in range(60)]) is None
+
+
+def test_guessed_families_are_read_where_they_help_and_saved_with_the_router(tmp_path: Path) -> None:
+    """Two words together say the family (both or none, or one of them), which no linear model of the words tells."""
+    rng = np.random.default_rng(0)
+    pairs = [(bool(i & 1), bool(i & 2)) for i in range(240)]
+    noise = rng.integers(100, 999, (240, 3))
+    asked = [f"{'salt' if a else 'iron'} {'moon' if b else 'tree'}" for a, b in pairs]
+    texts = [f"{words} {' '.join(map(str, some))}" for words, some in zip(asked, noise.tolist(), strict=True)]
+    same = np.array([a == b for a, b in pairs])
+    score = np.stack([same, ~same], axis=1).astype(float)
+    usd, rule = np.full((240, 2), 0.01), RewardRule(0.01)
+    items = [{"query_id": text, "query": text, "family": words} for text, words in zip(texts, asked, strict=True)]
+    known = Outcomes(items, ["v", "w"], score, usd, rule(score, usd), rule=rule)
+    router = train_encoder(known, rule, objective="expected", max_steps=0)
+    assert router.model.config.families == 4 and "4 guessed families" in router.model.reads
+    router.save(tmp_path)
+    again, new = load_router(tmp_path), [f"{words} 5 6 7" for words in asked[:4]]
+    for own, read in zip(router.route_all(new), again.route_all(new), strict=True):
+        assert own.member == read.member and own.scores == pytest.approx(read.scores, abs=1e-6)
+    assert [decision.member for decision in again.route_all(new)] == ["v", "w", "w", "v"]

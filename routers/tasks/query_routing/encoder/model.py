@@ -1,16 +1,17 @@
 """The encoder policy: a categorical distribution over the members of a pool, and abstaining, given a query.
 
-    e  = W' tfidf(q) (and MiniLM's, where asked for)                       embedding of the query           [width]
+    e  = W' tfidf(q), MiniLM's and softmax(F e + f), where they help       embedding of the query           [width]
     s_m = w_m e + b_m      c_m = max(0, v_m e + d_m)                       foretold score and cost of member m
     f_m = (s_m and c_m at the landmarks, likeness of its descriptor to them, prices)         features of m  [features]
     z_m = a (s_m - b lambda c_m) + e' U f_m + u f_m                        pi(m | q, lambda) = softmax(z)
     z_0 = a r_0 + u_0 e + a_0                                              of abstaining, where it has a reward r_0
 
-W is a truncated SVD of the training queries' TF-IDF. A member's *capability* w, b, v, d are ridge regressions of its
-scores and costs (over the mean cost of the dearest member) on e; from a log, of those that it tells
-(`routers.baselines.critic`). Landmarks are some training queries. Trained are U, u
-and the sharpnesses a, b > 0 (and u_0, a_0): none belongs to a member, so that a new one needs its features only. As
-c_m >= 0 is all that lambda touches, the expected c_m under pi never rises with lambda.
+W is a truncated SVD of the training queries' TF-IDF; F, f guess a query's family by a logistic regression on its
+first directions, for what members do depends on it more sharply than a linear model tells. A member's *capability* w,
+b, v, d are ridge regressions of its scores and costs (over the mean cost of the dearest member) on e; from a log, of
+those that it tells (`routers.baselines.critic`). Landmarks are some training queries. Trained are U, u and the
+sharpnesses a, b > 0 (and u_0, a_0): none belongs to a member, so that a new one needs its features only. As c_m >= 0
+is all that lambda touches, the expected c_m under pi never rises with lambda.
 """
 
 from __future__ import annotations
@@ -55,9 +56,11 @@ class EncoderConfig(PretrainedConfig):
         minilm: bool = False,
         abstain_reward: float | None = None,
         cost_scale: float = 1.0,
+        families: int = 0,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        self.families = families
         self.members, self.width, self.landmarks, self.minilm = list(members), width, landmarks, minilm
         self.abstain_reward, self.cost_scale = abstain_reward, cost_scale
 
@@ -70,7 +73,8 @@ class EncoderPolicy(PreTrainedModel):
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__(config)
-        members, size = len(config.members), config.width + MINILM_WIDTH * config.minilm
+        members = len(config.members)
+        size = config.width + MINILM_WIDTH * config.minilm + config.families
         features = 3 * config.landmarks + 2
         shapes = {
             "words": (2 * WIDTH, config.width),
@@ -80,6 +84,8 @@ class EncoderPolicy(PreTrainedModel):
             "features": (members, features),
             "feature_moments": (2, features),
         }
+        if config.families:
+            shapes["family"] = (config.families, WIDTHS[0] + 1)  # the bias last
         for name, shape in shapes.items():
             self.register_buffer(name, torch.zeros(shape))
         self.interaction = nn.Parameter(torch.empty(size, features))
@@ -112,7 +118,10 @@ class EncoderPolicy(PreTrainedModel):
     @property
     def reads(self) -> str:
         """What queries are embedded by, in words for a table."""
-        return f"{self.config.width} directions of n-grams{' and MiniLM' if self.config.minilm else ''}"
+        more = {"MiniLM": self.config.minilm, f"{self.config.families} guessed families": self.config.families}
+        return " and ".join(
+            [f"{self.config.width} directions of n-grams", *(name for name, has in more.items() if has)]
+        )
 
     def embed(self, texts: Sequence[str]) -> Tensor:
         """``[texts, width]``."""
@@ -121,9 +130,12 @@ class EncoderPolicy(PreTrainedModel):
         embedded = nn.functional.embedding_bag(
             places, self.words, starts, mode="sum", per_sample_weights=torch.from_numpy(found.data)
         )
+        parts = [embedded]
         if self.config.minilm:
-            embedded = torch.cat([embedded, torch.from_numpy(minilm(tuple(texts)))], dim=1)
-        return embedded
+            parts.append(torch.from_numpy(minilm(tuple(texts))))
+        if self.config.families:
+            parts.append(_linear(embedded[:, : WIDTHS[0]], self.family).softmax(dim=1))
+        return torch.cat(parts, dim=1)
 
     def describe_members(self, members: Sequence[Member], embedded: Tensor, capability: Tensor) -> None:
         """Set the capabilities of all members, and features by them.

@@ -31,6 +31,7 @@ from routers.data.catalogue import Member
 from routers.data.table import ReplyTable
 from routers.evaluation.episodes import Outcomes, RewardRule
 from routers.evaluation.off_policy import Logged
+from routers.tasks.query_routing.encoder.features import guessed
 from routers.tasks.query_routing.encoder.model import (
     WIDTHS,
     EncoderConfig,
@@ -186,10 +187,11 @@ def embedding(
     seed: int,
     may_do_without: bool,
 ) -> tuple[EncoderPolicy, Tensor]:
-    """A model with what it embeds queries by, and the queries' embedding ``[rows, width]``.
+    """A model with what it embeds queries by, and the training queries' embedding ``[rows, width]``.
 
-    Of `WIDTHS`, and of MiniLM or none (`may_do_without`), those by which the policy before RL earns most, every row
-    foretold by the others; of a log the first of `WIDTHS`.
+    Of `WIDTHS`, of guessed families or none, and of MiniLM or none (`may_do_without`), those by which the policy
+    before RL earns most, every row foretold by the others; of a log the first of `WIDTHS` alone. A training query's
+    family is guessed by those who have not seen its fold.
 
     Args:
         config: its `minilm` says whether MiniLM's may be used.
@@ -200,29 +202,34 @@ def embedding(
     """
     fair = isinstance(known, Outcomes)
     widths = [width for width in WIDTHS if width == WIDTHS[0] or (fair and width < len(texts))]
-    widest = EncoderPolicy(_narrow(config, widths[-1], config.minilm))
+    widest = EncoderPolicy(_narrow(config, widths[-1], config.minilm, 0))
     widest.fit_embedding(texts, seed)
     whole = widest.embed(texts)
+    names = [str(item.get("family") or "") for item in known.items]
+    family = guessed(whole[:, : WIDTHS[0]].double().numpy(), names, texts) if fair else None
+    left_out = torch.zeros(len(texts), 0) if family is None else torch.from_numpy(family[2]).float()
 
-    def columns(width: int, minilm: bool) -> Tensor:
-        return torch.cat([whole[:, :width], whole[:, widths[-1] :]], dim=1) if minilm else whole[:, :width]
+    def columns(width: int, minilm: bool, families: int) -> Tensor:
+        parts = [whole[:, :width], *([whole[:, widths[-1] :]] if minilm else []), left_out[:, :families]]
+        return torch.cat(parts, dim=1)
 
     kinds = [False, True] if may_do_without and config.minilm and fair else [config.minilm]
-    tried = [(width, minilm) for minilm in kinds for width in widths]
+    tried = [(w, minilm, f) for f in sorted({0, left_out.shape[1]}) for minilm in kinds for w in widths]
+    best = tried[0]
     if isinstance(known, Outcomes) and len(tried) > 1:
         outcomes = outcomes_of(known, rule)
         best = max(tried, key=lambda one: _start_earns(columns(*one), outcomes, weights))
-    else:
-        best = tried[0]
     model = EncoderPolicy(_narrow(config, *best))
     model.idf.copy_(widest.idf)
     model.words.copy_(widest.words[:, : best[0]])
+    if best[2] and family is not None:
+        model.family.copy_(torch.from_numpy(np.hstack([family[0], family[1][:, None]])))
     return model, columns(*best)
 
 
-def _narrow(config: EncoderConfig, width: int, minilm: bool) -> EncoderConfig:
+def _narrow(config: EncoderConfig, width: int, minilm: bool, families: int) -> EncoderConfig:
     found = copy.deepcopy(config)
-    found.width, found.minilm = width, minilm
+    found.width, found.minilm, found.families = width, minilm, families
     return found
 
 
