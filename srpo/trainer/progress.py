@@ -23,6 +23,7 @@ from typing import Any
 import datasets
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.utils import logging as transformers_logging
 
 from srpo.run.watch import enter
@@ -71,18 +72,19 @@ class _Leave(logging.Filter):
 
 
 def check_report_to(targets: str | Iterable[str]) -> None:
-    """Refuse a `report_to` whose package is missing, before a run begins.
+    """Refuse a `report_to` that transformers does not know, or whose package is missing, before a run begins.
 
     Raises:
-        ValueError: says what to install.
+        ValueError: says what there is, or what to install.
     """
-    packages = {"wandb": "wandb", "trackio": "trackio", "mlflow": "mlflow", "swanlab": "swanlab"}
+    packages = {"tensorboard": ("tensorboard", "tensorboardX"), "azure_ml": ("azureml",), "flyte": ("flytekit",)}
     for target in [targets] if isinstance(targets, str) else targets:
-        if target == "tensorboard":
-            found = any(importlib.util.find_spec(name) for name in ("tensorboard", "tensorboardX"))
-        else:
-            found = target not in packages or importlib.util.find_spec(packages[target]) is not None
-        if not found:
+        if target in ("none", "all"):
+            continue
+        if target not in INTEGRATION_TO_CALLBACK:
+            known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
+            raise ValueError(f"report_to: there is no {target!r}; there are none, all, {known}")
+        if not any(importlib.util.find_spec(name) for name in packages.get(target, (target,))):
             raise ValueError(f"report_to: {target} needs a package that is not installed: pip install {target}")
 
 

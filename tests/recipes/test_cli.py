@@ -170,6 +170,12 @@ MISTAKES = {
     "YAML": ("train r.yaml", "a: [b", "not valid YAML"),
     "table": ("train r.yaml", "table: no.parquet", "no.parquet"),
     "encoder": ("train r.yaml --train_limit 5", "model_name_or_path: encoder", "at least 10 training queries, .* 5"),
+    "report": ("train r.yaml --report_to wanbd", "", "report_to: there is no 'wanbd'; there are none, all, azure_ml"),
+    "report of a package": (
+        "train r.yaml --report_to neptune",
+        "",
+        "report_to: neptune needs a package .* install nept",
+    ),
     "reward": ("train r.yaml", "rewards: [{speed: 1.0}]", "speed"),
     "folder": ("train r.yaml --output_dir r.yaml", "", "output_dir r.yaml is a file"),
     "policy": ("train r.yaml", "model_name_or_path: ./no/policy", "no/policy"),
