@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -278,11 +279,14 @@ def _frontier(paired: Paired) -> Section:
 
 
 def _reads(paired: Paired) -> list[str]:
-    """What the policies of a frontier read queries by, where they chose it."""
-    chosen: dict[str, list[str]] = {}
+    """What the policies of a frontier read queries by, where they chose it, and by how many seeds."""
+    chosen: dict[str, Counter[str]] = {}
     for name, what in paired.header.get("reads", {}).items():
-        chosen.setdefault(what, []).append(name)
-    return [f"{what}: read by {'; '.join(names)}" for what, names in chosen.items()]
+        chosen.setdefault(what, Counter())[name.partition(", seed ")[0]] += 1
+    told = {
+        what: ", ".join(f"{name} (seeds: {count})" for name, count in names.items()) for what, names in chosen.items()
+    }
+    return [f"{what}: read by {names}" for what, names in told.items()]
 
 
 def _left_out(paired: Paired) -> Section:

@@ -59,7 +59,7 @@ def test_everything_of_one_table(table: Path, tmp_path: Path, capsys: pytest.Cap
     }  # fmt: skip
     assert (tmp_path / "a" / "table.md").read_text() == text and text.startswith("```bash\nsrpo frontier --table ")
     assert "1 cannot route to a member that they were not fitted on: TF-IDF ridge" in text
-    assert "256 directions of n-grams: read by encoder expected, seed 0" in text
+    assert "256 directions of n-grams: read by encoder expected (seeds: 1)" in text
     found = Episodes.read(tmp_path / "a")
     swept = {name for name in found.routers if ", price sensitivity 0.5" in name}
     assert swept == {f"{name}, price sensitivity 0.5" for name in ("TF-IDF ridge", "encoder expected")}
