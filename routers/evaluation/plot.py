@@ -39,6 +39,8 @@ _STYLES: Mapping[Kind, tuple[str, str, int, str]] = {
 }
 _STRONG = ("policy", "start")
 _DECADE = 10.0
+_TOGETHER = 3
+"""Names of routers at one place that are written."""
 _SIZE = (8.0, 5.4)
 _DPI = 150
 
@@ -215,7 +217,10 @@ def _point(axes: Axes, mark: _Mark) -> None:
 
 
 def _names(axes: Axes, marks: Sequence[_Mark]) -> None:
-    """Write each name near its point, over no point, name or edge, and if there is room over no line."""
+    """Write each name near its point, over no point, name or edge, and if there is room over no line.
+
+    Routers at one place share a name, which says the first of them and how many more there are.
+    """
     marks = [mark for mark in marks if mark.label]
     figure, to_pixels = axes.figure, axes.transData.transform
     renderer, unit = FigureCanvasAgg(figure).get_renderer(), figure.dpi / 72  # pixels per point of type
@@ -226,14 +231,21 @@ def _names(axes: Axes, marks: Sequence[_Mark]) -> None:
     lines = [_along(line.get_transform().transform(np.column_stack(line.get_data(orig=False)))) for line in drawn]
     lines += [_along(to_pixels([(m.x.value, m.y.low), (m.x.value, m.y.high)])) for m in marks]
     ink = np.concatenate(lines)
-    first_choice = sorted(zip(marks, points, strict=True), key=lambda one: one[0].kind not in _STRONG)  # the policy's
-    for mark, (x, y) in first_choice:
+    places: list[tuple[list[_Mark], np.ndarray]] = []
+    order = {kind: i for i, kind in enumerate(_STRONG)}  # the policy's name has the first choice
+    first_choice = sorted(zip(marks, points, strict=True), key=lambda one: order.get(one[0].kind, len(order)))
+    for mark, at in first_choice:
+        same = next((some for some, other in places if np.abs(other - at).max() < unit), None)
+        places.append(([mark], at)) if same is None else same.append(mark)
+    for same, (x, y) in places:
+        mark, more = same[0], len(same) - _TOGETHER
+        name = "\n".join([*(one.name for one in same[:_TOGETHER]), *([f"and {more} more"] if more > 0 else [])])
         style: dict[str, Any] = {
             "fontsize": 9,
             "color": "#222222",
             "weight": "bold" if mark.kind in _STRONG else "normal",
         }
-        text = axes.text(0, 0, mark.name, **style)
+        text = axes.text(0, 0, name, **style)
         box = text.get_window_extent(renderer)
         text.remove()
         best = (np.inf, (0.0, 0.0, 0.0, 0.0), 0.0)
@@ -251,7 +263,7 @@ def _names(axes: Axes, marks: Sequence[_Mark]) -> None:
         taken.append((x0 - 6 * unit, y0 - unit, x1 + 6 * unit, y1 + unit))
         ink = np.concatenate([ink, _along(np.array([(x, y), ((x0 + x1) / 2, (y0 + y1) / 2)]))])
         axes.annotate(
-            mark.name, (mark.x.value, mark.y.value), xytext=place[:2], textcoords="figure pixels", zorder=6,
+            name, (mark.x.value, mark.y.value), xytext=place[:2], textcoords="figure pixels", zorder=6,
             arrowprops={"arrowstyle": "-", "color": "#999999", "lw": 0.7} if distance > 20 else None,
             path_effects=[withStroke(linewidth=2.5, foreground="white")], **style,
         )  # fmt: skip

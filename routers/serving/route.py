@@ -64,10 +64,10 @@ def told(found: Decision | Answer) -> str:
     if isinstance(found, Decision):
         call = "unknown" if found.usd is None else f"${found.usd:.6f}"
         member = found.member or f"none. {found.error}"
-        lines = [found.text, "", f"member: {member}", f"probabilities: {scores or 'none'}"]
+        lines = [*([found.text, ""] if found.text else []), f"member: {member}", f"probabilities: {scores or 'none'}"]
         return "\n".join([*lines, f"cost: {call} expected for the call, ${found.policy_usd:.6f} for the decision"])
-    lines = [text if owner == "policy" else text.strip() for owner, text in found.turns]
-    lines += ["", f"answer: {found.answer}"] + ([f"probabilities: {scores}"] if scores else [])
+    lines = [shown for owner, text in found.turns if (shown := text if owner == "policy" else text.strip())]
+    lines += [*([""] if lines else []), f"answer: {found.answer}"] + ([f"probabilities: {scores}"] if scores else [])
     lines.append(f"cost: ${found.cost_usd:.6f}, asked: {', '.join(found.members) or 'nobody'}")
     if found.answer is None:
         lines.append(f"no answer: {found.error or found.stop}")

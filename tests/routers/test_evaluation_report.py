@@ -141,7 +141,7 @@ def test_everybody_is_in_the_picture(monkeypatch: pytest.MonkeyPatch) -> None:
     png = plot.picture(found, "by hand")
     [axes] = boxes
     texts = [text for text in axes.texts if text.get_text()]
-    assert sorted(text.get_text() for text in texts) == sorted(
+    assert sorted(name for text in texts for name in text.get_text().split("\n")) == sorted(
         ["ours", "start", "cheap (cheapest)", "dear (dearest)", "random", "oracle"]
     )
     renderer = axes.figure.canvas.get_renderer()
@@ -155,6 +155,16 @@ def test_everybody_is_in_the_picture(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 names = plot._names
+
+
+def test_routers_at_one_place_share_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of many the first, the policy before all: names that find no room would be written over each other."""
+    panels: list[Any] = []
+    monkeypatch.setattr(plot, "_names", lambda axes, marks: (names(axes, marks), panels.append(axes)))
+    played: dict[Any, Any] = {(f"kNN {i}", "learned"): [0, 1] for i in range(20)}
+    played |= {("start", "start"): [0, 1], "ours": [0, 1], ("best", "oracle"): [1, 1]}
+    plot.picture(episodes(played))
+    assert [text.get_text() for text in panels[0].texts] == ["ours\nstart\nkNN 0\nand 19 more", "best"]
 
 
 def test_costs_that_span_a_decade_are_on_a_log_axis(monkeypatch: pytest.MonkeyPatch) -> None:
