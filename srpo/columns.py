@@ -10,8 +10,8 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from logging import getLogger
 from typing import Any
 
+from srpo.texts import well_formed
 from srpo.types import CORRECT, COST, FEEDBACK, LOST, STOP, Columns
-from srpo.well_formed import well_formed
 
 logger = getLogger(__name__)
 

@@ -25,11 +25,10 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from srpo.config import SRPOConfig
 from srpo.rollout.special_tokens import settle_special_tokens
-from srpo.rollout.thinking import inside, opened_by
-from srpo.rollout.untrusted import encode_frame
 from srpo.run.steps import check_steps_made
 from srpo.task import Ids, RunArguments
 from srpo.teacher.lm_head import capture_hidden, head_of
+from srpo.texts import encode_frame, inside, opened_by
 from srpo.trainer.precision import train_in_fp32
 from srpo.trainer.progress import show_progress
 

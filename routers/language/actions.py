@@ -147,7 +147,7 @@ def cleaner(tokenizer: Any) -> Any:
     """What breaks the control tokens of a policy in texts of others; None without a tokenizer."""
     if tokenizer is None:
         return None
-    from srpo.rollout.untrusted import without_control_tokens  # imports transformers
+    from srpo.texts import without_control_tokens
 
     return without_control_tokens(tokenizer)
 

@@ -35,8 +35,8 @@ from routers.language.actions import PromptStyle, cleaner, templated
 from routers.language.grammar import Action, shown_name, think_block
 from routers.language.observations import framed
 from routers.language.prompts import Messages, call_prompt, schemas
+from srpo.texts import well_formed
 from srpo.types import Observation
-from srpo.well_formed import well_formed
 
 if TYPE_CHECKING:
     from srpo.rollout.constrained import OneOf
@@ -270,8 +270,7 @@ class Calls:
 
     def _read_back(self) -> None:
         """Whether a call survives the way that a policy's turns take: ids, text without special tokens, the parser."""
-        from srpo.rollout.sampling import text_of
-        from srpo.rollout.untrusted import encode_frame
+        from srpo.texts import encode_frame, text_of
 
         try:
             text = self.route("why", self.names[0], _PROBE)

@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from srpo.well_formed import well_formed
+from srpo.texts import well_formed
 
 After = Literal["start", "result", "error", "user", "assistant"]
 """What the call answers: the first messages, tool results (error: one of them is), a user, an unfinished reply."""

@@ -34,8 +34,8 @@ from routers.serving.errors import RequestError
 from routers.serving.fields import AGENT_FIELDS
 from routers.serving.metrics import ServerMetrics
 from routers.serving.served import Served, Spent, Text, counted, new_head
+from srpo.texts import well_formed
 from srpo.types import Usage
-from srpo.well_formed import well_formed
 
 _WHO = "a think/route agent"
 

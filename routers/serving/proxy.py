@@ -22,7 +22,7 @@ from routers.serving.decisions import Decisions
 from routers.serving.errors import RequestError
 from routers.serving.front import Front, Line, Reply
 from routers.serving.served import Served, Spent, Text
-from srpo.well_formed import well_formed
+from srpo.texts import well_formed
 
 
 class Proxy(Front):

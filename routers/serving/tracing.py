@@ -51,8 +51,8 @@ from routers.pool.passthrough import Passthrough
 from routers.pool.protocol import Attempt
 from routers.pool.transport import TRACE
 from routers.serving.served import Spent
+from srpo.texts import well_formed
 from srpo.types import Usage
-from srpo.well_formed import well_formed
 
 _log = logging.getLogger(__name__)
 _CONTEXT = TraceContextTextMapPropagator()

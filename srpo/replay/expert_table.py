@@ -153,7 +153,7 @@ class RowRecorder:
     """Collects routes by sequence and position from forwards whose rows come and go, as our own decoding runs them.
 
     The model's hooks `put` the routes of each forward; the decoding loop then says, by calling this object, which
-    tokens of which sequences they were (`srpo.rollout.generator.Recorder`). A forward that nobody claims is dropped:
+    tokens of which sequences they were (`srpo.rollout.turns.Recorder`). A forward that nobody claims is dropped:
     processes that wait for others run some under sharding.
     """
 

@@ -1,7 +1,7 @@
 """Text that is free but for what stands in a tag: there, one of a few alternatives, and nothing else, can be written.
 
     names = OneOf(tokenizer, "<route>", ["small", "large"], ["</route>"])
-    names.after(ids)     # ids that may follow these; None: any
+    names.state(ids)     # where a text stands after these, the sampler's automaton; `.allowed`: ids that may follow
     names(ids)           # the same for each position of a finished completion: the mask of its log-probs
 
 A pure function of the completion's ids, in two parts. Outside the tag the *text* decides, since the opening may be
@@ -16,24 +16,39 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any, Union
 
-from srpo.rollout.generator import Request, Sample
-from srpo.rollout.sampling import text_of
+from srpo.rollout.turns import Request, Sample, State
+from srpo.texts import reader
 
 Node = dict[int, Union["Node", str]]
 """Ids that may follow, each with what follows it; at the end the alternative."""
-_MEMORY = 4096
 
 
-@dataclass(frozen=True)
-class _State:
-    tail: str = ""
-    """Outside the tag: the end of the text, where it may be the beginning of the opening."""
-    node: Node | None = None
-    """Inside; None: outside."""
+class _State(State):
+    """`tail`: outside the tag, the end of the text, where it may be the beginning of the opening; `node`: inside."""
+
+    next: dict[int, _State]
+
+    def __init__(self, allowed: tuple[int, ...] | None, tail: str, node: Node | None, step: _Step) -> None:
+        super().__init__(allowed, _Next(partial(step, self)))
+        self.tail, self.node = tail, node
+
+
+class _Next(dict[int, _State]):
+    """Where each token leads, found out when it comes for the first time."""
+
+    def __init__(self, step: Callable[[int], _State]) -> None:
+        self._step = step
+
+    def __missing__(self, i: int) -> _State:
+        self[i] = state = self._step(i)
+        return state
+
+
+_Step = Callable[[_State, int], _State]
 
 
 class OneOf:
@@ -53,7 +68,7 @@ class OneOf:
     def __init__(
         self, tokenizer: Any, opening: str, alternatives: Sequence[str], closings: Sequence[str] = ("",)
     ) -> None:
-        self._tokenizer = tokenizer
+        self._tokenizer, self._text = tokenizer, reader(tokenizer)
         self._opening, self.alternatives = opening, tuple(alternatives)
         self._wholes = {alternative + closing: alternative for alternative in alternatives for closing in closings}
         ordered = sorted(self._wholes)
@@ -63,34 +78,48 @@ class OneOf:
             if other.startswith(one):
                 raise ValueError(f"{one!r} begins {other!r}: nothing tells where the first one ends")
         anchor = tokenizer("a", add_special_tokens=False)["input_ids"]
-        self._anchor, self._anchored = anchor, len(text_of(tokenizer, anchor))
+        self._anchor, self._anchored = anchor, len(self._text(anchor))
         self._pieces: dict[int, str] = {}
         self._tries: dict[str, Node] = {}
-        self._states: dict[tuple[int, ...], _State] = {}
-        self._free: dict[str, tuple[int, ...] | None] = {}
-        # A token's name shows printable characters as they are.
-        self._vocabulary = [(token, i) for token, i in sorted(tokenizer.get_vocab().items()) if {*token} & {*opening}]
+        self._states: dict[str | int, _State] = {}
+        # A token's name shows printable characters as they are, or is that of a byte (<0x7B>).
+        vocabulary = sorted(tokenizer.get_vocab().items())
+        self._vocabulary = [(token, i) for token, i in vocabulary if {*token} & {*opening}]
         if odd := [token for token, _ in self._vocabulary if opening in token and not token.endswith(opening)]:
             raise ValueError(f"the tokenizer has a token {odd[0]!r}, which goes on after {opening!r}")
         self._trie("")
+        self._start = self._at("")
+        if (
+            opening[0].isascii() and opening[0].isprintable() and not opening[0].isspace()
+        ):  # most tokens begin no opening
+            idle = [i for token, i in vocabulary if opening[0] not in token and not token.startswith("<0x")]
+            self._start.next |= dict.fromkeys(idle, self._start)
 
     def __call__(self, ids: Sequence[int]) -> list[Sequence[int] | None]:
         """For each position, the ids that were allowed there; None: any."""
-        found, state = [], _State()
+        found: list[Sequence[int] | None] = []
+        state = self._start
         for i in ids:
-            found.append(self._allowed(state))
-            state = self._step(state, i)
+            found.append(state.allowed)
+            state = state.next[i]
         return found
 
+    def state(self, ids: Sequence[int] = ()) -> State:
+        """Where a completion stands after `ids`."""
+        state = self._start
+        for i in ids:
+            state = state.next[i]
+        return state
+
     def after(self, ids: Sequence[int]) -> Sequence[int] | None:
-        """The ids that may follow; None: any."""
-        return self._allowed(self._state(tuple(ids)))
+        """The ids that may follow `ids`; None: any."""
+        return self.state(ids).allowed
 
     def inside(self, ids: Sequence[int]) -> tuple[int, Node] | None:
         """(length, tree) of the first prefix of `ids` after which an alternative begins; None: there is none."""
-        state = _State()
+        state = self._start
         for n, i in enumerate(ids, start=1):
-            state = self._step(state, i)
+            state = state.next[i]
             if state.node is not None:
                 return n, state.node
         return None
@@ -115,36 +144,23 @@ class OneOf:
             node, place = node[ids[place]], place + 1
         return found
 
-    def _state(self, ids: tuple[int, ...]) -> _State:
-        if not ids:
-            return _State()
-        before = self._states.get(ids[:-1])
-        if before is None:  # not written id by id
-            before = _State()
-            for i in ids[:-1]:
-                before = self._step(before, i)
-        if len(self._states) >= _MEMORY:
-            self._states.clear()
-        self._states[ids] = state = self._step(before, ids[-1])
-        return state
+    def _at(self, tail: str = "", node: Node | None = None) -> _State:
+        key = tail if node is None else id(node)
+        if key not in self._states:
+            allowed = self._endings(tail) if node is None else tuple(node)
+            self._states[key] = _State(allowed, tail, node, self._step)
+        return self._states[key]
 
     def _step(self, state: _State, i: int) -> _State:
         if state.node is not None and i in state.node:
             below = state.node[i]
-            return _State() if isinstance(below, str) else _State(node=below)
+            return self._at() if isinstance(below, str) else self._at(node=below)
         text = ("" if state.node is not None else state.tail) + self._piece(i)
         at = text.find(self._opening)
         if at >= 0 and (node := self._trie(text[at + len(self._opening) :])):
-            return _State(node=node)
+            return self._at(node=node)
         text = text[-len(self._opening) + 1 :] if len(self._opening) > 1 else ""
-        return _State(next((text[n:] for n in range(len(text)) if self._opening.startswith(text[n:])), ""))
-
-    def _allowed(self, state: _State) -> Sequence[int] | None:
-        if state.node is not None:
-            return tuple(state.node)
-        if state.tail not in self._free:
-            self._free[state.tail] = self._endings(state.tail)
-        return self._free[state.tail]
+        return self._at(next((text[n:] for n in range(len(text)) if self._opening.startswith(text[n:])), ""))
 
     def _endings(self, tail: str) -> tuple[int, ...] | None:
         """After the text `tail`, the ids that go on with the opening; None: none could end it badly, so any may."""
@@ -179,7 +195,7 @@ class OneOf:
         rest = whole[begun:]
         for before in (self._opening + whole[:begun], "a"):
             ids, n = self._tokenizer(before + rest, add_special_tokens=False)["input_ids"], 0
-            while ids and n < len(ids) and len(text_of(self._tokenizer, ids[:n])) < len(before):
+            while ids and n < len(ids) and len(self._text(ids[:n])) < len(before):
                 n += 1
             if "".join(map(self._piece, ids[n:])) == rest:
                 return list(ids[n:])
@@ -188,7 +204,7 @@ class OneOf:
     def _piece(self, i: int) -> str:
         """What a token adds to a text: by itself, many tokenizers drop its leading space."""
         if i not in self._pieces:
-            self._pieces[i] = text_of(self._tokenizer, [*self._anchor, i])[self._anchored :]
+            self._pieces[i] = self._text([*self._anchor, i])[self._anchored :]
         return self._pieces[i]
 
 

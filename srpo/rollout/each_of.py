@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from srpo.rollout.constrained import Node, OneOf, choice_probabilities
-from srpo.rollout.generator import Generator, Request, Sample
+from srpo.rollout.turns import Generator, Request, Sample
 
 
 class EachOf(OneOf):

@@ -1,12 +1,6 @@
-"""One forward pass with a KV cache, whatever transformers and the model's family call it; caches cut out and stacked.
+"""KV caches by row: what is kept of a context, each distinct prompt fed once, caches cut out and stacked."""
 
-transformers 5.24 renamed the argument and the output `past_key_values` to `cache`; state-space families called theirs
-`cache_params` before. An argument that a model does not take is an error here, never left out: a dropped cache or mask
-gives wrong tokens without a sign.
-"""
-
-import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,141 +8,17 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
-from transformers.utils import logging
 
 from srpo.rollout.sampling_rules import without_adapter
-from srpo.trainer.forward_checks import padding_matters, rounding
 
-logger = logging.get_logger(__name__)
+Ids = tuple[int, ...]
+Forward = Callable[[Tensor, Tensor, Tensor, Any, list[tuple[int, ...]]], tuple[Any, Tensor]]
+"""(ids [N, S], mask [N, columns in cache + S], positions [N, S], cache, rows of each) -> (cache, logits [N, V])"""
 
-CACHE_NAMES = ("cache", "past_key_values", "cache_params")
-"""transformers >= 5.24; before; state-space families before."""
-
-
-def returned_cache(output: Any) -> Any:
-    """The cache that a forward pass gave back.
-
-    Raises:
-        RuntimeError: it gave none, so that the next token would be computed without its context.
-    """
-    found = next((c for name in CACHE_NAMES if (c := getattr(output, name, None)) is not None), None)
-    if found is None:
-        raise RuntimeError(f"{type(output).__name__} holds no KV cache ({', '.join(CACHE_NAMES)}): cannot generate")
-    return found
-
-
-def _takes(model: Any) -> tuple[set[str], bool]:
-    parameters = inspect.signature(model.forward).parameters.values()
-    return {p.name for p in parameters}, any(p.kind is p.VAR_KEYWORD for p in parameters)
-
-
-def cache_argument(model: Any) -> str:
-    """The name under which the model's `forward` takes its cache.
-
-    Raises:
-        ValueError: it names none of those that are known, so a cache would be lost on the way.
-    """
-    names, _ = _takes(model)
-    for name in CACHE_NAMES:
-        if name in names:
-            return name
-    raise ValueError(
-        f"{type(model).__name__}.forward takes no KV cache under a known name ({', '.join(CACHE_NAMES)}): "
-        "such a model cannot be sampled turn by turn"
-    )
-
-
-class CachedForward:
-    """Forward passes of a causal language model with its cache: last-token logits and the cache that comes back.
-
-    Args:
-        model: what is called; may be a wrapper (PEFT), which hands its arguments on.
-        base: the transformers model inside, whose `forward` says what is taken.
-
-    Raises:
-        ValueError: `base` takes no cache or no attention mask, or it takes no position ids and its logits depend on
-            padding or on what is cached (which is tried here, as in `srpo.trainer.forward_checks`).
-    """
-
-    def __init__(self, model: Any, base: Any):
-        self.model, self.base = model, base
-        self._cache = cache_argument(base)
-        names, open_ended = _takes(base)
-        self._hidden = {"input_ids", "attention_mask", "use_cache"} - names  # these can arrive through **kwargs only
-        if self._hidden and not open_ended:
-            raise ValueError(f"{type(base).__name__}.forward does not take {', '.join(sorted(self._hidden))}")
-        if "attention_mask" in self._hidden:
-            raise ValueError(f"{type(base).__name__} takes no attention_mask: rows of unequal length have no batch")
-        self._positions = "position_ids" in names
-        # State-space models keep no columns: their mask is of the new tokens, and a longer one would be broadcast.
-        self._new_columns_only = not self._positions and getattr(base, "_is_stateful", False)
-        self._keeps = "logits_to_keep" in names
-        if not self._keeps:
-            logger.warning_once(
-                f"{type(base).__name__} takes no logits_to_keep: every prefill computes the logits of all positions"
-            )
-        if not self._positions:
-            self._try_without_positions()
-
-    def __call__(
-        self, ids: Tensor, mask: Tensor | None = None, positions: Tensor | None = None, cache: Any = None
-    ) -> tuple[Any, Tensor]:
-        """(cache, logits [B, V] of the token after the last column).
-
-        Args:
-            ids: [B, S] new tokens, padded on the left.
-            mask: [B, columns in the cache + S], 1 where a column counts; None: all do.
-            positions: [B, S]; None: counted from the cache.
-            cache: what the call before returned; None at the start.
-
-        Raises:
-            RuntimeError: the model gave no cache back.
-        """
-        output = self._run(ids, mask, positions, cache)
-        return returned_cache(output), output.logits[:, -1]
-
-    def _run(self, ids: Tensor, mask: Tensor | None, positions: Tensor | None, cache: Any) -> Any:
-        if mask is not None and self._new_columns_only:
-            mask = mask[:, -ids.size(1) :]
-        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, self._cache: cache, "use_cache": True}
-        if self._positions:
-            inputs["position_ids"] = positions
-        if self._keeps:
-            inputs["logits_to_keep"] = 1
-        return self.model(**inputs)
-
-    @torch.no_grad()
-    def _try_without_positions(self) -> None:
-        """A model without position ids must find positions from mask and cache (or have none): see that it does."""
-
-        def last_logits(ids: Tensor, mask: Tensor) -> Tensor:
-            return self._run(ids, mask, None, None).logits[:, -1]
-
-        within = rounding(self.base)
-        padding = padding_matters(last_logits, self.base.config, self.base.device, within)
-        ids, mask = (torch.tensor([row], device=self.base.device) for row in ([0, 1, 2], [0, 1, 1]))
-        alone = last_logits(ids[:, 1:], mask[:, 1:])
-        before = returned_cache(self._run(ids[:, :2], mask[:, :2], None, None))
-        cached = self._run(ids[:, 2:], mask, None, before).logits[:, -1]
-        forgets = not torch.allclose(alone, cached, rtol=within, atol=within * float(alone.abs().max()))
-        for wrong, what in ((padding, "reads padding as text"), (forgets, "does not continue its cache")):
-            if wrong:
-                raise ValueError(
-                    f"{type(self.base).__name__} takes no position_ids and {what}: rows of unequal length would be "
-                    "sampled wrongly; use another model"
-                )
-
-
-def reuses_cache(model: Any) -> bool:
-    """Whether a row's cache can be cut out, moved and continued: plain attention over all columns in every layer.
-
-    Recurrent layers keep a state instead of columns, sliding windows drop columns: such models are prefilled again.
-    """
-    base = without_adapter(model)
-    if getattr(base, "_is_stateful", False):
-        return False
-    layers = DynamicCache(config=base.config).layers
-    return len(layers) > 0 and all(type(layer) is DynamicLayer for layer in layers)
+_LEAST_SHARED = 32
+"""Tokens that prompts must have in common for a forward of their own."""
+_LEAST_FORWARD = 512
+"""Tokens below which a forward is not split for the sake of less padding."""
 
 
 @dataclass(frozen=True)
@@ -165,6 +35,133 @@ class Kept:
     def alone(self) -> "Kept":
         """The same in memory of its own: a part of a batch's cache keeps all of it."""
         return Kept(self.ids, tuple((keys.clone(), values.clone()) for keys, values in self.layers))
+
+
+class Contexts:
+    """The contexts of a generator's rows, and what is cached of them from one call to the next.
+
+    Args:
+        base: the transformers model.
+        forward: of the generator.
+        pad: an id for padding.
+        keep_tokens: as of `TransformersGenerator`.
+        shares_openings: feed what all prompts begin with once for all of them. Not where a recorder wants to be told
+            of each row's tokens.
+    """
+
+    def __init__(self, base: Any, forward: Forward, pad: int, keep_tokens: int | None, shares_openings: bool):
+        self.base, self._forward, self._pad = base, forward, pad
+        self._keep_tokens, self._shares_openings = keep_tokens, shares_openings
+        self.reuses = reuses_cache(base)
+        self._kept: dict[int, Kept] = {}
+        self._opening = Kept()
+        """What the prompts before began with."""
+        self._before: Ids | None = None
+        """The last prompt before."""
+
+    def prefill(self, contexts: Sequence[tuple[int, Ids]]) -> tuple[Any, Tensor, Tensor]:
+        """Of each (row, its whole context): (cache, mask [B, S] of its real columns, logits [B, V] of the next token);
+        equal contexts share the work."""
+        sharing: dict[Ids, list[int]] = {}
+        for row, ids in contexts:
+            sharing.setdefault(ids, []).append(row)
+        place = {ids: i for i, ids in enumerate(sharing)}
+        index = torch.tensor([place[ids] for _, ids in contexts], device=self.base.device)
+        kept = dict.fromkeys(sharing, Kept())
+        as_it_comes = not self.reuses
+        if self.reuses:
+            kept = {ids: self._known(rows[0], ids) for ids, rows in sharing.items()}
+            self._forget({row for row, _ in contexts})
+            kept |= self._opened({ids: rows for ids, rows in sharing.items() if not kept[ids].ids})
+            _, *others = {(len(kept[ids].ids), len(ids)) for ids in sharing}
+            as_it_comes = not others  # nothing is padded
+        if as_it_comes:
+            cache, mask, logits = self._feed(sharing, kept)
+            if len(sharing) < len(contexts):
+                cache.reorder_cache(index)
+            return cache, mask[index], logits[index]
+        found: dict[Ids, Kept] = {}
+        last: dict[Ids, Tensor] = {}
+        for part in _of_a_length({ids: len(ids) - len(kept[ids].ids) for ids in sharing}):
+            cache, mask, logits = self._feed({ids: sharing[ids] for ids in part}, kept)
+            for b, ids in enumerate(part):
+                found[ids], last[ids] = cut(ids, cache, b, mask[b]), logits[b]
+        cache, mask = stacked([found[ids] for _, ids in contexts], self.base.config)
+        return cache, mask, torch.stack([last[ids] for ids in sharing])[index]
+
+    def keep(self, row: int, ids: Ids, cache: Any, b: int, mask: Tensor) -> None:
+        """A row that is over, place `b` of the batch, until it comes back."""
+        if self.reuses and self._keep_tokens is not None:
+            self._kept[row] = cut(ids, cache, b, mask).alone()
+
+    def drop(self, rows: Iterable[int]) -> None:
+        """Rows that do not come back."""
+        for row in rows:
+            self._kept.pop(row, None)
+
+    def drop_all(self) -> None:
+        """No row comes back."""
+        self._kept.clear()
+
+    def _feed(self, sharing: dict[Ids, list[int]], kept: dict[Ids, Kept]) -> tuple[Any, Tensor, Tensor]:
+        """One forward of contexts, each after what is kept of it: (cache, mask [N, S], logits [N, V])."""
+        device = self.base.device
+        known = [kept[ids] for ids in sharing]
+        cache, before = stacked(known, self.base.config) if any(k.ids for k in known) else (None, None)
+        pending = [ids[len(k.ids) :] for ids, k in zip(sharing, known, strict=True)]
+        ids = torch.full((len(pending), max(map(len, pending))), self._pad, device=device)
+        positions = torch.full_like(ids, -1)
+        for i, (k, rest) in enumerate(zip(known, pending, strict=True)):
+            ids[i, -len(rest) :] = torch.tensor(rest, device=device)
+            positions[i, -len(rest) :] = torch.arange(len(k.ids), len(k.ids) + len(rest), device=device)
+        mask = (positions >= 0).long()
+        mask = mask if before is None else torch.cat([before, mask], dim=1)
+        cache, logits = self._forward(ids, mask, positions, cache, [tuple(rows) for rows in sharing.values()])
+        return cache, mask, logits
+
+    def _opened(self, fresh: dict[Ids, list[int]]) -> dict[Ids, Kept]:
+        """What is known of prompts of which nothing is kept: their common beginning, which is forwarded once.
+
+        That of the call before is used again, and what may be common with a call to come is looked for.
+        """
+        if not self._shares_openings:
+            self._opening, self._before = Kept(), None
+        if not fresh:
+            return {}
+        texts = [*fresh, *([] if self._before is None else [self._before])]
+        self._before = next(reversed(fresh))
+        n = min(_common(min(texts), max(texts)), min(map(len, fresh)) - 1)
+        common = texts[0][:n]
+        if len(texts) > 1 and n >= _LEAST_SHARED and self._opening.ids[:n] != common:
+            everyone = [row for rows in fresh.values() for row in rows]
+            cache, mask, _ = self._feed({common: everyone}, {common: Kept()})
+            self._opening = cut(common, cache, 0, mask[0])
+        found = {ids: min(_common(ids, self._opening.ids), len(ids) - 1) for ids in fresh}
+        return {ids: self._opening.first(n) for ids, n in found.items() if n >= _LEAST_SHARED}
+
+    def _forget(self, rows: set[int]) -> None:
+        """The caches of these rows, which come back longer, and of the others the oldest beyond `keep_tokens`."""
+        room = self._keep_tokens or 0
+        for row, kept in reversed(list(self._kept.items())):
+            room -= 0 if row in rows else len(kept.ids)
+            if row in rows or room < 0:
+                del self._kept[row]
+
+    def _known(self, row: int, ids: Ids) -> "Kept":
+        kept = self._kept.get(row, Kept())
+        return kept if kept.ids == ids[: len(kept.ids)] and len(kept.ids) < len(ids) else Kept()
+
+
+def reuses_cache(model: Any) -> bool:
+    """Whether a row's cache can be cut out, moved and continued: plain attention over all columns in every layer.
+
+    Recurrent layers keep a state instead of columns, sliding windows drop columns: such models are prefilled again.
+    """
+    base = without_adapter(model)
+    if getattr(base, "_is_stateful", False):
+        return False
+    layers = DynamicCache(config=base.config).layers
+    return len(layers) > 0 and all(type(layer) is DynamicLayer for layer in layers)
 
 
 def cut(ids: Sequence[int], cache: Any, b: int, mask: Tensor) -> Kept:
@@ -184,58 +181,32 @@ def stacked(kept: Sequence[Kept], config: Any) -> tuple[DynamicCache, Tensor]:
     for i, k in enumerate(kept):
         mask[i, width - len(k.ids) :] = 1
     cache = DynamicCache(config=config)
-    cache.layers = [RoomyLayer() for _ in cache.layers]
     for number, layer in enumerate(cache.layers):
         both = []
         for part in (0, 1):
             like = example.layers[number][part]
-            whole = like.new_zeros(len(kept), like.size(0), width + ROOM, like.size(2))
+            whole = like.new_zeros(len(kept), like.size(0), width, like.size(2))
             for i, k in enumerate(kept):
                 if k.ids:
-                    whole[i, :, width - len(k.ids) : width] = k.layers[number][part]
+                    whole[i, :, width - len(k.ids) :] = k.layers[number][part]
             both.append(whole)
-        layer.fill(*both, width)
+        layer.lazy_initialization(*both)
+        layer.keys, layer.values = both
     return cache, mask
 
 
-ROOM = 64
-"""Columns by which a cache grows."""
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """Ids that both begin with."""
+    return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
-class RoomyLayer(DynamicLayer):
-    """Writes a new column into room that it has; a `DynamicLayer` copies all columns for each new one.
-
-    What `update` returns and `keys` and `values` show are views of the columns that are filled.
-    """
-
-    def fill(self, keys: Tensor, values: Tensor, width: int) -> None:
-        """Take [n, heads, width + room, dim] of which `width` columns are filled."""
-        self.lazy_initialization(keys, values)
-        self._whole = [keys, values]
-        self._show(width)
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append [n, heads, new, dim]; all columns, with them."""
-        width, new = self.keys.size(-2), key_states.size(-2)
-        if width + new > self._whole[0].size(-2):
-            self._whole = [_with_room(shown, new + ROOM) for shown in (self.keys, self.values)]
-        for whole, states in zip(self._whole, (key_states, value_states), strict=True):
-            whole[:, :, width : width + new] = states
-        self._show(width + new)
-        return self.keys, self.values
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Row i becomes row beam_idx[i]; rows that are not named are gone."""
-        width = self.keys.size(-2)
-        self._whole = [_with_room(shown[beam_idx], ROOM) for shown in (self.keys, self.values)]
-        self._show(width)
-
-    def _show(self, width: int) -> None:
-        self.keys, self.values = (whole[:, :, :width] for whole in self._whole)
-
-
-def _with_room(columns: Tensor, room: int) -> Tensor:
-    n, heads, width, dim = columns.shape
-    whole = columns.new_empty(n, heads, width + room, dim)
-    whole[:, :, :width] = columns
-    return whole
+def _of_a_length(tokens: dict[tuple[int, ...], int]) -> list[list[tuple[int, ...]]]:
+    """Contexts in parts of a similar number of tokens to feed, so that little of a part is padding."""
+    parts: list[list[tuple[int, ...]]] = []
+    for ids in sorted(tokens, key=lambda ids: -tokens[ids]):
+        longest = tokens[parts[-1][0]] if parts else 0
+        if parts and (tokens[ids] >= 0.75 * longest or longest * len(parts[-1]) < _LEAST_FORWARD):
+            parts[-1].append(ids)
+        else:
+            parts.append([ids])
+    return [[ids for ids in tokens if ids in part] for part in map(set, parts)]

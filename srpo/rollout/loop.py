@@ -14,7 +14,7 @@ where every world answers at once (as recorded ones do) and in rounds (`rounds`)
 
 Who decides is a policy (a `Generator`: token in = token out) or a `Rule`. A turn of the policy stays the ids that were
 sampled: nothing is decoded and encoded again. The world's text is encoded once, without control tokens
-(`srpo.rollout.untrusted`), cut, and framed. An episode that raises or does not answer in time is *lost*: its
+(`srpo.texts`), cut, and framed. An episode that raises or does not answer in time is *lost*: its
 trajectory ends with stop "lost" and the cause in its columns, and the others go on.
 """
 
@@ -24,19 +24,16 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from tqdm.auto import tqdm
 
 from srpo.columns import OF_ROLLOUT, TURNS, check_word
 from srpo.ranges import Ranges, above, at_least, check_numbers
-from srpo.rollout.thinking import opened_by, opened_in
-from srpo.rollout.untrusted import encode_frame, encode_untrusted
+from srpo.rollout.turns import Generator, Request, Sample
 from srpo.rollout.worker_loop import EpisodeLoop, Failure, Flow, Job, in_thread
+from srpo.texts import encode_frame, encode_untrusted, opened_by, opened_in, reader
 from srpo.types import LOST, STOP, Columns, Environment, Episode, Observation, Row, Stop, Trajectory, Turn
-
-if TYPE_CHECKING:  # torch, which processes that play by rules do not need
-    from srpo.rollout.generator import Generator, Sample
 
 Rule = Callable[[int, Episode], str]
 """Decides in a policy's place: (row, its episode) -> the text of its next turn. Called within the episode's own step,
@@ -121,7 +118,7 @@ def play(
     rows: Sequence[Row],
     prompt_ids: Sequence[Sequence[int]],
     seeds: Sequence[str],
-    decider: "Generator | Rule",
+    decider: Generator | Rule,
     tokenizer: Any,
     limits: Limits,
     loop: EpisodeLoop | None = None,
@@ -220,7 +217,7 @@ def _make(
 def _policy_turns(
     plays: list[_Play],
     seeds: Sequence[str],
-    generator: "Generator",
+    generator: Generator,
     labels: "Labels",
     tokenizer: Any,
     limits: Limits,
@@ -228,18 +225,16 @@ def _policy_turns(
     whole: bool,
 ) -> None:
     """One turn each; `answer` is called with each that its world has to answer, as soon as its turn is written."""
-    from srpo.rollout.generator import Request
-    from srpo.rollout.sampling import text_of
-
     written: set[int] = set()
+    read = reader(tokenizer)
 
-    def write(play: _Play, choices: tuple[int, ...] | None, sample: "Sample") -> None:
+    def write(play: _Play, choices: tuple[int, ...] | None, sample: Sample) -> None:
         written.add(play.row)
         play.turns.append(Turn("policy", sample.ids, sample.logprobs, choices))
         if choices is not None:
             play.text = play.choices[choices.index(sample.ids[0])]  # type: ignore[index]
         else:
-            play.text = play.opened + text_of(tokenizer, sample.ids)
+            play.text = play.opened + read(sample.ids)
             play.opened = ""
         if not sample.ended and (whole or play.used >= limits.tokens):
             play.stop = "tokens"  # in the middle of a sentence: there is nothing to answer

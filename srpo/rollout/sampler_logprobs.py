@@ -1,6 +1,6 @@
 """Log-probs of the completions under the pass that sampled them, mu_old, and how far the trainer's are from them.
 
-Our generator reports them as the trainer scores, without top-k, top-p and min-p (`srpo.rollout.sampling.draw`): what
+Our generator reports them as the trainer scores, without top-k, top-p and min-p (`srpo.rollout.generator.draw`): what
 is left between the two is what they compute differently. vLLM's (`processed_logprobs`, which TRL demands; its raw ones
 know no temperature) are under what the cuts left: with a cut, pi/mu is then the mass that was kept.
 

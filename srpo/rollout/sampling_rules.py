@@ -9,10 +9,21 @@ probability and ends no completion.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar
 
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessorList
+from transformers.generation.logits_process import (
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 from transformers.utils import logging
+
+from srpo.ranges import Ranges, above, at_least, between, check_numbers
 
 logger = logging.get_logger(__name__)
 
@@ -40,6 +51,60 @@ _FIELDS = {
     "num_return_sequences": "num_generations",
 }
 """The fields of the configuration that say what some of the refused keys would."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Names and meanings of TRL's `GRPOConfig`; `temperature=0` takes the most likely token.
+
+    Raises:
+        ValueError: a number out of its range.
+    """
+
+    RANGES: ClassVar[Ranges] = {
+        "temperature": at_least(0),
+        "top_p": between(0, 1, open_low=True),
+        "top_k": at_least(0),
+        "min_p": between(0, 1),
+        "repetition_penalty": above(0),
+    }
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+    stop: tuple[str, ...] = ()
+    """Texts that end a turn (closing tags); the turn keeps them."""
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
+
+    @cached_property
+    def cuts(self) -> bool:
+        """Whether free text is drawn from another distribution than the model's at this temperature."""
+        return bool(self.top_k or self.min_p) or self.top_p < 1.0 or self.repetition_penalty != 1.0
+
+    @cached_property
+    def whole(self) -> "Sampling":
+        """The same temperature without the cuts: how a trainer scores."""
+        return Sampling(self.temperature)
+
+    @cached_property
+    def rules(self) -> LogitsProcessorList:
+        """On logits of free text, in the order of transformers' own `generate`."""
+        rules = LogitsProcessorList()
+        if self.repetition_penalty != 1.0:
+            rules.append(RepetitionPenaltyLogitsProcessor(self.repetition_penalty))
+        if self.temperature not in (0, 1.0):
+            rules.append(TemperatureLogitsWarper(float(self.temperature)))
+        if self.top_k:
+            rules.append(TopKLogitsWarper(self.top_k))
+        if self.top_p < 1.0:
+            rules.append(TopPLogitsWarper(self.top_p))
+        if self.min_p is not None:
+            rules.append(MinPLogitsWarper(self.min_p))
+        return rules
 
 
 def without_adapter(model: Any) -> Any:

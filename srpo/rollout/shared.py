@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from srpo.policy_name import named_policy
-from srpo.rollout.generator import Generator, Request, Sample
+from srpo.rollout.turns import Generator, Request, Sample
 
 
 class Batches:

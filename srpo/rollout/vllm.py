@@ -8,8 +8,8 @@ of single rows cannot be given: samples are not repeatable. vLLM keeps the prefi
 
 What ends a turn and what a choice is drawn from are said in every request, so that neither the folder that vLLM has
 read nor `generation_kwargs` decide them: free text ends at the trainer's end tokens and stop strings, and a choice is
-drawn at the temperature alone, as in `srpo.rollout.sampling.draw`. Where min_p is set beside top_k or top_p, vLLM cuts
-by it first and transformers last.
+drawn at the temperature alone, as in `srpo.rollout.generator.draw`. Where min_p is set beside top_k or top_p, vLLM
+cuts by it first and transformers last.
 """
 
 from collections.abc import Sequence
@@ -18,15 +18,16 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from srpo.rollout.generator import Request, Sample
-from srpo.rollout.sampling import Sampling, Stops
+from srpo.rollout.generator import Stops
+from srpo.rollout.sampling_rules import Sampling
+from srpo.rollout.turns import Request, Sample
 from srpo.rollout.vllm_settings import context_limit
 
 _TEMPERATURE_ONLY = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 
 
 class VLLMGenerator:
-    """`srpo.rollout.generator.Generator` over `trl.generation.vllm_generation.VLLMGeneration`.
+    """`srpo.rollout.turns.Generator` over `trl.generation.vllm_generation.VLLMGeneration`.
 
     Log-probs are vLLM's, of the processed distribution: after temperature, top-p and the choices' mask. A server must
     be started with `--logprobs-mode processed_logprobs`, as TRL demands for its own correction.

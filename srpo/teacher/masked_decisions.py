@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 
 from srpo.objectives import Head
 from srpo.rollout.batch import most_choices, padded_choices
+from srpo.rollout.turns import State
 
 
 class AllowedTokens(Protocol):
@@ -34,8 +35,8 @@ class AllowedTokens(Protocol):
         """For each position of a finished completion the ids that were allowed there; None: any."""
         ...
 
-    def after(self, ids: list[int], /) -> Sequence[int] | None:
-        """The ids that may follow; None: any."""
+    def state(self) -> State:
+        """Where a completion begins: which ids it may hold while it is sampled."""
         ...
 
 

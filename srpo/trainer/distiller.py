@@ -14,10 +14,10 @@ from trl.trainer.utils import pad
 from srpo.objectives import Head, Objective, entropy_weights
 from srpo.objectives.branches import distilled_by
 from srpo.objectives.divergence import hidden_entropy, hidden_logp
-from srpo.rollout.thinking import unfinished
 from srpo.teacher.lm_head import Divergence, TeacherTargets
 from srpo.teacher.prompt import Rollout, Templates, choose_demonstrations, strip_thinking, teacher_prompt_ids
 from srpo.teacher.teacher import Teacher
+from srpo.texts import unfinished
 from srpo.trainer.generation_step import GenerationStep
 from srpo.types import FEEDBACK
 

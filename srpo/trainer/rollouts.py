@@ -23,13 +23,14 @@ from transformers.utils import logging
 from srpo.columns import checked_metric, without_pictures
 from srpo.losses import note
 from srpo.rollout.batch import flatten, kept_rows, row_key, row_seeds
-from srpo.rollout.generator import ALL_TOKENS, TransformersGenerator
+from srpo.rollout.generator import TransformersGenerator
 from srpo.rollout.loop import Limits, play
-from srpo.rollout.sampling import text_of
+from srpo.rollout.turns import ALL_TOKENS
 from srpo.rollout.vllm import VLLMGenerator
 from srpo.rollout.worker_loop import EpisodeLoop
 from srpo.run.watch import beat
 from srpo.teacher.masked_decisions import gathered_choices
+from srpo.texts import text_of
 from srpo.trainer.generation_step import GenerationStep
 from srpo.trainer.metrics import TRUNCATED, Account, Losses, account, rollout_metrics
 from srpo.trainer.overlap import Ahead, rows_of_batch

@@ -14,8 +14,9 @@ from accelerate import Accelerator
 from trl.models.utils import unwrap_model_for_generation
 
 from srpo.rollout.each_of import EachOf
-from srpo.rollout.generator import Generator, Request, Sample, TransformersGenerator
-from srpo.rollout.sampling import Sampling
+from srpo.rollout.generator import TransformersGenerator
+from srpo.rollout.sampling_rules import Sampling
+from srpo.rollout.turns import Generator, Request, Sample
 from srpo.trainer.generation_step import GenerationStep
 
 

@@ -37,16 +37,16 @@ from srpo import columns
 from srpo.hub.hub import HubMixin
 from srpo.objectives import objective_of
 from srpo.replay.passes import EXPERT_IDS, engine_that_replay_needs, replay_passes
-from srpo.rollout.generator import ALL_TOKENS
 from srpo.rollout.sampler_logprobs import batch_mismatch, settle_ends
 from srpo.rollout.sampling_rules import own_settings_aside
-from srpo.rollout.thinking import opened_by
+from srpo.rollout.turns import ALL_TOKENS
 from srpo.rollout.vllm_settings import vllm_of
 from srpo.run.signals import Interrupted, heeded
 from srpo.run.steps import check_eval_rows, check_steps_made
 from srpo.run.watch import part, watched
 from srpo.run.whole import SAVING
 from srpo.teacher import masked_decisions as masked
+from srpo.texts import opened_by
 from srpo.trainer import parts, rewards
 from srpo.trainer.adapters import prepare_adapter
 from srpo.trainer.arguments import checked_config, datasets_of, refuse_contradictions
@@ -309,7 +309,7 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
             with nullcontext() if self.use_vllm else own_settings_aside(policy):
                 completion_ids, logprobs = super()._generate_single_turn(prompt_ids, *args, **kwargs)
         else:
-            allowed = None if self.allowed_tokens is None else self.allowed_tokens.after
+            allowed = None if self.allowed_tokens is None else self.allowed_tokens.state()
             with (
                 nullcontext() if passes is None else passes.sampling(step),
                 self._sampler(recorder=step.recorder, allowed=allowed, keep_tokens=None) as generator,

@@ -24,7 +24,7 @@ from srpo.cli import COMMANDS
 from srpo.ranges import OutOfRange, above, at_least, between, check_number, check_numbers, numeric_fields, ranged
 from srpo.recipe import RecipeError, load_recipe
 from srpo.rollout.loop import Limits
-from srpo.rollout.sampling import Sampling
+from srpo.rollout.sampling_rules import Sampling
 from srpo.task import RunArguments, find_task, task_names
 
 RECIPES = {RunArguments, SRPOConfig, *(find_task(name).Arguments for name in task_names())}

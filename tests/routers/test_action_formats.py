@@ -20,8 +20,8 @@ from routers.serving.server import create_app
 from routers.tasks.think_route.environment import ThinkRoute
 from routers.tasks.think_route.evaluate import play_questions
 from routers.tasks.think_route.settings import AgentSettings
-from srpo.rollout.generator import Request, Sample
 from srpo.rollout.loop import Limits, play
+from srpo.rollout.turns import Request, Sample
 from srpo.scratch_lm import CHAT_TEMPLATE
 
 FORMATS = ("tags", "json")

@@ -10,9 +10,8 @@ from tool_tokenizers import HERMES, WITHOUT_TOOLS, real, tokenizer_with
 from routers.data.catalogue import Member
 from routers.language.calls import Calls
 from srpo.rollout.loop import observation_ids
-from srpo.rollout.sampling import text_of
-from srpo.rollout.untrusted import encode_frame
 from srpo.scratch_lm import CHAT_TEMPLATE
+from srpo.texts import encode_frame, text_of
 
 MEMBERS = [Member("small", "well-known facts", 1.0, 2.0), Member("GPT 4.1", "hard questions", 10.0, 20.0)]
 CALL = '<tool_call>\n{"name": "small", "arguments": {"query": "Who wrote Dune?"}}\n</tool_call>'

@@ -16,10 +16,11 @@ from routers.language.digest import digest
 from routers.router import CannotDo
 from routers.tasks.step_routing.conversations import Call, Conversations
 from routers.tasks.step_routing.environment import StepRoutingEnvironment
-from srpo.rollout.generator import Sample, TransformersGenerator
+from srpo.rollout.generator import TransformersGenerator
 from srpo.rollout.loop import Limits, play
-from srpo.rollout.sampling import Sampling
+from srpo.rollout.sampling_rules import Sampling
 from srpo.rollout.special_tokens import end_ids
+from srpo.rollout.turns import Sample
 from srpo.types import Reply
 
 TOOLS = [{"type": "function", "function": {"name": name}} for name in ("read", "edit")]

@@ -32,7 +32,7 @@ from routers.language.prompts import short_think_route_prompt, think_route_promp
 from routers.pool import Pool
 from routers.tasks.think_route.environment import ThinkRoute
 from srpo.rollout.loop import Limits, observation_ids, play
-from srpo.rollout.untrusted import without_control_tokens
+from srpo.texts import without_control_tokens
 
 CORPUS = corpus()
 NEUTRAL = "I do not know that."

@@ -93,7 +93,7 @@ def test_threads_take_turns_and_no_decision_leaves_its_cache_behind(router: Quer
     with ThreadPoolExecutor(8) as pool:
         for one, other in zip(pool.map(router.route, QUESTIONS * 4), alone * 4, strict=True):
             assert (one.member, one.text, one.prompt_tokens) == (other.member, other.text, other.prompt_tokens)
-    assert not router._generator._kept
+    assert not router._generator.contexts._kept
 
 
 def test_members_can_be_dropped_for_a_call_and_at_load(router: QueryRouter, policy: Path) -> None:

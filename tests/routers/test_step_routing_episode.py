@@ -134,7 +134,7 @@ def test_a_fault_of_the_world_costs_one_episode_and_not_the_run() -> None:
 
     from srpo.rollout.generator import TransformersGenerator
     from srpo.rollout.loop import Limits, play
-    from srpo.rollout.sampling import Sampling
+    from srpo.rollout.sampling_rules import Sampling
     from srpo.types import LOST, STOP
 
     class Hanging(Corridor):

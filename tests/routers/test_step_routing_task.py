@@ -22,8 +22,8 @@ from routers.tasks.step_routing.sft_rows import Demonstration, encode
 from routers.tasks.step_routing.task import StepRouting
 from routers.tasks.step_routing.world import check_folder
 from srpo import evaluate, train
-from srpo.rollout.generator import Sample
 from srpo.rollout.loop import Limits, play
+from srpo.rollout.turns import Sample
 from srpo.scratch_lm import train_tokenizer
 from srpo.task import RunArguments
 

@@ -14,7 +14,7 @@ from routers import StepRouter
 from routers.environments.protocol import Session
 from routers.environments.registry import benchmark
 from routers.tasks.step_routing.settings import StepSettings
-from srpo.rollout.generator import Sample
+from srpo.rollout.turns import Sample
 from srpo.scratch_lm import train_tokenizer
 
 BOUNDS = {"explorer": 0.01, "planner": 0.1}

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from core_helpers import config, dataset, logged, model, tokenizer, trainer
+from core_helpers import by_prefix, config, dataset, logged, model, tokenizer, trainer
 from peft import LoraConfig
 
 NAMES = ("small", "smart")  # they begin alike
@@ -21,6 +21,9 @@ class Names:
 
     def __call__(self, ids):
         return [self.after(ids[:t]) for t in range(len(ids))]
+
+    def state(self):
+        return by_prefix(self.after)
 
 
 def reward(completion_ids, **_):

@@ -12,10 +12,9 @@ from episode_worlds import ScriptedEnvironment
 
 from srpo.checks import check_rows
 from srpo.columns import INTERNAL, checked_columns, repaired_value
-from srpo.rollout.untrusted import without_control_tokens
+from srpo.texts import well_formed, without_control_tokens
 from srpo.trainer.metrics import writable_table
 from srpo.types import Observation
-from srpo.well_formed import well_formed
 
 
 class Graded(ScriptedEnvironment):
@@ -319,7 +318,7 @@ def test_texts_by_hand():
 
 
 def test_an_observation_that_is_none_loses_its_episode_and_frames_are_repaired(tmp_path):
-    from srpo.rollout.untrusted import encode_frame
+    from srpo.texts import encode_frame
 
     assert encode_frame(tokenizer(), "a\ud800") == encode_frame(tokenizer(), "a\ufffd")
 

@@ -9,9 +9,11 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from srpo.rollout.constrained import OneOf, choice_probabilities
-from srpo.rollout.generator import Request, TransformersGenerator
-from srpo.rollout.sampling import Sampling, text_of
+from srpo.rollout.generator import TransformersGenerator
+from srpo.rollout.sampling_rules import Sampling
+from srpo.rollout.turns import Request
 from srpo.scratch_lm import tiny_causal_lm, train_tokenizer
+from srpo.texts import text_of
 
 NAMES = ["gpt", "gpt-4", "gpt-4o", "gpt-4o-mini", "small", "s"]
 TEXTS = [f"<think>why</think><route>{name}</route> gpt-4o gpt-4 mini small" for name in NAMES] * 3
@@ -126,9 +128,7 @@ def test_a_random_policy_invents_no_member(tokenizer, names, seed):
     """1,000 samples of an untrained policy, in batches, from an open tag."""
     made = generator(tokenizer, policy(tokenizer, seed), stop=("</route>",))
     opening = tokenizer("<route>", add_special_tokens=False)["input_ids"]
-    requests = [
-        Request(n, tuple(opening), f"{n}", 40, allowed=lambda ids: names.after([*opening, *ids])) for n in range(250)
-    ]
+    requests = [Request(n, tuple(opening), f"{n}", 40, allowed=names.state(opening)) for n in range(250)]
     samples = made.generate(requests)
     texts = [text_of(tokenizer, [*opening, *sample.ids]) for sample in samples]
     assert {routed(text) for text in texts} <= set(NAMES) and all(text.endswith("</route>") for text in texts)
@@ -151,8 +151,7 @@ def test_probabilities_sum_to_one_and_are_what_is_sampled(tokenizer, names):
             p *= float(logits[n - 1, allowed].softmax(-1)[allowed.index(i)])
         assert math.isclose(found[name], p, rel_tol=1e-4, abs_tol=1e-9)
     made = generator(tokenizer, network, stop=("</route>",))
-    allowed = lambda ids: names.after([*opening, *ids])  # noqa: E731
-    many = made.generate([Request(n, tuple(opening), f"{n}", 40, allowed=allowed) for n in range(1000)])
+    many = made.generate([Request(n, tuple(opening), f"{n}", 40, allowed=names.state(opening)) for n in range(1000)])
     texts = [routed(text_of(tokenizer, [*opening, *sample.ids])) for sample in many]
     for name in NAMES:
         p = found[name]
@@ -165,7 +164,7 @@ def test_sampled_log_probs_are_those_of_the_mask(tokenizer, names):
     network = policy(tokenizer)
     opening = tokenizer("<route>", add_special_tokens=False)["input_ids"]
     made = generator(tokenizer, network, stop=("</route>",))
-    sample = made.generate([Request(0, tuple(opening), "x", 40, allowed=lambda ids: names.after([*opening, *ids]))])[0]
+    sample = made.generate([Request(0, tuple(opening), "x", 40, allowed=names.state(opening))])[0]
     ids = [*opening, *sample.ids]
     logits = network(torch.tensor([ids])).logits[0]
     for n, logp in enumerate(sample.logprobs, start=len(opening)):

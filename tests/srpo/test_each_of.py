@@ -6,11 +6,12 @@ import math
 import pandas as pd
 import pytest
 import torch
-from core_helpers import config, dataset, logged, model, tokenizer, trainer
+from core_helpers import by_prefix, config, dataset, logged, model, tokenizer, trainer
 
 from srpo.objectives.advantages import importance_weighted
+from srpo.rollout.constrained import OneOf
 from srpo.rollout.each_of import EachOf
-from srpo.rollout.generator import Request
+from srpo.rollout.turns import Request
 
 NAMES = ("small", "smart", "large")  # two begin alike
 WORTH = {"small": 0.2, "smart": 1.0, "large": 0.4}
@@ -27,10 +28,13 @@ class Turn(EachOf):
             return THOUGHTS
         if len(ids) <= len(OPENED):
             return (OPENED[len(ids) - 1],)
-        return super().after(ids) or (tokenizer().eos_token_id,)
+        return OneOf.state(self, ids).allowed or (tokenizer().eos_token_id,)
 
     def __call__(self, ids):
         return [self.after(ids[:t]) for t in range(len(ids))]
+
+    def state(self):
+        return by_prefix(self.after)
 
 
 def mask():
@@ -168,7 +172,7 @@ def test_by_hand():
 
 def test_processes_that_share_a_group_make_what_one_makes(tmp_path):
     built, each = made(tmp_path), mask()
-    generator = built.sampler.make_generator(built.model, [tokenizer().eos_token_id], allowed=each.after)
+    generator = built.sampler.make_generator(built.model, [tokenizer().eos_token_id], allowed=each.state())
 
     def asked(rows):
         prompts = {group: tuple(tokenizer()(f"say {group}")["input_ids"]) for group in range(2)}

@@ -17,9 +17,11 @@ from transformers import (
     Qwen3NextForCausalLM,
 )
 
-from srpo.rollout.generator import ALL_TOKENS, Request, TransformersGenerator, reuses_cache
+from srpo.rollout.generator import Stops, TransformersGenerator, draw
+from srpo.rollout.kv_cache import reuses_cache
 from srpo.rollout.loop import Limits, play
-from srpo.rollout.sampling import Sampling, Stops, draw
+from srpo.rollout.sampling_rules import Sampling
+from srpo.rollout.turns import ALL_TOKENS, Request
 from srpo.types import Observation
 
 EOS = tokenizer().eos_token_id
@@ -127,8 +129,8 @@ def test_conversations_that_take_turns_keep_their_caches_within_bounds(policy, k
         [sample] = made.generate([request])
         assert sample.ids == plain(policy, request)[0]
         assert sum(int((positions >= 0).sum()) for positions in seen) == count
-        assert sum(len(kept.ids) for other, kept in made._kept.items() if other != row) <= keep
-    for kept in made._kept.values():
+        assert sum(len(kept.ids) for other, kept in made.contexts._kept.items() if other != row) <= keep
+    for kept in made.contexts._kept.values():
         for states in (states for layer in kept.layers for states in layer):
             assert states.untyped_storage().nbytes() == states.nbytes, "no memory of the batch is kept with it"
 
@@ -190,7 +192,7 @@ def test_samples_do_not_depend_on_when_answers_come(policy):
         rows = [{"i": i} for i in range(4)]
         found.append(play(world, rows, prompts, seeds, made, tokenizer(), limits, rounds=order is None))
         assert made.sizes == ((4, 4, 4) if order is None else (4, *[1] * 8))
-        assert made._kept == {}
+        assert made.contexts._kept == {}
     for other in found[1:]:
         for a, b in zip(found[0], other, strict=True):
             assert [(t.owner, t.ids) for t in a.turns] == [(t.owner, t.ids) for t in b.turns] and a.stop == b.stop

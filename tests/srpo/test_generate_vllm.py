@@ -17,9 +17,10 @@ from episode_worlds import ScriptedEnvironment
 from trl.generation import vllm_client
 from trl.generation.vllm_generation import VLLMGeneration
 
-from srpo.rollout.generator import Request, TransformersGenerator
+from srpo.rollout.generator import TransformersGenerator
 from srpo.rollout.loop import Limits, play
-from srpo.rollout.sampling import Sampling
+from srpo.rollout.sampling_rules import Sampling
+from srpo.rollout.turns import Request
 from srpo.rollout.vllm import VLLMGenerator
 from srpo.types import Observation
 

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from routers.quickstart.members.lm import LanguageModel
-from srpo.rollout.kv_cache import CACHE_NAMES, CachedForward, cache_argument, returned_cache
+from srpo.rollout.generator import CACHE_NAMES, CachedForward, cache_argument, returned_cache
 
 SMALL = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 

@@ -27,9 +27,9 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from srpo.rollout.generator import Request
-from srpo.rollout.kv_cache import ROOM
-from srpo.rollout.sampling import Sampling
+from srpo.rollout.generator import ROOM
+from srpo.rollout.sampling_rules import Sampling
+from srpo.rollout.turns import Request
 from srpo.trainer.generation_step import GenerationStep
 from srpo.trainer.sampler import Sampler
 from srpo.types import Observation

@@ -12,10 +12,10 @@ from core_helpers import tokenizer
 from episode_worlds import ScriptedEnvironment
 
 from srpo.rollout.batch import flatten
-from srpo.rollout.generator import Sample
 from srpo.rollout.loop import Limits, as_columns, observation_ids, play
-from srpo.rollout.untrusted import encode_untrusted
+from srpo.rollout.turns import Sample
 from srpo.rollout.worker_loop import EpisodeLoop, Flow, in_thread
+from srpo.texts import encode_untrusted
 from srpo.types import STOPS, Observation
 
 EOS = tokenizer().eos_token_id

@@ -16,7 +16,9 @@ from srpo.replay.expert_table import (
     pad_routes,
 )
 from srpo.replay.replay import RoutingReplay
-from srpo.rollout.generator import Request, Sampling, TransformersGenerator
+from srpo.rollout.generator import TransformersGenerator
+from srpo.rollout.sampling_rules import Sampling
+from srpo.rollout.turns import Request
 
 SPEC = RouterSpec(layers=(1, 3), num_layers=4, top_k=2, num_experts=8)
 

@@ -9,10 +9,10 @@ import torch
 from core_helpers import config, model, tokenizer, trainer
 from peft import LoraConfig
 
-from srpo.rollout.generator import Request, TransformersGenerator
-from srpo.rollout.sampling import Sampling
-from srpo.rollout.sampling_rules import own_settings_aside
+from srpo.rollout.generator import TransformersGenerator
+from srpo.rollout.sampling_rules import Sampling, own_settings_aside
 from srpo.rollout.special_tokens import end_ids
+from srpo.rollout.turns import Request
 
 LEAKS = {
     "min_p": 0.99,

@@ -8,9 +8,10 @@ from core_helpers import config, equal, logged, model, tokenizer, trainer, weigh
 from helpers import greedy_turn
 from trl import SFTConfig
 
-from srpo.rollout.generator import Request, TransformersGenerator
-from srpo.rollout.sampling import Sampling
+from srpo.rollout.generator import TransformersGenerator
+from srpo.rollout.sampling_rules import Sampling
 from srpo.rollout.special_tokens import end_ids, known_ends, settle_special_tokens
+from srpo.rollout.turns import Request
 from srpo.sft import encode_turn, sft
 
 END = tokenizer().eos_token_id

@@ -10,13 +10,13 @@ from helpers import greedy_turn
 from routers.language.actions import Tags
 from routers.language.grammar import Grammar, parse, parse_turn
 from routers.tasks.think_route.sft_rows import Demonstration, encode
-from srpo.rollout.generator import Sample
 from srpo.rollout.loop import Limits, play
-from srpo.rollout.thinking import inside, opened_by, opened_in, unfinished
+from srpo.rollout.turns import Sample
 from srpo.scratch_lm import tiny_causal_lm, train_tokenizer
 from srpo.sft import encode_turn, sft, sft_config
 from srpo.task import RunArguments
 from srpo.teacher.prompt import strip_thinking
+from srpo.texts import inside, opened_by, opened_in, unfinished
 from srpo.trainer.trainer import SRPOTrainer
 from srpo.types import Observation
 

@@ -8,8 +8,8 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from srpo.rollout.untrusted import encode_frame, encode_untrusted
 from srpo.scratch_lm import train_tokenizer
+from srpo.texts import encode_frame, encode_untrusted
 
 TAGS = ("<think>", "</think>", "<search>", "</search>", "<answer>", "</answer>", "<information>", "</information>")
 CONTROL = (

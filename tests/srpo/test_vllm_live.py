@@ -23,9 +23,10 @@ from think_route_cases import world as think_route
 
 from srpo.replay.replay import RoutingReplay
 from srpo.replay.vllm import EngineRoutes
-from srpo.rollout.generator import Request, TransformersGenerator
+from srpo.rollout.generator import TransformersGenerator, _processed
 from srpo.rollout.loop import Limits, play
-from srpo.rollout.sampling import Sampling, _processed
+from srpo.rollout.sampling_rules import Sampling
+from srpo.rollout.turns import Request
 from srpo.rollout.vllm import VLLMGenerator
 from srpo.rollout.vllm_weights import weights_that_can_be_replaced
 from srpo.scratch_lm import tiny_moe_lm

@@ -19,6 +19,7 @@ from transformers import PrinterCallback
 from trl.trainer import grpo_trainer
 
 from srpo.config import SRPOConfig
+from srpo.rollout.turns import State
 from srpo.scratch_lm import tiny_causal_lm, train_tokenizer
 from srpo.trainer.generation_step import GenerationStep
 from srpo.trainer.micro_batches import micro_batches
@@ -139,6 +140,16 @@ class TRLInOurOrder(trl.GRPOTrainer):
             patch.object(grpo_trainer, "split_tensor_dict", split),
         ):
             return super()._prepare_inputs(generation_batch)
+
+
+def by_prefix(after: Any, ids: tuple[int, ...] = ()) -> State:
+    """The automaton of a function of the ids so far, which says those that may follow."""
+
+    class Next(dict[int, State]):
+        def __missing__(self, i: int) -> State:
+            return by_prefix(after, (*ids, i))
+
+    return State(after(ids), Next())
 
 
 def our_samples(made: Any) -> Any:

@@ -24,10 +24,11 @@ def save_tiny_model(folder: Path, hidden: int = 32, layers: int = 2, seed: int =
 
 def greedy_turn(model: Any, tokenizer: Any, prompt: str, tokens: int) -> tuple[str, int]:
     """The policy's turn after a rendered prompt, and its length in tokens (the end token counts)."""
-    from srpo.rollout.generator import Request, TransformersGenerator
-    from srpo.rollout.sampling import Sampling, text_of
+    from srpo.rollout.generator import TransformersGenerator
+    from srpo.rollout.sampling_rules import Sampling
     from srpo.rollout.special_tokens import end_ids
-    from srpo.rollout.thinking import opened_by
+    from srpo.rollout.turns import Request
+    from srpo.texts import opened_by, text_of
 
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     made = TransformersGenerator(model.eval(), tokenizer, Sampling(temperature=0), eos_ids=end_ids(model, tokenizer))

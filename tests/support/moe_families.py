@@ -16,8 +16,9 @@ import transformers
 from torch import Tensor, nn
 
 from srpo.replay.replay import RoutingReplay
-from srpo.rollout.generator import Request, Sample, TransformersGenerator
-from srpo.rollout.sampling import Sampling
+from srpo.rollout.generator import TransformersGenerator
+from srpo.rollout.sampling_rules import Sampling
+from srpo.rollout.turns import Request, Sample
 
 VOCABULARY = 64
 EXPERTS, TOP_K = 8, 2

@@ -16,7 +16,7 @@ from routers.tasks.step_routing.settings import StepSettings
 from routers.tasks.step_routing.world import StepWorld
 from srpo.rollout.generator import TransformersGenerator
 from srpo.rollout.loop import Limits, play
-from srpo.rollout.sampling import Sampling
+from srpo.rollout.sampling_rules import Sampling
 from srpo.rollout.special_tokens import end_ids
 from srpo.types import Trajectory
 

@@ -10,7 +10,7 @@ from routers.data.catalogue import Member
 from routers.language.actions import Tags
 from routers.pool import Ledger, Pool, ReplyCache, Retry
 from routers.tasks.think_route.environment import ThinkRoute
-from srpo.rollout.generator import Request, Sample
+from srpo.rollout.turns import Request, Sample
 from srpo.types import Observation, Stop
 
 ROW = {"query": "What is the capital of France?", "gold": ["Paris"], "query_id": "q1"}

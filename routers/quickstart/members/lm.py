@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from routers.quickstart.members.wheels import wheel_folder
-from srpo.rollout.kv_cache import CachedForward
+from srpo.rollout.generator import CachedForward
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 

@@ -23,12 +23,12 @@ from routers.language.prompts import stated_cost_weight
 from routers.router import CannotDo, Decision, Router, RouterFile, check_queries, members_now
 from routers.tasks.query_routing.settings import KIND, QuerySettings
 from srpo.rollout.constrained import Node, OneOf, choice_probabilities
-from srpo.rollout.generator import Request, Sample, TransformersGenerator
-from srpo.rollout.sampling import Sampling, text_of
+from srpo.rollout.generator import TransformersGenerator
+from srpo.rollout.sampling_rules import Sampling
 from srpo.rollout.shared import load_checkpoint
 from srpo.rollout.special_tokens import end_ids
-from srpo.rollout.thinking import opened_by
-from srpo.rollout.untrusted import LockedTokenizer, without_control_tokens
+from srpo.rollout.turns import Request, Sample
+from srpo.texts import LockedTokenizer, opened_by, text_of, without_control_tokens
 
 
 class QueryRouter(Router):
@@ -151,7 +151,7 @@ class QueryRouter(Router):
         ]
         rows = [next(self._numbers) for _ in queries]
         wanted = [
-            Request(row, tuple(prompt), "", self.settings.completion_tokens, allowed=mask.after)
+            Request(row, tuple(prompt), "", self.settings.completion_tokens, allowed=mask.state())
             for row, prompt in zip(rows, prompts, strict=True)
         ]
         # In the thread that asks: to wake another, and be woken, is a share of a small model's time.

@@ -111,7 +111,7 @@ class QueryRouting:
         return Corpus(texts, [frame, *tags, *prices, *self.table.members])
 
     def rows(self, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
-        from srpo.rollout.untrusted import without_control_tokens
+        from srpo.texts import without_control_tokens
 
         self.clean = without_control_tokens(tokenizer)
         rows = [weighed(row, self.settings.cost_weights) for row in self.queries]
@@ -156,9 +156,9 @@ class QueryRouting:
 
     def sft_rows(self, tokenizer: PreTrainedTokenizerBase, ends: Sequence[int]) -> list[Ids]:
         from routers.tasks.query_routing.sft_rows import foretold, sft_turns, with_soft_label
-        from srpo.rollout.untrusted import without_control_tokens
         from srpo.sft import encode_turn
         from srpo.teacher.prompt import Templates, reprompt
+        from srpo.texts import without_control_tokens
 
         args, clean = self.config, without_control_tokens(tokenizer)
         templates = Templates(args.reprompt_template, args.solution_template, args.feedback_template)

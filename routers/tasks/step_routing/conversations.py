@@ -48,7 +48,7 @@ from routers.tasks.step_routing.arguments import Unit
 from routers.tasks.step_routing.kept import Entry, Kept, Point, hashes
 from routers.tasks.step_routing.session import StepSession, StepState
 from routers.tasks.step_routing.settings import StepSettings
-from srpo.well_formed import well_formed
+from srpo.texts import well_formed
 
 Reason = Literal["policy", "sticky", "failover", "budget", "failed"]
 """policy: its own choice. sticky: a switch would have cost more than it brings. failover: who was asked before failed.

@@ -34,10 +34,11 @@ from routers.tasks.step_routing.profiles import BoundaryProfile
 from routers.tasks.step_routing.rules import LARGE, SMALL, Rules, estimates_advantages, random_mix, rules_of
 from routers.tasks.step_routing.settings import StepSettings
 from routers.tasks.step_routing.world import StepWorld, boundary_of
-from srpo.rollout.generator import ALL_TOKENS, TransformersGenerator
+from srpo.rollout.generator import TransformersGenerator
 from srpo.rollout.loop import Limits, play
-from srpo.rollout.sampling import Sampling
+from srpo.rollout.sampling_rules import Sampling
 from srpo.rollout.special_tokens import end_ids
+from srpo.rollout.turns import ALL_TOKENS
 from srpo.task import Share
 from srpo.types import CORRECT, COST, LOST, Row, Trajectory
 

@@ -30,13 +30,14 @@ from routers.tasks.step_routing.budget import BudgetGate
 from routers.tasks.step_routing.environment import RoutedStep, StepRoutingEnvironment, StepRoutingEpisode
 from routers.tasks.step_routing.session import StepSession, StepState, first_call
 from routers.tasks.step_routing.settings import KIND, StepSettings
-from srpo.rollout.generator import Request, Sample, TransformersGenerator
+from srpo.rollout.generator import TransformersGenerator
 from srpo.rollout.loop import Labels, Limits, play
-from srpo.rollout.sampling import Sampling
+from srpo.rollout.sampling_rules import Sampling
 from srpo.rollout.shared import Batches, load_checkpoint
 from srpo.rollout.special_tokens import end_ids
-from srpo.rollout.untrusted import LockedTokenizer, without_control_tokens
+from srpo.rollout.turns import Request, Sample
 from srpo.rollout.worker_loop import EpisodeLoop, Failure
+from srpo.texts import LockedTokenizer, without_control_tokens
 from srpo.types import LOST, Environment, Row, Stop, Trajectory
 
 GRACE_SECONDS = 15.0

@@ -23,7 +23,7 @@ from routers.tasks.step_routing.environment import Choose, Situation
 from routers.tasks.step_routing.rules import FAMILIES, arbitrage
 from routers.tasks.step_routing.session import StepSession, StepState, first_call
 from routers.tasks.step_routing.settings import StepSettings
-from srpo.rollout.generator import Request, Sample
+from srpo.rollout.turns import Request, Sample
 
 KIND = "step_rule"
 

@@ -31,8 +31,8 @@ from routers.router import Decision, check_queries
 from routers.tasks.step_routing.budget import BudgetGate
 from routers.tasks.step_routing.environment import RoutedStep, Situation
 from routers.tasks.step_routing.settings import StepSettings, Told
-from srpo.rollout.generator import Request, Sample
 from srpo.rollout.loop import Labels, observation_ids
+from srpo.rollout.turns import Request, Sample
 
 Prefer = Callable[[Mapping[str, float], str], str]
 """(probability of each executor that can be chosen, the policy's choice) -> who acts, one of them."""

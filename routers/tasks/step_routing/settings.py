@@ -18,7 +18,7 @@ from routers.tasks.step_routing.budget import Budget
 from routers.tasks.step_routing.environment import Situation
 from routers.tasks.step_routing.prompts import OBSERVATIONS, Style
 from srpo.ranges import Ranges, at_least, check_numbers
-from srpo.rollout.untrusted import without_control_tokens
+from srpo.texts import without_control_tokens
 
 KIND = "step_routing"
 

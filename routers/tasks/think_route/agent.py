@@ -33,14 +33,14 @@ from routers.tasks.think_route.drawing import BySampling, Drawing, DrawnRequest
 from routers.tasks.think_route.environment import ThinkRoute
 from routers.tasks.think_route.settings import KIND, AgentSettings
 from srpo.rollout.constrained import choice_probabilities
-from srpo.rollout.generator import Request, Sample, TransformersGenerator
+from srpo.rollout.generator import TransformersGenerator
 from srpo.rollout.loop import Limits, play
-from srpo.rollout.sampling import Sampling, text_of
+from srpo.rollout.sampling_rules import Sampling
 from srpo.rollout.shared import Batches, load_checkpoint
 from srpo.rollout.special_tokens import end_ids
-from srpo.rollout.thinking import opened_by
-from srpo.rollout.untrusted import LockedTokenizer
+from srpo.rollout.turns import Request, Sample
 from srpo.rollout.worker_loop import EpisodeLoop
+from srpo.texts import LockedTokenizer, opened_by, text_of
 from srpo.types import COST, LOST, Episode, Observation, Row, Stop, Trajectory
 
 AS_USUAL = Drawing()
@@ -101,7 +101,7 @@ class RouterAgent(Router):
         self._numbers = itertools.count()
         self._sampling = Sampling(temperature=temperature, stop=self._actions.stops)
         ends = end_ids(model, self._tokenizer)
-        make = partial(TransformersGenerator, model, self._tokenizer, eos_ids=ends, allowed=self._mask.after)
+        make = partial(TransformersGenerator, model, self._tokenizer, eos_ids=ends, allowed=self._mask.state())
         self._batches = Batches(BySampling(make, self._sampling), max_batch)
         self._loop = EpisodeLoop()
         self._loop.start()

@@ -6,8 +6,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 
-from srpo.rollout.generator import Generator, Request, Sample
-from srpo.rollout.sampling import Sampling
+from srpo.rollout.sampling_rules import Sampling
+from srpo.rollout.turns import Generator, Request, Sample
 
 MOST_WAYS = 16
 """Generators that are kept; what they share is the model."""

@@ -30,8 +30,8 @@ from routers.language.grammar import Action, name_error
 from routers.pool.ledger import Account, OverBudget
 from routers.pool.pool import Pool
 from routers.pool.protocol import EMPTY, OVER_BUDGET, kind
+from srpo.texts import well_formed
 from srpo.types import CORRECT, COST, FEEDBACK, LOST, ROUTE, Observation, Row, Stop
-from srpo.well_formed import well_formed
 
 FailedCall = Literal["lost", "observe"]
 REFUSALS = 2

@@ -21,10 +21,11 @@ from routers.pool.reasoning import split_reasoning
 from routers.tasks.think_route.environment import ThinkRoute
 from routers.tasks.think_route.settings import AgentSettings
 from routers.tasks.think_route.world import prompt_of
-from srpo.rollout.generator import ALL_TOKENS, TransformersGenerator
+from srpo.rollout.generator import TransformersGenerator
 from srpo.rollout.loop import Limits, as_columns, play
-from srpo.rollout.sampling import Sampling
+from srpo.rollout.sampling_rules import Sampling
 from srpo.rollout.special_tokens import end_ids
+from srpo.rollout.turns import ALL_TOKENS
 from srpo.types import CORRECT, COST, LOST, STOP, Columns
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def play_questions(
         tokenizer,
         Sampling(temperature=0.0, stop=actions.stops),
         eos_ids=end_ids(model, tokenizer),
-        allowed=actions.mask(tokenizer).after,
+        allowed=actions.mask(tokenizer).state(),
         keep_tokens=ALL_TOKENS,
     )
     limits = Limits(

@@ -17,9 +17,8 @@ from routers.language.actions import Actions
 from routers.language.prompts import Messages, family_phrase
 from routers.pool.reasoning import split_reasoning
 from srpo.rollout.loop import observation_ids
-from srpo.rollout.thinking import inside, opened_by, opened_in
-from srpo.rollout.untrusted import encode_frame
 from srpo.task import Ids
+from srpo.texts import encode_frame, inside, opened_by, opened_in
 from srpo.types import Observation
 
 if TYPE_CHECKING:

@@ -1,22 +1,47 @@
-"""Text of others becomes token ids that are only text.
+"""Texts and token ids: what a turn says, text of others as ids that are only text, and where reasoning begins.
 
-A pool member or a game may write `<|im_end|>`, `<think>` or `</search>`. Tokenizers turn such strings into control
-tokens: special ones unless told otherwise (`split_special_tokens=True`), and added ones that are not special
-(`<think>` of Qwen3, the tags of a tiny tokenizer) always. Here the text is cut inside every such string and the pieces
-are encoded one by one, so that the ids can never be those of a control token; the characters stay as they were.
+**Text of others.** A pool member or a game may write `<|im_end|>`, `<think>` or `</search>`. Tokenizers turn such
+strings into control tokens: special ones unless told otherwise (`split_special_tokens=True`), and added ones that
+are not special (`<think>` of Qwen3, the tags of a tiny tokenizer) always. Here the text is cut inside every such
+string and the pieces are encoded one by one, so that the ids can never be those of a control token; the characters
+stay as they were.
+
+**Reasoning.** R1 distillations and Qwen3-Thinking end their generation prompt with `<think>`, so that what they sample
+is `why</think><route>a</route>`. Whoever reads such a completion reads it with the tag before it, as the model did. A
+template that opens *and closes* an empty block (Qwen3 with `enable_thinking: false`) leaves nothing open.
 """
+
+from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Callable, Collection
-from functools import lru_cache
-from typing import Any
+from collections.abc import Callable, Collection, Sequence
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedTokenizerBase
-
-from srpo.well_formed import well_formed
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _UNKNOWN = "\ufffd"
+
+
+def well_formed(text: str) -> str:
+    """The text with every lone surrogate replaced: no tokenizer and no file takes one. A pair becomes its letter."""
+    try:
+        text.encode("utf-8")
+        return text
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def reader(tokenizer: Any) -> Callable[[Sequence[int]], str]:
+    """Ids -> a turn as the world, the rewards and the tables read it: no special tokens, nothing tidied up."""
+    return partial(tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def text_of(tokenizer: Any, ids: Sequence[int]) -> str:
+    """`reader` for one turn."""
+    return reader(tokenizer)(ids)
 
 
 def encode_untrusted(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -120,3 +145,39 @@ class LockedTokenizer:
                 return found(*args, **kwargs)
 
         return locked
+
+
+THINK, CLOSED = "<think>", "</think>"
+_TAIL = 16
+"""Ids at the end of a prompt that are looked at: the tag, however it is cut into tokens, and white space."""
+
+
+def opened_in(prompt: str) -> str:
+    """The think tag that a rendered prompt ends with, white space aside; "": it leaves none open."""
+    return THINK if prompt.rstrip().endswith(THINK) else ""
+
+
+def opened_by(tokenizer: Any, prompt_ids: Sequence[int]) -> str:
+    """`opened_in` for a prompt's ids.
+
+    Raises:
+        ValueError: the tag is a special token, so that no text of a completion would show where the reasoning ends.
+    """
+    opened = opened_in(tokenizer.decode(list(prompt_ids[-_TAIL:]), skip_special_tokens=False))
+    if opened and {THINK, CLOSED} & set(tokenizer.all_special_tokens):
+        raise ValueError(
+            f"the chat template opens {THINK} in the prompt and the tokenizer has {THINK} or {CLOSED} as a special "
+            "token, which texts do not show: make them ordinary added tokens, or use a template that opens no block "
+            "(often chat_template_kwargs: {enable_thinking: false})"
+        )
+    return opened
+
+
+def inside(opened: str, text: str) -> str:
+    """The text without the tag that its prompt has opened already, as the policy would write it."""
+    return text.removeprefix(opened).lstrip() if opened else text
+
+
+def unfinished(opened: str, text: str) -> str:
+    """A completion with the tag that its prompt opened, where the completion closes it."""
+    return opened + text if CLOSED in text else text
