@@ -130,8 +130,8 @@ def checked_columns(
         for i, value in enumerate(values):
             values[i], broken = repaired_value(value)
             repaired += [f"column {name!r}, row {i}"] * broken
-        if (name_in_table := well_formed(name)) is not name:
-            repaired.append(f"the name of column {name!r}")
+        name_in_table, broken = repaired_value(name)
+        repaired += [f"the name of column {name!r}"] * broken
         if name_in_table in found:
             raise ValueError(f"the world has two columns of the name {name_in_table!r}; rename one of them")
         found[name_in_table] = values
@@ -160,7 +160,7 @@ def checked_extra(name: Any, values: Any, rows: int, taken: Collection[str]) -> 
     Raises:
         ValueError: its name is one of `taken`, or it has not `rows` values.
     """
-    name, values = well_formed(name) if isinstance(name, str) else name, as_list(values)
+    name, values = repaired_value(name)[0], as_list(values)
     if not isinstance(name, str) or name.startswith(INTERNAL) or name in taken:
         raise ValueError(f"log_extra: the name {name!r} is taken in the completions table; use another one")
     if len(values) != rows:
@@ -199,7 +199,7 @@ def as_list(values: Any) -> list[Any]:
 def repaired_value(value: Any) -> tuple[Any, int]:
     """The value with every text in it well formed, and how many texts were not; one that is `too_deep` as it is."""
     count = 0
-    if too_deep(value):
+    if too_deep(value) or broken_text(value) is None:
         return value, count
 
     def repaired(value: Any) -> Any:

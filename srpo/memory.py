@@ -51,8 +51,7 @@ from typing import Any
 import torch
 
 from srpo.objectives.divergence import CHUNK_BYTES, CHUNK_BYTES_GPU
-from srpo.prefix.costs import Costs, costs_of
-from srpo.prefix.tree import Tree
+from srpo.prefix.tree import Costs, Tree, costs_of
 
 ENGINES = ("plain", "ddp", "zero2", "zero3", "fsdp2")
 GIB = 2**30

@@ -19,6 +19,8 @@ from collections.abc import Callable, Collection, Sequence
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
+from srpo.types import Observation
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -61,6 +63,18 @@ def encode_untrusted(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]
 def encode_frame(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Ids of the library's own text, control tokens included; nothing is added."""
     return list(tokenizer(well_formed(text), add_special_tokens=False)["input_ids"]) if text else []
+
+
+def observation_ids(observation: Observation, tokenizer: Any, limit: int) -> tuple[int, ...]:
+    """Ids of an observation: the body is cut to `limit` tokens first and framed then, so no frame is ever torn. The
+    aside gets what the body leaves of the limit, and loses its head."""
+    body = encode_untrusted(tokenizer, observation.body)[:limit] if observation.body else []
+    if observation.aside:
+        between = encode_frame(tokenizer, observation.between)
+        room = limit - len(body) - len(between)
+        aside = encode_untrusted(tokenizer, observation.aside)[-room:] if room > 0 else []
+        body = [*body, *between, *aside] if aside else body
+    return (*encode_frame(tokenizer, observation.before), *body, *encode_frame(tokenizer, observation.after))
 
 
 _CUT = "\ud800"  # a lone surrogate: cannot be in the text any more

@@ -13,8 +13,15 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from routers.data.catalogue import Member
-from routers.language.grammar import ROUTER_R1, Action, Grammar, parse_turn, render_answer, render_route
-from routers.language.observations import reply_observation
+from routers.language.grammar import (
+    ROUTER_R1,
+    Action,
+    Grammar,
+    parse_turn,
+    render_answer,
+    render_route,
+    reply_observation,
+)
 from routers.language.prompts import Messages, short_think_route_prompt, think_route_prompt
 from srpo.types import Observation
 

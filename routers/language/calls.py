@@ -32,8 +32,7 @@ from typing import TYPE_CHECKING, Any
 
 from routers.data.catalogue import Member
 from routers.language.actions import PromptStyle, cleaner, templated
-from routers.language.grammar import Action, shown_name, think_block
-from routers.language.observations import framed
+from routers.language.grammar import Action, framed, shown_name, think_block
 from routers.language.prompts import Messages, call_prompt, schemas
 from srpo.texts import well_formed
 from srpo.types import Observation

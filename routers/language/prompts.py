@@ -14,8 +14,7 @@ from typing import Any
 
 from routers.data.catalogue import Member, describe
 from routers.data.table import ReplyTable
-from routers.language.grammar import ROUTER_R1, Grammar, Marks
-from routers.language.observations import neutralise
+from routers.language.grammar import ROUTER_R1, Grammar, Marks, neutralise
 
 Messages = list[dict[str, str]]
 COST_WEIGHT = "cost_weight"

@@ -135,6 +135,7 @@ class TransformersGenerator:
                 allowed,
                 [(*rows[live[b]].request.ids, *rows[live[b]].ids) for b in going] if penalised else None,
             )
+            told: dict[Any, list[tuple[Request, Sample]]] = {}
             for b, token, logprob in zip(going, *drawn, strict=True):
                 row = rows[live[b]]
                 row.ids.append(token)
@@ -143,7 +144,9 @@ class TransformersGenerator:
                 if row.state is not None:
                     row.state = row.state.next[token]
                 if row.over and row.request.told is not None:
-                    row.request.told(row.sample)
+                    told.setdefault(row.request.told, []).append((row.request, row.sample))
+            for tell, turns in told.items():
+                tell(turns)
 
             # Rows that are over leave the batch, several at a time.
             over = [b for b, i in enumerate(live) if rows[i].over]

@@ -23,7 +23,6 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, ClassVar
 
 from tqdm.auto import tqdm
@@ -32,7 +31,7 @@ from srpo.columns import OF_ROLLOUT, TURNS, check_word
 from srpo.ranges import Ranges, above, at_least, check_numbers
 from srpo.rollout.turns import Generator, Request, Sample
 from srpo.rollout.worker_loop import EpisodeLoop, Failure, Flow, Job, in_thread
-from srpo.texts import encode_frame, encode_untrusted, opened_by, opened_in, reader
+from srpo.texts import encode_frame, observation_ids, opened_by, opened_in, reader
 from srpo.types import LOST, STOP, Columns, Environment, Episode, Observation, Row, Stop, Trajectory, Turn
 
 Rule = Callable[[int, Episode], str]
@@ -161,22 +160,23 @@ def play(
             Flow(loop, limits.step_seconds) as flow,
         ):
 
-            def answer(play: _Play) -> None:
-                flow.start({play.row: _step(play, rule)})
+            def answer(plays: Sequence[_Play]) -> None:
+                flow.start({play.row: _step(play, rule) for play in plays})
 
             window = math.inf if rounds else 0.0
             while ready or len(flow):
                 began = time.monotonic()
                 if rule is not None:
-                    for p in ready:
-                        answer(p)
+                    answer(ready)
                 elif ready:
                     _policy_turns(ready, seeds, decider, labels, tokenizer, limits, answer, whole)  # type: ignore[arg-type]
                     window = math.inf if rounds else _WINDOW[0] + _WINDOW[1] * (time.monotonic() - began)
                 answers = flow.take(window)
                 came = [plays[row] for row in sorted(answers)]
                 for p in came:
-                    _hear(p, answers[p.row], rule, tokenizer, limits, started)
+                    _hear(p, answers[p.row], limits, started)
+                if rule is None:
+                    _observe([p for p in came if p.stop is None], tokenizer, limits)
                 spent = out_of_money()
                 for p in came if spent else ():
                     p.stop = p.stop or "budget"
@@ -221,43 +221,39 @@ def _policy_turns(
     labels: "Labels",
     tokenizer: Any,
     limits: Limits,
-    answer: Callable[[_Play], object],
+    answer: Callable[[Sequence[_Play]], object],
     whole: bool,
 ) -> None:
-    """One turn each; `answer` is called with each that its world has to answer, as soon as its turn is written."""
-    written: set[int] = set()
-    read = reader(tokenizer)
+    """One turn each; `answer` is called with those that their worlds have to answer, as soon as turns are written."""
+    read, asking = reader(tokenizer), {play.row: play for play in plays}
 
-    def write(play: _Play, choices: tuple[int, ...] | None, sample: Sample) -> None:
-        written.add(play.row)
-        play.turns.append(Turn("policy", sample.ids, sample.logprobs, choices))
-        if choices is not None:
-            play.text = play.choices[choices.index(sample.ids[0])]  # type: ignore[index]
-        else:
-            play.text = play.opened + read(sample.ids)
-            play.opened = ""
-        if not sample.ended and (whole or play.used >= limits.tokens):
-            play.stop = "tokens"  # in the middle of a sentence: there is nothing to answer
-        else:
-            answer(play)
+    def write(turns: Sequence[tuple[Request, Sample]]) -> None:
+        written = [(asking.pop(request.row), request.choices, sample) for request, sample in turns]
+        for play, choices, sample in written:
+            play.turns.append(Turn("policy", sample.ids, sample.logprobs, choices))
+            if choices is not None:
+                play.text = play.choices[choices.index(sample.ids[0])]  # type: ignore[index]
+            else:
+                play.text = play.opened + read(sample.ids)
+                play.opened = ""
+            if not sample.ended and (whole or play.used >= limits.tokens):
+                play.stop = "tokens"  # in the middle of a sentence: there is nothing to answer
+        answer([play for play, _, _ in written if play.stop is None])
 
     requests = []
     for play in plays:
         room = limits.tokens - play.used
-        choices = None if play.choices is None else labels.ids(play.choices)
-        requests.append(
-            Request(
-                row=play.row,
-                ids=play.context,
-                seed=f"{seeds[play.row]}:{play.policy_turns}",
-                max_tokens=room if limits.turn_tokens is None else min(room, limits.turn_tokens),
-                choices=choices,
-                told=partial(write, play, choices),
-            )
+        request = Request(
+            row=play.row,
+            ids=play.context,
+            seed=f"{seeds[play.row]}:{play.policy_turns}",
+            max_tokens=room if limits.turn_tokens is None else min(room, limits.turn_tokens),
+            choices=None if play.choices is None else labels.ids(play.choices),
+            told=write,
         )
-    for play, request, sample in zip(plays, requests, generator.generate(requests), strict=True):
-        if play.row not in written:
-            write(play, request.choices, sample)
+        requests.append(request)
+    turns = zip(requests, generator.generate(requests), strict=True)
+    write([(request, sample) for request, sample in turns if request.row in asking])
 
 
 def _step(play: _Play, rule: Rule | None) -> Job:
@@ -274,7 +270,7 @@ def _step(play: _Play, rule: Rule | None) -> Job:
     return step
 
 
-def _hear(play: _Play, answer: Any, rule: Rule | None, tokenizer: Any, limits: Limits, started: float) -> None:
+def _hear(play: _Play, answer: Any, limits: Limits, started: float) -> None:
     """Take the world's answer, or that there is none."""
     if isinstance(answer, Failure):
         play.lose(answer.cause)
@@ -282,33 +278,26 @@ def _hear(play: _Play, answer: Any, rule: Rule | None, tokenizer: Any, limits: L
     observation, choices = answer
     play.said.append((play.text, observation))
     play.choices = _labels(choices)
-    late = limits.episode_seconds is not None and time.monotonic() - started > limits.episode_seconds
     if observation.end is not None:
         play.stop = observation.end
         play.cause = "the episode says so" if observation.end == "lost" else None
     elif len(play.said) >= limits.turns:
         play.stop = "turns"
-    elif late:
+    elif limits.episode_seconds is not None and time.monotonic() - started > limits.episode_seconds:
         play.stop = "deadline"
-    elif rule is None:
-        play.opened = opened_in(observation.after)
-        ids = observation_ids(observation, tokenizer, limits.observation_tokens)
+
+
+def _observe(plays: Sequence[_Play], tokenizer: Any, limits: Limits) -> None:
+    """What the worlds have answered becomes a part of the contexts."""
+    observations = [play.said[-1][1] for play in plays]
+    found = [observation_ids(observation, tokenizer, limits.observation_tokens) for observation in observations]
+    tags = [opened_in(observation.after) for observation in observations]
+    for play, ids, opened in zip(plays, found, tags, strict=True):
+        play.opened = opened
         if play.used + len(ids) >= limits.tokens:
             play.stop = "tokens"
         elif ids:
             play.turns.append(Turn("world", ids))
-
-
-def observation_ids(observation: Observation, tokenizer: Any, limit: int) -> tuple[int, ...]:
-    """Ids of an observation: the body is cut to `limit` tokens first and framed then, so no frame is ever torn. The
-    aside gets what the body leaves of the limit, and loses its head."""
-    body = encode_untrusted(tokenizer, observation.body)[:limit] if observation.body else []
-    if observation.aside:
-        between = encode_frame(tokenizer, observation.between)
-        room = limit - len(body) - len(between)
-        aside = encode_untrusted(tokenizer, observation.aside)[-room:] if room > 0 else []
-        body = [*body, *between, *aside] if aside else body
-    return (*encode_frame(tokenizer, observation.before), *body, *encode_frame(tokenizer, observation.after))
 
 
 def _trajectories(plays: list[_Play], rule: Rule | None, loop: EpisodeLoop, limits: Limits) -> list[Trajectory]:
@@ -320,11 +309,18 @@ def _trajectories(plays: list[_Play], rule: Rule | None, loop: EpisodeLoop, limi
 
     alive = [p for p in plays if p.episode is not None]
     columns: list[dict[str, Any]] = [{} for _ in plays]
-    for play, found in zip(alive, loop.run([job(p) for p in alive], limits.step_seconds), strict=True):
+    said = list(zip(alive, loop.run([job(p) for p in alive], limits.step_seconds), strict=True))
+    for row, found in ((play.row, found) for play, found in said if not isinstance(found, Failure)):
+        if taken := [name for name in (STOP, TURNS) if name in found]:
+            raise ValueError(
+                f"the episode of row {row} has a column {taken[0]!r}, which is the rollout's own; rename it"
+            )
+        check_word(LOST, found.get(LOST), f"the episode of row {row}")
+    for play, found in said:
         if isinstance(found, Failure):
             play.lose(play.cause or f"columns: {found.cause}")
         else:
-            columns[play.row] = _own_columns(found, play.row)
+            columns[play.row] = found
             if play.stop == "lost":
                 play.cause = found.get(LOST) or play.cause
             elif found.get(LOST):
@@ -345,15 +341,6 @@ def _trajectories(plays: list[_Play], rule: Rule | None, loop: EpisodeLoop, limi
         )
         for play in plays
     ]
-
-
-def _own_columns(found: dict[str, Any], row: int) -> dict[str, Any]:
-    """Raises ValueError where an episode's column would be mistaken for one of the rollout's."""
-    for name in (STOP, TURNS):
-        if name in found:
-            raise ValueError(f"the episode of row {row} has a column {name!r}, which is the rollout's own; rename it")
-    check_word(LOST, found.get(LOST), f"the episode of row {row}")
-    return found
 
 
 def as_columns(trajectories: Sequence[Trajectory]) -> Columns:

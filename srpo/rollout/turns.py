@@ -53,8 +53,9 @@ class Request:
     """Allowed ids: the turn is then one of them. None: any text."""
     allowed: State | None = None
     """Where this turn begins, if it is free text; None: at the generator's."""
-    told: Callable[[Sample], object] | None = None
-    """Called as soon as the turn is written, by a backend that knows then: others of its batch may go on."""
+    told: Callable[[Sequence[tuple[Request, Sample]]], object] | None = None
+    """Called with the turns of a batch that are written, together, as soon as they are, by a backend that knows then:
+    others of the batch may go on."""
 
 
 @dataclass(frozen=True)

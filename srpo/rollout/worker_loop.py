@@ -20,7 +20,7 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -33,7 +33,7 @@ _PATIENCE = 3
 """After so many interrupts without an answer a step blocks for good."""
 _CLOSED = "the loop of these episodes is closed"
 
-Job = Callable[[], Awaitable[Any]]
+Job = Callable[[], Coroutine[Any, Any, Any]]
 
 
 @dataclass(frozen=True)
@@ -164,11 +164,12 @@ class Flow:
 
     def start(self, jobs: Mapping[Any, Job]) -> None:
         """Begin jobs; `take` names their results by these keys. A key may come again once its result is taken."""
+        if not jobs:
+            return
         numbered = [(next(self._serials), job) for job in jobs.values()]
         self._waiting |= {serial: key for (serial, _), key in zip(numbered, jobs, strict=True)}
         self._beat[0] = time.monotonic()
-        if numbered:
-            self._owner._call(lambda: self._begin(numbered))
+        self._owner._call(lambda: self._begin(numbered))
 
     def take(self, window: float = 0.0) -> dict[Any, Any]:
         """Results that are there, at least one where a job is under way: waits for the first, and then for others, but
@@ -198,7 +199,7 @@ class Flow:
     def _begin(self, numbered: Sequence[tuple[int, Job]]) -> None:
         for serial, job in numbered:
             try:
-                task = asyncio.ensure_future(_awaited(job))
+                task = asyncio.ensure_future(job())
                 self._running[serial] = _Running(task, time.monotonic(), self.seconds)
                 task.add_done_callback(partial(self._end, serial))
             except _Blocked:  # meant for a job before it, which has just ended
@@ -240,10 +241,6 @@ class Flow:
     def _cancel(self) -> None:
         for run in self._running.values():
             run.task.cancel()
-
-
-async def _awaited(job: Job) -> Any:
-    return await job()
 
 
 async def in_thread(job: Callable[[], T]) -> T:

@@ -6,22 +6,12 @@ in any function and leaves its group, as a rollout does that is lost to its worl
 """
 
 import asyncio
-from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
-from accelerate import PartialState
-from accelerate.utils import gather_object
-from transformers.utils import logging
-
 from srpo.columns import as_list
-from srpo.losses import note
 from srpo.run.apart import LOGS, Apart, Logged, Lost
-from srpo.trainer.generation_step import GenerationStep
-from srpo.trainer.metrics import Losses
-from srpo.types import COST, LOST, Columns, World
-
-logger = logging.get_logger(__name__)
+from srpo.types import LOST, Columns, World
 
 _SHARED = "trainer_state"
 
@@ -102,35 +92,6 @@ def world_one_by_one(world: World | None, seconds: float | None) -> World | None
         return {column: [columns.get(column) for columns in found] for column in names}
 
     return ask
-
-
-def lost_rows(step: GenerationStep, losses: Losses, counted: bool, output: str) -> tuple[list[bool], dict[str, float]]:
-    """Which completions of all ranks are lost, to their world or to a reward function; and how many, to be logged.
-
-    The column `LOST` of the step says why, and `OUTPUT/losses.jsonl`. All processes call this.
-
-    Args:
-        counted: those lost to an environment have been, and are noted.
-    """
-    none: list[Any] = [None] * len(step.rows)
-    tokens, paid = [len(ids) for ids in step.completion_ids], step.columns.get(COST) or none
-    columns = (step.columns.get(LOST) or none, step.late or none, tokens, paid)
-    mine = list(zip(*columns, strict=True))
-    if step.late:
-        step.columns[LOST] = [cause or late for cause, late, *_ in mine]
-    found = gather_object(mine)
-    everyone = [cause or late for cause, late, *_ in found]
-    lost = [cause is not None for cause in everyone]
-    if not step.training or (counted and not any(late for _, late, *_ in found)):
-        return lost, {}
-    if (summary := losses.observe(everyone, again=counted)) is not None:
-        logger.warning("%s", summary)
-        new = [(cause or late, *rest) for cause, late, *rest in found if not (counted and cause)]
-        gone = [(why, length, usd or 0.0) for why, length, usd in new if why is not None]
-        if gone and PartialState().is_main_process:
-            amounts = {"tokens": sum(length for _, length, _ in gone), "usd": sum(usd for *_, usd in gone)}
-            note(output, step.number, "rollouts", Counter(why for why, *_ in gone), len(found), **amounts)
-    return lost, {"rollout/lost_share": sum(lost) / len(lost)}
 
 
 def _count(args: Sequence[Any], kwargs: dict[str, Any]) -> int:

@@ -30,7 +30,7 @@ from srpo.rollout.vllm import VLLMGenerator
 from srpo.rollout.worker_loop import EpisodeLoop
 from srpo.run.watch import beat
 from srpo.teacher.masked_decisions import gathered_choices
-from srpo.texts import text_of
+from srpo.texts import reader
 from srpo.trainer.generation_step import GenerationStep
 from srpo.trainer.metrics import TRUNCATED, Account, Losses, account, rollout_metrics
 from srpo.trainer.overlap import Ahead, rows_of_batch
@@ -255,7 +255,7 @@ class Rollouts:
 
     def _messages(self, trajectory: Trajectory, plain: bool) -> Any:
         """What reward functions and the completions table get: messages with their owners, or the policy's text."""
-        text = partial(text_of, self.tokenizer)
+        text = reader(self.tokenizer)
         if plain:
             return "".join(text(turn.ids) for turn in trajectory.turns if turn.owner == "policy")
         roles = {"policy": "assistant", "world": "tool"}

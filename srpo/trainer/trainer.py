@@ -66,7 +66,6 @@ from srpo.trainer.overlap import old_policy_sampled
 from srpo.trainer.precision import train_in_fp32
 from srpo.trainer.reference import Reference, reference_of
 from srpo.trainer.sampler import Sampler
-from srpo.trainer.scoring import Scoring
 from srpo.types import FEEDBACK, Environment, World
 
 logger = logging.get_logger(__name__)
@@ -183,7 +182,7 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
         self.teacher = None if self.distiller is None else self.distiller.teacher
         self.loss = None if self._record.loss is None else loss_of(self)
         kept = (self.losses, self.bad_steps, self.table, self.accelerator, self._add_metrics)
-        self.scoring = Scoring(self.world, *kept, environment is not None, args.reward_deadline is not None)
+        self.scoring = rewards.Scoring(self.world, *kept, environment is not None, args.reward_deadline is not None)
         self.checkpoints = Checkpoints(self.accelerator, self.reference, self.distiller, self.rollouts)
         if (checks := parts.forward_checks_of(self)) is not None:
             self.add_callback(checks)

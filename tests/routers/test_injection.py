@@ -26,8 +26,7 @@ from think_route_cases import (
 
 from rewards import additive_rewards, router_r1_rewards, xrouter_rewards
 from routers.data.catalogue import Member
-from routers.language.grammar import ROUTER_R1, name_error, parse_turn
-from routers.language.observations import neutralise, reply_observation
+from routers.language.grammar import ROUTER_R1, name_error, neutralise, parse_turn, reply_observation
 from routers.language.prompts import short_think_route_prompt, think_route_prompt
 from routers.pool import Pool
 from routers.tasks.think_route.environment import ThinkRoute

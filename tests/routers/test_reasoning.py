@@ -14,8 +14,7 @@ from think_route_cases import RIGHT, ROUTE, episode
 from routers.data.catalogue import Member
 from routers.data.table import ReplyTable
 from routers.language.actions import Tags
-from routers.language.grammar import ROUTER_R1
-from routers.language.observations import REASONING, reply_observation
+from routers.language.grammar import REASONING, ROUTER_R1, reply_observation
 from routers.pool import Ledger, Pool, ReplyCache, Retry, kind, live_pool, recorded_pool
 from routers.pool.reasoning import split_reasoning
 from routers.tasks.think_route.environment import ThinkRoute

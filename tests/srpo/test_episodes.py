@@ -10,7 +10,7 @@ from episode_worlds import ScriptedEnvironment
 from peft import LoraConfig
 from trl.trainer import utils
 
-from srpo.prefix.costs import _FIXED
+from srpo.prefix.tree import _FIXED
 from srpo.rollout.batch import kept_rows, most_choices, padded_choices, row_seeds
 from srpo.teacher.lm_head import capture_hidden
 from srpo.teacher.masked_decisions import scored_among

@@ -87,10 +87,11 @@ def test_a_turn_is_told_when_it_is_written(policy):
     """Once, as it is returned, and after as many forwards as it has tokens."""
     made, told = generator(policy, eos=()), []
     lengths = (3, 1, 5)
-    requests = [
-        Request(row, (5, 6, 7), f"{row}", n, told=lambda sample, row=row: told.append((row, sample, made.forwards)))
-        for row, n in enumerate(lengths)
-    ]
+
+    def tell(turns):
+        told.extend((request.row, sample, made.forwards) for request, sample in turns)
+
+    requests = [Request(row, (5, 6, 7), f"{row}", n, told=tell) for row, n in enumerate(lengths)]
     samples = made.generate(requests)
     assert [row for row, _, _ in told] == [1, 0, 2] and [sample for _, sample, _ in told] == [
         samples[i] for i in (1, 0, 2)

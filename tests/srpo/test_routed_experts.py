@@ -106,7 +106,7 @@ def test_flip_statistics_by_hand() -> None:
 class Words:
     """As much of a tokenizer as our decoding loop needs without stop strings."""
 
-    pad_token_id = 0
+    pad_token_id, decode = 0, str
 
 
 def test_rows_of_our_own_decoding_are_those_of_a_forward() -> None:

@@ -41,20 +41,20 @@ class RecordedWorld:
         """
         if len(rows) != len(completions):
             raise ValueError(f"{len(rows)} rows but {len(completions)} completions")
-        outcomes = [self._play(row, text) for row, text in zip(rows, completions, strict=True)]
-        names = ("route", "cost", "correct", "reply", "feedback", "format_error")
-        return {name: [outcome[name] for outcome in outcomes] for name in names}
-
-    def _play(self, row: Mapping[str, Any], text: str) -> dict[str, Any]:
-        action = parse(text, self.table.members, self.grammar)
+        actions = [parse(text, self.table.members, self.grammar) for text in completions]
         # Also for invalid actions, so that a row of the wrong table never passes for a bad policy.
-        recorded = self.table.lookup(row["query_id"], action.member or self.table.members[0])
-        if action.member is None:
-            outcome: dict[str, Any] = {"cost": 0.0, "correct": 0.0, "reply": ""}
-        else:
-            outcome = {"cost": recorded.cost, "correct": recorded.correct, "reply": recorded.reply}
-        feedback = feedback_text(action, outcome["correct"])
-        return {"route": action.member, **outcome, "feedback": feedback, "format_error": action.error}
+        asked = [action.member or self.table.members[0] for action in actions]
+        recorded = [self.table.lookup(row["query_id"], member) for row, member in zip(rows, asked, strict=True)]
+        replies = [None if a.member is None else r for a, r in zip(actions, recorded, strict=True)]
+        correct = [r.correct if r else 0.0 for r in replies]
+        return {
+            "route": [action.member for action in actions],
+            "cost": [r.cost if r else 0.0 for r in replies],
+            "correct": correct,
+            "reply": [r.reply if r else "" for r in replies],
+            "feedback": [feedback_text(action, right) for action, right in zip(actions, correct, strict=True)],
+            "format_error": [action.error for action in actions],
+        }
 
 
 def feedback_text(action: Action, correct: float) -> str:

@@ -231,12 +231,10 @@ class ThinkRouteEpisode:
         }
 
     def _grades(self, gold: Sequence[str]) -> dict[str, float | None]:
-        answer = self._answer or ""
-        return {
-            "em": exact_match(answer, gold) if answer else 0.0,
-            "f1": f1(answer, gold),
-            CORRECT: score(self._answer, gold, self._metric),
-        }
+        if not self._answer:
+            return dict.fromkeys(("em", "f1", CORRECT), 0.0)
+        em, right = exact_match(self._answer, gold), score(self._answer, gold, self._metric)
+        return {"em": em, "f1": f1(self._answer, gold), CORRECT: right}
 
     def _note(self, words: str, reasoning: str = "") -> Observation:
         return self._shown(self._world.actions.reply(words, reasoning))
