@@ -13,7 +13,7 @@ takes (one, unless it is told): as many as there are episodes at once are needed
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
 import aiohttp
@@ -207,7 +207,7 @@ async def _get(url: str) -> Any:
         return await reply.json()
 
 
-def _now(job: Callable[[], Awaitable[Any]]) -> Any:
+def _now(job: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
     """What `job` returns, on the loop of the connections.
 
     Raises:

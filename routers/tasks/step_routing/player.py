@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import threading
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -214,7 +214,7 @@ def _told(lost: Sequence[tuple[Job, Driven]]) -> Iterator[tuple[Job, Driven]]:
         yield job, driven
 
 
-def twice(jobs: Sequence[Callable[[], Awaitable[Any]]]) -> list[Any]:
+def twice(jobs: Sequence[Callable[[], Coroutine[Any, Any, Any]]]) -> list[Any]:
     """Results of short jobs that may raise or hang, at their second attempt where the first failed; a `Failure` for
     each that failed again."""
     with EpisodeLoop() as loop:
