@@ -1,6 +1,7 @@
 """From completions to rewards: what reward functions are given and what they return is checked and counted.
 
 completions -> world or episodes -> rows with columns -> TRL's reward functions -> lost ones out -> [B, functions]
+                                                              -> advantages, where the objective has credit of its own
 
 A bad reward names its function and row, and may not turn into a training signal: what is no number stops the run, a
 NaN or an infinity its step (`srpo.trainer.bad_numbers`).
@@ -23,7 +24,8 @@ from transformers.utils import logging
 
 from srpo.columns import LOST_ROW, as_list, checked_columns
 from srpo.losses import note
-from srpo.objectives.advantages import REFERENCES
+from srpo.objectives import Objective
+from srpo.objectives.advantages import REFERENCES, importance_weighted, references_of
 from srpo.rollout.loop import as_columns
 from srpo.run.apart import Lost
 from srpo.run.watch import part
@@ -31,7 +33,7 @@ from srpo.trainer.bad_numbers import BadSteps
 from srpo.trainer.generation_step import GenerationStep
 from srpo.trainer.late import one_by_one, one_by_one_async
 from srpo.trainer.limits import without_trl_warning
-from srpo.trainer.metrics import TRUNCATED, CompletionsTable, Losses, gathered_metrics
+from srpo.trainer.metrics import TRUNCATED, CompletionsTable, Losses, as_the_policy_drew, gathered_metrics
 from srpo.types import COST, FEEDBACK, LOST, Columns, World
 
 logger = logging.get_logger(__name__)
@@ -196,6 +198,37 @@ def correct(step: GenerationStep, args: Any, rule: Correctness | None) -> Tensor
         rewards >= args.success_reward_threshold if rule is None else rule(rewards, step.columns).to(rewards.device)
     )
     return found & ~torch.isnan(rewards) & ~torch.tensor(step.truncated, device=rewards.device)
+
+
+def credited(
+    objective: Objective, step: GenerationStep, success: Tensor, args: Any, accelerator: Accelerator, logged: Any
+) -> Tensor:
+    """Advantages [B] of this rank's completions, in place of TRL's, where the objective has its own.
+
+    Args:
+        success: [B] bool, of this rank.
+        logged: TRL's records of all ranks, (metrics by name, columns of the table): what they hold of this batch's
+            advantages and rewards is replaced by what these are.
+    """
+    metrics, table = logged
+    rewards = accelerator.gather(step.rewards)  # a group may straddle ranks
+    if step.importance is not None:
+        importance = accelerator.gather(step.importance)
+        advantages = importance_weighted(rewards, importance, args.num_generations)
+        as_the_policy_drew(metrics, table, rewards, importance)
+    else:
+        assert objective.credit is not None
+        references = None
+        if (found := references_of(step.references, args)) is not None:
+            references = accelerator.gather(torch.tensor(found, dtype=torch.float32, device=rewards.device))
+        advantages = objective.credit(rewards, references, accelerator.gather(success), args)
+    everyone = advantages.tolist()
+    for _ in everyone:
+        table["advantages"].pop()
+    table["advantages"].extend(everyone)
+    metrics[f"{args.objective}/below_baseline"].append(sum(a < 0 for a in everyone) / len(everyone))
+    start = accelerator.process_index * len(step.rewards)
+    return advantages[start : start + len(step.rewards)]
 
 
 def extra_columns(said: dict[str, Any], step: GenerationStep, shown: Collection[str], rows: int) -> None:

@@ -53,7 +53,6 @@ from srpo.trainer.arguments import checked_config, datasets_of, refuse_contradic
 from srpo.trainer.bad_numbers import BAD_REWARDS, BadSteps
 from srpo.trainer.checkpoint import Checkpoints, StartIsCandidate
 from srpo.trainer.clock import Clock
-from srpo.trainer.credit import credited
 from srpo.trainer.distiller import nothing_distilled
 from srpo.trainer.engines import saved_whole, sealed
 from srpo.trainer.generation_step import GenerationStep
@@ -229,7 +228,7 @@ class SRPOTrainer(HubMixin, TRLGRPOTrainer):
         correct = rewards.correct(step, self.args, self.correctness) if step.training else None
         if correct is not None and (self._record.credit or step.importance is not None):
             logged = self._metrics["train"], self._logs
-            batch["advantages"] = credited(self._record, step, correct, self.args, self.accelerator, logged)
+            batch["advantages"] = rewards.credited(self._record, step, correct, self.args, self.accelerator, logged)
         branches: list[str | None] = ["grpo"] * len(rows)
         if correct is not None and self.distiller is not None:
             targets, branches = self.distiller.batch(step, batch, correct, mask)

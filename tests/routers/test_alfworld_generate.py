@@ -8,9 +8,9 @@ import pytest
 from alfworld_problem import play
 
 from routers.environments.alfworld.environment import AlfWorld
+from routers.environments.alfworld.explorer import read_goal
 from routers.environments.alfworld.facts import TASK_TYPES, Game
 from routers.environments.alfworld.generate import generate, generate_games, generated
-from routers.environments.alfworld.memory import read_goal
 from routers.environments.protocol import NOTHING_HAPPENS, Executor, GameError
 from routers.environments.scripted import Explorer, Planner
 

@@ -7,12 +7,11 @@ import itertools
 import pytest
 from alfworld_problem import COOK, data, game, goal, play, world
 
+from routers.environments.alfworld.engine import plan
 from routers.environments.alfworld.environment import AlfWorld
-from routers.environments.alfworld.explorer import explore
+from routers.environments.alfworld.explorer import Memory, explore, read_goal, remember
 from routers.environments.alfworld.games import load_games
 from routers.environments.alfworld.generate import generate_games
-from routers.environments.alfworld.memory import Memory, read_goal, remember
-from routers.environments.alfworld.planner import plan
 from routers.environments.protocol import Executor, GameError, Session, View
 from routers.environments.scripted import EXPLORER_USD, PLANNER_USD, Explorer, Planner, RandomActor
 

@@ -6,9 +6,9 @@ import pytest
 from step_helpers import drive
 
 from routers.environments.alfworld.environment import AlfWorld
+from routers.environments.alfworld.explorer import Memory
 from routers.environments.alfworld.facts import Goal
 from routers.environments.alfworld.generate import generated
-from routers.environments.alfworld.memory import Memory
 from routers.environments.protocol import Step, View
 from routers.environments.scripted import Explorer, Planner
 from routers.tasks.step_routing.budget import Budget, BudgetGate

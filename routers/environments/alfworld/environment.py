@@ -3,12 +3,10 @@
 Loads in milliseconds where the official package takes seconds (it starts a planner), and prints the same text.
 """
 
-from routers.environments.alfworld import text
+from routers.environments.alfworld.engine import State, feedback, intro, plan
 from routers.environments.alfworld.facts import Game
 from routers.environments.alfworld.games import load_games
 from routers.environments.alfworld.generate import SPLITS, generate_games, generated
-from routers.environments.alfworld.planner import plan
-from routers.environments.alfworld.state import State
 from routers.environments.protocol import NOTHING_HAPPENS, GameError
 
 GENERATED = "generated/"
@@ -102,7 +100,7 @@ class AlfWorld:
         if self._started:
             raise GameError(f"{self.seed}: an episode object is played once; make a new one")
         self._started = True
-        return text.intro(self.game, self.state)
+        return intro(self.game, self.state)
 
     def step(self, action: str) -> tuple[str, bool]:
         if not self._started or self.done:
@@ -114,4 +112,4 @@ class AlfWorld:
         self.state.apply(command)
         self._commands = self.state.commands()
         self._won = self.state.fulfilled()
-        return text.feedback(command, self.state), self.done
+        return feedback(command, self.state), self.done

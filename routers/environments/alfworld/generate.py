@@ -7,6 +7,7 @@ So some games are easy for an executor that has to search, and some are out of i
 import random
 from collections import defaultdict
 
+from routers.environments.alfworld.engine import State, plan
 from routers.environments.alfworld.facts import (
     APPLIANCES,
     TASK_TYPES,
@@ -17,9 +18,7 @@ from routers.environments.alfworld.facts import (
     Receptacle,
     Thing,
 )
-from routers.environments.alfworld.planner import plan
 from routers.environments.alfworld.rooms import LAMPS, OPENABLE, ROOMS, SHARES, THINGS, ThingKind
-from routers.environments.alfworld.state import State
 from routers.environments.protocol import GameError
 
 SPLITS = ("train", "validation", "test")

@@ -2,8 +2,8 @@
 
 `compact`, `progress` and `signs` are for small policies. `compact`, for ALFWorld: one word each for what the episode
 needs next, how many steps are gone, how many places were never looked into, and what is left of the budget. It reads
-the episode's texts only (`memory`), never the hidden state, so a router that sees it knows no more than the explorer
-does.
+the episode's texts only (`explorer.remember`), never the hidden state, so a router that sees it knows no more than the
+explorer does.
 `progress`, for any environment: steps, budget, the score so far, and whether the last step showed anything new.
 
 `signs` and `digest` are for agents that speak OpenAI's messages, where an observation is a digest of the next request
@@ -17,15 +17,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import get_args
 
-from routers.environments.alfworld.facts import TREATMENTS
-from routers.environments.alfworld.memory import Memory, kind, remember
+from routers.environments.alfworld.explorer import PHASES, phase, remember
 from routers.language.digest import After, Head
 from routers.tasks.step_routing.environment import Describe, Situation
 from srpo.types import Observation
 
-PHASES = ("lost", "search", "closed", "seen", "held", "ready")
-"""lost: the task is not understood. search: what is needed next was not seen. closed: the same, facing a closed door.
-seen: it was seen. held: in the hand, to be treated or brought under a lamp that was seen. ready: to be delivered."""
 _MOST = 30
 
 
@@ -52,27 +48,6 @@ def _left(situation: Situation) -> str:
     if budget.unit == "large_calls":
         return str(min(int(remaining), _MOST))
     return str(math.floor(_MOST * remaining / budget.cap) if budget.cap else 0)
-
-
-def phase(memory: Memory) -> str:
-    """One of `PHASES`."""
-    goal = memory.goal
-    if goal is None:
-        return "lost"
-    treatment = TREATMENTS.get(goal.task_type)
-    if memory.held is not None and kind(memory.held) == goal.thing:
-        if goal.lamp is not None:
-            return "held" if memory.whereabouts(goal.lamp) else _searching(memory)
-        return "ready" if treatment is None or (treatment, memory.held) in memory.treated else "held"
-    for thing, place in memory.whereabouts(goal.thing):
-        done = kind(place) == goal.receptacle and (treatment is None or (treatment, thing) in memory.treated)
-        if not done:
-            return "seen"
-    return _searching(memory)
-
-
-def _searching(memory: Memory) -> str:
-    return "closed" if memory.here in memory.closed else "search"
 
 
 def progress(situation: Situation) -> Observation:

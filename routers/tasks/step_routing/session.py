@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
-from routers.environments.alfworld.memory import remember
+from routers.environments.alfworld.explorer import remember
 from routers.environments.protocol import AgentEnvironment, Step, View
 from routers.language.digest import digest
 from routers.pool.ledger import OverBudget, Reservation
