@@ -239,7 +239,7 @@ def test_a_step_begins_when_its_turn_is_written_and_not_when_the_batch_is():
 
         def generate(self, requests):
             samples = super().generate(requests)
-            requests[0].told(samples[0])
+            requests[0].told([(requests[0], samples[0])])
             assert stepped.wait(60.0)
             return samples
 
