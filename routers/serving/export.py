@@ -100,7 +100,7 @@ def arena_queries(path: Path) -> list[dict[str, str]]:
     """
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
-        return [
+        found = [
             {"query_id": entry["global index"], "query": entry.get("prompt_formatted") or entry["prompt"]}
             for entry in entries
         ]
@@ -108,6 +108,17 @@ def arena_queries(path: Path) -> list[dict[str, str]]:
         raise ValueError(
             f"{path}: is no list of entries with 'global index' and 'prompt_formatted' ({error})"
         ) from None
+    if not found:
+        raise ValueError(f"{path}: holds no entry")
+    seen: set[str] = set()
+    for number, entry in enumerate(found, start=1):
+        for field, value in (("global index", entry["query_id"]), ("prompt", entry["query"])):
+            if not isinstance(value, str) or not value.strip():
+                raise ValueError(f"{path}: entry {number}: {field!r} is {value!r}; it must be a text, and not empty")
+        if entry["query_id"] in seen:
+            raise ValueError(f"{path}: entry {number}: the global index {entry['query_id']!r} stands twice")
+        seen.add(entry["query_id"])
+    return found
 
 
 def table_queries(table: str) -> list[dict[str, str]]:

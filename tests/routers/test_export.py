@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -182,3 +183,19 @@ def test_what_cannot_be_exported_says_why(router: Path, tmp_path: Path) -> None:
         path.write_text(content)
         with pytest.raises(ValueError, match=r"data\.json: is no list of entries with 'global index'"):
             arena_queries(path)
+
+
+@pytest.mark.parametrize(
+    "entries, said",
+    [
+        ([], r"data\.json: holds no entry"),
+        ([{"global index": 3, "prompt": "x"}], "entry 1: 'global index' is 3; it must be a text"),
+        ([{"global index": "a", "prompt": " "}], "entry 1: 'prompt' is ' '; it must be a text, and not empty"),
+        ([{"global index": "a", "prompt": "x"}] * 2, "entry 2: the global index 'a' stands twice"),
+        ({"x": 1}, "is no list of entries with 'global index' and 'prompt_formatted'"),
+    ],
+)
+def test_odd_queries_of_routerarena_are_named(entries: Any, said: str, tmp_path: Path) -> None:
+    (tmp_path / "data.json").write_text(json.dumps(entries))
+    with pytest.raises(ValueError, match=said):
+        arena_queries(tmp_path / "data.json")
