@@ -284,10 +284,11 @@ def load_table(
     )
 
 
-def quickstart_table() -> ReplyTable:
-    """The recorded pool that ships with the package (see ``routers/quickstart/README.md``)."""
+def quickstart_table(catalogue: str | Path | None = None) -> ReplyTable:
+    """The recorded pool that ships with the package (see ``routers/quickstart/README.md``); at these prices, or at its
+    own."""
     with resources.as_file(resources.files("routers.quickstart") / "data" / "quickstart_pool.parquet") as path:
-        return load_table(path)
+        return load_table(path, catalogue)
 
 
 def replies_of(
@@ -301,7 +302,7 @@ def replies_of(
             (`routers.data.leaks`; by the main process).
     """
     if table == "quickstart":
-        return quickstart_table()
+        return quickstart_table(catalogue)
     refuse_training(table)
     found = load_table(
         table,

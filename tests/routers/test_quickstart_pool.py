@@ -5,8 +5,9 @@ from importlib import resources
 
 import numpy as np
 import pytest
+import yaml
 
-from routers.data.table import normalise_query, quickstart_table, split_of
+from routers.data.table import normalise_query, quickstart_table, replies_of, split_of
 from routers.quickstart.grade import grade
 
 
@@ -22,6 +23,16 @@ def test_size(table):
     assert len(families) >= 8 and min(families.values()) >= 100
     with resources.as_file(resources.files("routers.quickstart") / "data" / "quickstart_pool.parquet") as path:
         assert path.stat().st_size < 2_000_000
+
+
+def test_a_catalogue_of_ones_own_gives_its_prices(table, tmp_path):
+    """As `srpo train quickstart/own_pool --table quickstart --catalogue pool.yaml` does; never passed over."""
+    members = [{"name": name, "descriptor": "x", "price_in": 0, "price_out": 8} for name in table.members]
+    (tmp_path / "pool.yaml").write_text(yaml.safe_dump({"members": members}))
+    how = {"max_bad_share": 0, "drop_incomplete": False, "folder": tmp_path}
+    found = replies_of("quickstart", str(tmp_path / "pool.yaml"), **how)
+    assert np.allclose(found.cost_matrix(), 8e-6 * table.matrix("completion_tokens"))
+    assert np.array_equal(replies_of("quickstart", None, **how).cost_matrix(), table.cost_matrix())
 
 
 def test_no_query_stands_twice(table):
