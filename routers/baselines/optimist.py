@@ -13,6 +13,7 @@ be so, which least squares, with one noise for all, is slow to see. The penalty 
 from __future__ import annotations
 
 import numpy as np
+from scipy.linalg.blas import dger
 
 from routers.baselines.descent import sigmoid
 from routers.baselines.online import LinUCB
@@ -70,4 +71,5 @@ class Optimist(LinUCB):
         after = told @ f
         self.mean += step * ((after - before) / spread)
         shrunk = (spread - told @ (f - after) ** 2) / spread**2
-        self.covariance -= np.multiply.outer(step, step * shrunk)
+        square, flat = self.covariance.reshape(step.size, -1), step.ravel()
+        self.covariance = dger(-shrunk, flat, flat, a=square.T, overwrite_a=1).T.reshape(self.covariance.shape)
