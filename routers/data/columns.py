@@ -350,6 +350,8 @@ class _Reader:
         self.choose_splits(rows)
         present = np.unique(rows["member"])
         members = [self.said["member"][i] for i in present]
+        if absent := [name for name in self.catalogue if name not in members]:
+            warnings.append(f"not in the pool, for no row is theirs: {', '.join(absent)}")
         first, at = self.cells_of(rows, present)
         queries = {name: [self.said[name][i] for i in rows[name][first]] for name in TEXTS[:-1]}
         kept, repeated, missing = self.kept(rows, queries, members, at)

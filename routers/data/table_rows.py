@@ -92,7 +92,7 @@ def check_columns(found: Collection[str], catalogue: Mapping[str, Member], sourc
             hint += f"; or give one row per query and one column of scores per member of the catalogue ({known}, ...)"
         if set(missing) <= set(TOKENS):
             per_call = "members with a price per call (price_in: 0, price_out: 0, price_request: USD)"
-            hint += f"; without tokens give a column cost, or {per_call}"
+            hint += f"; without tokens give a column cost (of a wide table NAME:cost), or {per_call}"
         raise ValueError(f"{source}: {named} missing; there are {', '.join(map(str, found))}{hint}")
     return unused
 

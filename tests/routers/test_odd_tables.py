@@ -233,6 +233,12 @@ def test_queries_without_a_row_of_some_member(caplog: pytest.LogCaptureFixture) 
     assert "2 of 8 queries are left out" in caplog.text
 
 
+def test_a_member_of_the_catalogue_without_a_row_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    table = ReplyTable([r for r in rows() if r["member"] != "b"], PRICES, "mine.csv")
+    assert table.members == [name for name in PRICES if name != "b"]
+    assert "mine.csv: not in the pool, for no row is theirs: b" in caplog.text
+
+
 def test_repeated_rows_keep_the_first() -> None:
     table = ReplyTable([*rows(20), row(3, "b", correct=0.0)], PRICES)
     assert table.lookup("q3", "b").correct == 1.0 and len(table) == 20 and table.bad_rows[0]["row"] == 41
