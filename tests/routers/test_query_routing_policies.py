@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from test_query_routing import CATALOGUE, made_rows, rows
@@ -33,7 +34,6 @@ def task_of(
 @pytest.fixture(scope="module")
 def pool(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A table whose first query is very long, and its price list, as files."""
-    import pandas as pd
     import yaml
 
     folder = tmp_path_factory.mktemp("pool")
@@ -45,6 +45,21 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
                for m in CATALOGUE.values()]  # fmt: skip
     (folder / "catalogue.yaml").write_text(yaml.safe_dump({"members": members}))
     return {"table": str(folder / "table.parquet")}
+
+
+def test_a_member_that_is_called_like_a_control_token_is_refused_before_the_training(
+    tmp_path: Path, pool: Any, tiny_tokenizer: Any
+) -> None:
+    """It trained, and the router that was loaded again could not write the name."""
+    folder, name = Path(pool["table"]).parent, next(iter(CATALOGUE))
+    (tmp_path / "catalogue.yaml").write_text((folder / "catalogue.yaml").read_text().replace(name, "<|im_end|>"))
+    found = [{**row, "member": "<|im_end|>" if row["member"] == name else row["member"]} for row in rows()]
+    pd.DataFrame(found).to_parquet(tmp_path / "table.parquet")
+    task = task_of(tmp_path / "out", table=str(tmp_path / "table.parquet"))
+    with pytest.raises(
+        ValueError, match=r"the member name '<\|im_end\|>' holds a control token .*: rename the member"
+    ):
+        task.rows(tiny_tokenizer)
 
 
 def test_a_policy_from_nothing_writes_four_tokens_and_reads_the_question_only(tmp_path: Path, pool: Any) -> None:

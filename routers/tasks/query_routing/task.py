@@ -114,6 +114,12 @@ class QueryRouting:
         from srpo.texts import without_control_tokens
 
         self.clean = without_control_tokens(tokenizer)
+        special = tokenizer.all_special_tokens
+        if odd := [name for name in self.table.members if any(token in name for token in special)]:
+            raise ValueError(
+                f"{self.arguments.table}: the member name {odd[0]!r} holds a control token of the policy, which could "
+                "not be read again when it is served: rename the member in table and catalogue"
+            )
         rows = [weighed(row, self.settings.cost_weights) for row in self.queries]
         return [{"prompt": self._prompt(row, self.clean), **row} for row in rows]
 
