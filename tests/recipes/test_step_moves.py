@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "files", "moves"),
-    [("quickstart/srpo", 45, 220), ("quickstart/think_route", 50, 600), ("quickstart/bopo", 55, 1500)],
+    [("quickstart/srpo", 44, 215), ("quickstart/think_route", 46, 560), ("quickstart/bopo", 51, 1420)],
 )
 def test_a_step_does_not_jump_among_files(recipe: str, files: int, moves: int) -> None:
     run = subprocess.run(
