@@ -281,7 +281,7 @@ def sampled(
     """
     how: dict[str, Any] = {"eos_ids": ends, "keep_tokens": None, "any_busy": any_busy}
     generator = TransformersGenerator(
-        model, SimpleNamespace(pad_token_id=0), Sampling(), recorder=lambda *told: recorder(*told), **how
+        model, SimpleNamespace(pad_token_id=0, decode=str), Sampling(), recorder=lambda *told: recorder(*told), **how
     )
     with watched or nullcontext() as seen, replay.record_rows() as recorder:
         samples = generator.generate([Request(i, tuple(ids), f"{seed}:{i}", new) for i, ids in enumerate(prompts)])
