@@ -60,7 +60,7 @@ class Decision:
     """Whom a query goes to."""
 
     members: tuple[str, ...]
-    """The choice; several for a set-valued router; none: it abstains."""
+    """The choice, one member, also where it stands for a set (`a+b` of `srpo convert sets`); none: it abstains."""
     scores: Mapping[str, float]
     """Probability of each member of the pool; they sum to 1. Empty where a kind has none."""
     usd: float | None = None

@@ -28,13 +28,18 @@ def grade(query: str, reply: str, gold: Sequence[str]) -> float:
 
     Numbers are compared by value when every gold is a number, otherwise text is compared after normalising.
     """
-    numeric = all(_as_number(answer) is not None for answer in gold)
+    numeric = are_numbers(gold)
     answer = extract_answer(query, reply, numeric)
     if answer is None:
         return 0.0
     if numeric:
         return float(any(same(_as_number(answer), _as_number(accepted)) for accepted in gold))
     return float(normalise_answer(answer) in {normalise_answer(accepted) for accepted in gold})
+
+
+def are_numbers(gold: Sequence[str]) -> bool:
+    """Whether every accepted answer is a number, so that a reply's answer is one too."""
+    return all(_as_number(answer) is not None for answer in gold)
 
 
 def extract_answer(query: str, reply: str, numeric: bool) -> str | None:

@@ -142,6 +142,8 @@ class TableBuilder:
         self.prices: dict[str, Member] = {}
         self.dropped: list[dict[str, Any]] = []
         """Dicts of file, row (from 1; None: no single one), reason, detail."""
+        self.ids: list[str] = []
+        """Of the queries, where the source has some that are to stay; else they are numbered."""
         self._members: dict[str, int] = {}
         self._queries: list[tuple[str, str, str, list[str]]] = []
         self._answered: list[int] = []
@@ -373,7 +375,7 @@ class Converted:
         self._built, self._kept, self._codes = built, kept, codes
         texts, families, splits, golds = zip(*built._queries, strict=True)
         width = len(str(len(texts)))
-        ids = [f"{built.name}-{number:0{max(5, width)}d}" for number in range(1, len(texts) + 1)]
+        ids = built.ids or [f"{built.name}-{number:0{max(5, width)}d}" for number in range(1, len(texts) + 1)]
         self._facts = pa.table(
             {"query_id": ids, "query": pa.array(texts, pa.large_string()), "family": families, "split": splits}
             | {"gold": pa.array(golds, pa.list_(pa.string()))}
