@@ -32,7 +32,8 @@ _WARNINGS: tuple[tuple[type[Warning], str], ...] = (
     # A CPU run: torch says that a default of the Trainer has no effect there.
     (UserWarning, r"'pin_memory' argument is set as true but no accelerator is found"),
     # TRL asks transformers by a name that transformers wants to retire; both are theirs.
-    (FutureWarning, r"`(is_)?gradient_checkpointing` is deprecated"),
+    (FutureWarning, "`gradient_checkpointing` is deprecated"),
+    (FutureWarning, "`is_gradient_checkpointing` is deprecated"),
     # The hook by which our rollouts enter TRL's trainer; the release of TRL is pinned, and tests watch its hooks.
     (UserWarning, r"You are using 'rollout_func', which is an experimental feature"),
 )
