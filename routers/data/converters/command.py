@@ -20,7 +20,7 @@ from routers.data.converters import SETS, convert
 from routers.data.converters.sets import MERGERS, convert_sets
 from srpo.cli import Parser
 from srpo.quarantine import MAX_BAD_SHARE
-from srpo.ranges import between, ranged
+from srpo.ranges import above, at_least, between, ranged
 
 OF_SETS = ("catalogue", "largest", "merger", "beta")
 
@@ -39,9 +39,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--max_bad_share", type=share, default=MAX_BAD_SHARE, help="of a file's entries, left out (.05)"
     )
     parser.add_argument("--catalogue", metavar="PRICES", help="sets: of TABLE; default: the one beside it")
-    parser.add_argument("--largest", type=int, metavar="N", help="sets: members of the largest (2)")
+    parser.add_argument(
+        "--largest", type=ranged(at_least(1), whole=True), metavar="N", help="sets: members of the largest (2)"
+    )
     parser.add_argument("--merger", choices=MERGERS, help="sets: what a set earns (f_beta)")
-    parser.add_argument("--beta", type=float, metavar="B", help="sets: of f_beta (1)")
+    parser.add_argument("--beta", type=ranged(above(0)), metavar="B", help="sets: of f_beta (1)")
     parser.add_argument("--list", action="store_true", help="the sets, where they are from, what they have and lack")
     args = parser.parse_args(argv)
     if args.list:
