@@ -85,8 +85,8 @@ def convert_sets(
         name: Member(name, " + ".join(table.catalogue[table.members[j]].descriptor for j in one))
         for one, name in names.items()
     }
-    earned = {one: f_beta(correct, one, beta) for one in sets}
     speaker = {} if answers is None else {one: plurality(answers, one, trusted) for one in sets}
+    earned = {} if speaker else {one: f_beta(correct, one, beta) for one in sets}
     queries = table.queries()
 
     def add(item: dict[str, int]) -> None:
@@ -97,10 +97,11 @@ def convert_sets(
             j = list(one)
             told = {"cost": cost[i, j].sum(), "seconds": seconds[i, j].max()}
             told |= {"prompt_tokens": int(asks[i, j].sum()), "completion_tokens": int(writes[i, j].sum())}
-            score = earned[one][i]
             if speaker:
                 chosen = table.lookup(query["query_id"], table.members[speaker[one][i]])
                 score, told["reply"] = chosen.correct, chosen.reply
+            else:
+                score = earned[one][i]
             built.reply(number, name, score, **told)
         built.ids.append(query["query_id"])  # last: what fails above leaves nothing behind
 

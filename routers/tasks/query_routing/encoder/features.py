@@ -68,12 +68,11 @@ def guessed(
 
     def learn(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         model = LogisticRegression(C=10.0, max_iter=300).fit(embedded[rows], code[rows])
+        own, bias = model.coef_, model.intercept_
+        if len(own) == 1:  # of two, scikit-learn keeps that of the second alone
+            own, bias = np.vstack([0 * own, own]), np.append(0.0, bias)
         weights, biases = np.zeros((total, embedded.shape[1])), np.full(total, -30.0)  # not seen: not guessed
-        if len(model.classes_) == 2:  # scikit-learn keeps one row, of the second
-            weights[model.classes_], biases[model.classes_] = 0.0, 0.0
-            weights[model.classes_[1]], biases[model.classes_[1]] = model.coef_[0], model.intercept_[0]
-        else:
-            weights[model.classes_], biases[model.classes_] = model.coef_, model.intercept_
+        weights[model.classes_], biases[model.classes_] = own, bias
         return weights, biases
 
     every, left_out = np.arange(len(code)), np.zeros((len(code), total))
