@@ -43,10 +43,10 @@ class RecordedWorld:
             raise ValueError(f"{len(rows)} rows but {len(completions)} completions")
         actions = [parse(text, self.table.members, self.grammar) for text in completions]
         # Also for invalid actions, so that a row of the wrong table never passes for a bad policy.
-        replies = [
-            None if action.member is None else self.table.lookup(row["query_id"], action.member)
-            for row, action in zip(rows, actions, strict=True)
-        ]
+        # Of a turn that asks nobody, too: a query that the table does not know is an error.
+        asked = [action.member or self.table.members[0] for action in actions]
+        recorded = [self.table.lookup(row["query_id"], member) for row, member in zip(rows, asked, strict=True)]
+        replies = [None if a.member is None else r for a, r in zip(actions, recorded, strict=True)]
         correct = [r.correct if r else 0.0 for r in replies]
         return {
             "route": [action.member for action in actions],
